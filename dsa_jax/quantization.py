@@ -1,0 +1,84 @@
+"""The indexer's FP8: e4m3 blocks with one power-of-two scale each, and the Hadamard transform that precedes them."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+E4M3 = jnp.float8_e4m3fn
+WEIGHT_BLOCK = 128  # rows and columns of one scale in FP8 checkpoints
+SMALLEST_AMAX = 1e-4  # keeps the scale of an all-zero block away from zero
+
+
+def quantize(x: Float[Array, "*rows E"]) -> tuple[Float[Array, "*rows E"], Float32[Array, "*rows"]]:
+    """Rounds each row to e4m3 and returns its scale s = 2^ceil(log2(max(amax, 1e-4) / 448)), so that x ≈ values · s.
+
+    Rounding the scale up means that nothing saturates; a power of two means that scaling itself is exact.
+    """
+    x = jnp.asarray(x).astype(jnp.float32)
+    scale = _power_of_two_scale(jnp.max(jnp.abs(x), axis=-1))
+    return (x / scale[..., None]).astype(E4M3), scale
+
+
+def _power_of_two_scale(amax: Array) -> Array:
+    """2^ceil(log2(amax / 448)) from the bits of `amax`: XLA's log2 and exp2 are not exact at integers.
+
+    448 = 1.75 · 2^8, so the exponent is that of `amax` less 8, plus one where the mantissa exceeds 1.75; adding what
+    lies between 1.75 and 2 carries into the exponent in exactly that case.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, SMALLEST_AMAX), jnp.int32)
+    above_mantissa = (1 << 21) - 1
+    exponent = ((bits + above_mantissa) >> 23) - 8
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def dequantize(
+    values: Float[Array, "*rows E"], scale: Float32[Array, "*rows"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*rows E"]:
+    """values · scale; exact in float32 and in bfloat16, for the scale is a power of two."""
+    if values.shape[:-1] != scale.shape:
+        raise ValueError(f"values {values.shape} need a scale of shape {values.shape[:-1]}, got {scale.shape}")
+    return (values.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+@jax.custom_jvp
+def straight_through_quantize(x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
+    """`x` rounded to e4m3 with a scale a row, in the dtype of `x`; its gradient is that of the identity."""
+    return dequantize(*quantize(x), dtype=x.dtype)
+
+
+@straight_through_quantize.defjvp
+def _straight_through_jvp(primals, tangents):
+    return straight_through_quantize(*primals), tangents[0]
+
+
+def hadamard(x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
+    """The orthonormal Walsh-Hadamard transform of each row (natural order), in float32, returned in the dtype of `x`.
+
+    It is its own inverse and leaves dot products as they are, and spreads outliers over all columns before FP8 rounds
+    them. A butterfly of sums, so that the bits of a row do not depend on how many rows are transformed with it.
+    """
+    size = x.shape[-1]
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"hadamard needs a last dimension that is a power of two, got shape {x.shape}")
+    out, half = x.astype(jnp.float32), 1
+    while half < size:
+        pairs = out.reshape(*x.shape[:-1], size // (2 * half), 2, half)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        out, half = jnp.stack([first + second, first - second], -2), 2 * half
+    return (out.reshape(x.shape) * size**-0.5).astype(x.dtype)
+
+
+@jax.jit
+def dequantize_blocks(
+    weight: Float[Array, "rows columns"], scale_inv: Float[Array, "A B"]
+) -> Float32[Array, "rows columns"]:
+    """The float32 weight of an FP8 checkpoint, whose `scale_inv` multiplies each block of 128 × 128 values."""
+    if weight.ndim != 2:
+        raise ValueError(f"an FP8 weight must have two dimensions, got shape {weight.shape}")
+    rows, columns = weight.shape
+    expected = (-(-rows // WEIGHT_BLOCK), -(-columns // WEIGHT_BLOCK))
+    if scale_inv.shape != expected:
+        raise ValueError(f"an FP8 weight {weight.shape} needs scales of shape {expected}, got {scale_inv.shape}")
+    scale = jnp.repeat(scale_inv.astype(jnp.float32), WEIGHT_BLOCK, axis=0)[:rows]
+    return weight.astype(jnp.float32) * jnp.repeat(scale, WEIGHT_BLOCK, axis=1)[:, :columns]
