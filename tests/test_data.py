@@ -1,0 +1,326 @@
+"""Splits share nothing, streams resume bitwise, packed rows do not leak, and recall answers are right."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from dsa_jax.key_range import KeyRange
+from train import data
+from train.data import Batch, DataConfig, load
+
+FILES = 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files of which every line names its file, some of them not ASCII."""
+    for i in range(FILES):
+        lines = [f"file{i:02d} = value_{i:02d}_{j:03d}  # naïve\n" for j in range(5 + 3 * i)]
+        (tmp_path / f"f{i:02d}.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def text_config(folder, **changes) -> DataConfig:
+    return DataConfig(data=(f"{folder}/*.txt",), **changes)
+
+
+def take(batches, count: int) -> list[Batch]:
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        for field in dataclasses.fields(Batch):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+def documents(split) -> list[bytes]:
+    return [split.tokens[a:b].tobytes() for a, b in zip(split.offsets[:-1], split.offsets[1:], strict=True)]
+
+
+def test_every_file_lies_in_one_split(folder):
+    corpus = load(text_config(folder, held_out=0.3))
+    train, held_out = documents(corpus.train), documents(corpus.held_out)
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(path.read_bytes() for path in folder.glob("*.txt"))
+    assert 0.1 * FILES < len(held_out) < 0.5 * FILES
+
+
+def test_held_out_text_never_reaches_a_training_batch(folder):
+    corpus = load(text_config(folder, held_out=0.3))
+    names = {document[:6] for document in documents(corpus.held_out)}
+    batches = corpus.dataset("train", batch_size=8, seq_len=96, seed=3)
+    epoch = len(corpus.train.tokens) // (8 * 96)
+    seen = b"".join(batches[i].tokens.astype(np.uint8).tobytes() for i in range(2 * epoch + 1))
+    assert not any(name in seen for name in names)
+    assert all(document[:6] in seen for document in documents(corpus.train))
+
+
+def test_the_split_of_a_file_depends_on_its_contents_alone(folder, tmp_path):
+    before = set(documents(load(text_config(folder, held_out=0.3)).held_out))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for i, path in enumerate(sorted(folder.glob("*.txt"))):
+        (moved / f"{FILES - i}.txt").write_bytes(path.read_bytes())
+    (moved / "copy.txt").write_bytes((moved / "3.txt").read_bytes())
+    (moved / "more.txt").write_text("another file\n")
+    after = load(text_config(moved, held_out=0.3))
+    assert before == set(documents(after.held_out)) - {b"another file\n"}
+    assert len(after.train) + len(after.held_out) == FILES + 1  # the copy counts once
+
+
+def test_two_files_give_both_splits(folder):
+    config = DataConfig(data=(f"{folder}/f00.txt", f"{folder}/f01.txt"), held_out=1e-9)
+    corpus = load(config)
+    assert len(corpus.train) == len(corpus.held_out) == 1
+
+
+def test_text_row_is_the_file_with_a_document_a_key_range(folder):
+    corpus = load(text_config(folder))
+    split, seq_len = corpus.train, 150
+    for begin in (0, seq_len, 7 * seq_len):
+        row = data.text_row(split, begin, seq_len)
+        place = np.arange(begin, begin + seq_len)
+        ids = np.sum(split.offsets[1:, None] <= place, axis=0)  # naive: how many documents end at or before each place
+        next_ids = np.sum(split.offsets[1:, None] <= place + 1, axis=0)
+        np.testing.assert_array_equal(row.tokens, split.tokens[place])
+        np.testing.assert_array_equal(row.targets, split.tokens[place + 1])
+        np.testing.assert_array_equal(row.valid, ids == next_ids)
+        expected = KeyRange.packed(ids[None])
+        np.testing.assert_array_equal(row.start, expected.start[0])
+        np.testing.assert_array_equal(row.stop, expected.stop[0])
+        first = np.array([np.flatnonzero(ids == i)[0] for i in ids])
+        np.testing.assert_array_equal(row.positions, np.arange(seq_len) - first)
+    assert not row.answers.any()
+
+
+def test_packed_rows_occur(folder):
+    batch = load(text_config(folder)).dataset("train", batch_size=8, seq_len=300, seed=0, recall=0.0)[0]
+    assert (batch.start > 0).any() and (~batch.valid).any()
+    assert (batch.positions == np.arange(300) - batch.start).all()
+
+
+@pytest.mark.parametrize("recall", [0.0, 0.3, 1.0])
+def test_batches_are_a_function_of_their_arguments(folder, recall):
+    corpus, again = (load(text_config(folder)) for _ in range(2))
+    arguments = {"batch_size": 5, "seq_len": 64, "recall": recall}
+    first = take(corpus.batches("train", seed=1, **arguments), 12)
+    assert_same(first, take(again.batches("train", seed=1, **arguments), 12))
+    dataset = again.dataset("train", seed=1, **arguments)
+    assert_same(first[::-1], [dataset[i] for i in reversed(range(12))])  # random access, any order
+    other = take(corpus.batches("train", seed=2, **arguments), 12)
+    assert any((a.tokens != b.tokens).any() for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_resumed_iterator_continues_bitwise(folder, at):
+    arguments = {"batch_size": 3, "seq_len": 80, "seed": 5}
+    batches = load(text_config(folder)).batches("train", **arguments)
+    take(batches, at)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = take(batches, 6)
+    resumed = load(text_config(folder)).batches("train", **arguments)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert_same(expected, take(resumed, 6))
+    batches.set_state(state)  # and back in place
+    assert_same(expected, take(batches, 6))
+
+
+def test_a_state_of_another_stream_is_refused(folder):
+    corpus = load(text_config(folder))
+    state = corpus.batches("train", batch_size=2, seq_len=64, seed=0).get_state()
+    with pytest.raises(ValueError, match="batch size"):
+        corpus.batches("train", batch_size=4, seq_len=64, seed=0).set_state(state)
+    (folder / "new.txt").write_text("changed text\n")
+    with pytest.raises(ValueError, match="text"):
+        load(text_config(folder)).batches("train", batch_size=2, seq_len=64, seed=0).set_state(state)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_every_batch_holds_its_share_of_episodes(folder, share, expected):
+    dataset = load(text_config(folder)).dataset("train", batch_size=8, seq_len=128, seed=0, recall=share)
+    for i in range(5):
+        asked = ((dataset[i].tokens >= data.ASK) & (dataset[i].tokens < data.ASK + data.REGISTERS)).any(1)
+        assert asked.sum() == expected  # the text itself holds bytes from 192 up, but none of 128 … 135
+
+
+def parse_episode(tokens) -> tuple[dict[int, int], list[int]]:
+    """Registers' values and the scored places, by reading the bytes alone."""
+    values: dict[int, int] = {}
+    last: dict[int, int] = {}
+    scored = []
+    for place, token in enumerate(int(token) for token in tokens):
+        if token < data.STATE:
+            assert token < data.ASK + data.REGISTERS
+            continue
+        register, value = divmod(token - 192, 8)
+        if place and data.ASK <= tokens[place - 1] < data.STATE:
+            assert tokens[place - 1] - data.ASK == register, "the answer is of the register that was asked"
+            assert values[register] == value, "the answer is what was declared"
+            if place - last[register] > 64:
+                scored.append(place)
+        else:
+            assert register not in values, "a register is declared once"
+            values[register] = value
+        last[register] = place
+    return values, scored
+
+
+def test_recall_answers_are_what_was_declared(folder):
+    dataset = load(text_config(folder)).dataset("held_out", batch_size=4, seq_len=512, seed=0, recall=1.0)
+    seen = set()
+    for i in range(10):
+        batch = dataset[i]
+        assert batch.valid.all() and (batch.start == 0).all()
+        for row in range(4):
+            tokens = np.append(batch.tokens[row], batch.targets[row, -1])
+            values, scored = parse_episode(tokens)
+            assert len(values) == data.REGISTERS
+            assert len(scored) >= 5
+            np.testing.assert_array_equal(np.flatnonzero(batch.answers[row]) + 1, scored)
+            seen.update(values.items())
+    assert len(seen) == data.REGISTERS * data.VALUES  # every value of every register turns up
+
+
+def test_code_in_an_episode_cannot_collide_with_the_task(folder):
+    assert "ï".encode() in (folder / "f03.txt").read_bytes()
+    tokens = load(text_config(folder)).dataset("train", batch_size=1, seq_len=400, seed=0, recall=1.0)[0].tokens[0]
+    declared = sum(token >= data.STATE for token in tokens)
+    asked = sum(data.ASK <= token < data.STATE for token in tokens)
+    assert declared == data.REGISTERS + asked or declared == data.REGISTERS + asked - 1  # cut after a question
+
+
+def test_text_without_a_single_ascii_line_still_makes_episodes(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_bytes(("é" * 900 + name).encode())
+    batch = load(text_config(tmp_path)).dataset("train", batch_size=1, seq_len=300, seed=0, recall=1.0)[0]
+    parse_episode(batch.tokens[0])
+
+
+def test_batch_is_a_tree_with_a_key_range(folder):
+    batch = load(text_config(folder)).dataset("train", batch_size=2, seq_len=32, seed=0)[0]
+    assert len(jax.tree.leaves(batch)) == 7
+    assert jax.jit(lambda batch: batch.keys.stop - batch.start)(batch).shape == (2, 32)
+    for name in ("tokens", "targets", "start", "stop", "positions"):
+        assert getattr(batch, name).dtype == np.int32
+    assert batch.valid.dtype == batch.answers.dtype == bool
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Words of the test's files, after a token that begins every document."""
+    words = ["[BOS]", "[UNK]", "=", "#", "na", *(f"file{i:02d}" for i in range(FILES))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 0)])
+    tokenizer.add_special_tokens(["[BOS]"])
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_tokenizer(folder, tokenizer):
+    corpus = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    split = corpus.train
+    assert split.tokens.max() < 50 and (split.tokens[split.offsets[:-1]] == 0).all()
+    batch = corpus.dataset("train", batch_size=4, seq_len=64, seed=0)[0]
+    assert not batch.answers.any()  # no episodes
+    assert corpus.decode(corpus.encode("file03 = file04")) == "file03 = file04"
+    with pytest.raises(ValueError, match="0 under a tokenizer"):
+        corpus.dataset("train", batch_size=4, seq_len=64, seed=0, recall=0.5)
+    with pytest.raises(ValueError, match="vocab_size 44, got 45"):
+        load(text_config(folder, tokenizer=tokenizer), vocab_size=44)
+
+
+def test_bytes_round_trip(folder):
+    corpus = load(text_config(folder))
+    assert corpus.decode(corpus.encode("naïve")) == "naïve"
+    assert corpus.encode("naïve").dtype == np.int32
+
+
+def test_standard_library_is_the_default():
+    corpus = load(DataConfig())
+    assert any(b"def namedtuple(" in document for document in documents(corpus.train) + documents(corpus.held_out))
+    assert 2_000_000 < len(corpus.train.tokens) + len(corpus.held_out.tokens) < 40_000_000
+
+
+def test_max_bytes_caps_what_is_read_the_same_way_every_time(folder):
+    first, second = (load(text_config(folder, max_bytes=20_000)) for _ in range(2))
+    total = len(first.train.tokens) + len(first.held_out.tokens)
+    assert 15_000 < total <= 20_000
+    assert first.fingerprint == second.fingerprint != load(text_config(folder)).fingerprint
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="recall must be between 0 and 1, got 1.5"):
+        DataConfig(recall=1.5)
+    with pytest.raises(ValueError, match="held_out must be"):
+        DataConfig(held_out=0.0)
+    with pytest.raises(ValueError, match="max_bytes must be at least 1"):
+        DataConfig(max_bytes=0)
+
+
+def test_bad_text(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\*.txt.*matches none"):
+        load(DataConfig(data=(str(tmp_path / "nothing*.txt"),)))
+    with pytest.raises(ValueError, match="names a folder"):
+        load(DataConfig(data=(str(folder),)))
+    with pytest.raises(ValueError, match="two different files.*got 1"):
+        load(DataConfig(data=(f"{folder}/f00.txt",)))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name in "ab":
+        (empty / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="not empty.*got 0"):
+        load(DataConfig(data=(f"{empty}/*",)))
+    with pytest.raises(ValueError, match="at least 256.*got 200"):
+        load(text_config(folder), vocab_size=200)
+    with pytest.raises(ValueError, match="tokenizer.json, got"):
+        load(text_config(folder, tokenizer=folder / "f00.txt"))
+    with pytest.raises(ValueError, match="tokenizer.json, got"):
+        load(text_config(folder, tokenizer=folder / "missing.json"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_unreadable_file(folder):
+    (folder / "f07.txt").chmod(0)
+    with pytest.raises(ValueError, match="f07.txt: Permission denied"):
+        load(text_config(folder))
+
+
+def test_vanished_file(folder, monkeypatch):
+    monkeypatch.setattr(data, "_paths", lambda patterns: [folder / "f00.txt", folder / "gone.txt"])
+    with pytest.raises(ValueError, match="gone.txt: No such file"):
+        load(text_config(folder))
+
+
+def test_text_that_is_not_utf8(folder, tokenizer):
+    (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    load(text_config(folder))  # bytes are bytes
+    with pytest.raises(ValueError, match="must be UTF-8"):
+        load(text_config(folder, tokenizer=tokenizer))
+
+
+def test_bad_batches(folder):
+    corpus = load(text_config(folder))
+    good = {"batch_size": 2, "seq_len": 64, "seed": 0}
+    for changes, message in (
+        ({"seq_len": 10**6}, "takes 1000001 tokens, but the train text has"),
+        ({"seq_len": 0}, "at least 1, got 2 and 0"),
+        ({"batch_size": 0}, "at least 1, got 0 and 64"),
+        ({"seed": -1}, "seed must be"),
+        ({"recall": 2.0}, "recall must be between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            corpus.dataset("train", **{**good, **changes})
+    with pytest.raises(ValueError, match="split must be 'train' or 'held_out', got 'test'"):
+        corpus.batches("test", **good)

@@ -1,0 +1,366 @@
+"""Text files as batches of packed documents, mixed with a task that asks for values stated far back.
+
+Whole files are either training text or held-out text, decided by a hash of their contents. Batches are a pure function
+of the seed, the split, the sizes and the text, in random access, so a run continues where its saved state says. Rows
+are built with NumPy alone.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import itertools
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int
+from tokenizers import Tokenizer
+
+from dsa_jax.key_range import KeyRange
+
+REGISTERS = 8  # g
+VALUES = 8  # i, for each register: chance at an answer is ln 8
+ASK = 128  # byte 128 + g asks for register g
+STATE = 192  # byte 192 + 8 g + i states that register g holds i
+FAR = 64  # an answer counts when its register was last stated more than this many bytes back
+DECLARED_PER_LINE = 2
+LINE_BYTES = 32  # lines of an episode are cut here, so that a sequence of a few hundred bytes asks often
+
+SplitName = Literal["train", "held_out"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text to read and how."""
+
+    data: tuple[str, ...] = ()
+    """Globs of text files; none: the sources of the running interpreter's standard library."""
+    tokenizer: Path | None = None
+    """A Hugging Face tokenizer.json; none: bytes are the tokens."""
+    recall: float = 0.5
+    """The share of sequences that are recall episodes; bytes only, a tokenizer switches them off."""
+    held_out: float = 0.1
+    """The share of files kept out of training."""
+    max_bytes: int = 64 * 2**20
+    """Files beyond this total are left unread, the same ones every time."""
+
+    def __post_init__(self):
+        if not 0 <= self.recall <= 1:
+            raise ValueError(f"recall must be between 0 and 1, got {self.recall}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, both excluded, got {self.held_out}")
+        if self.max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, got {self.max_bytes}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents; `start` and `stop` are their KeyRange."""
+
+    tokens: Array  # i32[B, T]
+    targets: Array  # i32[B, T], the next token
+    valid: Array  # bool[B, T], this target counts: it belongs to the document of its token
+    start: Array  # i32[B, T]
+    stop: Array  # i32[B, T]
+    positions: Array  # i32[B, T], from 0 in every document
+    answers: Array  # bool[B, T], this target is a scored answer of a recall episode
+
+    @property
+    def keys(self) -> KeyRange:
+        """Causal within each document."""
+        return KeyRange(self.start, self.stop)
+
+    @classmethod
+    def stack(cls, rows: Sequence[Self]) -> Self:
+        """Rows of [T] as one batch of [B, T]."""
+        return cls(**{f.name: np.stack([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """The documents of one split, end to end: document i is `tokens[offsets[i] : offsets[i + 1]]`."""
+
+    tokens: np.ndarray  # uint8 or int32 [n]
+    offsets: np.ndarray  # int64 [documents + 1]
+
+    @classmethod
+    def join(cls, documents: Sequence[np.ndarray]) -> Self:
+        """Documents in the order given."""
+        return cls(np.concatenate(documents), np.cumsum([0, *(len(document) for document in documents)]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokenised text in two splits that share no file; see `load`."""
+
+    train: Documents
+    held_out: Documents
+    tokenizer: Tokenizer | None
+    recall: float
+    fingerprint: str
+    """Changes with the text, the tokenizer and the split."""
+
+    def batches(
+        self,
+        split: SplitName,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        recall: float | None = None,
+    ) -> "BatchIterator":
+        """An endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
+        name = f"{self.fingerprint} {split} {batch_size} {seq_len} {seed} {self.recall if recall is None else recall}"
+        dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed, recall=recall)
+        return BatchIterator(dataset, hashlib.blake2b(name.encode(), digest_size=8).hexdigest())
+
+    def dataset(
+        self,
+        split: SplitName,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        recall: float | None = None,
+    ) -> grain.MapDataset[Batch]:
+        """Endless batches in random access: every epoch visits each window of `seq_len` tokens once, in its own order.
+
+        `recall` replaces the corpus's share of recall episodes: 0 for text alone, 1 for episodes alone. Episodes stand
+        evenly spread among the rows, so every batch holds its share, and are written over lines of the same split.
+        """
+        documents = self._documents(split, batch_size, seq_len, seed)
+        share = self.recall if recall is None else recall
+        if not 0 <= share <= 1 or (share and self.tokenizer is not None):
+            raise ValueError(f"recall must be between 0 and 1, and 0 under a tokenizer, got {share}")
+
+        def row(index: int, window: int) -> Batch:
+            if int((index + 1) * share) > int(index * share):
+                rng = np.random.default_rng((seed, index))
+                return recall_row(documents.tokens, window * seq_len, seq_len, rng)
+            return text_row(documents, window * seq_len, seq_len)
+
+        windows = grain.MapDataset.range((len(documents.tokens) - 1) // seq_len).shuffle(seed=seed).repeat()
+        return windows.map_with_index(row).batch(batch_size, batch_fn=Batch.stack)
+
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """The tokens of a prompt."""
+        if self.tokenizer is None:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.asarray(self.tokenizer.encode(text).ids, np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens; bytes that are no text come out as the replacement character."""
+        if self.tokenizer is None:
+            return bytes(int(token) for token in tokens).decode(errors="replace")
+        return self.tokenizer.decode([int(token) for token in tokens])
+
+    def _documents(self, split: SplitName, batch_size: int, seq_len: int, seed: int) -> Documents:
+        if split not in ("train", "held_out"):
+            raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
+        if batch_size < 1 or seq_len < 1:
+            raise ValueError(f"batch_size and seq_len must be at least 1, got {batch_size} and {seq_len}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
+        documents = self.train if split == "train" else self.held_out
+        if len(documents.tokens) <= seq_len:
+            raise ValueError(
+                f"one sequence takes {seq_len + 1} tokens, but the {split} text has {len(documents.tokens)} "
+                f"in {len(documents)} files; give more text or a smaller seq_len"
+            )
+        return documents
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in order, with a position that is saved as JSON and restored exactly."""
+
+    def __init__(self, dataset: grain.MapDataset[Batch], stream: str):
+        # One thread and a few batches ahead: rows take microseconds, and the model wants the cores.
+        self._batches = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        self._stream = stream
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, int | str]:
+        """The position, and a name of the stream it belongs to."""
+        return {"stream": self._stream, **self._batches.get_state()}
+
+    def set_state(self, state: dict[str, int | str]) -> None:
+        """Continues from a state of the same stream; ValueError if text, seed, sizes or recall share are others."""
+        if state.get("stream") != self._stream:
+            raise ValueError(
+                f"the saved data position belongs to stream {state.get('stream')}, this one is {self._stream}: "
+                "text, tokenizer, seed, batch size, sequence length and recall share must be those of the saved run"
+            )
+        self._batches.set_state({"next_index": state["next_index"]})
+
+
+def load(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
+    """Reads, tokenises and splits the text; `vocab_size` is the model's, and no token may lie beyond it.
+
+    A file is held out if a hash of its contents says so; identical files are read once, empty ones never. With two
+    files or more both splits have at least one.
+    """
+    tokenizer = _tokenizer(config.tokenizer, vocab_size)
+    files = _read(_paths(config.data), config.max_bytes)
+    if len(files) < 2:
+        raise ValueError(
+            f"text must come in at least two different files that are not empty, one to train on and one to hold out, "
+            f"got {len(files)} within max_bytes {config.max_bytes} of {_described(config.data)}; split it up"
+        )
+    texts = [text for _, text in sorted(files.items())]
+    # Digests are uniform, so their order is a shuffle, and a prefix of that order is a fair share of the files.
+    shares = [int.from_bytes(digest[:8]) / 2**64 for digest in sorted(files)]
+    held_out = min(max(sum(share < config.held_out for share in shares), 1), len(texts) - 1)
+    name = hashlib.blake2b(b"".join(sorted(files)) + repr(held_out).encode(), digest_size=8)
+    if config.tokenizer is not None:
+        name.update(config.tokenizer.read_bytes())
+    return Corpus(
+        train=Documents.join(_encode(texts[held_out:], tokenizer)),
+        held_out=Documents.join(_encode(texts[:held_out], tokenizer)),
+        tokenizer=tokenizer,
+        recall=config.recall if tokenizer is None else 0.0,
+        fingerprint=name.hexdigest(),
+    )
+
+
+def text_row(documents: Documents, begin: int, seq_len: int) -> Batch:
+    """One window of text; a document that begins before it starts at the window's edge, at position 0."""
+    window = documents.tokens[begin : begin + seq_len + 1].astype(np.int32)
+    place = np.arange(begin, begin + seq_len + 1)
+    document = np.searchsorted(documents.offsets, place, side="right") - 1
+    start = np.maximum(documents.offsets[document] - begin, 0).astype(np.int32)
+    return _row(window, start, np.zeros(seq_len, bool))
+
+
+def recall_row(text: np.ndarray, begin: int, seq_len: int, rng: np.random.Generator) -> Batch:
+    """One recall episode, a single document over the lines of text that follow `begin`."""
+    lines = _lines(np.take(text, np.arange(begin, begin + 4 * seq_len), mode="wrap"))
+    tokens, answers = recall_episode(lines, seq_len + 1, rng)
+    return _row(tokens, np.zeros(seq_len + 1, np.int32), answers[1:])
+
+
+def recall_episode(
+    lines: Sequence[bytes], length: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
+    """Code whose every line ends with a question that earlier lines answer: (tokens, which of them are scored).
+
+    The first lines begin with statements, bytes 192 + 8 g + i, each of which gives register g its value i for good.
+    Every line ends with the question 128 + g for a register stated before, and its statement again as the answer. An
+    answer is scored if the last statement of its register lies more than 64 bytes back. `lines` must be ASCII: bytes
+    from 128 up are the task's own.
+    """
+    values = STATE + VALUES * np.arange(REGISTERS) + rng.integers(VALUES, size=REGISTERS)
+    order = rng.permutation(REGISTERS)
+    episode, last, answers = bytearray(), {}, np.zeros(length, bool)
+    for line in itertools.cycle(lines or [b""]):
+        for register in order[len(last) : len(last) + DECLARED_PER_LINE]:
+            last[register] = len(episode)
+            episode.append(values[register])
+        episode += line
+        register = order[rng.integers(len(last))]
+        episode += bytes((ASK + register, values[register], ord("\n")))
+        place = len(episode) - 2
+        if place < length:
+            answers[place] = place - last[register] > FAR
+        last[register] = place
+        if len(episode) >= length:
+            return np.frombuffer(bytes(episode[:length]), np.uint8).astype(np.int32), answers
+
+
+def _lines(text: np.ndarray) -> list[bytes]:
+    """The lines of code in bytes, without blank ones, indentation and bytes from 128 up, which the task uses."""
+    ascii_text = text[text < 128].astype(np.uint8).tobytes()
+    stripped = (line.strip()[:LINE_BYTES] for line in ascii_text.split(b"\n"))
+    return [line for line in stripped if line]
+
+
+def _row(window: np.ndarray, start: np.ndarray, answers: np.ndarray) -> Batch:
+    place = np.arange(len(window) - 1, dtype=np.int32)
+    valid = start[1:] <= place  # the target's document has begun by its token
+    return Batch(window[:-1], window[1:], valid, start[:-1], place + 1, place - start[:-1], answers)
+
+
+def _paths(patterns: Sequence[str]) -> list[Path]:
+    if not patterns:
+        return _standard_library()
+    paths = set()
+    for pattern in patterns:
+        found = [Path(path) for path in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        files = [path for path in found if path.is_file()]
+        if not files:
+            hint = "; it names a folder, add '/**/*.txt' or the like" if found else ""
+            raise ValueError(f"data must name text files, got {pattern!r}, which matches none{hint}")
+        paths.update(files)
+    return sorted(paths)
+
+
+def _standard_library() -> list[Path]:
+    """Its modules without its tests, which some distributions leave out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    paths = sorted(path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts))
+    if not paths:
+        raise ValueError(f"the standard library must come as .py files, got none under {root}; give text by --data")
+    return paths
+
+
+def _described(patterns: Sequence[str]) -> str:
+    return ", ".join(map(repr, patterns)) or "the standard library"
+
+
+def _read(paths: Sequence[Path], max_bytes: int) -> dict[bytes, bytes]:
+    """The different non-empty contents by their hash, until `max_bytes`; past it, which files stay is a fair draw."""
+    files, total = {}, 0
+    for path in sorted(paths, key=lambda path: hashlib.blake2b(str(path).encode(), digest_size=8).digest()):
+        try:
+            if total + path.stat().st_size > max_bytes:
+                continue
+            text = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"data must be readable files, got {path}: {error.strerror}") from error
+        digest = hashlib.blake2b(text, digest_size=16).digest()
+        if text and digest not in files:
+            files[digest] = text
+            total += len(text)
+    return files
+
+
+def _tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
+    if path is None:
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size must be at least 256 when bytes are the tokens, got {vocab_size}")
+        return None
+    try:
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"the tokenizer's vocabulary must fit the model's vocab_size {vocab_size}, "
+            f"got {tokenizer.get_vocab_size()} tokens in {path}"
+        )
+    return tokenizer
+
+
+def _encode(texts: Sequence[bytes], tokenizer: Tokenizer | None) -> list[np.ndarray]:
+    """Tokens of each document, with the tokenizer's own special tokens."""
+    if tokenizer is None:
+        return [np.frombuffer(text, np.uint8) for text in texts]
+    documents = []
+    for text in texts:
+        try:
+            decoded = text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text for a tokenizer must be UTF-8, got a file of {text[:40]!r}…: {error}") from error
+        documents.append(np.asarray(tokenizer.encode(decoded).ids, np.int32))
+    return documents
