@@ -1,0 +1,327 @@
+"""Attention over selected keys and over all keys (Eq. 2), and the distribution the indexer learns to imitate.
+
+Each operation returns `out` and `lse`, the natural log of the softmax's denominator, and takes gradients from both.
+The backward recomputes the probabilities of one block of queries at a time from `lse`; gradients by keys, which many
+queries share, add up in float32.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.blocks import contract, map_queries, queries_per_block
+from dsa_jax.indexer import check_keys
+from dsa_jax.key_range import KeyRange
+from dsa_jax.pallas_kernels import choose_implementation
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
+    indices: Int[Array, "B T K"],
+    *,
+    value_dim: int,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attends to the selected latents alone, in MLA's multi-query form: H = C + R, values are the first C columns.
+
+    out[t,n] = Σ_k softmax_k(scale · q[t,n] · kv[indices[t,k]]) · kv[indices[t,k], :value_dim]
+
+    An index outside [0, S) is no key, wherever it stands; a key listed twice counts twice; a query without keys gets
+    `out` 0 and `lse` -inf. Latents that are not selected are never read into the result, so they may be NaN.
+
+    Returns:
+      out [B, T, N, value_dim] in the dtype of `q`, lse [B, T, N] float32; softmax and sums in float32.
+    """
+    q, kv, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(indices)
+    check_latents(q, kv, indices)
+    if not 1 <= value_dim <= kv.shape[2]:
+        raise ValueError(f"value_dim must be from 1 to the {kv.shape[2]} columns of kv, got {value_dim}")
+    choose_implementation("sparse_attention", implementation)
+    return _sparse_attention(value_dim, scale, q, kv, indices)
+
+
+def latent_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
+    keys: KeyRange,
+    *,
+    value_dim: int,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attends to every reachable latent in MLA's multi-query form; arguments and results as in `sparse_attention`.
+
+    Latents that no query of their row reaches may be NaN.
+    """
+    q, kv = jnp.asarray(q), jnp.asarray(kv)
+    check_latents(q, kv)
+    check_keys(keys, *q.shape[:2])
+    if not 1 <= value_dim <= kv.shape[2]:
+        raise ValueError(f"value_dim must be from 1 to the {kv.shape[2]} columns of kv, got {value_dim}")
+    choose_implementation("latent_attention", implementation)
+    kv = zero_unreached(kv, keys)
+    return _dense_attention(scale, "sh", q, kv, kv[..., :value_dim], keys, None)
+
+
+def multihead_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N V"],
+    keys: KeyRange,
+    *,
+    scale: float,
+    indices: Int[Array, "B T K"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attends with keys and values of each head's own (H = P + R): 3.4 times fewer FLOPs a pair than the latent form.
+
+    With `indices` only the reachable keys among them are attended to, under `sparse_attention`'s rules for indices.
+    Keys that no query of their row reaches may be NaN. Results as in `sparse_attention`.
+    """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    check_heads(q, k)
+    if v.shape[:3] != k.shape[:3] or v.ndim != 4:
+        raise ValueError(f"v must be [B, S, N, V] like k {k.shape}, got shape {v.shape}")
+    check_one_dtype(q=q, k=k, v=v)
+    check_keys(keys, *q.shape[:2])
+    if indices is not None:
+        indices = jnp.asarray(indices)
+        check_indices(indices, *q.shape[:2])
+    choose_implementation("multihead_attention", implementation)
+    return _dense_attention(scale, "snh", q, zero_unreached(k, keys), zero_unreached(v, keys), keys, indices)
+
+
+def attention_target(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
+    lse: Float[Array, "B T N"],
+    indices: Int[Array, "B T K"],
+    *,
+    scale: float,
+    head_axis: str | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T K"]:
+    """Returns what the indexer imitates: attention probabilities summed over heads, L1-normalised over the selection.
+
+    p[t,k] = Σ_n exp(scale · q[t,n] · kv[indices[t,k]] - lse[t,n]) / Σ_k (the same);  0 where there is no key.
+
+    Arguments as `sparse_attention` took and returned them. Where heads are sharded, `head_axis` names the mesh axis to
+    sum over before normalising. The result is a constant: no gradient flows through it.
+    """
+    q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
+    check_latents(q, kv, indices)
+    check_lse(lse, q)
+    choose_implementation("attention_target", implementation)
+
+    def block(queries, kv, sums):
+        q, lse, indices = queries
+        rows, present = gather_rows(kv, indices)
+        return sum_heads(q, rows, lse, present, scale=scale, dims="tsh"), sums
+
+    elements = indices.shape[2] * (kv.shape[2] + 2 * q.shape[2])
+    queries, kv = jax.lax.stop_gradient(((q, lse, indices), kv))
+    total = map_queries(block, queries, kv, block=queries_per_block(elements))[0]
+    return normalise_target(total, head_axis)
+
+
+def sum_heads(q, k, lse, mask, *, scale, dims):
+    """Attention probabilities [t, s] of one block summed over its heads; `dims` names the axes of `k`."""
+    logits = contract(f"tnh,{dims}->tns", q, k) * scale
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
+    return jnp.sum(jnp.where(mask[:, None], jnp.exp(logits - lse), 0.0), axis=1)
+
+
+def normalise_target(total, head_axis):
+    """L1-normalises head sums over the last axis, after summing over the mesh axis that holds the other heads."""
+    total = total if head_axis is None else jax.lax.psum(total, head_axis)
+    norm = jnp.sum(total, axis=-1, keepdims=True)
+    return total / jnp.where(norm == 0, 1.0, norm)
+
+
+def gather_rows(x, indices):
+    """Rows of `x` [S, …] at `indices` [t, K], zero where there is no key, and the mask of those that are keys."""
+    present = (indices >= 0) & (indices < x.shape[0])
+    rows = x.at[jnp.where(present, indices, 0)].get(mode="promise_in_bounds")
+    return jnp.where(present.reshape(present.shape + (1,) * (x.ndim - 1)), rows, 0), present
+
+
+def scatter_rows(total, indices, rows):
+    """Adds `rows` [t, K, …] to `total` [S, …] at `indices`; what is no key adds nothing."""
+    present = (indices >= 0) & (indices < total.shape[0])
+    return total.at[jnp.where(present, indices, total.shape[0])].add(rows, mode="drop")
+
+
+def zero_unreached(x, keys):
+    """Zeroes the keys [B, S, …] that no query of their row reaches, so that whatever they hold stays out of the sums."""
+    reached = keys.reached(x.shape[1])
+    return jnp.where(reached.reshape(reached.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+# The softmax over one block. `dims` names the axes of the keys: "sh" latents shared by queries and heads, "snh" keys of
+# each head, "tsh" rows gathered for each query. `bias` [t, s] is the log of how often a key counts: -inf for never.
+
+
+def _attend(q, k, v, bias, *, scale, dims):
+    logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
+    peak = jnp.max(logits, axis=-1)
+    empty = peak == -jnp.inf
+    weights = jnp.exp(logits - jnp.where(empty, 0.0, peak)[..., None])
+    denominator = jnp.where(empty, 1.0, jnp.sum(weights, axis=-1))
+    out = contract(f"tns,{_values(dims)}->tnv", weights.astype(v.dtype), v) / denominator[..., None]
+    return out.astype(q.dtype), jnp.where(empty, -jnp.inf, peak + jnp.log(denominator))
+
+
+def _attend_backward(q, k, v, bias, lse, out, d_out, d_lse, *, scale, dims):
+    logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
+    weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+    d_weights = contract(f"tnv,{_values(dims)}->tns", d_out, v)
+    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    d_logits = jnp.where(bias[:, None] > -jnp.inf, weights * (d_weights - mean[..., None]) * scale, 0.0).astype(q.dtype)
+    d_q = contract(f"tns,{dims}->tnh", d_logits, k).astype(q.dtype)
+    d_k = contract(f"tns,tnh->{dims}", d_logits, q)
+    d_v = contract(f"tns,tnv->{_values(dims)}", weights.astype(d_out.dtype), d_out)
+    return d_q, d_k, d_v
+
+
+def _values(dims):
+    return dims.replace("h", "v")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sparse_attention(value_dim, scale, q, kv, indices):
+    def block(queries, kv, sums):
+        q, indices = queries
+        rows, present = gather_rows(kv, indices)
+        bias = jnp.where(present, 0.0, -jnp.inf)
+        return _attend(q, rows, rows[..., :value_dim], bias, scale=scale, dims="tsh"), sums
+
+    return map_queries(block, (q, indices), kv, block=_sparse_block(q, kv, indices))[0]
+
+
+def _sparse_block(q, kv, indices):
+    return queries_per_block(indices.shape[2] * (2 * kv.shape[2] + 3 * q.shape[2]))
+
+
+def _sparse_forward(value_dim, scale, q, kv, indices):
+    out, lse = _sparse_attention(value_dim, scale, q, kv, indices)
+    return (out, lse), (q, kv, indices, out, lse)
+
+
+def _sparse_backward(value_dim, scale, residuals, cotangents):
+    q, kv, indices, out, lse = residuals
+
+    def block(queries, kv, d_kv):
+        q, indices, lse, out, d_out, d_lse = queries
+        rows, present = gather_rows(kv, indices)
+        bias = jnp.where(present, 0.0, -jnp.inf)
+        values = rows[..., :value_dim]
+        d_q, d_rows, d_values = _attend_backward(
+            q, rows, values, bias, lse, out, d_out, d_lse, scale=scale, dims="tsh"
+        )
+        return d_q, scatter_rows(d_kv, indices, d_rows.at[..., :value_dim].add(d_values))
+
+    queries = (q, indices, lse, out, *cotangents)
+    d_kv = jnp.zeros(kv.shape, jnp.float32)
+    d_q, d_kv = map_queries(block, queries, kv, d_kv, block=_sparse_block(q, kv, indices))
+    return d_q, d_kv.astype(kv.dtype), _no_gradient(indices)
+
+
+_sparse_attention.defvjp(_sparse_forward, _sparse_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dense_attention(scale, dims, q, k, v, keys, indices):
+    def block(queries, keys, sums):
+        (q, start, stop, indices), (k, v) = queries, keys
+        return _attend(q, k, v, _reach(start, stop, indices, k.shape[0]), scale=scale, dims=dims), sums
+
+    return map_queries(block, (q, keys.start, keys.stop, indices), (k, v), block=_dense_block(q, k))[0]
+
+
+def _dense_block(q, k):
+    return queries_per_block(3 * k.shape[1] * q.shape[2])
+
+
+def _reach(start, stop, indices, size):
+    """The bias of `_attend` over all keys: log multiplicity in the selection if there is one, -inf out of reach."""
+    reach = KeyRange(start, stop).contains(jnp.arange(size))
+    if indices is None:
+        return jnp.where(reach, 0.0, -jnp.inf)
+    ones = jnp.ones(indices.shape, jnp.float32)
+    counts = jax.vmap(scatter_rows)(jnp.zeros(reach.shape, jnp.float32), indices, ones)
+    return jnp.where(reach, jnp.log(counts), -jnp.inf)
+
+
+def _dense_forward(scale, dims, q, k, v, keys, indices):
+    out, lse = _dense_attention(scale, dims, q, k, v, keys, indices)
+    return (out, lse), (q, k, v, keys, indices, out, lse)
+
+
+def _dense_backward(scale, dims, residuals, cotangents):
+    q, k, v, keys, indices, out, lse = residuals
+
+    def block(queries, keys, sums):
+        (q, start, stop, indices, *rest), (k, v) = queries, keys
+        bias = _reach(start, stop, indices, k.shape[0])
+        d_q, d_k, d_v = _attend_backward(q, k, v, bias, *rest, scale=scale, dims=dims)
+        return d_q, (sums[0] + d_k, sums[1] + d_v)
+
+    queries = (q, keys.start, keys.stop, indices, lse, out, *cotangents)
+    sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q, (d_k, d_v) = map_queries(block, queries, (k, v), sums, block=_dense_block(q, k))
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(_no_gradient, keys), jax.tree.map(_no_gradient, indices)
+
+
+_dense_attention.defvjp(_dense_forward, _dense_backward)
+
+
+def _no_gradient(x):
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def check_latents(q, kv, indices=None):
+    """Raises ValueError unless q [B, T, N, H], kv [B, S, H] and indices [B, T, K] fit together."""
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, N, C+R], got shape {q.shape}")
+    batch, length, _, dim = q.shape
+    if kv.ndim != 3 or kv.shape[0] != batch or kv.shape[2] != dim or kv.shape[1] < 1:
+        raise ValueError(f"kv must be [{batch}, S, {dim}] like q {q.shape}, got shape {kv.shape}")
+    check_one_dtype(q=q, kv=kv)
+    if indices is not None:
+        check_indices(indices, batch, length)
+
+
+def check_heads(q, k):
+    """Raises ValueError unless q [B, T, N, H] and k [B, S, N, H] fit together."""
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, N, P+R], got shape {q.shape}")
+    batch, _, heads, dim = q.shape
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] < 1:
+        raise ValueError(f"k must be [{batch}, S, {heads}, {dim}] like q {q.shape}, got shape {k.shape}")
+    check_one_dtype(q=q, k=k)
+
+
+def check_indices(indices, batch, length):
+    """Raises ValueError unless indices is an integer array [batch, length, K]."""
+    if indices.ndim != 3 or indices.shape[:2] != (batch, length) or indices.shape[2] < 1:
+        raise ValueError(f"indices must be [{batch}, {length}, K] like q, got shape {indices.shape}")
+    if not jnp.issubdtype(indices.dtype, jnp.signedinteger):
+        raise ValueError(f"indices must be signed integers, got {indices.dtype}")
+
+
+def check_lse(lse, q):
+    """Raises ValueError unless lse has one entry for each query and head of q."""
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse must be {list(q.shape[:3])} like q, got shape {lse.shape}")
+
+
+def check_one_dtype(**arrays):
+    """Raises ValueError unless all arrays have one dtype, float32 or bfloat16."""
+    dtypes = {name: str(x.dtype) for name, x in arrays.items()}
+    if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in ("float32", "bfloat16"):
+        raise ValueError(f"{' and '.join(dtypes)} must have one dtype, float32 or bfloat16, got {dtypes}")

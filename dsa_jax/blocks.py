@@ -1,0 +1,73 @@
+"""How the plain definitions are evaluated: float32 contractions, and blocks of queries so that nothing is quadratic."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+BLOCK_ELEMENTS = 1 << 24  # elements of the widest intermediate of a block: 64 MiB in float32
+
+
+def contract(dims: str, *operands: Array) -> Float[Array, "..."]:
+    """`einsum` accumulated and returned in float32; float32 operands are multiplied in full float32, never TF32."""
+    return jnp.einsum(dims, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def queries_per_block(elements_per_query: int) -> int:
+    """How many queries a block may hold when each makes `elements_per_query` elements."""
+    return max(1, BLOCK_ELEMENTS // max(1, elements_per_query))
+
+
+def split_queries(queries: Any, block: int) -> Any:
+    """Cuts every [T, …] leaf into [T / block, block, …]; the last block is filled with 0, integers with -1.
+
+    -1 is an absent index and an empty key range, so filled queries reach nothing.
+    """
+
+    def split(x):
+        fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+        pad = [(0, -x.shape[0] % block)] + [(0, 0)] * (x.ndim - 1)
+        padded = jnp.pad(x, pad, constant_values=fill)
+        return padded.reshape(-1, block, *x.shape[1:])
+
+    return jax.tree.map(split, queries)
+
+
+def join_queries(blocks: Any, length: int) -> Any:
+    """Undoes `split_queries`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], blocks)
+
+
+def map_queries(fn: Callable, queries: Any, keys: Any, sums: Any = (), *, block: int) -> tuple[Any, Any]:
+    """Applies a row-wise `fn` to blocks of queries, one after the other.
+
+    Args:
+      fn: `(queries, keys, sums) -> (results, sums)` for one batch row: leaves of `queries` and `results` are [t, …],
+        those of `keys` and `sums` are whole, [S, …]. `sums` is what all queries add to, such as a gradient by keys.
+      queries: leaves [B, T, …].
+      keys: leaves [B, S, …].
+      sums: leaves [B, S, …], the initial values.
+      block: the largest number of queries at a time.
+
+    Returns:
+      results [B, T, …] and the final sums.
+    """
+    batch, length = jax.tree.leaves(queries)[0].shape[:2]
+    if batch * length <= block:
+        return jax.vmap(fn)(queries, keys, sums)
+    block = math.ceil(length / math.ceil(length / block))  # even blocks: the last one is not mostly padding
+
+    def row(arguments):
+        queries, keys, sums = arguments
+
+        def step(sums, queries):
+            results, sums = fn(queries, keys, sums)
+            return sums, results
+
+        sums, results = jax.lax.scan(step, sums, split_queries(queries, block))
+        return join_queries(results, length), sums
+
+    return jax.lax.map(row, (queries, keys, sums))

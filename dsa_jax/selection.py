@@ -1,0 +1,83 @@
+"""The top-k of Eq. 2: which keys each query keeps."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.blocks import join_queries, map_queries, queries_per_block, split_queries
+from dsa_jax.indexer import QUERY_TILE, check_index_inputs, check_keys, score_query_tile, split_key_tiles
+from dsa_jax.key_range import KeyRange
+from dsa_jax.pallas_kernels import choose_implementation
+
+
+def select_topk(
+    scores: Float[Array, "B T S"], k: int, *, keys: KeyRange | None = None, implementation: str | None = None
+) -> Int[Array, "B T K"]:
+    """Selects the positions of the k highest scores of each query, exactly.
+
+    Canonical: strictly increasing positions, then -1. Of equal scores the lowest position wins, and -0.0 equals +0.0.
+    -inf, NaN and keys outside `keys` are never selected, +inf may be; `k` may exceed S.
+    """
+    scores = jnp.asarray(scores)
+    if scores.ndim != 3:
+        raise ValueError(f"scores must be [B, T, S], got shape {scores.shape}")
+    _check_k(k)
+    choose_implementation("select_topk", implementation)
+    batch, length, size = scores.shape
+    if keys is None:
+        keys = KeyRange(jnp.zeros((batch, length), jnp.int32), jnp.full((batch, length), size, jnp.int32))
+    check_keys(keys, batch, length)
+
+    def block(queries, _, sums):
+        scores, start, stop = queries
+        return _top_positions(jnp.where(KeyRange(start, stop).contains(jnp.arange(size)), scores, -jnp.inf), k), sums
+
+    queries = jax.lax.stop_gradient((scores, keys.start, keys.stop))
+    return map_queries(block, queries, (), block=queries_per_block(size))[0]
+
+
+def select_keys(
+    q_index: Float[Array, "B T J E"],
+    k_index: Float[Array, "B S E"],
+    weights: Float[Array, "B T J"],
+    keys: KeyRange,
+    *,
+    k: int,
+    k_scale: Float[Array, "B S"] | None = None,
+    implementation: str | None = None,
+) -> Int[Array, "B T K"]:
+    """Scores the reachable keys (Eq. 1) and selects the k best of each query: `select_topk(index_scores(…))`, bitwise.
+
+    No more than one tile of queries' scores is alive at a time. Arguments as in `index_scores`, the result as in
+    `select_topk`. No gradient: the indexer learns from `sparse_indexer_kl` and `dense_indexer_kl`.
+    """
+    q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
+    _check_k(k)
+    choose_implementation("select_keys", implementation)
+    size = k_index.shape[1]
+
+    def row(arguments):
+        q_index, k_index, weights, start, stop, k_scale = arguments
+        key_tiles = split_key_tiles(k_index, k_scale, KeyRange(start[None], stop[None]).reached(size)[0])
+        queries = split_queries((q_index, weights, start, stop), QUERY_TILE)
+        chosen = jax.lax.map(lambda tile: _top_positions(score_query_tile(*tile, key_tiles, size), k), queries)
+        return join_queries(chosen, q_index.shape[0])
+
+    arguments = (q_index, k_index, weights, keys.start, keys.stop, k_scale)
+    return jax.lax.map(row, jax.lax.stop_gradient(arguments))
+
+
+def _check_k(k):
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+
+
+def _top_positions(scores, k):
+    """`select_topk` for [t, S] scores that hold -inf where a key is out of reach."""
+    size = scores.shape[-1]
+    # lax.top_k ranks NaN highest and -0.0 below +0.0; of equal values it keeps the lowest position.
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+    values, positions = jax.lax.top_k(scores, min(k, size))
+    positions = jnp.sort(jnp.where(values > -jnp.inf, positions, size), axis=-1).astype(jnp.int32)
+    positions = jnp.where(positions < size, positions, -1)
+    return jnp.pad(positions, ((0, 0), (0, k - positions.shape[-1])), constant_values=-1)
