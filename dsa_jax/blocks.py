@@ -16,6 +16,11 @@ def contract(dims: str, *operands: Array) -> Float[Array, "..."]:
     return jnp.einsum(dims, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
+def project(dims: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`einsum` of activations with a parameter, in and out in the dtype of `x`; float32 is multiplied in full."""
+    return jnp.einsum(dims, x, weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
 def queries_per_block(elements_per_query: int) -> int:
     """How many queries a block may hold when each makes `elements_per_query` elements."""
     return max(1, BLOCK_ELEMENTS // max(1, elements_per_query))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsa_jax.blocks import contract, join_queries, split_queries
+from dsa_jax.blocks import contract, join_queries, project, split_queries
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
@@ -145,19 +145,19 @@ class LightningIndexer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         q_latent: Float[Array, "B T Q"],
-        rotation: tuple[Float[Array, "B T R/2"], Float[Array, "B T R/2"]],
+        rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     ) -> tuple[Float[Array, "B T J E"], Float[Array, "B T E"], Float[Array, "B T J"]]:
         """Returns `q_index`, `k_index` in the dtype of `x` and float32 `weights` (J^-0.5 · E^-0.5 included).
 
         With `index_fp8` queries and keys are Hadamard-transformed, ready to be quantised.
         """
         with jax.named_scope("indexer"):
-            q_index = contract("btq,qje->btje", q_latent, self.wq_b[...].astype(x.dtype)).astype(x.dtype)
-            k_index = self.k_norm(contract("btd,de->bte", x, self.wk[...].astype(x.dtype)).astype(x.dtype))
+            q_index = project("btq,qje->btje", q_latent, self.wq_b[...])
+            k_index = self.k_norm(project("btd,de->bte", x, self.wk[...]))
             q_index, k_index = self._rotate(q_index, rotation), self._rotate(k_index, rotation)
             if self.config.index_fp8:
                 q_index, k_index = hadamard(q_index), hadamard(k_index)
-            weights = contract("btd,dj->btj", x.astype(jnp.float32), self.weights_proj[...].astype(jnp.float32))
+            weights = project("btd,dj->btj", x.astype(jnp.float32), self.weights_proj[...])
             return q_index, k_index, weights * (self.config.index_n_heads * self.config.index_head_dim) ** -0.5
 
     def _rotate(self, x, rotation):

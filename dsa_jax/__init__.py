@@ -1,0 +1,36 @@
+"""DeepSeek Sparse Attention for JAX."""
+
+from dsa_jax.attention import attention_target, latent_attention, multihead_attention, sparse_attention
+from dsa_jax.cache import Cache
+from dsa_jax.config import Config, YaRN
+from dsa_jax.generate import generate
+from dsa_jax.indexer import LightningIndexer, index_scores
+from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
+from dsa_jax.key_range import KeyRange
+from dsa_jax.layers import SparseMLA
+from dsa_jax.model import Output, Transformer
+from dsa_jax.quantization import hadamard, quantize
+from dsa_jax.selection import select_keys, select_topk
+
+__all__ = [
+    "Cache",
+    "Config",
+    "KeyRange",
+    "LightningIndexer",
+    "Output",
+    "SparseMLA",
+    "Transformer",
+    "YaRN",
+    "attention_target",
+    "dense_indexer_kl",
+    "generate",
+    "hadamard",
+    "index_scores",
+    "latent_attention",
+    "multihead_attention",
+    "quantize",
+    "select_keys",
+    "select_topk",
+    "sparse_attention",
+    "sparse_indexer_kl",
+]

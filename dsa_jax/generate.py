@@ -1,0 +1,133 @@
+"""Text generation: the prompt in chunks through the model (prefill), then a token at a time (decode)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.cache import Cache
+from dsa_jax.key_range import KeyRange
+from dsa_jax.model import Transformer
+
+PREFILL_CHUNK = 4096  # tokens of a prompt at a time: bounds the memory of activations
+
+
+def generate(
+    model: Transformer,
+    tokens: Int[Array, "B T"],
+    *,
+    max_new_tokens: int,
+    key: Array | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    attention: str = "sparse",
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Int[Array, "B max_new_tokens"]:
+    """Continues each prompt by `max_new_tokens` tokens.
+
+    Args:
+      model: the transformer.
+      tokens: prompts, padded on the right to one length.
+      max_new_tokens: how many tokens to add to each.
+      key: random key, needed unless `temperature` is 0.
+      lengths: the real length of each prompt; all of T if None.
+      temperature: 0 takes the likeliest token.
+      top_k: sample among the k likeliest tokens only.
+      top_p: sample among the likeliest tokens that together have this probability.
+      stop_token: after this token a row repeats it.
+      attention: "sparse" or "dense".
+      prefill_chunk: tokens of the prompt that go through the model at a time.
+
+    Raises:
+      ValueError: for ids outside the vocabulary, lengths outside [1, T], or a total longer than the model's positions.
+    """
+    tokens = np.asarray(tokens)
+    lengths = np.full(tokens.shape[0], tokens.shape[1]) if lengths is None else np.asarray(lengths)
+    _check(model.config, tokens, lengths, max_new_tokens, key, temperature, top_k, top_p, prefill_chunk)
+    graph, state = nnx.split(model)
+    cache = Cache.empty(model.config, tokens.shape[0], tokens.shape[1] + max_new_tokens)
+    step = partial(_extend, graph, state, attention=attention)
+
+    last = jnp.zeros((tokens.shape[0], model.config.vocab_size), jnp.float32)
+    for begin in range(0, tokens.shape[1], prefill_chunk):
+        chunk = tokens[:, begin : begin + prefill_chunk]
+        real = np.clip(lengths - begin, 0, chunk.shape[1])
+        logits, cache = step(jnp.asarray(chunk, jnp.int32), jnp.asarray(real, jnp.int32), cache)
+        last = jnp.where((real > 0)[:, None], logits, last)
+
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    key = jax.random.key(0) if key is None else key
+    return _decode(graph, state, last, cache, key, max_new_tokens, stop_token, attention, tuple(sampling.items()))
+
+
+def sample(
+    logits: Float[Array, "B vocab"], key: Array, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Int[Array, " B"]:
+    """Draws a token a row from softmax(logits / temperature), cut to the `top_k` likeliest and to `top_p` of the mass."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+    probabilities = jax.nn.softmax(ranked)
+    keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the likeliest always stays
+    if top_k is not None:
+        keep &= jnp.arange(logits.shape[-1]) < top_k
+    rank = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="attention", donate_argnums=4)
+def _extend(graph, state, tokens, real, cache, *, attention):
+    """Appends tokens to the cache; returns the logits after each row's last real token, and the cache."""
+    model = nnx.merge(graph, state)
+    column = jnp.arange(tokens.shape[1])
+    stop = jnp.where(column < real[:, None], cache.lengths[:, None] + column + 1, 0)
+    out = model(tokens, keys=KeyRange(jnp.zeros_like(stop), stop), attention=attention, cache=cache)
+    last = jnp.take_along_axis(out.hidden, jnp.maximum(real - 1, 0)[:, None, None], axis=1)[:, 0]
+    return model.unembed(last), out.cache
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
+def _decode(graph, state, logits, cache, key, count, stop_token, attention, sampling):
+    model = nnx.merge(graph, state)
+
+    def step(carry, key):
+        logits, cache, done = carry
+        token = sample(logits, key, **dict(sampling))
+        if stop_token is not None:
+            token = jnp.where(done, stop_token, token)
+            done |= token == stop_token
+        out = model(token[:, None], attention=attention, cache=cache)
+        return (model.unembed(out.hidden[:, 0]), out.cache, done), token
+
+    done = jnp.zeros(logits.shape[0], bool)
+    return jax.lax.scan(step, (logits, cache, done), jax.random.split(key, count))[1].T
+
+
+def _check(config, tokens, lengths, max_new_tokens, key, temperature, top_k, top_p, prefill_chunk):
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+        raise ValueError(f"tokens must be integers [B, T] with at least one token, got {tokens.dtype} {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ValueError(f"tokens must lie in [0, {config.vocab_size}), got {tokens.min()} … {tokens.max()}")
+    if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(f"lengths must be [{tokens.shape[0]}] numbers from 1 to {tokens.shape[1]}, got {lengths}")
+    if max_new_tokens < 1 or prefill_chunk < 1:
+        raise ValueError(f"max_new_tokens and prefill_chunk must be at least 1, got {max_new_tokens}, {prefill_chunk}")
+    total = tokens.shape[1] + max_new_tokens
+    if total > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and continuation must fit max_position_embeddings = {config.max_position_embeddings}, "
+            f"got {tokens.shape[1]} + {max_new_tokens} = {total}"
+        )
+    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"temperature must be at least 0, top_p in (0, 1], top_k at least 1, got {temperature}, {top_p}, {top_k}"
+        )
+    if key is None and temperature > 0:
+        raise ValueError("sampling needs a random key: pass key=jax.random.key(…), or temperature=0")

@@ -1,0 +1,188 @@
+"""The DSA transformer: tokens in, hidden states and the indexer's losses out."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.blocks import contract
+from dsa_jax.cache import Cache
+from dsa_jax.config import Config
+from dsa_jax.key_range import KeyRange
+from dsa_jax.layers import MLP, LayerOutput, RMSNorm, Rotation, SparseMLA
+from dsa_jax.moe import MoE
+from dsa_jax.rope import rotation as rope_rotation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a forward pass returns.
+
+    hidden [B, T, D] after the last norm, for `unembed`; indexer_kl float32 [layers, B, T]; expert_load float32
+    [moe_layers, X], valid token slots an expert got; selected int32 [layers, B, T, K] if it was asked for; the new cache
+    if one was given.
+    """
+
+    hidden: Array
+    indexer_kl: Array
+    expert_load: Array
+    selected: Array | None
+    cache: Cache | None
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each on the normalised residual stream."""
+
+    def __init__(self, config: Config, *, moe: bool, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
+        self.self_attn = SparseMLA(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
+        self.mlp = MoE(config, rngs=rngs) if moe else MLP(config, config.intermediate_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], rotation: Rotation, keys: KeyRange, **options: Any) -> LayerOutput:
+        """Applies the layer; `options` are those of `SparseMLA`."""
+        attended = self.self_attn(self.input_layernorm(x), rotation, keys, **options)
+        x = x + attended.x
+        y, load = self.post_attention_layernorm(x), None
+        with jax.named_scope("feed_forward"):
+            if isinstance(self.mlp, MoE):
+                y, load = self.mlp(y, valid=keys.nonempty())
+            else:
+                y = self.mlp(y)
+        return dataclasses.replace(attended, x=x + y, expert_load=load)
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        vocab, dim, dtype = config.vocab_size, config.hidden_size, config.param_dtype
+        self.config = config
+        self.embed_tokens = nnx.Param(normal(rngs.params(), (vocab, dim), dtype))
+        self.dense_layers = _stack_layers(config, config.num_dense_layers, moe=False, rngs=rngs)
+        self.moe_layers = _stack_layers(config, config.num_moe_layers, moe=True, rngs=rngs)
+        self.norm = RMSNorm(dim, config.rms_norm_eps, dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nnx.Param(normal(rngs.params(), (dim, vocab), dtype))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        keys: KeyRange | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        attention: str = "sparse",
+        selected: Int[Array, "layers B T K"] | None = None,
+        return_selected: bool = False,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Runs the model over T tokens a row.
+
+        Args:
+          tokens: ids in [0, vocab); check them on the host, an id out of range is not noticed here.
+          keys: which keys each query may reach, causal if None; positions of the cache when there is one. A query with
+            an empty range is padding: it does not count in `expert_load`, nor in the cache's lengths if it stands last.
+          positions: rotary positions, counted from 0 (or from the cache's lengths) if None.
+          attention: "sparse" over the selection, or "dense" over all reachable keys.
+          selected: a selection to attend to instead of the indexer's own (sparse attention only).
+          return_selected: whether `Output.selected` is wanted (sparse attention only).
+          cache: keys of earlier tokens; the new ones are appended.
+        """
+        self._check(tokens, keys, positions, attention, selected, return_selected, cache)
+        batch, length = tokens.shape
+        before = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
+        positions = before[:, None] + jnp.arange(length) if positions is None else positions
+        x = self.embed_tokens[...][tokens].astype(self.config.dtype)
+        rotation = rope_rotation(positions, self.config)
+
+        results, first = [], 0
+        for stack, count in self._stacks():
+            chosen = None if selected is None else selected[first : first + count]
+            (x, cache), ys = _scan_layers(stack, first, (x, cache), chosen, rotation, keys, attention, return_selected)
+            results.append(ys)
+            first += count
+
+        kl, chosen, load = zip(*results, strict=True)
+        load = [each for each in load if each is not None]
+        return Output(
+            hidden=self.norm(x),
+            indexer_kl=jnp.concatenate(kl),
+            expert_load=load[0] if load else jnp.zeros((0, self.config.n_routed_experts), jnp.float32),
+            selected=jnp.concatenate(chosen) if return_selected else None,
+            cache=None if cache is None else cache.advance(jnp.sum(keys.nonempty(), axis=1, dtype=jnp.int32)),
+        )
+
+    def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+        """Float32 logits of the next token; at training lengths take them a chunk of tokens at a time."""
+        if self.lm_head is None:
+            return contract("...d,vd->...v", hidden, self.embed_tokens[...].astype(hidden.dtype))
+        return contract("...d,dv->...v", hidden, self.lm_head[...].astype(hidden.dtype))
+
+    def layers(self) -> Iterator[DecoderLayer]:
+        """Yields the layers one by one, unstacked: to look inside, not to train."""
+        for stack, count in self._stacks():
+            graph, state = nnx.split(stack)
+            for layer in range(count):
+                yield nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], state))
+
+    def _stacks(self):
+        stacks = (self.dense_layers, self.config.num_dense_layers), (self.moe_layers, self.config.num_moe_layers)
+        return [(stack, count) for stack, count in stacks if stack is not None]
+
+    def _check(self, tokens, keys, positions, attention, selected, return_selected, cache):
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
+        batch, length = tokens.shape
+        limit = self.config.max_position_embeddings if cache is None else cache.size
+        if length > limit:
+            where = "max_position_embeddings" if cache is None else "the cache"
+            raise ValueError(f"tokens must be at most {limit} long to fit {where}, got {length}")
+        if attention not in ("sparse", "dense"):
+            raise ValueError(f"attention must be 'sparse' or 'dense', got {attention!r}")
+        if attention == "dense" and (selected is not None or return_selected):
+            raise ValueError("selected and return_selected need attention='sparse', got attention='dense'")
+        shapes = {"positions": positions} if keys is None else {"keys": keys.start, "positions": positions}
+        for name, value in shapes.items():
+            if value is not None and value.shape != (batch, length):
+                raise ValueError(f"{name} must be [{batch}, {length}] like tokens, got shape {value.shape}")
+        layers = self.config.num_hidden_layers
+        if selected is not None and (selected.ndim != 4 or selected.shape[:3] != (layers, batch, length)):
+            raise ValueError(f"selected must be [{layers}, {batch}, {length}, K], got shape {selected.shape}")
+        if cache is not None and cache.kv.shape[:2] != (layers, batch):
+            raise ValueError(f"the cache must hold {layers} layers of {batch} rows, got {cache.kv.shape[:2]}")
+
+
+def _stack_layers(config, count, *, moe, rngs):
+    if not count:
+        return None
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return DecoderLayer(config, moe=moe, rngs=rngs)
+
+    return make(rngs)
+
+
+def _scan_layers(stack, first, carry, selected, rotation, keys, attention, return_selected):
+    graph, state = nnx.split(stack)
+
+    def body(carry, scanned):
+        (x, cache), (layer, state, selected) = carry, scanned
+        options = dict(attention=attention, selected=selected, cache=cache, layer=layer)
+        out = nnx.merge(graph, state)(x, rotation, keys, **options)
+        chosen = out.selected if return_selected else None
+        return (out.x, out.cache), (out.indexer_kl, chosen, out.expert_load)
+
+    # A selection is kept, not found again: a second indexer pass costs time and could choose otherwise.
+    keep = jax.checkpoint_policies.save_only_these_names("indices", "lse")
+    count = jax.tree.leaves(state)[0].shape[0]
+    scanned = (first + jnp.arange(count), state, selected)
+    return jax.lax.scan(jax.checkpoint(body, policy=keep), carry, scanned)
