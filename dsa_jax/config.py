@@ -9,8 +9,11 @@ Letter table, used in every signature, einsum and comment:
 """
 
 import dataclasses
+import json
 import math
-from typing import Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class YaRN:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A DSA transformer. Fields keep the names of Hugging Face's `config.json`; the defaults are the published 671B model.
+    """A DSA transformer. Fields are named as in Hugging Face's `config.json`; defaults are the published 671B model.
 
     `dtype` is that of the computation and `param_dtype` that of the parameters; normalisations, softmax, router, index
     weights and losses are float32 whatever they say.
@@ -139,7 +142,48 @@ class Config:
     def softmax_scale(self) -> float:
         """(P + R)^-0.5, times the square of YaRN's magnitude."""
         scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        return scale if self.rope_scaling is None else scale * self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) ** 2
+        yarn = self.rope_scaling
+        return scale if yarn is None else scale * yarn.magnitude(yarn.mscale_all_dim) ** 2
+
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Self:
+        """Reads Hugging Face's configuration: a folder with a `config.json`, that file, or its contents.
+
+        Absent keys take the defaults that transformers gives the `model_type`, "deepseek_v32" or "glm_moe_dsa". The
+        compute and parameter dtypes are not read: `load_hf` sets them. Raises one ValueError that names every key which
+        changes the model and is unknown, or holds a value that this library does not implement.
+        """
+        data = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        fields, problems = _translate(data)
+        if problems:
+            raise ValueError("this configuration is not supported: " + "; ".join(problems))
+        return cls(**fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `config.json` that transformers reads back to the same model.
+
+        `index_fp8` and the compute dtype have no key there; `torch_dtype` is the parameters'.
+        """
+        model_type = "glm_moe_dsa" if self.index_rope_interleave else "deepseek_v32"
+        rope = {"rope_theta": self.rope_theta, "rope_scaling": None}
+        if self.rope_scaling is not None:
+            rope["rope_scaling"] = {"type": "yarn", **_yarn_to_hf(self.rope_scaling)}
+        elif self.index_rope_interleave:
+            rope = {"rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
+        interleave = {"indexer_rope_interleave": True} if self.index_rope_interleave else {}
+        return {
+            "architectures": [_ARCHITECTURES[model_type]],
+            "model_type": model_type,
+            **{name: getattr(self, name) for name in _HF_FIELDS},
+            **rope,
+            **interleave,
+            **{key: _REQUIRED[key] for key in "attention_bias attention_dropout hidden_act".split()},
+            **{key: _REQUIRED[key] for key in "moe_layer_freq scoring_func topk_method".split()},
+            "num_key_value_heads": self.num_attention_heads,
+            "num_nextn_predict_layers": 0,
+            "torch_dtype": self.param_dtype,
+            "use_cache": True,
+        }
 
     @classmethod
     def deepseek_v32(cls) -> Self:
@@ -173,3 +217,224 @@ class Config:
             max_position_embeddings=4096,
             dtype="float32",
         )
+
+
+_ARCHITECTURES = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM"}
+
+# Fields that `config.json` spells as we do.
+_OURS = {"rope_theta", "rope_scaling", "index_rope_interleave", "index_fp8", "dtype", "param_dtype"}
+_HF_FIELDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in _OURS}
+
+# What transformers assumes for absent keys of GLM-5 where it differs from DeepSeek-V3.2, whose values are Config's own.
+_GLM_DEFAULTS = {
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "intermediate_size": 12288,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 202752,
+}
+
+# Keys that would change the model, with the one value that this library implements; null means that value too.
+_REQUIRED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "is_encoder_decoder": False,
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "moe_router_dtype": "float32",
+    "partial_rotary_factor": 1.0,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+# Keys read beside the fields, and their types.
+_READ = {
+    "model_type": str,
+    "rope_theta": float,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+    "num_key_value_heads": int,
+    "mlp_layer_types": list,
+    "layer_types": list,
+    "indexer_types": list,
+    "index_topk_freq": int,
+    "index_topk_pattern": str | list,
+    "index_skip_topk_offset": int,
+    "indexer_rope_interleave": bool,
+    "quantization_config": dict,
+}
+
+# Keys that do not change the model: token ids, file and library bookkeeping, widths that follow from others, and what
+# concerns training losses of others or the prediction layers past the last, which are not loaded.
+_IGNORED = frozenset(
+    "_name_or_path architectures auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "ep_size head_dim id2label index_share_for_mtp_iteration label2id name_or_path num_nextn_predict_layers "
+    "output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type qk_head_dim "
+    "return_dict router_aux_loss_coef seq_aux tokenizer_class torch_dtype transformers_version use_cache".split()
+)
+
+_YARN_KEYS = "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim".split()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"expected a folder with a config.json, or such a file, got {path}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Config's arguments, and what is wrong with the keys of a `config.json`."""
+    model_type = data.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        return {}, [f"model_type must be one of {sorted(_ARCHITECTURES)}, got {model_type!r}"]
+    glm = model_type == "glm_moe_dsa"
+    known = _HF_FIELDS.keys() | _REQUIRED.keys() | _READ.keys() | _IGNORED
+    problems = [f"unknown key {key} = {data[key]!r}" for key in sorted(data.keys() - known) if data[key] is not None]
+    fields = dict(_GLM_DEFAULTS) if glm else {}
+    fields["index_rope_interleave"] = glm
+    fields |= {name: data[name] for name in _HF_FIELDS if data.get(name) is not None}
+    for key, kind in {**_HF_FIELDS, **_READ}.items():
+        if data.get(key) is not None and not _is_a(data[key], kind):
+            problems.append(f"{key} must be of type {getattr(kind, '__name__', kind)}, got {data[key]!r}")
+    for key, value in _REQUIRED.items():
+        if data.get(key) not in (None, value):
+            problems.append(f"{key} must be {value!r}, got {data[key]!r}")
+    if problems:  # what follows computes with the fields
+        return fields, problems
+    fields = {name: float(value) if _HF_FIELDS.get(name) is float else value for name, value in fields.items()}
+    fields["rope_theta"], fields["rope_scaling"], rope_problems = _read_rope(data, fields)
+    fields["first_k_dense_replace"], layer_problems = _read_layers(data, fields)
+    return fields, rope_problems + layer_problems + _check_heads_and_blocks(data, fields)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _field(fields: dict[str, Any], name: str) -> Any:
+    return fields.get(name, getattr(Config, name))
+
+
+def _read_rope(data, fields) -> tuple[float, YaRN | None, list[str]]:
+    """Both spellings: `rope_scaling` beside `rope_theta`, or `rope_parameters` with the base inside."""
+    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = rope.pop("rope_theta", data.get("rope_theta") or 10000.0)
+    old_type = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_type)
+    problems = []
+    if not _is_a(theta, float) or theta <= 0:
+        theta, problems = 10000.0, [f"rope_theta must be a number above 0, got {theta!r}"]
+    for key, value in {"partial_rotary_factor": 1.0, "truncate": True}.items():
+        if rope.pop(key, value) != value:
+            problems.append(f"{key} of the rotary embedding must be {value!r}")
+    if kind not in ("default", "yarn"):
+        return theta, None, [*problems, f"rope_type must be 'default' or 'yarn', got {kind!r}"]
+    known = [*_YARN_KEYS, "attention_factor"] if kind == "yarn" else []
+    problems += [f"unknown rotary key {key} = {rope[key]!r}" for key in sorted(rope.keys() - set(known))]
+    problems += [f"rotary key {key} must be a number, got {v!r}" for key, v in rope.items() if not _is_a(v, float)]
+    if kind == "default" or problems:
+        return float(theta), None, problems
+    yarn, problems = _read_yarn(rope, _field(fields, "max_position_embeddings"))
+    return float(theta), yarn, problems
+
+
+def _read_yarn(rope: dict[str, Any], max_position_embeddings: int) -> tuple[YaRN | None, list[str]]:
+    """YaRN as transformers reads it, where cosines and sines are stretched by `attention_factor`.
+
+    Absent, that is the ratio of both magnitudes if `mscale` and `mscale_all_dim` are given and not 0, and else the
+    magnitude of 1; an absent `mscale_all_dim` leaves the softmax scale alone. Both are cast into our two numbers.
+    """
+    original = rope.get("original_max_position_embeddings") or max_position_embeddings
+    factor = rope.get("factor") or max_position_embeddings / original
+    arguments = {key: rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)}
+    mscale, all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
+    if factor < 1:
+        return None, [f"rotary factor must be at least 1, got {factor}"]
+    yarn = YaRN(factor, original, **arguments, mscale=mscale or 1.0, mscale_all_dim=all_dim)
+    stretch = rope.get("attention_factor")
+    if stretch is None:
+        if all_dim == 0 or (mscale and all_dim):
+            return dataclasses.replace(yarn, mscale=mscale if all_dim else 1.0), []
+        stretch = yarn.magnitude(1.0)
+    if factor == 1:
+        return yarn, [] if stretch == 1 else [f"attention_factor must be 1 where factor is 1, got {stretch}"]
+    mscale = (stretch * yarn.magnitude(all_dim) - 1.0) / (0.1 * math.log(factor))
+    return dataclasses.replace(yarn, mscale=mscale), []
+
+
+def _yarn_to_hf(yarn: YaRN) -> dict[str, float]:
+    """The keys of `rope_scaling`; `attention_factor` only where transformers would infer another."""
+    keys = dataclasses.asdict(yarn)
+    stretch = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)
+    inferred = stretch if yarn.mscale and yarn.mscale_all_dim else yarn.magnitude(1.0)
+    return keys if stretch == inferred else {**keys, "attention_factor": stretch}
+
+
+def _read_layers(data, fields) -> tuple[int, list[str]]:
+    """How many dense layers precede the MoE layers, which `mlp_layer_types` says if it is there."""
+    layers, dense = _field(fields, "num_hidden_layers"), _field(fields, "first_k_dense_replace")
+    problems = []
+    types = data.get("mlp_layer_types")
+    if types is not None:
+        listed = len(types) - list(reversed(types)).index("dense") if "dense" in types else 0
+        if list(types) != ["dense"] * listed + ["sparse"] * (layers - listed):
+            problems.append(f"mlp_layer_types must be {layers} layers, 'dense' first and then 'sparse', got {types}")
+        dense = dense if listed == min(dense, layers) else listed
+    types = data.get("layer_types") or ()
+    strange = set(types) - {"indexed_attention", "deepseek_sparse_attention"}
+    if strange or len(types) not in (0, layers):
+        problems.append(f"layer_types must be 'indexed_attention' for all {layers} layers, got {types}")
+    types = _indexer_types(data, layers)
+    if types != ["full"] * layers:
+        problems.append(
+            "indexer_types (or index_topk_pattern, index_topk_freq) must be 'full' for every layer, for sharing a "
+            f"selection among layers is not supported, got {types}"
+        )
+    return dense, problems
+
+
+def _indexer_types(data: dict[str, Any], layers: int) -> list[str]:
+    """Whether each layer has an indexer ("full") or takes an earlier layer's selection ("shared")."""
+    if data.get("indexer_types") is not None:
+        return list(data["indexer_types"])
+    if data.get("index_topk_pattern") is not None:
+        letters = {"F": "full", "S": "shared"}
+        return [letters.get(each) or each for each in data["index_topk_pattern"]]
+    every, offset = max(data.get("index_topk_freq") or 1, 1), data.get("index_skip_topk_offset", 2)
+    return ["shared" if max(layer - offset + 1, 0) % every else "full" for layer in range(layers)]
+
+
+def _check_heads_and_blocks(data, fields) -> list[str]:
+    problems = []
+    heads = _field(fields, "num_attention_heads")
+    if data.get("num_key_value_heads") not in (None, heads):
+        problems.append(f"num_key_value_heads must be num_attention_heads = {heads}, got {data['num_key_value_heads']}")
+    interleave = fields["index_rope_interleave"]
+    if data.get("indexer_rope_interleave") not in (None, interleave):
+        problems.append(f"indexer_rope_interleave must be {interleave} for {data['model_type']}")
+    quantization = data.get("quantization_config") or {}
+    expected = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    for key, value in expected.items():
+        if quantization and quantization.get(key, value if key == "fmt" else None) != value:
+            problems.append(f"quantization_config {key} must be {value!r}, got {quantization.get(key)!r}")
+    return problems
