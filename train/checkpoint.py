@@ -1,0 +1,144 @@
+"""Checkpoints of a run: written in the background, visible only when whole."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
+
+from train.phases import Params
+from train.presets import RunConfig, differences
+from train.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where in a run a checkpoint stands."""
+
+    step: int  # done since the start of the run
+    phase: int  # index in the run's phases
+    phase_step: int  # done since the start of the phase
+    data: dict[str, Any]  # the state of the batches' iterator
+
+
+class Checkpoints:
+    """The checkpoints under one folder, each named by its step; the newest few and the last of each phase are kept."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, init: str | None = None):
+        self.folder = folder.absolute()
+        self._identity = identity(config, init)
+        ends = [sum(p.steps for p in config.phases[: i + 1]) for i in range(len(config.phases))]
+        keep = AnyPreservationPolicy([LatestN(config.keep_checkpoints), CustomSteps(ends)])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint, once those under way are written."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.folder / str(step)
+
+    def save(self, state: TrainState, position: Position) -> None:
+        """Starts writing; waits first for a write still under way. The state may be donated at once afterwards."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(_without_params(state)),
+            meta=ocp.args.JsonSave({"position": dataclasses.asdict(position), "run": self._identity}),
+        )
+        with self._writing():
+            self._manager.save(position.step, args=items, force=True)
+
+    def position(self, step: int) -> Position:
+        """Where a checkpoint stands; ValueError naming every setting in which its run is not this one."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        changed = differences(self._identity, restored["meta"]["run"])
+        if changed:
+            raise ValueError(f"the checkpoint {self.path(step)} is of another configuration: {'; '.join(changed)}")
+        return Position(**restored["meta"]["position"])
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a checkpoint; `like` gives shapes, dtypes and shardings."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                optimizer=ocp.args.StandardRestore(_without_params(target)),
+            ),
+        )
+        return TrainState(params=restored["params"], **restored["optimizer"])
+
+    def restore_params(self, step: int, like: Params) -> Params:
+        """The parameters alone, for evaluation and for the next phase of another run."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+
+    def wait(self) -> None:
+        """Until every checkpoint under way is written; ValueError with what went wrong there."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk comes as any of several types, from the thread that writes
+            whole = checkpoint_steps(self.folder.parent)
+            last = self.path(whole[-1]) if whole else "none"
+            reason = str(error).splitlines()[0][:300]
+            raise ValueError(f"a checkpoint in {self.folder} must be written, got: {reason}; the last whole one: {last}") from error
+
+
+def _without_params(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "random": state.random}
+
+
+def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
+    """What must be the same for a run to be continued: all that decides its numbers."""
+    values = {**config.to_json(), "init": init}
+    for name in ("checkpoint_every", "keep_checkpoints"):
+        del values[name]
+    return values
+
+
+def load_params(folder: Path, like: Params, *, step: int | None = None) -> Params:
+    """The parameters of the newest checkpoint (or that of `step`) of a run's folder."""
+    found = checkpoint_steps(folder)
+    if not found:
+        raise ValueError(f"init must hold a checkpoint, got {folder} without one")
+    if step is not None and step not in found:
+        raise ValueError(f"{folder} must hold a checkpoint of step {step}, got {found}")
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    path = folder.absolute() / "checkpoints" / str(found[-1] if step is None else step) / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints of a run's folder, in order."""
+    steps = folder / "checkpoints"
+    return sorted(int(path.name) for path in steps.iterdir() if path.name.isdigit()) if steps.is_dir() else []
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The `run.json` of a run's folder."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} must hold the run.json of a run, got {error}") from error

@@ -1,0 +1,99 @@
+"""One optax chain a parameter group: clip by the group's own norm, then AdamW or Muon."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+# Axes (reduction, output) of the matrices that Muon orthogonalises, counted from the end: leading axes (layers,
+# experts) are batches of matrices, and a head axis is folded into the side it stands on. The router is left to AdamW.
+MATRICES = {
+    "q_a_proj": (-2, -1),
+    "q_b_proj": (-3, (-2, -1)),
+    "kv_a_proj_with_mqa": (-2, -1),
+    "kv_b_proj": (-3, (-2, -1)),
+    "o_proj": ((-3, -2), -1),
+    "wq_b": (-3, (-2, -1)),
+    "wk": (-2, -1),
+    "weights_proj": (-2, -1),
+    "gate_proj": (-2, -1),
+    "up_proj": (-2, -1),
+    "down_proj": (-2, -1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW at `learning_rate`; `muon_learning_rate`, if given, hands the matrices of the layers to Muon."""
+
+    learning_rate: float
+    muon_learning_rate: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def make_schedule(peak: float, settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """Linear warm-up that reaches `peak` at step `warmup_steps`, then constant or a cosine to zero at step `steps`."""
+    warmup = settings.warmup_steps
+    if settings.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup))
+    if warmup == 0:
+        return after
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)  # the first step already moves
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """The chain of one parameter group over a phase of `steps` steps."""
+    adam_rate = make_schedule(settings.learning_rate, settings, steps)
+    if settings.muon_learning_rate is None:
+        inner = optax.adamw(
+            adam_rate, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=decay_mask
+        )
+    else:
+        inner = optax.contrib.muon(
+            make_schedule(settings.muon_learning_rate, settings, steps),
+            weight_decay=settings.weight_decay,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            adam_learning_rate=adam_rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+    return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """The tree of `MuonDimensionNumbers`, None where a parameter is AdamW's."""
+
+    def dimensions(path, leaf):
+        names = tuple(getattr(key, "key", None) for key in path)
+        # optax calls this with the masked tree too, where other groups' leaves are empty nodes and never seen here.
+        in_layer = any(name in ("dense_layers", "moe_layers") for name in names)
+        axes = MATRICES.get(names[-1]) if in_layer else None
+        return None if axes is None else MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everywhere but in the normalisations."""
+
+    def decays(path, leaf):
+        return not any(str(getattr(key, "key", "")).endswith("norm") for key in path)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
