@@ -1,0 +1,387 @@
+"""The router and the grouped product against float64 NumPy loops over tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsa_jax import moe
+from dsa_jax.config import Config
+from dsa_jax.moe import MoE, block_rows, expert_ffn, expert_load, route, update_bias
+
+WEIGHTS = (3, 4, 5)
+
+
+def reference_route(x, weight, bias, config):
+    """One token at a time, by sorting (score, index) pairs."""
+    size = config.n_routed_experts // config.n_group
+    experts, gates = [], []
+    for token in np.asarray(x, np.float64):
+        scores = 1 / (1 + np.exp(-token @ np.asarray(weight, np.float64)))
+        biased = scores + np.asarray(bias, np.float64)
+        group = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.n_group)]
+        groups = sorted(range(config.n_group), key=lambda g: (-group[g], g))[: config.topk_group]
+        eligible = [e for e in range(config.n_routed_experts) if e // size in groups]
+        chosen = sorted(eligible, key=lambda e: (-biased[e], e))[: config.num_experts_per_tok]
+        gate = scores[chosen]
+        experts.append(chosen)
+        gates.append(config.routed_scaling_factor * (gate / (gate.sum() + 1e-20) if config.norm_topk_prob else gate))
+    return np.array(experts), np.array(gates)
+
+
+def reference_ffn(x, experts, gates, gate_proj, up_proj, down_proj):
+    x, gates, gate_proj, up_proj, down_proj = (
+        np.asarray(a, np.float64) for a in (x, gates, gate_proj, up_proj, down_proj)
+    )
+    y = np.zeros_like(x)
+    for m, token in enumerate(x):
+        for e, gate in zip(experts[m], gates[m], strict=True):
+            if 0 <= e < len(gate_proj):
+                z = token @ gate_proj[e]
+                y[m] += gate * ((z / (1 + np.exp(-z)) * (token @ up_proj[e])) @ down_proj[e])
+    return y
+
+
+def reference_gradients(x, experts, gates, gate_proj, up_proj, down_proj, dy):
+    """Gradients of sum(dy · y) by hand, one (token, slot) at a time."""
+    x, gates, gate_proj, up_proj, down_proj, dy = (
+        np.asarray(a, np.float64) for a in (x, gates, gate_proj, up_proj, down_proj, dy)
+    )
+    dx, dgates, dgate_proj, dup_proj, ddown_proj = (np.zeros_like(a) for a in (x, gates, gate_proj, up_proj, down_proj))
+    for m, slot in np.ndindex(*experts.shape):
+        e, token = experts[m, slot], x[m]
+        if not 0 <= e < len(gate_proj):
+            continue
+        z, u = token @ gate_proj[e], token @ up_proj[e]
+        s = 1 / (1 + np.exp(-z))
+        h = z * s * u
+        dgates[m, slot] = dy[m] @ (h @ down_proj[e])
+        ddown_proj[e] += np.outer(h, dy[m]) * gates[m, slot]
+        dh = down_proj[e] @ dy[m] * gates[m, slot]
+        dz, du = dh * u * s * (1 + z * (1 - s)), dh * z * s
+        dgate_proj[e] += np.outer(token, dz)
+        dup_proj[e] += np.outer(token, du)
+        dx[m] += gate_proj[e] @ dz + up_proj[e] @ du
+    return dx, dgates, dgate_proj, dup_proj, ddown_proj
+
+
+def problem(seed, tokens, slots, num_experts, dim=8, width=6, *, skew=0.0, dtype=jnp.float32):
+    """Random inputs; with `skew` the first experts get most tokens and the last few or none."""
+    rng = np.random.default_rng(seed)
+    preference = rng.gumbel(size=(tokens, num_experts)) - skew * np.arange(num_experts)
+    experts = np.argsort(-preference, 1)[:, :slots].astype(np.int32)
+    weights = [
+        rng.standard_normal(shape) * 0.3 for shape in ((num_experts, dim, width),) * 2 + ((num_experts, width, dim),)
+    ]
+    arrays = [rng.standard_normal((tokens, dim)), experts, rng.uniform(0.1, 1, (tokens, slots)), *weights]
+    return [
+        jnp.asarray(a, jnp.int32 if a is experts else jnp.float32 if i == 2 else dtype) for i, a in enumerate(arrays)
+    ]
+
+
+SHAPES = {
+    "demo": (96, 2, 8, 0.0),
+    "one_token": (1, 4, 16, 0.0),
+    "few_rows": (5, 2, 8, 0.5),
+    "idle_experts": (40, 2, 8, 3.0),
+    "one_expert": (300, 1, 1, 0.0),
+    "all_to_one": (300, 1, 4, 50.0),
+    "many_experts": (70, 3, 40, 0.1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_match_a_loop_over_tokens(shape):
+    tokens, slots, num_experts, skew = shape
+    arrays = problem(0, tokens, slots, num_experts, skew=skew)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
+    y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, arrays[1], gates, *w), arrays[0], *arrays[2:])
+    np.testing.assert_allclose(y, reference_ffn(*map(np.asarray, arrays)), atol=1e-5)
+    expected = reference_gradients(*map(np.asarray, arrays), dy)
+    for name, gradient, reference in zip(["x", "gates", "gate", "up", "down"], pull(dy), expected, strict=True):
+        np.testing.assert_allclose(gradient, reference, atol=1e-5 * max(1, np.abs(reference).max()), err_msg=name)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.integers(1, 60),
+    num_experts=st.sampled_from([1, 2, 5, 8]),
+    slots=st.integers(1, 4),
+    skew=st.sampled_from([0.0, 1.0, 20.0]),
+)
+@settings(max_examples=20, deadline=None)
+def test_every_slot_has_its_own_row(seed, tokens, num_experts, slots, skew):
+    slots = min(slots, num_experts)
+    experts = np.asarray(problem(seed, tokens, slots, num_experts, 2, 2, skew=skew)[1])
+    layout = moe._lay_out(jnp.asarray(experts), num_experts, chunk=3)
+    slot, row = np.asarray(layout.slot).ravel(), np.asarray(layout.row).ravel()
+    np.testing.assert_array_equal(slot[row], np.arange(tokens * slots))
+    assert (np.sort(slot)[tokens * slots :] == tokens * slots).all()
+    owner = np.repeat(np.asarray(layout.expert).ravel(), layout.slot.shape[-1])
+    np.testing.assert_array_equal(owner[row], experts.ravel())
+    assert (np.diff(np.asarray(layout.expert).ravel()) >= 0).all()
+
+
+def test_slots_without_an_expert_here_contribute_nothing():
+    """Two shards that hold half of the experts each add up to the whole, gradients included."""
+    x, experts, gates, *weights = problem(2, 50, 3, 8)
+    dy = jnp.ones_like(x)
+
+    def run(experts, weights):
+        y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, gates, *weights)
+        return y, *pull(dy)
+
+    whole = run(experts, weights)
+    halves = [run(experts - 4 * i, [w[4 * i : 4 * i + 4] for w in weights]) for i in range(2)]
+    for i in range(3):  # y, dx, dgates
+        np.testing.assert_allclose(halves[0][i] + halves[1][i], whole[i], atol=1e-5)
+    for i in WEIGHTS:
+        np.testing.assert_allclose(jnp.concatenate([h[i] for h in halves]), whole[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [8, 40])
+def test_chunks_of_blocks_change_nothing(monkeypatch, num_experts):
+    arrays = problem(3, 200, 2, num_experts, skew=0.3)
+    loss = lambda x, e, *rest: jnp.sum(jnp.sin(expert_ffn(x, e, *rest)))
+    run = lambda: jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5))(*arrays)
+    whole = run()
+    monkeypatch.setattr(moe, "CHUNK_BYTES", 5 * 3 * 4 * 8 * 6)
+    assert "scan" in str(jax.make_jaxpr(expert_ffn)(*arrays))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(run()), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_accumulates_weight_gradients_in_float32():
+    """2000 equal rows: adding them up in bfloat16 would stop growing at 256 times the first."""
+    x, experts, gates, *weights = problem(4, 2000, 1, 1, dtype=jnp.bfloat16)
+    x = jnp.broadcast_to(x[:1], x.shape)
+    weights = [w.astype(jnp.float32) for w in weights]
+    y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, jnp.ones_like(gates), *weights)
+    gradients = pull(jnp.ones_like(y))
+    assert y.dtype == jnp.bfloat16 and [g.dtype for g in gradients] == [jnp.bfloat16] + [jnp.float32] * 4
+    rounded = [np.asarray(w.astype(jnp.bfloat16), np.float64) for w in weights]
+    arrays = np.asarray(x, np.float64), np.asarray(experts), np.ones(gates.shape), *rounded
+    np.testing.assert_allclose(np.asarray(y, np.float64), reference_ffn(*arrays), rtol=0.03, atol=0.02)
+    expected = reference_gradients(*arrays, np.ones(x.shape))
+    for gradient, reference in zip(gradients[2:], expected[2:], strict=True):
+        np.testing.assert_allclose(gradient, reference, atol=0.02 * np.abs(reference).max())
+
+
+def test_bfloat16_parameters_get_bfloat16_gradients():
+    x, experts, gates, *weights = problem(5, 20, 2, 4, dtype=jnp.bfloat16)
+    gradients = jax.grad(lambda *w: expert_ffn(x, experts, gates, *w).sum().astype(jnp.float32), argnums=(0, 1, 2))(
+        *weights
+    )
+    assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
+
+
+def test_results_are_bitwise_repeatable():
+    arrays = problem(6, 300, 2, 8)
+    run = jax.jit(
+        jax.value_and_grad(lambda x, e, *rest: jnp.sum(expert_ffn(x, e, *rest) ** 2), argnums=(0, 2, 3, 4, 5))
+    )
+    first = run(*arrays)
+    for _ in range(3):
+        jax.tree.map(np.testing.assert_array_equal, first, run(*arrays))
+
+
+def test_no_scatter_adds_to_rows_that_repeat():
+    """On GPUs a scatter that adds to one place twice does so in any order."""
+    arrays = problem(6, 300, 2, 8)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x, e, *rest: jnp.sum(expert_ffn(x, e, *rest)), argnums=(0, 2, 3)))(*arrays)
+
+    def scatters(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name.startswith("scatter-add") or equation.primitive.name == "scatter_add":
+                yield equation
+            for value in equation.params.values():
+                if hasattr(value, "jaxpr"):
+                    yield from scatters(value.jaxpr)
+
+    found = list(scatters(jaxpr.jaxpr))
+    assert found and all(equation.params["unique_indices"] for equation in found)
+
+
+def flops(fn, *arrays):
+    analysis = jax.jit(fn).lower(*arrays).compile().cost_analysis()
+    assert analysis is not None
+    return analysis["flops"]
+
+
+def abstract(tokens, slots, num_experts, dim, width, dtype=jnp.float32):
+    weight = jax.ShapeDtypeStruct((num_experts, dim, width), dtype)
+    down = jax.ShapeDtypeStruct((num_experts, width, dim), dtype)
+    gates = jax.ShapeDtypeStruct((tokens, slots), jnp.float32)
+    experts = jax.ShapeDtypeStruct((tokens, slots), jnp.int32)
+    return jax.ShapeDtypeStruct((tokens, dim), dtype), experts, gates, weight, weight, down
+
+
+def gradients(x, experts, gates, *weights):
+    loss = lambda x, gates, *w: jnp.sum(jnp.square(expert_ffn(x, experts, gates, *w)))
+    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4))(x, gates, *weights)
+
+
+def ragged(x, experts, gates, gate_proj, up_proj, down_proj):
+    """The same work by `jax.lax.ragged_dot`, to show that the count sees rows which are multiplied in vain."""
+    order = jnp.argsort(experts.reshape(-1))
+    sizes = jnp.bincount(experts.reshape(-1), length=gate_proj.shape[0])
+    rows = x[order // experts.shape[1]]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_proj, sizes)) * jax.lax.ragged_dot(rows, up_proj, sizes)
+    return jax.lax.ragged_dot(hidden, down_proj, sizes), gates
+
+
+@pytest.mark.parametrize(("num_experts", "dim"), [(8, 128), (64, 64)])
+def test_flops_stay_near_the_ideal_at_512_rows_an_expert(num_experts, dim):
+    slots, rows = 2, 512
+    arrays = abstract(rows * num_experts // slots, slots, num_experts, dim, dim)
+    ideal = 6 * rows * num_experts * dim * dim
+    forward, both = flops(expert_ffn, *arrays) / ideal, flops(gradients, *arrays) / (3 * ideal)
+    # The count sees a loop's body once. No product of rows and weights is in one here; the only loop sums the weight
+    # gradients of the 319 blocks of 64 experts, whose products with zeros and ones are added to the count by hand.
+    blocks = (rows * num_experts + num_experts * 127) // 128
+    if num_experts > moe.SUMMED_BLOCKS:
+        both += 3 * 2 * moe.SUMMED_BLOCKS * blocks * dim * dim / (3 * ideal)
+    assert 1 <= forward <= 1.5 and 1 <= both <= 1.5, (forward, both)
+    assert flops(ragged, *arrays) / ideal > 1.5
+
+
+def test_memory_at_published_sizes_is_bounded():
+    """4096 tokens through 32 of the 256 experts, as on one of 8 shards: gathering all blocks' weights would be 130 GiB."""
+    arrays = abstract(4096, 8, 32, 7168, 2048, jnp.bfloat16)
+    forward = jax.jit(expert_ffn).lower(*arrays).compile().memory_analysis()
+    assert forward.temp_size_in_bytes < 5 * 2**30, forward.temp_size_in_bytes / 2**30
+    both = jax.jit(gradients).lower(*arrays).compile().memory_analysis()
+    weight_gradients = 3 * 32 * 7168 * 2048 * 4
+    assert both.temp_size_in_bytes < weight_gradients + 10 * 2**30, both.temp_size_in_bytes / 2**30
+
+
+@pytest.mark.parametrize(
+    ("slots", "num_experts", "rows"), [(8, 256, 1), (2048 * 8, 256, 64), (4096, 8, 128), (768, 256, 2)]
+)
+def test_blocks_fit_the_rows_of_an_expert(slots, num_experts, rows):
+    assert block_rows(slots, num_experts) == rows
+
+
+ROUTERS = {
+    "tiny": Config.tiny(),
+    "published": Config.deepseek_v32(),
+    "no_groups": dataclasses.replace(Config.tiny(), n_group=1, topk_group=1, norm_topk_prob=False),
+    "two_groups": dataclasses.replace(Config.tiny(), n_group=2, topk_group=1, routed_scaling_factor=0.7),
+}
+
+
+@pytest.mark.parametrize("config", ROUTERS.values(), ids=ROUTERS)
+def test_routing_matches_a_loop_over_tokens(config):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 24)).astype(np.float32)
+    weight = (rng.standard_normal((24, config.n_routed_experts)) * 0.2).astype(np.float32)
+    bias = (rng.standard_normal(config.n_routed_experts) * 0.1).astype(np.float32)
+    experts, gates = jax.jit(lambda *a: route(*a, config=config))(x, weight, bias)
+    expected_experts, expected_gates = reference_route(x, weight, bias, config)
+    np.testing.assert_array_equal(experts, expected_experts)
+    np.testing.assert_allclose(gates, expected_gates, rtol=1e-5)
+    assert experts.dtype == jnp.int32 and gates.dtype == jnp.float32
+
+
+def test_ties_go_to_the_lowest_expert_of_the_lowest_groups():
+    config = dataclasses.replace(Config.tiny(), num_experts_per_tok=3)
+    experts, gates = route(jnp.zeros((2, 4)), jnp.zeros((4, 8)), jnp.zeros(8), config=config)
+    np.testing.assert_array_equal(experts, [[0, 1, 2], [0, 1, 2]])
+    np.testing.assert_allclose(gates, config.routed_scaling_factor / 3, rtol=1e-6)
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    config = dataclasses.replace(Config.tiny(), n_group=1, topk_group=1, num_experts_per_tok=1, norm_topk_prob=False)
+    weight = jnp.zeros((4, 8)).at[0, 2].set(1.0)
+    x = jnp.zeros((1, 4)).at[0, 0].set(1.0)
+    bias = jnp.zeros(8).at[5].set(10.0)
+    experts, gates = route(x, weight, bias, config=config)
+    assert experts[0, 0] == 5
+    np.testing.assert_allclose(gates[0, 0], 0.5 * config.routed_scaling_factor, rtol=1e-6)
+    gradient = jax.grad(lambda b: route(x, weight, b, config=config)[1].sum())(bias)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_routing_is_float32_whatever_the_input():
+    config = Config.tiny()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 50, 16)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
+    low, wide = (route(a, weight, jnp.zeros(8), config=config) for a in (x, x.astype(jnp.float32)))
+    jax.tree.map(np.testing.assert_array_equal, low, wide)
+
+
+def test_load_counts_valid_slots_alone():
+    experts = jnp.asarray([[[0, 1], [1, 3], [1, 2]]])
+    np.testing.assert_array_equal(expert_load(experts, None, 4), [1, 3, 1, 1])
+    np.testing.assert_array_equal(expert_load(experts, jnp.asarray([[True, False, True]]), 4), [1, 2, 1, 0])
+
+
+def test_the_bias_moves_against_the_load():
+    load = jnp.asarray([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    moved = update_bias(jnp.zeros((2, 4)), load, 0.01)
+    np.testing.assert_allclose(moved, [[-0.01, 0.01, 0, 0], [0, 0, 0, 0]])
+
+
+def test_updating_the_bias_evens_the_load():
+    config = Config.tiny()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((512, 16)) + 0.5, jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((16, 8)) * 0.3, jnp.float32)
+    step = jax.jit(
+        lambda bias: (
+            update_bias(bias, load := expert_load(route(x, weight, bias, config=config)[0], None, 8), 0.01),
+            load,
+        )
+    )
+    bias, first = step(jnp.zeros(8))
+    for _ in range(100):
+        bias, load = step(bias)
+    assert first.max() > 1.5 * first.mean() and load.max() < 1.2 * load.mean()
+
+
+def test_module_is_experts_plus_shared():
+    config = Config.tiny()
+    layer = MoE(config, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
+    valid = jnp.arange(9)[None] < jnp.asarray([9, 4])[:, None]
+    y, load = jax.jit(lambda x: layer(x, valid=valid))(x)
+    flat = np.asarray(x).reshape(18, -1)
+    experts, gates = reference_route(flat, layer.gate.weight[...], layer.gate.e_score_correction_bias[...], config)
+    weights = (layer.experts.gate_proj[...], layer.experts.up_proj[...], layer.experts.down_proj[...])
+    routed = reference_ffn(flat, experts, gates, *weights).reshape(x.shape)
+    np.testing.assert_allclose(y, routed + np.asarray(layer.shared_experts(x)), atol=1e-5)
+    assert load.sum() == 13 * config.num_experts_per_tok and load.dtype == jnp.float32
+    without = MoE(dataclasses.replace(config, n_shared_experts=0), rngs=nnx.Rngs(0))
+    assert without.shared_experts is None and without(x)[0].shape == x.shape
+
+
+def test_module_state_is_named_as_in_checkpoints():
+    config = dataclasses.replace(Config.tiny(), param_dtype="bfloat16")
+    state = nnx.split(MoE(config, rngs=nnx.Rngs(0)))[1]
+    shapes = {".".join(map(str, path)): (leaf.shape, str(leaf.dtype)) for path, leaf in nnx.to_flat_state(state)}
+    assert shapes == {
+        "gate.weight": ((128, 8), "bfloat16"),
+        "gate.e_score_correction_bias": ((8,), "float32"),
+        "experts.gate_proj": ((8, 128, 128), "bfloat16"),
+        "experts.up_proj": ((8, 128, 128), "bfloat16"),
+        "experts.down_proj": ((8, 128, 128), "bfloat16"),
+        "shared_experts.gate_proj": ((128, 128), "bfloat16"),
+        "shared_experts.up_proj": ((128, 128), "bfloat16"),
+        "shared_experts.down_proj": ((128, 128), "bfloat16"),
+    }
+
+
+def test_wrong_shapes_are_named():
+    x, experts, gates, *weights = problem(0, 6, 2, 4)
+    with pytest.raises(ValueError, match=r"gates must be of shape \(6, 2\), got \(6, 1\)"):
+        expert_ffn(x, experts, gates[:, :1], *weights)
+    with pytest.raises(ValueError, match=r"x must be of shape \(6, 8\), got \(6, 7\)"):
+        expert_ffn(x[:, :7], experts, gates, *weights)
+    with pytest.raises(ValueError, match=r"down_proj must be of shape \(4, 6, 8\), got \(4, 8, 6\)"):
+        expert_ffn(x, experts, gates, *weights[:2], weights[0])
