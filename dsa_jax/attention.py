@@ -176,11 +176,12 @@ def _attend(q, k, v, bias, *, scale, dims):
     return out.astype(q.dtype), jnp.where(empty, -jnp.inf, peak + jnp.log(denominator))
 
 
-def _attend_backward(q, k, v, bias, lse, out, d_out, d_lse, *, scale, dims):
+def _attend_backward(q, k, v, bias, lse, d_out, d_lse, *, scale, dims):
     logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
     weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
     d_weights = contract(f"tnv,{_values(dims)}->tns", d_out, v)
-    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    # The mean of d_weights is d_out · out; summed from the weights, the backward need not keep `out`.
+    mean = jnp.sum(weights * d_weights, axis=-1) - d_lse
     d_logits = jnp.where(bias[:, None] > -jnp.inf, weights * (d_weights - mean[..., None]) * scale, 0.0).astype(q.dtype)
     d_q = contract(f"tns,{dims}->tnh", d_logits, k).astype(q.dtype)
     d_k = contract(f"tns,tnh->{dims}", d_logits, q)
@@ -209,26 +210,24 @@ def _sparse_block(q, kv, indices):
 
 def _sparse_forward(value_dim, scale, q, kv, indices):
     out, lse = _sparse_attention(value_dim, scale, q, kv, indices)
-    return (out, lse), (q, kv, indices, out, lse)
+    return (out, lse), (q, kv, indices, lse)
 
 
 def _sparse_backward(value_dim, scale, residuals, cotangents):
-    q, kv, indices, out, lse = residuals
+    q, kv, indices, lse = residuals
 
     def block(queries, kv, d_kv):
-        q, indices, lse, out, d_out, d_lse = queries
+        q, indices, lse, d_out, d_lse = queries
         rows, present = gather_rows(kv, indices)
         bias = jnp.where(present, 0.0, -jnp.inf)
         values = rows[..., :value_dim]
-        d_q, d_rows, d_values = _attend_backward(
-            q, rows, values, bias, lse, out, d_out, d_lse, scale=scale, dims="tsh"
-        )
+        d_q, d_rows, d_values = _attend_backward(q, rows, values, bias, lse, d_out, d_lse, scale=scale, dims="tsh")
         return d_q, scatter_rows(d_kv, indices, d_rows.at[..., :value_dim].add(d_values))
 
-    queries = (q, indices, lse, out, *cotangents)
+    queries = (q, indices, lse, *cotangents)
     d_kv = jnp.zeros(kv.shape, jnp.float32)
     d_q, d_kv = map_queries(block, queries, kv, d_kv, block=_sparse_block(q, kv, indices))
-    return d_q, d_kv.astype(kv.dtype), _no_gradient(indices)
+    return d_q, d_kv.astype(kv.dtype), no_gradient(indices)
 
 
 _sparse_attention.defvjp(_sparse_forward, _sparse_backward)
@@ -259,11 +258,11 @@ def _reach(start, stop, indices, size):
 
 def _dense_forward(scale, dims, q, k, v, keys, indices):
     out, lse = _dense_attention(scale, dims, q, k, v, keys, indices)
-    return (out, lse), (q, k, v, keys, indices, out, lse)
+    return (out, lse), (q, k, v, keys, indices, lse)
 
 
 def _dense_backward(scale, dims, residuals, cotangents):
-    q, k, v, keys, indices, out, lse = residuals
+    q, k, v, keys, indices, lse = residuals
 
     def block(queries, keys, sums):
         (q, start, stop, indices, *rest), (k, v) = queries, keys
@@ -271,17 +270,18 @@ def _dense_backward(scale, dims, residuals, cotangents):
         d_q, d_k, d_v = _attend_backward(q, k, v, bias, *rest, scale=scale, dims=dims)
         return d_q, (sums[0] + d_k, sums[1] + d_v)
 
-    queries = (q, keys.start, keys.stop, indices, lse, out, *cotangents)
+    queries = (q, keys.start, keys.stop, indices, lse, *cotangents)
     sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     d_q, (d_k, d_v) = map_queries(block, queries, (k, v), sums, block=_dense_block(q, k))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(_no_gradient, keys), jax.tree.map(_no_gradient, indices)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), *jax.tree.map(no_gradient, (keys, indices))
 
 
 _dense_attention.defvjp(_dense_forward, _dense_backward)
 
 
-def _no_gradient(x):
-    return np.zeros(x.shape, jax.dtypes.float0)
+def no_gradient(x):
+    """The cotangent of a constant: zeros, or what stands for them beside integers."""
+    return np.zeros(x.shape, jax.dtypes.float0) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.zeros_like(x)
 
 
 def check_latents(q, kv, indices=None):

@@ -46,6 +46,13 @@ def join_queries(blocks: Any, length: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], blocks)
 
 
+def map_rows(fn: Callable, arguments: Any) -> Any:
+    """`lax.map` over the batch; a single row is spared the loop, whose buffers would be copies of it."""
+    if jax.tree.leaves(arguments)[0].shape[0] > 1:
+        return jax.lax.map(fn, arguments)
+    return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], arguments)))
+
+
 def map_queries(fn: Callable, queries: Any, keys: Any, sums: Any = (), *, block: int) -> tuple[Any, Any]:
     """Applies a row-wise `fn` to blocks of queries, one after the other.
 
@@ -63,7 +70,9 @@ def map_queries(fn: Callable, queries: Any, keys: Any, sums: Any = (), *, block:
     batch, length = jax.tree.leaves(queries)[0].shape[:2]
     if batch * length <= block:
         return jax.vmap(fn)(queries, keys, sums)
-    block = math.ceil(length / math.ceil(length / block))  # even blocks: the last one is not mostly padding
+    # Padding copies all queries, so a block that divides the length is worth up to half the block.
+    even = math.ceil(length / math.ceil(length / block))
+    block = next((size for size in range(block, block // 2, -1) if length % size == 0), even)
 
     def row(arguments):
         queries, keys, sums = arguments
@@ -75,4 +84,4 @@ def map_queries(fn: Callable, queries: Any, keys: Any, sums: Any = (), *, block:
         sums, results = jax.lax.scan(step, sums, split_queries(queries, block))
         return join_queries(results, length), sums
 
-    return jax.lax.map(row, (queries, keys, sums))
+    return map_rows(row, (queries, keys, sums))

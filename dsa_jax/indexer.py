@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsa_jax.blocks import contract, join_queries, project, split_queries
+from dsa_jax.blocks import contract, join_queries, map_rows, project, split_queries
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
@@ -53,7 +53,7 @@ def index_scores(
         scores = jax.lax.map(lambda tile: score_query_tile(*tile, key_tiles, size), queries)
         return join_queries(scores, q_index.shape[0])
 
-    return jax.lax.map(row, (q_index, k_index, weights, keys.start, keys.stop, k_scale))
+    return map_rows(row, (q_index, k_index, weights, keys.start, keys.stop, k_scale))
 
 
 def check_index_inputs(q_index, k_index, weights, keys, k_scale):
@@ -106,10 +106,13 @@ def score_query_tile(q_index, weights, start, stop, key_tiles, size):
 
 def head_sum(q_index, k_index, weights):
     """Σ_j w[t,j] · relu(q[t,j] · k) in float32; `k_index` is [s, E], or [t, s, E] where each query has its own keys."""
-    if q_index.dtype.itemsize == 1:  # exact: products of e4m3 numbers fit float32
-        q_index, k_index = q_index.astype(jnp.float32), k_index.astype(jnp.float32)
-    logits = contract("tje,se->tjs" if k_index.ndim == 2 else "tje,tse->tjs", q_index, k_index)
+    logits = contract("tje,se->tjs" if k_index.ndim == 2 else "tje,tse->tjs", widen(q_index), widen(k_index))
     return jnp.sum(jax.nn.relu(logits) * weights[..., None], axis=1)
+
+
+def widen(x):
+    """FP8 as float32, where the product of two e4m3 numbers is exact; other types as they are."""
+    return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
 
 
 class LayerNorm(nnx.Module):

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax import attention
-from dsa_jax.attention import gather_rows, normalise_target, scatter_rows, sum_heads, zero_unreached
-from dsa_jax.blocks import contract, map_queries, queries_per_block
-from dsa_jax.indexer import check_index_inputs
+from dsa_jax.attention import gather_rows, no_gradient, normalise_target, scatter_rows, sum_heads, zero_unreached
+from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
+from dsa_jax.indexer import check_index_inputs, head_sum, widen
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
+
+KEY_TILE = 2048  # keys at a time where all are scored
 
 
 def sparse_indexer_kl(
@@ -49,15 +51,10 @@ def sparse_indexer_kl(
     _check_same_keys(k_index, kv, "kv")
     choose_implementation("sparse_indexer_kl", implementation)
 
-    def rows(queries, keys):
-        (q, lse, indices), (k_scale, kv) = queries, keys
-        selected, present = gather_rows(kv, indices)
-        target = sum_heads(q, selected, lse, present, scale=scale, dims="tsh")
-        return normalise_target(target, head_axis), present, gather_rows(k_scale, indices)[0]
-
     elements = indices.shape[2] * (2 * kv.shape[2] + 2 * q.shape[2] + k_index.shape[2] + 4 * q_index.shape[2])
-    constants = jax.lax.stop_gradient(((q, lse, indices), (k_scale, kv)))
-    return _kl(rows, lambda queries: queries[2], queries_per_block(elements), q_index, k_index, weights, constants)
+    static = scale, head_axis, queries_per_block(elements)
+    constants = jax.lax.stop_gradient((q, kv, lse, indices, k_scale))
+    return _sparse_kl(static, q_index, k_index, weights, constants)
 
 
 def dense_indexer_kl(
@@ -85,18 +82,12 @@ def dense_indexer_kl(
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_same_keys(k_index, k, "k")
     choose_implementation("dense_indexer_kl", implementation)
-    size = k.shape[1]
 
-    def rows(queries, keys):
-        (q, lse, start, stop), (k_scale, k) = queries, keys
-        reach = KeyRange(start, stop).contains(jnp.arange(size))
-        target = sum_heads(q, k, lse, reach, scale=scale, dims="snh")
-        return normalise_target(target, head_axis), reach, k_scale
-
-    elements = size * (2 * q.shape[2] + 3 * q_index.shape[2])
+    elements = 6 * k.shape[1] + min(KEY_TILE, k.shape[1]) * (2 * q.shape[2] + 4 * q_index.shape[2])
+    static = scale, head_axis, queries_per_block(elements)
     k_index, k_scale, k = (zero_unreached(x, keys) for x in (k_index, k_scale, k))
-    constants = jax.lax.stop_gradient(((q, lse, keys.start, keys.stop), (k_scale, k)))
-    return _kl(rows, lambda queries: None, queries_per_block(elements), q_index, k_index, weights, constants)
+    constants = jax.lax.stop_gradient((q, k, lse, keys, k_scale))
+    return _dense_kl(static, q_index, k_index, weights, constants)
 
 
 def _check_same_keys(k_index, k, name):
@@ -104,80 +95,134 @@ def _check_same_keys(k_index, k, name):
         raise ValueError(f"k_index and {name} must hold the same keys, got {k_index.shape} and {k.shape}")
 
 
-def _scores(q_index, k_index, weights):
-    """I without the key scale, with what its gradient needs: relu(q · k) [t, j, s]."""
-    dims = "tje,se->tjs" if k_index.ndim == 2 else "tje,tse->tjs"
-    active = jax.nn.relu(contract(dims, q_index, k_index))
-    return jnp.sum(active * weights[..., None], axis=1), active
+# One block. Below, `target`, `scores` and `mask` are [t, s] over the same keys: a selection, or all.
+
+
+def _kl_terms(target, scores, mask):
+    terms = target * (jnp.log(jnp.where(target > 0, target, 1.0)) - _log_softmax(scores, mask))
+    return jnp.sum(jnp.where(target > 0, terms, 0.0), axis=-1)
+
+
+def _score_gradient(target, scores, mask, d_kl):
+    return jnp.where(mask, jnp.exp(_log_softmax(scores, mask)) - target, 0.0) * d_kl[:, None]
 
 
 def _log_softmax(scores, mask):
     scores = jnp.where(mask, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
     total = jnp.sum(jnp.exp(scores - peak), axis=-1, keepdims=True)
     return jnp.where(mask, scores - peak - jnp.log(jnp.where(total == 0, 1.0, total)), -jnp.inf)
 
 
-def _widen(x):
-    return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
+def _head_sum_gradient(q_index, k_index, weights, d_scores):
+    """Gradients of `head_sum` by q_index, k_index and weights; by logits it is dI · w where relu passes."""
+    q_index, k_index = widen(q_index), widen(k_index)
+    keys = "se" if k_index.ndim == 2 else "tse"
+    active = jax.nn.relu(contract(f"tje,{keys}->tjs", q_index, k_index))
+    d_weights = jnp.sum(active * d_scores[:, None], axis=-1)
+    d_logits = jnp.where(active > 0, d_scores[:, None] * weights[..., None], 0.0).astype(q_index.dtype)
+    return contract(f"tjs,{keys}->tje", d_logits, k_index), contract(f"tjs,tje->{keys}", d_logits, q_index), d_weights
 
 
-def _pick(k_index, indices):
-    """The index keys of a block: all of them, or each query's own when there is a selection."""
-    return k_index if indices is None else gather_rows(k_index, indices)[0]
+def _sparse_rows(static, queries, keys):
+    """Target, scores and mask of a block over its selection, with the gathered index keys and their scale."""
+    scale, head_axis, _ = static
+    (q_index, weights, q, lse, indices), (k_index, kv, k_scale) = queries, keys
+    rows, present = gather_rows(kv, indices)
+    target = normalise_target(sum_heads(q, rows, lse, present, scale=scale, dims="tsh"), head_axis)
+    k_index, k_scale = gather_rows(k_index, indices)[0], gather_rows(k_scale, indices)[0]
+    return target, head_sum(q_index, k_index, weights) * k_scale, present, k_index, k_scale
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _kl(rows, selection, block_size, q_index, k_index, weights, constants):
-    """KL a query. `rows` gives target, mask and key scale of a block, `selection` its indices or None."""
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sparse_kl(static, q_index, k_index, weights, constants):
+    q, kv, lse, indices, k_scale = constants
 
     def block(queries, keys, sums):
-        (q_index, weights, queries), (k_index, keys) = queries, keys
-        target, mask, k_scale = rows(queries, keys)
-        scores, _ = _scores(_widen(q_index), _widen(_pick(k_index, selection(queries))), weights)
-        log_q = _log_softmax(scores * k_scale, mask)
-        terms = target * (jnp.log(jnp.where(target > 0, target, 1.0)) - log_q)
-        return jnp.sum(jnp.where(target > 0, terms, 0.0), axis=-1), sums
+        return _kl_terms(*_sparse_rows(static, queries, keys)[:3]), sums
 
-    queries, keys = constants
-    return map_queries(block, (q_index, weights, queries), (k_index, keys), block=block_size)[0]
+    return map_queries(block, (q_index, weights, q, lse, indices), (k_index, kv, k_scale), block=static[2])[0]
 
 
-def _kl_forward(rows, selection, block_size, q_index, k_index, weights, constants):
-    kl = _kl(rows, selection, block_size, q_index, k_index, weights, constants)
-    return kl, (q_index, k_index, weights, constants)
+def _sparse_kl_forward(static, *arguments):
+    return _sparse_kl(static, *arguments), arguments
 
 
-def _kl_backward(rows, selection, block_size, residuals, d_kl):
-    q_index, k_index, weights, constants = residuals
+def _sparse_kl_backward(static, arguments, d_kl):
+    q_index, k_index, weights, constants = arguments
+    q, kv, lse, indices, k_scale = constants
 
     def block(queries, keys, d_k):
-        (q_index, weights, d_kl, queries), (k_index, keys) = queries, keys
-        target, mask, k_scale = rows(queries, keys)
-        indices = selection(queries)
-        q_index, k_index = _widen(q_index), _widen(_pick(k_index, indices))
-        scores, active = _scores(q_index, k_index, weights)
-        softmax = jnp.exp(_log_softmax(scores * k_scale, mask))
-        d_scores = jnp.where(mask, (softmax - target) * d_kl[:, None], 0.0) * k_scale
-        d_weights = jnp.sum(active * d_scores[:, None], axis=-1)
-        d_logits = jnp.where(active > 0, d_scores[:, None] * weights[..., None], 0.0).astype(q_index.dtype)
-        if indices is None:
-            d_q, d_rows = contract("tjs,se->tje", d_logits, k_index), contract("tjs,tje->se", d_logits, q_index)
-            return (d_q, d_weights), d_k + d_rows
-        d_q, d_rows = contract("tjs,tse->tje", d_logits, k_index), contract("tjs,tje->tse", d_logits, q_index)
-        return (d_q, d_weights), scatter_rows(d_k, indices, d_rows)
+        d_kl, *queries = queries
+        target, scores, mask, rows, row_scale = _sparse_rows(static, queries, keys)
+        d_scores = _score_gradient(target, scores, mask, d_kl) * row_scale
+        q_index, weights, *_, indices = queries
+        d_q, d_rows, d_weights = _head_sum_gradient(q_index, rows, weights, d_scores)
+        return (d_q.astype(q_index.dtype), d_weights), scatter_rows(d_k, indices, d_rows)
 
-    queries, keys = constants
+    queries, keys = (d_kl, q_index, weights, q, lse, indices), (k_index, kv, k_scale)
+    (d_q, d_weights), d_k = map_queries(block, queries, keys, jnp.zeros(k_index.shape, jnp.float32), block=static[2])
+    return d_q, d_k.astype(k_index.dtype), d_weights, jax.tree.map(no_gradient, constants)
+
+
+_sparse_kl.defvjp(_sparse_kl_forward, _sparse_kl_backward)
+
+
+def _dense_rows(static, queries, keys):
+    """Target, scores and mask of a block over all keys, a tile of keys at a time."""
+    scale, head_axis, _ = static
+    (q_index, weights, q, lse, start, stop), (k_index, k, k_scale) = queries, keys
+    size = k.shape[0]
+
+    def tile(keys):
+        k_index, k, k_scale, position = keys
+        heads = sum_heads(q, k, lse, KeyRange(start, stop).contains(position), scale=scale, dims="snh")
+        return heads, head_sum(q_index, k_index, weights) * k_scale
+
+    tiles = jax.lax.map(tile, split_queries((k_index, k, k_scale, jnp.arange(size)), min(KEY_TILE, size)))
+    heads, scores = (jnp.moveaxis(x, 0, 1).reshape(q.shape[0], -1)[:, :size] for x in tiles)
+    return normalise_target(heads, head_axis), scores, KeyRange(start, stop).contains(jnp.arange(size))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense_kl(static, q_index, k_index, weights, constants):
+    q, k, lse, keys, k_scale = constants
+
+    def block(queries, keys, sums):
+        return _kl_terms(*_dense_rows(static, queries, keys)), sums
+
+    queries = (q_index, weights, q, lse, keys.start, keys.stop)
+    return map_queries(block, queries, (k_index, k, k_scale), block=static[2])[0]
+
+
+def _dense_kl_forward(static, *arguments):
+    return _dense_kl(static, *arguments), arguments
+
+
+def _dense_kl_backward(static, arguments, d_kl):
+    q_index, k_index, weights, constants = arguments
+    q, k, lse, keys, k_scale = constants
+
+    def block(queries, keys, d_k):
+        (d_kl, *queries), (k_index, _, k_scale) = queries, keys
+        q_index, weights = queries[:2]
+        d_scores = _score_gradient(*_dense_rows(static, queries, keys), d_kl) * k_scale
+
+        def tile(total, keys):
+            k_index, d_scores = keys
+            d_q, d_rows, d_weights = _head_sum_gradient(q_index, k_index, weights, d_scores.T)
+            return (total[0] + d_q, total[1] + d_weights), d_rows
+
+        zero = jnp.zeros(q_index.shape, jnp.float32), jnp.zeros(weights.shape, jnp.float32)
+        tiles = split_queries((k_index, d_scores.T), min(KEY_TILE, k_index.shape[0]))
+        (d_q, d_weights), d_rows = jax.lax.scan(tile, zero, tiles)
+        return (d_q.astype(q_index.dtype), d_weights), d_k + join_queries(d_rows, k_index.shape[0])
+
+    queries = (d_kl, q_index, weights, q, lse, keys.start, keys.stop)
     d_k = jnp.zeros(k_index.shape, jnp.float32)
-    (d_q, d_weights), d_k = map_queries(
-        block, (q_index, weights, d_kl, queries), (k_index, keys), d_k, block=block_size
-    )
-    return d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights, jax.tree.map(_zero, constants)
+    (d_q, d_weights), d_k = map_queries(block, queries, (k_index, k, k_scale), d_k, block=static[2])
+    return d_q, d_k.astype(k_index.dtype), d_weights, jax.tree.map(no_gradient, constants)
 
 
-def _zero(x):
-    return attention._no_gradient(x) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.zeros_like(x)
-
-
-_kl.defvjp(_kl_forward, _kl_backward)
+_dense_kl.defvjp(_dense_kl_forward, _dense_kl_backward)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.blocks import join_queries, map_queries, queries_per_block, split_queries
+from dsa_jax.blocks import join_queries, map_queries, map_rows, queries_per_block, split_queries
 from dsa_jax.indexer import QUERY_TILE, check_index_inputs, check_keys, score_query_tile, split_key_tiles
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
@@ -64,7 +64,7 @@ def select_keys(
         return join_queries(chosen, q_index.shape[0])
 
     arguments = (q_index, k_index, weights, keys.start, keys.stop, k_scale)
-    return jax.lax.map(row, jax.lax.stop_gradient(arguments))
+    return map_rows(row, jax.lax.stop_gradient(arguments))
 
 
 def _check_k(k):
