@@ -1,0 +1,171 @@
+"""The files of a Hugging Face checkpoint: safetensors read one tensor at a time, and written whole or not at all."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+FP8, E8M0, BFLOAT16, FLOAT32 = DTYPES["F8_E4M3"], DTYPES["F8_E8M0"], DTYPES["BF16"], DTYPES["F32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, dtype, shape, offset of its first byte, size."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Reads it into memory of its own."""
+        count = math.prod(self.shape)
+        return np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.offset).reshape(self.shape)
+
+
+def read_headers(directory: Path) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
+    """All tensors of the folder's files, the names that unreadable files should have held, and the problems."""
+    placed = _placement(directory)
+    stored: dict[str, StoredTensor] = {}
+    unread, problems = set(), []
+    for file in sorted(set(placed.values())) or [SINGLE_NAME]:
+        names = {name for name, where in placed.items() if where == file}
+        try:
+            header = _read_header(directory / file)
+        except (OSError, ValueError, SafetensorError) as error:
+            lost = f", {len(names)} tensors lost" if names else ""
+            missing = isinstance(error, FileNotFoundError)
+            problems.append(
+                f"{file} is missing{lost}" if missing else f"{file} is truncated or damaged ({error}){lost}"
+            )
+            unread |= names
+            continue
+        problems += [f"{name} is in two files, {file} and {stored[name].file.name}" for name in header.keys() & stored]
+        if placed:
+            problems += [f"{name} is in {file}, where the index does not place it" for name in header.keys() - names]
+        stored |= header
+    return stored, unread, problems
+
+
+def _placement(directory: Path) -> dict[str, str]:
+    """Which file holds each name, by the index of a sharded checkpoint; empty for a single file."""
+    if (directory / SINGLE_NAME).exists():
+        return {}
+    index = directory / INDEX_NAME
+    if not index.exists():
+        raise ValueError(f"expected {SINGLE_NAME} or {INDEX_NAME} in {directory}, found neither")
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        strange = [file for file in placed.values() if Path(file).name != file]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not the index of a sharded checkpoint: {error!r}") from None
+    if strange:
+        raise ValueError(f"{index} must name files of its own folder, got {sorted(set(strange))}")
+    return placed
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    with safe_open(file, "np"):  # checks that the header is sound and that the file is as long as it says
+        pass
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, each in header.items():
+        start, stop = each["data_offsets"]
+        stored[name] = StoredTensor(file, each["dtype"], tuple(each["shape"]), 8 + length + start, stop - start)
+    return stored
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its name at the end, or vanishes with everything in it."""
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target} must be an empty folder or not exist, found files in it")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} must be an empty folder or not exist, found a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+        for path in (*folder.iterdir(), folder):
+            _flush(path)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes indented JSON."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
+    """Writes tensors in the order they come, a file whenever the next would not fit, then the index."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    shards: list[list[str]] = []
+    batch: dict[str, np.ndarray] = {}
+    total = size = 0
+    for name, x in tensors:
+        if batch and size + x.nbytes > max_shard_bytes:
+            shards.append(_write_shard(folder, len(shards), batch))
+            batch, size = {}, 0
+        batch[name] = np.ascontiguousarray(x)
+        size, total = size + x.nbytes, total + x.nbytes
+    shards.append(_write_shard(folder, len(shards), batch))
+    if len(shards) == 1:
+        _shard(folder, 0).rename(folder / SINGLE_NAME)
+        return
+    placed = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        _shard(folder, number).rename(folder / file)
+        placed |= dict.fromkeys(names, file)
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": placed})
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
+    try:
+        save_file(tensors, _shard(folder, number), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write a shard of {len(tensors)} tensors: {error}") from error
+    return list(tensors)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    """A shard's file until it is known how many there are."""
+    return folder / f"shard-{number}.safetensors"
