@@ -110,8 +110,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        for path in (*folder.iterdir(), folder):
+        for path in folder.iterdir():
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
             _flush(path)
+        _flush(folder)
         folder.rename(target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""DeepSeek Sparse Attention for JAX: work with checkpoints.
+
+Each subcommand is a function here; its arguments and docstring are its options and help.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dsa_jax.convert import MAX_SHARD_BYTES, Checkpoint, convert_hf
+
+# Where a parameter counts, by the first of these that its path holds.
+GROUPS = {
+    "indexer": "indexer",
+    "norm.": "norms",
+    "self_attn": "attention",
+    "shared_experts": "shared experts",
+    "experts": "routed experts",
+    "gate.": "router",
+    "mlp": "dense feed-forward",
+    "embed_tokens": "embedding",
+    "lm_head": "unembedding",
+}
+
+
+def convert(
+    src: tyro.conf.Positional[Path],
+    dst: tyro.conf.Positional[Path],
+    *,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to another dtype if wanted.
+
+    Args:
+        src: Folder with config.json and safetensors files.
+        dst: Folder to write, which must be empty or not exist.
+        dtype: Dtype to cast to; without it every tensor keeps its own, FP8 excepted.
+        max_shard_bytes: Most bytes in one file.
+    """
+    columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        convert_hf(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes, track=progress.track)
+
+
+def info(directory: tyro.conf.Positional[Path]) -> None:
+    """Prints a checkpoint's configuration, and its parameters and bytes by group; checks its files on the way.
+
+    Args:
+        directory: Folder with config.json and safetensors files.
+    """
+    checkpoint = Checkpoint(directory)
+    for field in dataclasses.fields(checkpoint.config):
+        if field.name not in ("dtype", "param_dtype", "index_fp8"):  # chosen on loading, not by the checkpoint
+            print(f"{field.name} = {getattr(checkpoint.config, field.name)}")
+    table = Table("group", "tensors", "parameters", "bytes", "dtypes")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    rows = _count(checkpoint)
+    for group, row in rows.items():
+        table.add_row(
+            group, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.nbytes:,}", ", ".join(sorted(row.dtypes))
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(row.tensors for row in rows.values()):,}",
+        f"{sum(row.parameters for row in rows.values()):,}",
+        f"{sum(row.nbytes for row in rows.values()):,}",
+    )
+    Console().print(table)
+
+
+class _Row(NamedTuple):
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    dtypes: frozenset[str] = frozenset()
+
+
+def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
+    """Tensors, parameters, bytes and dtypes of each group; the bytes of FP8 weights include their scales."""
+    rows: dict[str, _Row] = {}
+    for name, entry in checkpoint.expected.items():
+        stored, scale = checkpoint.stored[name], checkpoint.stored.get(name + "_scale_inv")
+        group = next(group for part, group in GROUPS.items() if part in entry.path)
+        row = rows.get(group, _Row())
+        nbytes = row.nbytes + stored.nbytes + (scale.nbytes if scale else 0)
+        parameters = row.parameters + math.prod(stored.shape)
+        rows[group] = _Row(row.tensors + 1, parameters, nbytes, row.dtypes | {stored.dtype})
+    return rows
+
+
+COMMANDS = {"convert": convert, "info": info}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a subcommand; what is wrong with the input becomes one line on stderr and exit status 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="python -m dsa_jax", args=arguments, description=__doc__.splitlines()[0]
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
