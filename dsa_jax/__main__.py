@@ -1,7 +1,4 @@
-"""DeepSeek Sparse Attention for JAX: work with checkpoints.
-
-Each subcommand is a function here; its arguments and docstring are its options and help.
-"""
+"""The command `python -m dsa_jax`: each subcommand is a function, whose arguments and docstring are its help."""
 
 import dataclasses
 import math
@@ -15,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsa_jax.convert import MAX_SHARD_BYTES, Checkpoint, convert_hf
+
+PURPOSE = "DeepSeek Sparse Attention for JAX: work with checkpoints."
 
 # Where a parameter counts, by the first of these that its path holds.
 GROUPS = {
@@ -104,9 +103,7 @@ COMMANDS = {"convert": convert, "info": info}
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; what is wrong with the input becomes one line on stderr and exit status 2."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="python -m dsa_jax", args=arguments, description=__doc__.splitlines()[0]
-        )
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m dsa_jax", args=arguments, description=PURPOSE)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

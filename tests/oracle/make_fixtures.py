@@ -19,6 +19,8 @@ The reference scores keys without gradient, so KL and gradients are computed her
 indexers receive. The target is its own attention probabilities, summed over heads and normalised.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import sys
 from pathlib import Path
