@@ -131,6 +131,7 @@ class Config:
 
     @property
     def num_moe_layers(self) -> int:
+        """Layers whose feed-forward routes to experts."""
         return self.num_hidden_layers - self.num_dense_layers
 
     @property
@@ -376,6 +377,8 @@ def _read_yarn(rope: dict[str, Any], max_position_embeddings: int) -> tuple[YaRN
         if all_dim == 0 or (mscale and all_dim):
             return dataclasses.replace(yarn, mscale=mscale if all_dim else 1.0), []
         stretch = yarn.magnitude(1.0)
+    if stretch == yarn.magnitude(yarn.mscale) / yarn.magnitude(all_dim):
+        return yarn, []
     if factor == 1:
         return yarn, [] if stretch == 1 else [f"attention_factor must be 1 where factor is 1, got {stretch}"]
     mscale = (stretch * yarn.magnitude(all_dim) - 1.0) / (0.1 * math.log(factor))

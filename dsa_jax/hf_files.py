@@ -48,16 +48,18 @@ def read_headers(directory: Path) -> tuple[dict[str, StoredTensor], set[str], li
     placed = _placement(directory)
     stored: dict[str, StoredTensor] = {}
     unread, problems = set(), []
-    for file in sorted(set(placed.values())) or [SINGLE_NAME]:
-        names = {name for name, where in placed.items() if where == file}
+    files: dict[str, set[str]] = {} if placed else {SINGLE_NAME: set()}
+    for name, file in placed.items():
+        files.setdefault(file, set()).add(name)
+    for file, names in sorted(files.items()):
         try:
             header = _read_header(directory / file)
         except (OSError, ValueError, SafetensorError) as error:
-            lost = f", {len(names)} tensors lost" if names else ""
             missing = isinstance(error, FileNotFoundError)
-            problems.append(
-                f"{file} is missing{lost}" if missing else f"{file} is truncated or damaged ({error}){lost}"
-            )
+            problem = f"{file} is missing" if missing else f"{file} is truncated or damaged ({error})"
+            if not placed:
+                raise ValueError(f"{directory}: {problem}") from None
+            problems.append(f"{problem}, and with it {len(names)} tensors")
             unread |= names
             continue
         problems += [f"{name} is in two files, {file} and {stored[name].file.name}" for name in header.keys() & stored]

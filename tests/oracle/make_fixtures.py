@@ -151,7 +151,7 @@ def rotate(x, cos, sin, interleaved):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def scores(hidden, q_latent, cos, sin, parameters, heads, rope_dim, interleaved):
+def scores(hidden, q_latent, cos, sin, *, parameters, heads, rope_dim, interleaved):
     """I[t,s] = sum_j w[t,j] relu(q[t,j] . k[s]) in the dtype of the inputs, differentiable by `parameters`."""
     q = (q_latent @ parameters["wq_b.weight"].T).unflatten(-1, (heads, -1))
     dim = q.shape[-1]
@@ -203,7 +203,8 @@ def stage(model, tokens, index_topk, interleaved):
         leaves |= {prefix + name: p for name, p in parameters.items()}
         half = cos.shape[-1] // 2
         inputs = [x.detach().double() for x in (hidden, q_latent, cos[..., :half], sin[..., :half])]
-        index_scores = scores(*inputs, parameters, module.n_heads, module.qk_rope_head_dim, interleaved)
+        sizes = dict(heads=module.n_heads, rope_dim=module.qk_rope_head_dim)
+        index_scores = scores(*inputs, parameters=parameters, interleaved=interleaved, **sizes)
         length = tokens.shape[1]
         allowed = torch.tril(torch.ones(length, length, dtype=torch.bool)).expand(tokens.shape[0], -1, -1)
         if index_topk < length:
