@@ -5,6 +5,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -94,7 +95,7 @@ def test_text_row_is_the_file_with_a_document_a_key_range(folder):
         np.testing.assert_array_equal(row.tokens, split.tokens[place])
         np.testing.assert_array_equal(row.targets, split.tokens[place + 1])
         np.testing.assert_array_equal(row.valid, ids == next_ids)
-        expected = KeyRange.packed(ids[None])
+        expected = KeyRange.packed(jnp.asarray(ids[None]))
         np.testing.assert_array_equal(row.start, expected.start[0])
         np.testing.assert_array_equal(row.stop, expected.stop[0])
         first = np.array([np.flatnonzero(ids == i)[0] for i in ids])

@@ -13,12 +13,13 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, SupportsInt
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
 from dsa_jax.key_range import KeyRange
@@ -61,23 +62,23 @@ class DataConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents; `start` and `stop` are their KeyRange."""
+    """Rows of packed documents; `start` and `stop` are their KeyRange. Leaves are NumPy arrays from the loader."""
 
-    tokens: Array  # i32[B, T]
-    targets: Array  # i32[B, T], the next token
-    valid: Array  # bool[B, T], this target counts: it belongs to the document of its token
-    start: Array  # i32[B, T]
-    stop: Array  # i32[B, T]
-    positions: Array  # i32[B, T], from 0 in every document
-    answers: Array  # bool[B, T], this target is a scored answer of a recall episode
+    tokens: Any  # i32[B, T]
+    targets: Any  # i32[B, T], the next token
+    valid: Any  # bool[B, T], this target counts: it belongs to the document of its token
+    start: Any  # i32[B, T]
+    stop: Any  # i32[B, T]
+    positions: Any  # i32[B, T], from 0 in every document
+    answers: Any  # bool[B, T], this target is a scored answer of a recall episode
 
     @property
     def keys(self) -> KeyRange:
         """Causal within each document."""
-        return KeyRange(self.start, self.stop)
+        return KeyRange(jnp.asarray(self.start), jnp.asarray(self.stop))
 
     @classmethod
-    def stack(cls, rows: Sequence[Self]) -> Self:
+    def stack(cls, rows: Sequence["Batch"]) -> Self:
         """Rows of [T] as one batch of [B, T]."""
         return cls(**{f.name: np.stack([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(cls)})
 
@@ -157,7 +158,7 @@ class Corpus:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         return np.asarray(self.tokenizer.encode(text).ids, np.int32)
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[SupportsInt]) -> str:
         """The text of tokens; bytes that are no text come out as the replacement character."""
         if self.tokenizer is None:
             return bytes(int(token) for token in tokens).decode(errors="replace")
