@@ -1,0 +1,31 @@
+# Each command does its own set-up: see .ci/install.
+.PHONY: demo test test-gpu lint format clean
+
+ARGS ?=
+bin := .venv/bin
+
+demo:
+	@.ci/install ""
+	$(bin)/python -m train --preset tiny $(ARGS)
+
+test: lint
+	$(bin)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-gpu:
+	@.ci/install test,cuda
+	$(bin)/python -m pytest -m gpu $(ARGS)
+
+lint:
+	@.ci/install test
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/pyright
+
+format:
+	@.ci/install test
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""The tests' set-up: the platform, the shape checks, and what runs where."""
+
+import os
+
+import hypothesis
+import pytest
+
+VIRTUAL_DEVICES = 8
+
+# The same examples in every run; compiling makes the time of the first one meaningless.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config):
+    """Chooses the platform before anything imports JAX."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}".strip()
+    # What is tested bitwise must be compiled here and now, never taken from a cache that another version has written.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what needs a GPU where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
