@@ -380,7 +380,7 @@ def _read_yarn(rope: dict[str, Any], max_position_embeddings: int) -> tuple[YaRN
     if stretch == yarn.magnitude(yarn.mscale) / yarn.magnitude(all_dim):
         return yarn, []
     if factor == 1:
-        return yarn, [] if stretch == 1 else [f"attention_factor must be 1 where factor is 1, got {stretch}"]
+        return yarn, [f"attention_factor must be 1 where factor is 1, got {stretch}"]
     mscale = (stretch * yarn.magnitude(all_dim) - 1.0) / (0.1 * math.log(factor))
     return dataclasses.replace(yarn, mscale=mscale), []
 
