@@ -101,8 +101,9 @@ class Checkpoints:
         except Exception as error:  # a full disk comes as any of several types, from the thread that writes
             whole = checkpoint_steps(self.folder.parent)
             last = self.path(whole[-1]) if whole else "none"
-            reason = str(error).splitlines()[0][:300]
-            raise ValueError(f"a checkpoint in {self.folder} must be written, got: {reason}; the last whole one: {last}") from error
+            raise ValueError(
+                f"a checkpoint in {self.folder} could not be written: {str(error)[:300]}; the last whole one: {last}"
+            ) from error
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
     """What must be the same for a run to be continued: all that decides its numbers."""
     values = {**config.to_json(), "init": init}
-    for name in ("checkpoint_every", "keep_checkpoints"):
+    for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
         del values[name]
     return values
 

@@ -81,8 +81,7 @@ def muon_dimensions(params: Any) -> Any:
     """The tree of `MuonDimensionNumbers`, None where a parameter is AdamW's."""
 
     def dimensions(path, leaf):
-        names = tuple(getattr(key, "key", None) for key in path)
-        # optax calls this with the masked tree too, where other groups' leaves are empty nodes and never seen here.
+        names = [str(getattr(key, "key", "")) for key in path]
         in_layer = any(name in ("dense_layers", "moe_layers") for name in names)
         axes = MATRICES.get(names[-1]) if in_layer else None
         return None if axes is None else MuonDimensionNumbers(*axes)

@@ -49,10 +49,12 @@ class PhaseSettings:
 
     @property
     def phase(self) -> Phase:
+        """What the phase is, beside how it is run here."""
         return phase_named(self.name)
 
     @property
     def steps(self) -> int:
+        """The steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
 
@@ -66,11 +68,12 @@ class RunConfig:
     seed: int = 0
     checkpoint_every: int = 50
     keep_checkpoints: int = 2  # besides the last of each phase
+    evaluation_batches: int = 4  # held-out batches of each kind
 
     def __post_init__(self):
         if self.model.param_dtype != "float32":
             raise ValueError(f"training keeps its parameters in float32, got param_dtype {self.model.param_dtype!r}")
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.phases:
@@ -84,6 +87,7 @@ class RunConfig:
 
     @property
     def steps(self) -> int:
+        """The steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def select(self, names: tuple[str, ...]) -> Self:

@@ -74,7 +74,7 @@ class RunProgress:
         """The stage that the step belongs to, with its tokens a step, and the tokens left in the run."""
         stages = [(i, j, s) for i, p in enumerate(self._config.phases) for j, s in enumerate(p.stages)]
         before = sum(p.steps for p in self._config.phases[:phase]) + phase_step
-        shape, left = None, 0
+        shape, left = ((0, 0), 0), 0
         for i, j, stage in stages:
             tokens, taken = stage.batch_size * stage.seq_len, min(stage.steps, max(before, 0))
             if taken:

@@ -19,7 +19,7 @@ from dsa_jax import Config, Transformer
 from dsa_jax.convert import load_hf
 from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params, read_run
 from train.data import Batch, Corpus
-from train.phases import PHASES, Params, merge_groups, split_groups
+from train.phases import PHASES, Params, split_groups
 from train.presets import RunConfig, Stage, differences
 from train.progress import RunProgress
 from train.step import TrainState, init_state, make_step
@@ -40,11 +40,12 @@ class Init:
     def __post_init__(self):
         if not (self.folder / "run.json").is_file() and not (self.folder / "config.json").is_file():
             raise ValueError(
-                f"init must be a Hugging Face folder with a config.json or a run's folder with a run.json, got {self.folder}"
+                f"init must be a folder with a checkpoint's config.json or a run's run.json, got {self.folder}"
             )
 
     @property
     def is_run(self) -> bool:
+        """Whether it is a run's folder."""
         return (self.folder / "run.json").is_file()
 
     def config(self, dtype: str) -> Config:
@@ -78,7 +79,7 @@ class MetricsLog:
                 lines.append(line + "\n")
         write_text(path, "".join(lines))
         self._file, self._progress = path.open("a"), progress
-        self._pending, self._begin = collections.deque(), time.monotonic()
+        self._pending, self._time = collections.deque(), time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -103,8 +104,9 @@ class MetricsLog:
         for key, value in values.items():
             if not math.isfinite(value):
                 raise DivergedError(f"{key} is {value} at step {step} (step {phase_step} of {name})")
-        elapsed = time.monotonic() - self._begin
-        record = {"step": step, "phase": name, "phase_step": phase_step, **values, "elapsed": round(elapsed, 3)}
+        now = time.monotonic()
+        seconds, self._time = round(now - self._time, 4), now
+        record = {"step": step, "phase": name, "phase_step": phase_step, **values, "seconds": seconds}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self._progress.update(phase, phase_step, values)
@@ -120,11 +122,8 @@ class Run:
 
     @property
     def graphdef(self) -> nnx.GraphDef:
+        """The model's definition, to be merged with parameters."""
         return abstract_params(self.config.model)[0]
-
-    @property
-    def finished(self) -> bool:
-        return self.config.steps in checkpoint_steps(self.folder)
 
     def phase_end(self, name: str) -> int:
         """The run's step at which a phase ends."""
@@ -133,23 +132,28 @@ class Run:
             raise ValueError(f"phase must be one of the run's {names}, got {name!r}")
         return sum(phase.steps for phase in self.config.phases[: names.index(name) + 1])
 
-    def model_after(self, name: str) -> Transformer:
-        """The model as a phase left it, from that phase's last checkpoint."""
-        graphdef, like = abstract_params(self.config.model)
-        return merge_groups(graphdef, load_params(self.folder, like, step=self.phase_end(name)))
+    def params_after(self, name: str) -> Params:
+        """The parameters as a phase left them, from that phase's last checkpoint."""
+        return load_params(self.folder, abstract_params(self.config.model)[1], step=self.phase_end(name))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; `seconds` are since the line before."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def initial_params(self) -> Params:
         """The parameters that the run starts from."""
         if self.init is not None:
             return self.init.params(self.config.model)
         make = lambda: split_groups(Transformer(self.config.model, rngs=nnx.Rngs(self.config.seed)))[1]  # noqa: E731
-        return jax.jit(make)()
+        # It runs once. Optimised on CPU, the tiny model's random bits were seen to take 25 s of compilation, so 2.
+        return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})()
 
     def open(self, *, resume: bool) -> None:
         """Makes the folder, or checks that the run in it is this one and is to be continued."""
         if (self.folder / "run.json").exists():
             if not resume:
-                raise ValueError(f"{self.folder} already holds a run: continue it with --resume or choose another --out")
+                raise ValueError(f"{self.folder} already holds a run: --resume continues it, another --out leaves it")
             changed = differences(self._identity(), read_run(self.folder)["identity"])
             if changed:
                 raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(changed)}")

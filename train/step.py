@@ -61,7 +61,7 @@ def make_step(graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches:
             with jax.named_scope(f"update_{group}"):
                 updates, opt_state[group] = optimizer.update(grads[group], state.opt_state[group], params[group])
                 params[group] = optax.apply_updates(params[group], updates)
-            metrics[f"grad_norm_{group}"] = optax.global_norm(grads[group])
+            metrics[f"grad_norm_{group}"] = optax.tree.norm(grads[group])
         if load.shape[0]:
             metrics["expert_imbalance"] = jnp.mean(load.max(-1) / jnp.maximum(load.mean(-1), 1e-9))
             if phase.balances:

@@ -1,0 +1,89 @@
+"""Schedules, clipping by group, and Muon on stacked matrices."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from train_cases import small_config, small_params
+
+from train.optimizer import OptimizerSettings, decay_mask, make_optimizer, make_schedule, muon_dimensions
+
+
+def test_schedules():
+    constant = make_schedule(2.0, OptimizerSettings(2.0, warmup_steps=3), 10)
+    np.testing.assert_allclose([float(constant(i)) for i in (0, 1, 2, 3, 9)], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+    cosine = make_schedule(2.0, OptimizerSettings(2.0, schedule="cosine"), 10)
+    np.testing.assert_allclose([float(cosine(i)) for i in (0, 5, 10)], [2.0, 1.0, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "linear"}, {"learning_rate": 0.0}, {"clip": -1.0}])
+def test_bad_settings_are_named(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        OptimizerSettings(**{"learning_rate": 1e-3} | changes)
+
+
+def first_update(settings, grads, params) -> Any:
+    optimizer = make_optimizer(settings, 10)
+    return jax.jit(lambda grads: optimizer.update(grads, optimizer.init(params), params)[0])(grads)
+
+
+def singular_values(update, reduction, output):
+    """Those of each matrix of a stack, its head axes folded to the side they stand on; and both sides' sizes."""
+    fan_in, fan_out = (int(np.prod([update.shape[axis] for axis in axes])) for axes in (reduction, output))
+    lead = update.shape[: update.ndim - len(reduction) - len(output)]
+    matrices = np.asarray(update, np.float64).reshape(*lead, fan_in, fan_out)
+    return np.linalg.svd(matrices, compute_uv=False), fan_in, fan_out
+
+
+STACKS = {
+    ("self_attn", "q_b_proj"): ((-3,), (-2, -1)),
+    ("self_attn", "o_proj"): ((-3, -2), (-1,)),
+    ("mlp", "experts", "down_proj"): ((-2,), (-1,)),
+}
+
+
+def test_muon_orthogonalises_every_matrix_of_a_stack_by_itself():
+    """Gradients whose layers differ a million-fold in size still give updates of one spectrum."""
+    params = small_params(small_config(num_hidden_layers=3))["backbone"]
+    rng = np.random.default_rng(1)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    grads["moe_layers"] = jax.tree.map(lambda x: x.at[0].multiply(1e6), grads["moe_layers"])
+    update = first_update(OptimizerSettings(1.0, muon_learning_rate=1.0, weight_decay=0.0, clip=1e12), grads, params)
+    update = update["moe_layers"]
+    for path, axes in STACKS.items():
+        values, fan_in, fan_out = singular_values(functools.reduce(lambda tree, name: tree[name], path, update), *axes)
+        values = values / max(1.0, fan_out / fan_in) ** 0.5
+        assert values.min() > 0.3 and values.max() < 1.6, (path, values)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
+    params = small_params(small_config())["backbone"]
+    leaf = lambda x: x is None or isinstance(x, tuple)
+    flat = jax.tree_util.tree_flatten_with_path(muon_dimensions(params), is_leaf=leaf)[0]
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): axes is not None for path, axes in flat}
+    assert names["dense_layers/self_attn/kv_b_proj"] and names["moe_layers/mlp/experts/gate_proj"]
+    for name in ("embed_tokens", "lm_head", "moe_layers/mlp/gate/weight", "dense_layers/input_layernorm/weight"):
+        assert not names[name], name
+    state = make_optimizer(OptimizerSettings(1e-3, muon_learning_rate=0.02), 10).init(params)
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+
+
+def test_normalisations_do_not_decay():
+    norms = {"norm": {"weight": jnp.ones(2)}, "q_a_layernorm": {"weight": jnp.ones(2)}, "k_norm": {"bias": jnp.ones(2)}}
+    params = norms | {"lm_head": jnp.ones((2, 2))}
+    updates = first_update(OptimizerSettings(0.1, weight_decay=0.5), jax.tree.map(jnp.zeros_like, params), params)
+    np.testing.assert_allclose(updates["lm_head"], -0.05, rtol=1e-6)
+    assert all(not leaf.any() for name in norms for leaf in jax.tree.leaves(updates[name]))
+    assert jax.tree.leaves(decay_mask(params)) == [False, True, False, False]
+
+
+def test_a_group_is_clipped_by_its_own_norm():
+    """Adam forgets scale, so it is seen in the first moment: norm 0.1 of a gradient of norm 500 clipped to 1."""
+    params = {"lm_head": jnp.zeros((3, 4))}
+    optimizer = make_optimizer(OptimizerSettings(0.1), 10)
+    _, state = optimizer.update({"lm_head": jnp.full((3, 4), 500.0)}, optimizer.init(params), params)
+    np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")), 0.1, rtol=1e-5)

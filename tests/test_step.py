@@ -1,0 +1,159 @@
+"""One step: who moves, what is computed, and that splitting a batch changes rounding alone."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from train_cases import compiled, small_batch, small_config, small_params, small_phases
+
+from train.phases import GROUPS, group_of, merge_groups, split_groups, window_selection
+from train.presets import PhaseSettings
+from train.run import abstract_params
+from train.step import init_state, make_step
+
+
+def start(name: str | PhaseSettings, **changes):
+    """(graphdef, settings, state) of a small model at the start of a phase."""
+    config = small_config(**changes)
+    settings = small_phases()[name] if isinstance(name, str) else name
+    params = jax.tree.map(jnp.array, small_params(config))
+    return abstract_params(config)[0], settings, init_state(params, settings, jnp.zeros(2, jnp.uint32))
+
+
+def copy(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def control(name):
+    """A control: SPARSE's settings under another name."""
+    return dataclasses.replace(small_phases()["SPARSE"], name=name)
+
+
+def test_groups_partition_the_state_and_merge_back():
+    config = small_config()
+    model = merge_groups(abstract_params(config)[0], small_params(config))
+    graphdef, params = split_groups(model)
+    assert tuple(params) == GROUPS
+    assert group_of(("moe_layers", "self_attn", "indexer", "wk")) == "indexer"
+    assert jax.tree.leaves(params["router_bias"])[0].shape == (1, 4)
+    assert not any("indexer" in str(path) for path, _ in jax.tree_util.tree_flatten_with_path(params["backbone"])[0])
+    assert graphdef == abstract_params(config)[0]
+    chex.assert_trees_all_equal(nnx.state(merge_groups(graphdef, params)), nnx.state(model))
+
+
+@pytest.mark.parametrize("name", ["BASE", "WARMUP", "SPARSE"])
+def test_only_the_trainable_groups_move(name):
+    graphdef, settings, state = start(name)
+    before = copy(state.params)
+    assert set(state.opt_state) == set(settings.phase.trains)
+    state, metrics = compiled(make_step(graphdef, settings), state, small_batch())(state, small_batch())
+    after = copy(state.params)
+    assert int(state.step) == 1
+    for group in ("backbone", "indexer"):
+        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[group], after[group])), strict=True)]
+        assert not any(same) if group in settings.phase.trains else all(same), (group, same)
+        assert (f"grad_norm_{group}" in metrics) == (group in settings.phase.trains)
+    moved = np.asarray(jax.tree.leaves(after["router_bias"])[0] - jax.tree.leaves(before["router_bias"])[0])
+    steps = np.round(moved / 1e-2)
+    np.testing.assert_allclose(moved, 1e-2 * steps, atol=1e-6)
+    assert np.abs(steps).max() > 0 if name != "WARMUP" else not moved.any()
+
+
+@pytest.mark.parametrize("name", ["DENSE_CONTROL", "WINDOW_CONTROL"])
+def test_controls_train_the_backbone_alone(name):
+    graphdef, settings, state = start(control(name))
+    before = copy(state.params)
+    state, metrics = compiled(make_step(graphdef, settings), state, small_batch())(state, small_batch())
+    chex.assert_trees_all_equal(before["indexer"], copy(state.params["indexer"]))
+    assert not np.array_equal(before["backbone"]["lm_head"], state.params["backbone"]["lm_head"])
+    assert "kl" not in metrics
+
+
+def test_window_selection_is_canonical():
+    keys = small_batch(length=12).keys
+    selection = np.asarray(window_selection(keys, 4))
+    for row, query in np.ndindex(selection.shape[:2]):
+        begin, end = int(keys.start[row, query]), int(keys.stop[row, query])
+        expected = list(range(max(begin, end - 4), end))
+        assert selection[row, query].tolist() == expected + [-1] * (4 - len(expected))
+
+
+@pytest.mark.parametrize("name", ["BASE", "WARMUP", "SPARSE"])
+def test_micro_batches_change_rounding_alone(name):
+    """Each row has another share of padding, so means of micro-batch means would be wrong."""
+    graphdef, settings, state = start(name)
+    batch = small_batch()
+    assert len(set(np.asarray(batch.valid).sum(1))) > 1
+    results = []
+    for micro_batches in (1, 4):
+        step = compiled(make_step(graphdef, settings, micro_batches=micro_batches), state, batch)
+        results.append(step(jax.tree.map(jnp.array, state), batch))
+    (whole, metrics), (split, split_metrics) = results
+    chex.assert_trees_all_close(split_metrics, metrics, rtol=2e-5, atol=1e-7)
+    # AdamW's first step is a sign: compare its moments, which are the gradient.
+    chex.assert_trees_all_close(split.opt_state, whole.opt_state, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_is_a_mean_over_valid_targets_and_a_sum_over_layers():
+    graphdef, settings, state = start("SPARSE")
+    batch, model = small_batch(), merge_groups(graphdef, state.params)
+    output = model(batch.tokens, keys=batch.keys, positions=batch.positions)
+    log_p = jax.nn.log_softmax(model.unembed(output.hidden))
+    nll = -np.take_along_axis(np.asarray(log_p), batch.targets[..., None], -1)[..., 0]
+    kl = np.asarray(output.indexer_kl)[:, np.asarray(batch.keys.nonempty())]
+    _, metrics = compiled(make_step(graphdef, settings), state, batch)(state, batch)
+    np.testing.assert_allclose(metrics["lm_loss"], nll[batch.valid].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl"], kl.mean(axis=1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], metrics["lm_loss"] + metrics["kl"], rtol=1e-6)
+    assert metrics["tokens"] == np.asarray(batch.keys.nonempty()).sum()
+
+
+def test_padding_rows_change_nothing():
+    """A row of padding added to the batch: the same losses and the same moments."""
+    graphdef, settings, state = start("SPARSE")
+    batch = small_batch(batch=2)
+    empty = jax.tree.map(lambda x: np.zeros_like(x[:1]), batch)
+    padded = jax.tree.map(lambda x, y: np.concatenate([x, y]), batch, empty)
+    step = make_step(graphdef, settings)
+    (one, metrics), (two, padded_metrics) = (
+        compiled(step, state, each)(jax.tree.map(jnp.array, state), each) for each in (batch, padded)
+    )
+    chex.assert_trees_all_close(padded_metrics, metrics, rtol=2e-5, atol=1e-7)
+    chex.assert_trees_all_close(two.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)
+
+
+def flops(name, **changes):
+    graphdef, settings, state = start(name, **changes)
+    batch = small_batch(vocab=16)
+    return compiled(make_step(graphdef, settings), state, batch).cost_analysis()["flops"]
+
+
+def test_base_does_not_compute_the_indexer():
+    """Sixteen times the index heads cost BASE nothing at all, and WARMUP a great deal."""
+    assert flops("BASE", index_n_heads=64) == flops("BASE", index_n_heads=4)
+    assert flops("WARMUP", index_n_heads=64) > 2 * flops("WARMUP", index_n_heads=4)
+
+
+def test_warmup_does_not_compute_the_lm_loss():
+    """Sixteen times the vocabulary costs WARMUP nothing at all, and BASE a great deal."""
+    assert flops("WARMUP", vocab_size=4096) == flops("WARMUP", vocab_size=256)
+    assert flops("BASE", vocab_size=4096) > 2 * flops("BASE", vocab_size=256)
+
+
+def test_warmup_differentiates_the_indexer_alone():
+    """Its FLOPs are those of the forward pass and the indexer's loss, not of a backward pass through the backbone."""
+    wide = dict(intermediate_size=1024)
+    forward = 2 * 3 * 16 * 1024 * 4 * 16  # one pass of the dense layer's feed-forward over the batch
+    grown = flops("WARMUP", **wide) - flops("WARMUP", intermediate_size=512)
+    assert grown < 2.5 * forward / 2, grown / forward
+
+
+def test_a_phase_needs_the_settings_of_what_it_trains():
+    with pytest.raises(ValueError, match="SPARSE trains the indexer"):
+        PhaseSettings("SPARSE", small_phases()["SPARSE"].stages, backbone=small_phases()["SPARSE"].backbone)
+    with pytest.raises(ValueError, match="phase must be one of BASE"):
+        PhaseSettings("COOLDOWN", ())
