@@ -1,0 +1,106 @@
+"""Random inputs, hostile indices and comparisons shared by the tests of the operations."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+from reference import f64, quantize
+
+from dsa_jax import KeyRange, blocks
+
+INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+FP8 = "float8_e4m3fn"
+
+
+def normal(seed, *shape, dtype="float32"):
+    """Standard normal values, rounded to `dtype`."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def integers(seed, *shape, low=-2, high=3):
+    """Small integers as float32: every product and sum of them is exact in any order."""
+    return jnp.asarray(np.random.default_rng(seed).integers(low, high, shape), jnp.float32)
+
+
+def index_inputs(seed, b, t, s, j, e, dtype="float32"):
+    """q_index, k_index, weights and k_scale (None but for FP8, where the weights carry q's scale)."""
+    q, k = normal(seed, b, t, j, e), normal(seed + 1, b, s, e)
+    weights = normal(seed + 2, b, t, j)
+    if dtype != FP8:
+        return q.astype(dtype), k.astype(dtype), weights, None
+    (q, q_scale), (k, k_scale) = quantize(q), quantize(3 * k)
+    return jnp.asarray(q), jnp.asarray(k), weights * q_scale, jnp.asarray(k_scale)
+
+
+def random_range(seed, b, t, s):
+    """Ranges of every kind, empty and reversed ones among them."""
+    edge = np.random.default_rng(seed).integers(0, s + 1, (b, t, 2)).astype(np.int32)
+    return KeyRange(jnp.asarray(edge[..., 0]), jnp.asarray(edge[..., 1]))
+
+
+def hostile_indices(seed, b, t, k, size):
+    """Unsorted rows with duplicates, absent slots of every sort at any place, and one row of nothing."""
+    rng = np.random.default_rng(seed)
+    indices = rng.integers(0, size, (b, t, k)).astype(np.int32)
+    absent = rng.choice(np.array([-1, -2, -size, size, size + 1, INT_MIN, INT_MAX], np.int32), (b, t, k))
+    indices = np.where(rng.random((b, t, k)) < 0.4, absent, indices)
+    indices[0, t // 2] = absent[0, t // 2]
+    if t > 1:
+        indices[-1, 0] = -1
+        indices[-1, 0, k // 2] = size - 1
+    return jnp.asarray(indices)
+
+
+def causal_indices(b, t, s, k):
+    """Every key up to the query's own, in canonical form: K ≥ S sparse attention is dense."""
+    row = np.arange(k)
+    return jnp.asarray(np.broadcast_to(np.where(row <= np.arange(t)[:, None] + s - t, row, -1), (b, t, k)), jnp.int32)
+
+
+def poison(x, absent):
+    """NaN in the rows of x [B, S, …] where `absent` [B, S]."""
+    return jnp.where(jnp.reshape(absent, absent.shape + (1,) * (x.ndim - 2)), jnp.nan, x)
+
+
+def pulled(function, *arguments, cotangent=jnp.ones_like):
+    """The value of a function and its gradients for `cotangent(value)`, compiled as one program."""
+
+    def run(*arguments):
+        value, pull = jax.vjp(function, *arguments)
+        return value, pull(cotangent(value))
+
+    return jax.jit(run)(*arguments)
+
+
+def many_blocks(monkeypatch, shape, block=40_000):
+    """Has the larger test shapes evaluated in many blocks of queries, the last one padded, as long ones are."""
+    if shape[1] > 30:
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", block)
+
+
+def close(actual, expected, tolerance):
+    """|actual − expected| ≤ tolerance · (|expected| + the largest finite |expected|, at most 1 of it)."""
+    expected = f64(expected)
+    finite = np.abs(expected[np.isfinite(expected)])
+    size = min(1.0, finite.max()) if finite.size else 0.0
+    np.testing.assert_allclose(f64(actual), expected, rtol=tolerance, atol=tolerance * size)
+
+
+def same_bits(actual, expected):
+    """Equal in every bit, the sign of zero included."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert actual.tobytes() == expected.tobytes(), f"{(actual != expected).sum()} of {actual.size} differ"
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Without the shape checker of the tests: what a caller meets."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
