@@ -370,6 +370,7 @@ def _fill(leaf: Leaf, checkpoint: Checkpoint, config: Config) -> jax.Array:
     x = jnp.zeros(leaf.shape(config), dtype)
     for index, name in leaf.tensors():
         x = _place(x, checkpoint.read(name), index, transposed=leaf.entry.inputs is not None)
+        x.block_until_ready()  # reading runs ahead otherwise, and fills the memory with tensors that wait
     return x
 
 
