@@ -3,6 +3,7 @@
 from dsa_jax.attention import attention_target, latent_attention, multihead_attention, sparse_attention
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config, YaRN
+from dsa_jax.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.generate import generate
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
@@ -22,15 +23,19 @@ __all__ = [
     "Transformer",
     "YaRN",
     "attention_target",
+    "convert_hf",
     "dense_indexer_kl",
     "generate",
     "hadamard",
     "index_scores",
     "latent_attention",
+    "load_hf",
     "multihead_attention",
     "quantize",
+    "save_hf",
     "select_keys",
     "select_topk",
     "sparse_attention",
     "sparse_indexer_kl",
+    "to_hf",
 ]

@@ -30,7 +30,9 @@ class Cache:
         if batch < 1 or size < 1:
             raise ValueError(f"a cache needs at least one row and one token, got batch {batch} and size {size}")
         if size > config.max_position_embeddings:
-            raise ValueError(f"a cache holds at most max_position_embeddings = {config.max_position_embeddings} tokens, got {size}")
+            raise ValueError(
+                f"a cache holds at most max_position_embeddings = {config.max_position_embeddings} tokens, got {size}"
+            )
         rows = (config.num_hidden_layers, batch, size)
         return cls(
             kv=jnp.zeros((*rows, config.latent_dim), config.dtype),
@@ -61,7 +63,9 @@ class Cache:
             k_scale=self.k_scale.at[layer, rows, at].set(k_scale, mode="drop"),
         )
 
-    def read(self, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B S H"], Float[Array, "B S E"], Float[Array, "B S"]]:
+    def read(
+        self, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B S H"], Float[Array, "B S E"], Float[Array, "B S"]]:
         """The latents, index keys and key scales of one layer."""
         return self.kv[layer], self.k_index[layer], self.k_scale[layer]
 

@@ -67,7 +67,12 @@ def generate(
 
 
 def sample(
-    logits: Float[Array, "B vocab"], key: Array, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: Float[Array, "B vocab"],
+    key: Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> Int[Array, " B"]:
     """Draws a token a row from softmax(logits / temperature), cut to the `top_k` likeliest and to `top_p` of the mass."""
     if temperature == 0:

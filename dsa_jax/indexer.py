@@ -16,6 +16,7 @@ from dsa_jax.rope import rotate_half_split, rotate_interleaved
 QUERY_TILE = 16
 KEY_TILE = 512
 NORM_EPS = 1e-6
+INDEX_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn)
 
 
 def index_scores(
@@ -64,13 +65,20 @@ def check_index_inputs(q_index, k_index, weights, keys, k_scale):
     batch, length, heads, dim = q_index.shape
     if k_index.ndim != 3 or k_index.shape[0] != batch or k_index.shape[2] != dim or k_index.shape[1] < 1:
         raise ValueError(f"k_index must be [{batch}, S, {dim}] like q_index {q_index.shape}, got shape {k_index.shape}")
-    if k_index.dtype != q_index.dtype:
-        raise ValueError(f"q_index and k_index must have one dtype, got {q_index.dtype} and {k_index.dtype}")
+    if k_index.dtype != q_index.dtype or q_index.dtype not in INDEX_DTYPES:
+        raise ValueError(
+            "q_index and k_index must have one dtype, float32, bfloat16 or float8_e4m3fn, "
+            f"got {q_index.dtype} and {k_index.dtype}"
+        )
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(f"weights must be floating point, got {weights.dtype}")
     if weights.shape != (batch, length, heads):
         raise ValueError(f"weights must be [{batch}, {length}, {heads}] like q_index, got shape {weights.shape}")
     check_keys(keys, batch, length)
     size = k_index.shape[1]
     k_scale = jnp.ones((batch, size), jnp.float32) if k_scale is None else jnp.asarray(k_scale)
+    if not jnp.issubdtype(k_scale.dtype, jnp.floating):
+        raise ValueError(f"k_scale must be floating point, got {k_scale.dtype}")
     if k_scale.shape != (batch, size):
         raise ValueError(f"k_scale must be [{batch}, {size}] like k_index, got shape {k_scale.shape}")
     return q_index, k_index, weights.astype(jnp.float32), k_scale.astype(jnp.float32)
@@ -107,7 +115,12 @@ def score_query_tile(q_index, weights, start, stop, key_tiles, size):
 def head_sum(q_index, k_index, weights):
     """Σ_j w[t,j] · relu(q[t,j] · k) in float32; `k_index` is [s, E], or [t, s, E] where each query has its own keys."""
     logits = contract("tje,se->tjs" if k_index.ndim == 2 else "tje,tse->tjs", widen(q_index), widen(k_index))
-    return jnp.sum(jax.nn.relu(logits) * weights[..., None], axis=1)
+    return jnp.sum(relu(logits) * weights[..., None], axis=1)
+
+
+def relu(x):
+    """max(x, 0) that keeps NaN everywhere: XLA's own maximum may drop it, and hide that a run has diverged."""
+    return jnp.where(x <= 0, 0.0, x)
 
 
 def widen(x):

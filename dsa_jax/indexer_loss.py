@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax import attention
 from dsa_jax.attention import gather_rows, no_gradient, normalise_target, scatter_rows, sum_heads, zero_unreached
 from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
-from dsa_jax.indexer import check_index_inputs, head_sum, widen
+from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
 
@@ -119,7 +119,7 @@ def _head_sum_gradient(q_index, k_index, weights, d_scores):
     """Gradients of `head_sum` by q_index, k_index and weights; by logits it is dI · w where relu passes."""
     q_index, k_index = widen(q_index), widen(k_index)
     keys = "se" if k_index.ndim == 2 else "tse"
-    active = jax.nn.relu(contract(f"tje,{keys}->tjs", q_index, k_index))
+    active = relu(contract(f"tje,{keys}->tjs", q_index, k_index))
     d_weights = jnp.sum(active * d_scores[:, None], axis=-1)
     d_logits = jnp.where(active > 0, d_scores[:, None] * weights[..., None], 0.0).astype(q_index.dtype)
     return contract(f"tjs,{keys}->tje", d_logits, k_index), contract(f"tjs,tje->{keys}", d_logits, q_index), d_weights

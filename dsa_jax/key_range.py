@@ -43,11 +43,11 @@ class KeyRange:
         causal = cls.causal(lengths.shape[0], length)
         return cls(causal.start, jnp.where(causal.stop > lengths[:, None], 0, causal.stop))
 
-    def mask(self, size: int) -> Bool[Array, "B T S"]:
+    def mask(self, size: int) -> Bool[Array, "*rows S"]:
         """The range as a boolean matrix over `size` keys: for blocks and tests, never for a whole long sequence."""
         return self.contains(jnp.arange(size, dtype=jnp.int32))
 
-    def contains(self, keys: Int[Array, "*S"]) -> Bool[Array, "B T S"]:
+    def contains(self, keys: Int[Array, " S"]) -> Bool[Array, "*rows S"]:
         """Whether each query may reach each of the key positions `keys`."""
         return (self.start[..., None] <= keys) & (keys < self.stop[..., None])
 

@@ -105,7 +105,9 @@ class SparseMLA(nnx.Module):
     def expand(self, kv: Float[Array, "B S H"]) -> tuple[Float[Array, "B S N H2"], Float[Array, "B S N V"]]:
         """Expands latents to each head's keys [B, S, N, P + R] and values [B, S, N, V]."""
         c_kv, k_rope = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
-        k_nope, v = jnp.split(project("bsc,cnh->bsnh", c_kv, self.kv_b_proj[...]), [self.config.qk_nope_head_dim], axis=-1)
+        k_nope, v = jnp.split(
+            project("bsc,cnh->bsnh", c_kv, self.kv_b_proj[...]), [self.config.qk_nope_head_dim], axis=-1
+        )
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
@@ -209,4 +211,6 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to every token."""
         gate = project("...d,df->...f", x, self.gate_proj[...])
-        return project("...f,fd->...d", jax.nn.silu(gate) * project("...d,df->...f", x, self.up_proj[...]), self.down_proj[...])
+        return project(
+            "...f,fd->...d", jax.nn.silu(gate) * project("...d,df->...f", x, self.up_proj[...]), self.down_proj[...]
+        )

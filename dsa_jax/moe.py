@@ -28,9 +28,9 @@ def route(
 ) -> tuple[Int[Array, "*B k"], Float32[Array, "*B k"]]:
     """Chooses each token's experts and their gates, all in float32.
 
-    Scores are sigmoid(x · weight). The biased scores choose: the `topk_group` groups whose two best experts sum highest,
-    then the `num_experts_per_tok` best experts in them; ties go to the lowest index. The unbiased scores of the chosen
-    are the gates, renormalised if `norm_topk_prob`, times `routed_scaling_factor`.
+    Scores are sigmoid(x · weight). The biased scores choose: the `topk_group` groups whose two best experts sum
+    highest, then the `num_experts_per_tok` best experts in them; ties go to the lowest index. The unbiased scores of
+    the chosen are the gates, renormalised if `norm_topk_prob`, times `routed_scaling_factor`.
     """
     scores = jax.nn.sigmoid(contract("...d,dx->...x", x.astype(jnp.float32), weight.astype(jnp.float32)))
     biased = (scores + bias).reshape(*scores.shape[:-1], config.n_group, -1)
@@ -285,7 +285,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Float32[Array, " X"]]:
-        """Returns y and how many (token, slot) pairs each expert got; tokens that are not `valid` do not count there."""
+        """Returns y and how many (token, slot) pairs each expert got; tokens that are not `valid` do not count."""
         with jax.named_scope("route"):
             experts, gates = self.gate(x)
             load = expert_load(experts, valid, self.gate.config.n_routed_experts)

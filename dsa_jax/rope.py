@@ -16,8 +16,8 @@ from dsa_jax.config import Config, YaRN
 def inv_frequencies(config: Config) -> np.ndarray:
     """Radians a position of each of the R/2 rotary pairs, float32: theta^(-2i/R), stretched by YaRN where configured.
 
-    YaRN leaves pairs that turn more than `beta_fast` times over the original length as they are, divides those that turn
-    less than `beta_slow` times by `factor`, and blends linearly between, the bounds rounded outwards to whole pairs.
+    YaRN leaves pairs that turn more than `beta_fast` times over the original length as they are, divides those that
+    turn less than `beta_slow` times by `factor`, and blends linearly between, the bounds rounded outwards to pairs.
     """
     dim, yarn = config.qk_rope_head_dim, config.rope_scaling
     frequencies = config.rope_theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)

@@ -21,6 +21,8 @@ def select_topk(
     scores = jnp.asarray(scores)
     if scores.ndim != 3:
         raise ValueError(f"scores must be [B, T, S], got shape {scores.shape}")
+    if scores.dtype != jnp.float32:
+        raise ValueError(f"scores must be float32, got {scores.dtype}")
     _check_k(k)
     choose_implementation("select_topk", implementation)
     batch, length, size = scores.shape
@@ -75,8 +77,10 @@ def _check_k(k):
 def _top_positions(scores, k):
     """`select_topk` for [t, S] scores that hold -inf where a key is out of reach."""
     size = scores.shape[-1]
-    # lax.top_k ranks NaN highest and -0.0 below +0.0; of equal values it keeps the lowest position.
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+    # lax.top_k ranks NaN highest and -0.0 below +0.0; of equal values it keeps the lowest position. -0.0 is told by its
+    # bits, since a comparison with zero may flush subnormal scores.
+    minus_zero = jax.lax.bitcast_convert_type(scores, jnp.int32) == jnp.iinfo(jnp.int32).min
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(minus_zero, 0.0, scores))
     values, positions = jax.lax.top_k(scores, min(k, size))
     positions = jnp.sort(jnp.where(values > -jnp.inf, positions, size), axis=-1).astype(jnp.int32)
     positions = jnp.where(positions < size, positions, -1)
