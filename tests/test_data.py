@@ -34,6 +34,13 @@ def take(batches, count: int) -> list[Batch]:
     return [next(batches) for _ in range(count)]
 
 
+def at(dataset, index: int) -> Batch:
+    """A batch by random access."""
+    batch = dataset[index]
+    assert batch is not None
+    return batch
+
+
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
@@ -60,7 +67,7 @@ def test_held_out_text_never_reaches_a_training_batch(folder):
     names = {document[:6] for document in documents(corpus.held_out)}
     batches = corpus.dataset("train", batch_size=8, seq_len=96, seed=3)
     epoch = len(corpus.train.tokens) // (8 * 96)
-    seen = b"".join(batches[i].tokens.astype(np.uint8).tobytes() for i in range(2 * epoch + 1))
+    seen = b"".join(at(batches, i).tokens.astype(np.uint8).tobytes() for i in range(2 * epoch + 1))
     assert not any(name in seen for name in names)
     assert all(document[:6] in seen for document in documents(corpus.train))
 
@@ -104,7 +111,7 @@ def test_text_row_is_the_file_with_a_document_a_key_range(folder):
 
 
 def test_packed_rows_occur(folder):
-    batch = load(text_config(folder)).dataset("train", batch_size=8, seq_len=300, seed=0, recall=0.0)[0]
+    batch = at(load(text_config(folder)).dataset("train", batch_size=8, seq_len=300, seed=0, recall=0.0), 0)
     assert (batch.start > 0).any() and (~batch.valid).any()
     assert (batch.positions == np.arange(300) - batch.start).all()
 
@@ -116,7 +123,7 @@ def test_batches_are_a_function_of_their_arguments(folder, recall):
     first = take(corpus.batches("train", seed=1, **arguments), 12)
     assert_same(first, take(again.batches("train", seed=1, **arguments), 12))
     dataset = again.dataset("train", seed=1, **arguments)
-    assert_same(first[::-1], [dataset[i] for i in reversed(range(12))])  # random access, any order
+    assert_same(first[::-1], [at(dataset, i) for i in reversed(range(12))])  # random access, any order
     other = take(corpus.batches("train", seed=2, **arguments), 12)
     assert any((a.tokens != b.tokens).any() for a, b in zip(first, other, strict=True))
 
@@ -150,7 +157,7 @@ def test_a_state_of_another_stream_is_refused(folder):
 def test_every_batch_holds_its_share_of_episodes(folder, share, expected):
     dataset = load(text_config(folder)).dataset("train", batch_size=8, seq_len=128, seed=0, recall=share)
     for i in range(5):
-        asked = ((dataset[i].tokens >= data.ASK) & (dataset[i].tokens < data.ASK + data.REGISTERS)).any(1)
+        asked = ((at(dataset, i).tokens >= data.ASK) & (at(dataset, i).tokens < data.ASK + data.REGISTERS)).any(1)
         assert asked.sum() == expected  # the text itself holds bytes from 192 up, but none of 128 … 135
 
 
@@ -180,7 +187,7 @@ def test_recall_answers_are_what_was_declared(folder):
     dataset = load(text_config(folder)).dataset("held_out", batch_size=4, seq_len=512, seed=0, recall=1.0)
     seen = set()
     for i in range(10):
-        batch = dataset[i]
+        batch = at(dataset, i)
         assert batch.valid.all() and (batch.start == 0).all()
         for row in range(4):
             tokens = np.append(batch.tokens[row], batch.targets[row, -1])
@@ -194,7 +201,7 @@ def test_recall_answers_are_what_was_declared(folder):
 
 def test_code_in_an_episode_cannot_collide_with_the_task(folder):
     assert "ï".encode() in (folder / "f03.txt").read_bytes()
-    tokens = load(text_config(folder)).dataset("train", batch_size=1, seq_len=400, seed=0, recall=1.0)[0].tokens[0]
+    tokens = at(load(text_config(folder)).dataset("train", batch_size=1, seq_len=400, seed=0, recall=1.0), 0).tokens[0]
     declared = sum(token >= data.STATE for token in tokens)
     asked = sum(data.ASK <= token < data.STATE for token in tokens)
     assert declared == data.REGISTERS + asked or declared == data.REGISTERS + asked - 1  # cut after a question
@@ -203,12 +210,12 @@ def test_code_in_an_episode_cannot_collide_with_the_task(folder):
 def test_text_without_a_single_ascii_line_still_makes_episodes(tmp_path):
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_bytes(("é" * 900 + name).encode())
-    batch = load(text_config(tmp_path)).dataset("train", batch_size=1, seq_len=300, seed=0, recall=1.0)[0]
+    batch = at(load(text_config(tmp_path)).dataset("train", batch_size=1, seq_len=300, seed=0, recall=1.0), 0)
     parse_episode(batch.tokens[0])
 
 
 def test_batch_is_a_tree_with_a_key_range(folder):
-    batch = load(text_config(folder)).dataset("train", batch_size=2, seq_len=32, seed=0)[0]
+    batch = at(load(text_config(folder)).dataset("train", batch_size=2, seq_len=32, seed=0), 0)
     assert len(jax.tree.leaves(batch)) == 7
     assert jax.jit(lambda batch: batch.keys.stop - batch.start)(batch).shape == (2, 32)
     for name in ("tokens", "targets", "start", "stop", "positions"):
@@ -233,7 +240,7 @@ def test_tokenizer(folder, tokenizer):
     corpus = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
     split = corpus.train
     assert split.tokens.max() < 50 and (split.tokens[split.offsets[:-1]] == 0).all()
-    batch = corpus.dataset("train", batch_size=4, seq_len=64, seed=0)[0]
+    batch = at(corpus.dataset("train", batch_size=4, seq_len=64, seed=0), 0)
     assert not batch.answers.any()  # no episodes
     assert corpus.decode(corpus.encode("file03 = file04")) == "file03 = file04"
     with pytest.raises(ValueError, match="0 under a tokenizer"):
@@ -324,4 +331,4 @@ def test_bad_batches(folder):
         with pytest.raises(ValueError, match=message):
             corpus.dataset("train", **{**good, **changes})
     with pytest.raises(ValueError, match="split must be 'train' or 'held_out', got 'test'"):
-        corpus.batches("test", **good)
+        corpus.batches("test", **good)  # pyright: ignore[reportArgumentType]

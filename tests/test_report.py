@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -36,20 +38,21 @@ def make_seed(seed=0, indexer=(0.8, 0.7), *, text_alone=False, controls=False) -
         return {"all": base, "text": base + 0.25, "recall": recall, "answers": recall and recall - 1}
 
     losses = {"after BASE, dense": parts(1.75 + seed), "final, sparse": parts(1.5 + seed), "final, dense": parts(1.25)}
-    if controls:
-        losses |= {"DENSE_CONTROL, dense": parts(1.125), "WINDOW_CONTROL, last K keys": parts(2.25)}
-    selections = {name: parts(1.0 + i / 8) for i, name in enumerate(("dense", "indexer", "oracle", "window", "random"))}
-    kept = make_kept(list(indexer), ("text", "all") if text_alone else RECALL)
     curves = {
         "BASE": {"step": [1.0, 2.0], "lm_loss": [5.5, 3.0]},
         "WARMUP": {"step": [3.0, 4.0], "kl": [2.625, 0.375]},
         "SPARSE": {"step": [5.0, 6.0], "lm_loss": [3.0, 2.5], "kl": [0.5, 0.25]},
     }
+    if controls:
+        curves["DENSE_CONTROL"] = {"step": [1.0, 2.0], "lm_loss": [3.0, 2.25]}
+        losses |= {"DENSE_CONTROL, dense": parts(1.125), "WINDOW_CONTROL, last K keys": parts(2.25)}
+    selections = {name: parts(1.0 + i / 8) for i, name in enumerate(("dense", "indexer", "oracle", "window", "random"))}
+    kept = make_kept(list(indexer), ("text", "all") if text_alone else RECALL)
     return SeedResult(seed, Evaluation(losses, selections, kept), curves, {"BASE": 100.0, "WARMUP": 50.0})
 
 
 def make_results(*seeds, **changes) -> Results:
-    values = dict(
+    values: dict[str, Any] = dict(
         name="tiny",
         setup={"K": 32, "sequence length": 512},
         seeds=list(seeds) or [make_seed()],
@@ -120,6 +123,12 @@ def test_a_gap_that_was_not_measured_is_a_missed_goal():
     kept = KeptMass(32, {}, dict.fromkeys(RECALL, 0))
     results = make_results(dataclasses.replace(seed, evaluation=dataclasses.replace(seed.evaluation, kept=kept)))
     assert "could not be measured" in first_words(markdown(results))
+
+
+def test_without_an_indexer_trained_there_is_no_gap_to_close():
+    base = dataclasses.replace(make_seed(indexer=(0.2, 0.1)), curves={"BASE": {"step": [1], "lm_loss": [5.5]}})
+    assert markdown(make_results(base)).startswith("# tiny: goals met\n")
+    assert markdown(make_results(base, limit_seconds=None, limit_rss=None)).startswith("# tiny\n")
 
 
 def test_tables_hold_the_numbers():
@@ -222,6 +231,12 @@ def test_curves_come_from_the_lines_of_a_run():
         "BASE": {"step": [1, 2], "lm_loss": [5.0, 4.0]},
         "WARMUP": {"step": [3], "kl": [7.5]},
     }
+
+
+def test_a_control_is_drawn_beside_the_phase_it_controls():
+    figure = report._training_figure(make_results(make_seed(controls=True)))
+    lines = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines}
+    assert lines == {"BASE": [1, 2], "SPARSE": [5, 6], "DENSE_CONTROL": [5, 6]}
 
 
 def test_memory_is_in_bytes():

@@ -263,19 +263,19 @@ def recall_episode(
     values = STATE + VALUES * np.arange(REGISTERS) + rng.integers(VALUES, size=REGISTERS)
     order = rng.permutation(REGISTERS)
     episode, last, answers = bytearray(), {}, np.zeros(length, bool)
-    for line in itertools.cycle(lines or [b""]):
+    code = itertools.cycle(lines or [b""])
+    while len(episode) < length:
         for register in order[len(last) : len(last) + DECLARED_PER_LINE]:
             last[register] = len(episode)
             episode.append(values[register])
-        episode += line
+        episode += next(code)
         register = order[rng.integers(len(last))]
         episode += bytes((ASK + register, values[register], ord("\n")))
         place = len(episode) - 2
         if place < length:
             answers[place] = place - last[register] > FAR
         last[register] = place
-        if len(episode) >= length:
-            return np.frombuffer(bytes(episode[:length]), np.uint8).astype(np.int32), answers
+    return np.frombuffer(bytes(episode[:length]), np.uint8).astype(np.int32), answers
 
 
 def _lines(text: np.ndarray) -> list[bytes]:

@@ -6,6 +6,7 @@ the indexer: the oracle (top-K of the attention itself), the last K keys, K rand
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -28,6 +29,7 @@ from train.phases import Params, merge_groups, phase_named, window_selection
 MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choose from
 
 IMPOSED = ("oracle", "window", "random")  # selections that no indexer makes
+STREAMS = ("dense", "indexer", *IMPOSED)  # the runs whose losses are compared: all but the first are sparse
 PARTS = ("all", "text", "recall", "answers")
 
 type Parts = dict[str, float | None]  # one number for each of PARTS, None where there was nothing to measure
@@ -47,12 +49,13 @@ class HeldOut:
         if batches < 1:
             raise ValueError(f"batches must be at least 1, got {batches}")
 
+        # No window twice: what is little is measured once.
+        windows = (len(corpus.held_out.tokens) - 1) // seq_len
+        count = min(batches, max(1, windows // batch_size))
+
         def take(recall: float) -> tuple[Batch, ...]:
-            sizes = {"batch_size": batch_size, "seq_len": seq_len}
-            dataset = corpus.dataset("held_out", seed=seed, recall=recall, **sizes)
-            # No window twice: what is little is measured once.
-            windows = (len(corpus.held_out.tokens) - 1) // seq_len
-            return tuple(dataset[i] for i in range(min(batches, max(1, windows // batch_size))))
+            found = corpus.batches("held_out", batch_size=batch_size, seq_len=seq_len, seed=seed, recall=recall)
+            return tuple(itertools.islice(found, count))
 
         share = corpus.recall
         return cls(take(0.0) if share < 1 else (), take(1.0) if share > 0 else (), share)
@@ -90,8 +93,8 @@ class KeptMass:
         """The same ratio of the masses averaged over layers, so that a layer without a gap weighs nothing."""
         if part not in self.mass:
             return None
-        kept, window, oracle = (self.mean(name, part) for name in (selection, "window", "oracle"))
-        return _ratio(kept - window, oracle - window)
+        kept, window, oracle = (np.mean(self.mass[part][name]) for name in (selection, "window", "oracle"))
+        return _ratio(float(kept - window), float(oracle - window))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +148,7 @@ def held_out_losses(
     """
     totals = _LossTotals()
     for kind, batch in held_out:
-        selected = _window_everywhere(graphdef, params, batch) if window else None
-        totals.add(kind, _loss_sums(graphdef, params, batch, selected, attention=attention))
+        totals.add(kind, _model_losses(graphdef, params, batch, attention=attention, window=window))
     return totals.parts(held_out)
 
 
@@ -167,61 +169,65 @@ def measure_selections(
 
     Returns:
       the kept mass of "indexer", `indexers`, "oracle", "window" and "random", and the held-out losses with attention
-      "dense" and over the selections "indexer", "oracle", "window" and "random". An imposed selection is the one found
-      in the dense run.
+      "dense" and over the selections "indexer", "oracle", "window" and "random". The oracle imposed is the dense run's.
     """
-    masses, losses = _MassTotals(), {name: _LossTotals() for name in ("dense", "indexer", *IMPOSED)}
+    masses, losses = _MassTotals(), {name: _LossTotals() for name in STREAMS}
     groups = {"indexer": params["indexer"], **(indexers or {})}
     model = merge_groups(graphdef, params)
     models = {name: merge_groups(graphdef, {**params, "indexer": indexer}) for name, indexer in groups.items()}
     for i, (kind, batch) in enumerate(held_out):
-        mass, chosen = measure_layers(model, models, batch, jax.random.fold_in(jax.random.key(seed), i))
+        mass, hidden = measure_layers(model, models, batch, jax.random.fold_in(jax.random.key(seed), i))
         masses.add(kind, batch, mass, model.config.index_topk)
         for name, total in losses.items():
-            attention = "dense" if name == "dense" else "sparse"
-            total.add(kind, _loss_sums(graphdef, params, batch, chosen.get(name), attention=attention))
+            total.add(kind, _hidden_losses(graphdef, params, hidden[name], batch))
     kept = masses.kept(held_out, model.config.index_topk)
     return kept, {name: total.parts(held_out) for name, total in losses.items()}
 
 
 def measure_layers(
     model: Transformer, indexers: Mapping[str, Transformer], batch: Batch, random: Array
-) -> tuple[dict[str, Float[np.ndarray, "layers B T"]], dict[str, Int[Array, "layers B T K"]]]:
-    """Runs the model dense and measures every layer: the mass kept, by indexer and yardstick; the imposed selections.
+) -> tuple[dict[str, Float[np.ndarray, "layers B T"]], dict[str, Float[Array, "B T D"]]]:
+    """Runs the model dense and over each selection, all abreast, one layer after the other.
 
-    One layer of a kind is compiled, whatever the depth. `indexers` are models with the backbone of `model`.
+    One layer of a kind is compiled whatever the depth, and no selection outlives its layer. `indexers` are models with
+    the backbone of `model`.
+
+    Returns:
+      the mass that each selection keeps of the dense run's attention in every layer: of `indexers` and of "oracle",
+      "window" and "random"; and what the model's last norm makes of each run, by the names of `STREAMS`.
     """
     keys = batch.keys
     rotation = rope_rotation(jnp.asarray(batch.positions), model.config)
     x = model.embed_tokens[...][jnp.asarray(batch.tokens)].astype(model.config.dtype)
-    masses, selections = [], []
+    streams, masses = dict.fromkeys(STREAMS, x), []
     stacked = zip(model.layers(), *(other.layers() for other in indexers.values()), strict=True)
     for number, (layer, *others) in enumerate(stacked):
         graph, state = nnx.split(layer)
         states = {name: nnx.split(other)[1] for name, other in zip(indexers, others, strict=True)}
-        key = jax.random.fold_in(random, number)
-        x, mass, chosen = _measure_layer(graph, state, states, x, rotation, keys, key)
+        streams, mass = _measure_layer(
+            graph, state, states, streams, rotation, keys, jax.random.fold_in(random, number)
+        )
         masses.append(jax.device_get(mass))
-        selections.append(chosen)
     mass = {name: np.stack([layer[name] for layer in masses]) for name in masses[0]}
-    return mass, {name: jnp.stack([layer[name] for layer in selections]) for name in IMPOSED}
+    return mass, {name: model.norm(x) for name, x in streams.items()}
 
 
 @partial(jax.jit, static_argnames="graph")
-def _measure_layer(graph, state, states, x: Array, rotation: Rotation, keys: KeyRange, random: Array):
+def _measure_layer(graph, state, states, streams, rotation: Rotation, keys: KeyRange, random: Array):
     layer: DecoderLayer = nnx.merge(graph, state)
-    inputs = layer.input_layernorm(x)
+    inputs = layer.input_layernorm(streams["dense"])
+    config = layer.self_attn.config
     chosen = {
         name: nnx.merge(graph, other).self_attn(inputs, rotation, keys, attention="sparse").selected
         for name, other in states.items()
     }
-    config = layer.self_attn.config
+    chosen["window"] = window_selection(keys, config.index_topk)
     projections = layer.self_attn.project(inputs, rotation)
     k, _ = layer.self_attn.expand(projections.kv)
-    chosen["window"] = window_selection(keys, config.index_topk)
     mass, found = kept_mass(projections.q, k, keys, chosen, random, top_k=config.index_topk, scale=config.softmax_scale)
-    imposed = {**found, "window": chosen["window"]}
-    return layer(x, rotation, keys, attention="dense").x, mass, imposed
+    options = {"dense": {"attention": "dense"}, "indexer": {"attention": "sparse"}}
+    options |= {name: {"attention": "sparse", "selected": (chosen | found)[name]} for name in IMPOSED}
+    return {name: layer(x, rotation, keys, **options[name]).x for name, x in streams.items()}, mass
 
 
 def kept_mass(
@@ -274,12 +280,24 @@ def _mass_on(p: Float[Array, "T S"], selected: Int[Array, "T K"]) -> Float[Array
     return jnp.sum(jnp.where(present, jnp.take_along_axis(p, jnp.where(present, selected, 0), axis=1), 0.0), axis=1)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "attention"))
-def _loss_sums(graphdef, params, batch: Batch, selected: Array | None, *, attention: str) -> dict[str, Array]:
+@partial(jax.jit, static_argnames=("graphdef", "attention", "window"))
+def _model_losses(graphdef, params, batch: Batch, *, attention: str, window: bool) -> dict[str, Array]:
+    model, keys, selected = merge_groups(graphdef, params), batch.keys, None
+    if window:
+        last = window_selection(keys, model.config.index_topk)
+        selected = jnp.broadcast_to(last, (model.config.num_hidden_layers, *last.shape))
+    output = model(batch.tokens, keys=keys, positions=batch.positions, attention=attention, selected=selected)
+    return _loss_sums(model, output.hidden, batch)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _hidden_losses(graphdef, params, hidden: Array, batch: Batch) -> dict[str, Array]:
+    return _loss_sums(merge_groups(graphdef, params), hidden, batch)
+
+
+def _loss_sums(model: Transformer, hidden: Array, batch: Batch) -> dict[str, Array]:
     """Sums and counts of the losses of one batch."""
-    model = merge_groups(graphdef, params)
-    output = model(batch.tokens, keys=batch.keys, positions=batch.positions, attention=attention, selected=selected)
-    losses = token_losses(output.hidden, model.unembed, batch.targets)
+    losses = token_losses(hidden, model.unembed, batch.targets)
     answers = batch.answers & batch.valid
     return {
         "sum": jnp.sum(jnp.where(batch.valid, losses, 0.0)),
@@ -287,12 +305,6 @@ def _loss_sums(graphdef, params, batch: Batch, selected: Array | None, *, attent
         "answers_sum": jnp.sum(jnp.where(answers, losses, 0.0)),
         "answers_count": jnp.sum(answers),
     }
-
-
-def _window_everywhere(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Int[Array, "layers B T K"]:
-    config = merge_groups(graphdef, params).config
-    window = window_selection(batch.keys, config.index_topk)
-    return jnp.broadcast_to(window, (config.num_hidden_layers, *window.shape))
 
 
 class _LossTotals:
@@ -316,7 +328,7 @@ class _MassTotals:
 
     def __init__(self):
         self._sums: dict[str, dict[str, np.ndarray]] = {}
-        self._queries = dict.fromkeys(("text", "recall", "answers"), 0)
+        self._queries: dict[str, int] = dict.fromkeys(("text", "recall", "answers"), 0)
 
     def add(self, kind: str, batch: Batch, mass: Mapping[str, np.ndarray], k: int) -> None:
         far = np.asarray(batch.stop) - np.asarray(batch.start) >= MIN_REACH * k

@@ -15,10 +15,12 @@ from typing import Any, Self
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.table import Table
 
 from train.evaluate import PARTS, Evaluation, KeptMass, Parts
+from train.phases import CONTROLS
 
 GOAL_GAP = 0.5  # share of the gap from the window to the oracle that the trained indexer must close
 CHANCE = math.log(8)  # at an answer of a recall episode
@@ -81,7 +83,8 @@ class Results:
 
     def goals(self) -> list[Goal]:
         """What was asked for, missed goals first."""
-        goals = [self._gap_goal()]
+        trained = any("kl" in curve for seed in self.seeds for curve in seed.curves.values())
+        goals = [self._gap_goal()] if trained else []
         if self.limit_seconds is not None:
             text = f"the run took {_duration(self.seconds)}; at most {_duration(self.limit_seconds)} was asked"
             goals.append(Goal(text, self.seconds <= self.limit_seconds))
@@ -160,8 +163,7 @@ def write_report(results: Results, folder: Path) -> Path:
 def markdown(results: Results, figures: Iterable[str] = ()) -> str:
     """The report; `figures` are those that were drawn. A missed goal stands first."""
     goals = results.goals()
-    missed = not all(goal.met for goal in goals)
-    lines = [f"# {results.name}: {'goal missed' if missed else 'goals met'}", ""]
+    lines = [f"# {_title(results)}", ""]
     lines += [f"- {'Met' if goal.met else '**Missed**'}: {goal.text}." for goal in goals]
     several = len(results.seeds) > 1
     if several:
@@ -177,9 +179,8 @@ def markdown(results: Results, figures: Iterable[str] = ()) -> str:
 
 def summary(results: Results) -> Table:
     """The short table for the terminal."""
-    goals = results.goals()
-    missed = [goal for goal in goals if not goal.met]
-    table = Table(title=f"{results.name}: {'goal missed' if missed else 'goals met'}", show_header=False)
+    missed = [goal for goal in results.goals() if not goal.met]
+    table = Table(title=_title(results), show_header=False)
     for goal in missed:
         table.add_row("[bold red]missed[/]", goal.text)
     if missed:
@@ -201,6 +202,13 @@ def summary(results: Results) -> Table:
         table.add_row(f"KL of {phase}, first to last", f"{_several(first)} to {_several(last)}")
     table.add_row("time, peak memory", f"{_duration(results.seconds)}, {_gib(results.max_rss)}")
     return table
+
+
+def _title(results: Results) -> str:
+    goals = results.goals()
+    if not goals:
+        return results.name
+    return f"{results.name}: {'goals met' if all(goal.met for goal in goals) else 'goal missed'}"
 
 
 def _kept_section(results: Results, figures: set[str]) -> list[str]:
@@ -262,7 +270,11 @@ def _training_section(results: Results, figures: set[str]) -> list[str]:
     if "training" in figures:
         lines += ["![Loss and KL over the steps](training.png)", ""]
     rows = [(phase, _several(first), _several(last)) for phase, (first, last) in _kl_ends(results).items()]
-    lines += ["KL of the indexer, summed over layers; last is the mean of the last tenth of the steps.", ""]
+    lines += [
+        "KL of the indexer, summed over layers: over all reachable keys in WARMUP, over the selected ones in SPARSE.",
+        "Last is the mean of the last tenth of the steps.",
+        "",
+    ]
     lines += _table(("phase", "first step", "last"), rows)
     names = _names(seed.seconds for seed in results.seeds)
     rows = [(name, _several([seed.seconds.get(name) for seed in results.seeds], digits=1)) for name in names]
@@ -274,7 +286,7 @@ def _training_section(results: Results, figures: set[str]) -> list[str]:
 def _training_figure(results: Results) -> Figure:
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     for axes, metric, label in zip(
-        figure.subplots(2, 1, sharex=True),
+        figure.subplots(2, 1),
         ("lm_loss", "kl"),
         ("language-model loss (nats)", "KL of the indexer"),
         strict=True,
@@ -282,14 +294,19 @@ def _training_figure(results: Results) -> Figure:
         for number, seed in enumerate(results.seeds):
             for phase, curve in seed.curves.items():
                 if metric in curve:
+                    steps = np.array(curve["step"])
+                    if any(phase == control.name for control in CONTROLS) and "SPARSE" in seed.curves:
+                        steps += seed.curves["SPARSE"]["step"][0] - steps[0]  # beside the phase that it controls
                     color = f"C{list(seed.curves).index(phase)}"
                     name = phase if number == 0 else None
-                    axes.plot(curve["step"], curve[metric], color=color, linewidth=1, alpha=0.8, label=name)
+                    axes.plot(steps, curve[metric], color=color, linewidth=1, alpha=0.8, label=name)
         axes.set_ylabel(label)
         if axes.lines:
             axes.legend(frameon=False)
         _clean(axes)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_xlabel("step")
     return figure
 
@@ -323,18 +340,17 @@ def _kept_mass_figure(results: Results) -> Figure | None:
 def _answers_figure(results: Results) -> Figure | None:
     names = _selections(results, lambda evaluation: evaluation.selections)
     losses = {n: [seed.evaluation.selections[n]["answers"] for seed in results.seeds] for n in names}
-    losses = {name: values for name, values in losses.items() if _mean(values) is not None}
+    losses = {name: [value for value in values if value is not None] for name, values in losses.items()}
+    losses = {name: values for name, values in losses.items() if values}
     if not losses:
         return None
     figure = Figure(figsize=(8.5, 0.7 + 0.45 * len(losses)), layout="constrained")
     axes = figure.subplots()
     for row, (name, values) in enumerate(losses.items()):
         label, color = SELECTIONS[name]
-        axes.barh(label, _mean(values), color=color)
+        axes.barh(label, float(np.mean(values)), color=color)
         if len(values) > 1:
-            axes.plot(
-                [v for v in values if v is not None], [row] * sum(v is not None for v in values), "k.", markersize=4
-            )
+            axes.plot(values, [row] * len(values), "k.", markersize=4)
     axes.axvline(CHANCE, color="black", linestyle=":", linewidth=1)
     axes.text(CHANCE, -0.6, " chance", va="bottom", fontsize=8)
     axes.invert_yaxis()
