@@ -157,7 +157,7 @@ def scatter_rows(total, indices, rows):
 
 
 def zero_unreached(x, keys):
-    """Zeroes the keys [B, S, …] that no query of their row reaches, so that whatever they hold stays out of the sums."""
+    """Zeroes the keys [B, S, …] that no query of their row reaches, so that what they hold stays out of the sums."""
     reached = keys.reached(x.shape[1])
     return jnp.where(reached.reshape(reached.shape + (1,) * (x.ndim - 2)), x, 0)
 

@@ -47,19 +47,18 @@ def generate(
     Raises:
       ValueError: for ids outside the vocabulary, lengths outside [1, T], or a total longer than the model's positions.
     """
-    tokens = np.asarray(tokens)
-    lengths = np.full(tokens.shape[0], tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    _check(model.config, tokens, lengths, max_new_tokens, key, temperature, top_k, top_p, prefill_chunk)
+    prompts = np.asarray(tokens)
+    real = np.full(prompts.shape[:1], prompts.shape[-1]) if lengths is None else np.asarray(lengths)
+    _check(model.config, prompts, real, max_new_tokens, key, temperature, top_k, top_p, prefill_chunk)
     graph, state = nnx.split(model)
-    cache = Cache.empty(model.config, tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    step = partial(_extend, graph, state, attention=attention)
+    cache = Cache.empty(model.config, prompts.shape[0], prompts.shape[1] + max_new_tokens)
 
-    last = jnp.zeros((tokens.shape[0], model.config.vocab_size), jnp.float32)
-    for begin in range(0, tokens.shape[1], prefill_chunk):
-        chunk = tokens[:, begin : begin + prefill_chunk]
-        real = np.clip(lengths - begin, 0, chunk.shape[1])
-        logits, cache = step(jnp.asarray(chunk, jnp.int32), jnp.asarray(real, jnp.int32), cache)
-        last = jnp.where((real > 0)[:, None], logits, last)
+    last = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
+    for begin in range(0, prompts.shape[1], prefill_chunk):
+        chunk = jnp.asarray(prompts[:, begin : begin + prefill_chunk], jnp.int32)
+        count = jnp.asarray(np.clip(real - begin, 0, chunk.shape[1]), jnp.int32)
+        logits, cache = _extend(graph, state, chunk, count, cache, attention=attention)
+        last = jnp.where((count > 0)[:, None], logits, last)
 
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     key = jax.random.key(0) if key is None else key
@@ -74,7 +73,7 @@ def sample(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Int[Array, " B"]:
-    """Draws a token a row from softmax(logits / temperature), cut to the `top_k` likeliest and to `top_p` of the mass."""
+    """Draws a token a row from softmax(logits / temperature), of the `top_k` likeliest that hold `top_p` of it."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)

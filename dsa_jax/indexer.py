@@ -12,7 +12,7 @@ from dsa_jax.pallas_kernels import choose_implementation
 from dsa_jax.quantization import hadamard
 from dsa_jax.rope import rotate_half_split, rotate_interleaved
 
-# A score's bits must not depend on what is computed beside it, so every product has the same shape: these tiles, padded.
+# A score's bits must not depend on what is computed beside it, so every product has one shape: these tiles, padded.
 QUERY_TILE = 16
 KEY_TILE = 512
 NORM_EPS = 1e-6
@@ -51,7 +51,7 @@ def index_scores(
         q_index, k_index, weights, start, stop, k_scale = arguments
         key_tiles = split_key_tiles(k_index, k_scale, KeyRange(start[None], stop[None]).reached(size)[0])
         queries = split_queries((q_index, weights, start, stop), QUERY_TILE)
-        scores = jax.lax.map(lambda tile: score_query_tile(*tile, key_tiles, size), queries)
+        scores = jax.lax.map(lambda tile: score_query_tile(tile, key_tiles, size), queries)
         return join_queries(scores, q_index.shape[0])
 
     return map_rows(row, (q_index, k_index, weights, keys.start, keys.stop, k_scale))
@@ -99,8 +99,9 @@ def split_key_tiles(k_index, k_scale, reached):
     return split_queries((k_index, jnp.where(reached, k_scale, 0)), KEY_TILE)
 
 
-def score_query_tile(q_index, weights, start, stop, key_tiles, size):
+def score_query_tile(queries, key_tiles, size):
     """Scores one tile of queries against all key tiles of its row: [QUERY_TILE, size], -inf out of reach."""
+    q_index, weights, start, stop = queries
 
     @jax.checkpoint
     def score(tile):

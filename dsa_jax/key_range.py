@@ -29,7 +29,7 @@ class KeyRange:
 
     @classmethod
     def packed(cls, segment_ids: Int[Array, "B T"]) -> Self:
-        """Causal inside each run of equal `segment_ids`; a query whose id is negative is padding and reaches nothing."""
+        """Causal inside each run of equal `segment_ids`; a query of negative id is padding, it reaches nothing."""
         segment_ids = jnp.asarray(segment_ids)
         position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
         first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)

@@ -24,8 +24,8 @@ class Output:
     """What a forward pass returns.
 
     hidden [B, T, D] after the last norm, for `unembed`; indexer_kl float32 [layers, B, T]; expert_load float32
-    [moe_layers, X], valid token slots an expert got; selected int32 [layers, B, T, K] if it was asked for; the new cache
-    if one was given.
+    [moe_layers, X], how many valid token slots an expert got; selected int32 [layers, B, T, K] if it was asked for; the
+    new cache if one was given.
     """
 
     hidden: Array

@@ -62,7 +62,7 @@ def select_keys(
         q_index, k_index, weights, start, stop, k_scale = arguments
         key_tiles = split_key_tiles(k_index, k_scale, KeyRange(start[None], stop[None]).reached(size)[0])
         queries = split_queries((q_index, weights, start, stop), QUERY_TILE)
-        chosen = jax.lax.map(lambda tile: _top_positions(score_query_tile(*tile, key_tiles, size), k), queries)
+        chosen = jax.lax.map(lambda tile: _top_positions(score_query_tile(tile, key_tiles, size), k), queries)
         return join_queries(chosen, q_index.shape[0])
 
     arguments = (q_index, k_index, weights, keys.start, keys.stop, k_scale)
