@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 
 VIRTUAL_DEVICES = 8
@@ -33,3 +34,11 @@ def pytest_collection_modifyitems(items):
     if jax.default_backend() != "gpu":
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the shape checks off, for tests of the errors that a user without them meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -109,16 +109,16 @@ def test_values_and_gradients_match_a_loop_over_tokens(shape):
 
 @given(
     seed=st.integers(0, 1000),
-    tokens=st.integers(1, 60),
-    num_experts=st.sampled_from([1, 2, 5, 8]),
-    slots=st.integers(1, 4),
+    tokens=st.sampled_from([1, 7, 60]),
+    num_experts=st.sampled_from([1, 5, 8]),
+    slots=st.sampled_from([1, 3]),
     skew=st.sampled_from([0.0, 1.0, 20.0]),
 )
 @settings(max_examples=20, deadline=None)
 def test_every_slot_has_its_own_row(seed, tokens, num_experts, slots, skew):
     slots = min(slots, num_experts)
     experts = np.asarray(problem(seed, tokens, slots, num_experts, 2, 2, skew=skew)[1])
-    layout = moe._lay_out(jnp.asarray(experts), num_experts, chunk=3)
+    layout = jax.jit(moe._lay_out, static_argnums=(1, 2))(jnp.asarray(experts), num_experts, 3)
     slot, row = np.asarray(layout.slot).ravel(), np.asarray(layout.row).ravel()
     np.testing.assert_array_equal(slot[row], np.arange(tokens * slots))
     assert (np.sort(slot)[tokens * slots :] == tokens * slots).all()
@@ -148,7 +148,7 @@ def test_slots_without_an_expert_here_contribute_nothing():
 def test_chunks_of_blocks_change_nothing(monkeypatch, num_experts):
     arrays = problem(3, 200, 2, num_experts, skew=0.3)
     loss = lambda x, e, *rest: jnp.sum(jnp.sin(expert_ffn(x, e, *rest)))
-    run = lambda: jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5))(*arrays)
+    run = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5)))(*arrays)
     whole = run()
     monkeypatch.setattr(moe, "CHUNK_BYTES", 5 * 3 * 4 * 8 * 6)
     assert "scan" in str(jax.make_jaxpr(expert_ffn)(*arrays))
@@ -251,13 +251,13 @@ def test_flops_stay_near_the_ideal_at_512_rows_an_expert(num_experts, dim):
 
 
 def test_memory_at_published_sizes_is_bounded():
-    """4096 tokens through 32 of the 256 experts, as on one of 8 shards: gathering all blocks' weights would be 130 GiB."""
+    """4096 tokens through 32 of the 256 experts, as on one of 8 shards; the weights of all 287 blocks are 24 GiB."""
     arrays = abstract(4096, 8, 32, 7168, 2048, jnp.bfloat16)
     forward = jax.jit(expert_ffn).lower(*arrays).compile().memory_analysis()
-    assert forward.temp_size_in_bytes < 5 * 2**30, forward.temp_size_in_bytes / 2**30
+    assert forward.temp_size_in_bytes < 2 * 2**30, forward.temp_size_in_bytes / 2**30
     both = jax.jit(gradients).lower(*arrays).compile().memory_analysis()
     weight_gradients = 3 * 32 * 7168 * 2048 * 4
-    assert both.temp_size_in_bytes < weight_gradients + 10 * 2**30, both.temp_size_in_bytes / 2**30
+    assert both.temp_size_in_bytes < weight_gradients + 3 * 2**30, both.temp_size_in_bytes / 2**30
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_module_is_experts_plus_shared():
     np.testing.assert_allclose(y, routed + np.asarray(layer.shared_experts(x)), atol=1e-5)
     assert load.sum() == 13 * config.num_experts_per_tok and load.dtype == jnp.float32
     without = MoE(dataclasses.replace(config, n_shared_experts=0), rngs=nnx.Rngs(0))
-    assert without.shared_experts is None and without(x)[0].shape == x.shape
+    assert without.shared_experts is None and jax.eval_shape(without, x)[0].shape == x.shape
 
 
 def test_module_state_is_named_as_in_checkpoints():
@@ -377,7 +377,7 @@ def test_module_state_is_named_as_in_checkpoints():
     }
 
 
-def test_wrong_shapes_are_named():
+def test_wrong_shapes_are_named(unchecked):
     x, experts, gates, *weights = problem(0, 6, 2, 4)
     with pytest.raises(ValueError, match=r"gates must be of shape \(6, 2\), got \(6, 1\)"):
         expert_ffn(x, experts, gates[:, :1], *weights)

@@ -153,7 +153,7 @@ def test_block_scales_multiply_their_own_block(shape):
     np.testing.assert_allclose(result, expected, rtol=1e-7)
 
 
-def test_wrong_scale_shapes_are_named():
+def test_wrong_scale_shapes_are_named(unchecked):
     with pytest.raises(ValueError, match=r"needs scales of shape \(2, 1\), got \(1, 2\)"):
         dequantize_blocks(jnp.zeros((130, 7), jnp.float8_e4m3fn), jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match=r"scale of shape \(2,\), got \(3,\)"):

@@ -64,11 +64,11 @@ def test_published_frequencies_are_those_of_transformers():
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_rotation_is_accurate_to_the_last_position(jit):
     config = Config.deepseek_v32()
-    positions = np.array([[0, 1, 2, 77, 4095, 4096, 131071, 163839]], np.int32)
+    positions = jnp.asarray([[0, 1, 2, 77, 4095, 4096, 131071, 163839]], jnp.int32)
     compute = lambda p: rotation(p, config)
     cos, sin = (jax.jit(compute) if jit else compute)(positions)
     # The angle is float32 by definition (a checkpoint was trained so); its cosine is held to float64.
-    angles = positions[..., None].astype(np.float32) * inv_frequencies(config)
+    angles = np.asarray(positions)[..., None].astype(np.float32) * inv_frequencies(config)
     np.testing.assert_allclose(cos, np.cos(angles.astype(np.float64)), atol=5e-7)
     np.testing.assert_allclose(sin, np.sin(angles.astype(np.float64)), atol=5e-7)
 
@@ -130,7 +130,7 @@ def test_products_depend_on_distance_alone():
         np.testing.assert_allclose(near, far, atol=1e-3)
 
 
-def test_wrong_shapes_are_named():
+def test_wrong_shapes_are_named(unchecked):
     cos, sin = rotation(jnp.arange(5)[None], dataclasses.replace(Config.tiny(), qk_rope_head_dim=8))
     with pytest.raises(ValueError, match=r"needs cos and sin of shape \(1, 5, 4\)"):
         rotate_interleaved(jnp.zeros((1, 5, 8)), cos[:, :4], sin[:, :4])
