@@ -128,6 +128,14 @@ def test_batches_are_a_function_of_their_arguments(folder, recall):
     assert any((a.tokens != b.tokens).any() for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_do_not_end(tmp_path, batch_size):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 10)
+    batches = load(text_config(tmp_path)).batches("train", batch_size=batch_size, seq_len=60, seed=0)
+    assert len(take(batches, 20)) == 20  # of the one window there is
+
+
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_resumed_iterator_continues_bitwise(folder, at):
     arguments = {"batch_size": 3, "seq_len": 80, "seed": 5}

@@ -149,7 +149,9 @@ class Corpus:
                 return recall_row(documents.tokens, window * seq_len, seq_len, rng)
             return text_row(documents, window * seq_len, seq_len)
 
-        windows = grain.MapDataset.range((len(documents.tokens) - 1) // seq_len).shuffle(seed=seed).repeat()
+        count = (len(documents.tokens) - 1) // seq_len
+        epochs = 2**40 // count + 1  # without end for any run; grain's own endless length overflows in rows of one
+        windows = grain.MapDataset.range(count).shuffle(seed=seed).repeat(epochs)
         return windows.map_with_index(row).batch(batch_size, batch_fn=Batch.stack)
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
