@@ -26,7 +26,7 @@ def run(tmp_path):
     return small_run(tmp_path / "text", phases=(phases["BASE"], phases["SPARSE"]), keep_checkpoints=2)
 
 
-def state_of(run, phase=1):
+def state_of(run, phase=0):
     params = jax.tree.map(jnp.array, small_params(run.model))
     state = init_state(params, run.phases[phase], jnp.asarray([0, 7], jnp.uint32))
     return dataclasses.replace(state, step=jnp.asarray(3, jnp.int32))
@@ -150,7 +150,10 @@ def test_runs_come_back_from_json(run):
         (lambda v: v["model"].update(index_topk=0), "index_topk must be at least 1, got 0"),
         (lambda v: v["model"].update(param_dtype="bfloat16"), "parameters in float32"),
         (lambda v: v["phases"][0]["stages"][0].update(seq_len=65), "seq_len must be at most .* 64, got 65"),
-        (lambda v: v["phases"][0]["stages"][0].update(micro_batches=3), "micro_batches must divide batch_size 2, got 3"),
+        (
+            lambda v: v["phases"][0]["stages"][0].update(micro_batches=3),
+            "must divide batch_size 2, got 3",
+        ),
         (lambda v: v["phases"][0]["stages"][0].update(steps="3"), r"run.phases\[0\].stages\[0\].steps must be int"),
         (lambda v: v["phases"][0].pop("stages"), r"lacks the fields \['stages'\]"),
         (lambda v: v.update(phases=[]), "at least one phase"),

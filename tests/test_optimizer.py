@@ -15,9 +15,12 @@ from train.optimizer import OptimizerSettings, decay_mask, make_optimizer, make_
 
 def test_schedules():
     constant = make_schedule(2.0, OptimizerSettings(2.0, warmup_steps=3), 10)
-    np.testing.assert_allclose([float(constant(i)) for i in (0, 1, 2, 3, 9)], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.stack([jnp.asarray(constant(i)) for i in (0, 1, 2, 3, 9)]), [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6
+    )
     cosine = make_schedule(2.0, OptimizerSettings(2.0, schedule="cosine"), 10)
-    np.testing.assert_allclose([float(cosine(i)) for i in (0, 5, 10)], [2.0, 1.0, 0.0], atol=1e-6)
+    for step, rate in {0: 2.0, 5: 1.0, 10: 0.0}.items():
+        np.testing.assert_allclose(jnp.asarray(cosine(step)), rate, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"schedule": "linear"}, {"learning_rate": 0.0}, {"clip": -1.0}])

@@ -71,7 +71,7 @@ def small_run(folder: Path, **changes) -> RunConfig:
     for name in ("a.txt", "b.txt"):
         words = rng.choice(["alpha", "beta", "gamma", "delta", "(", ")", "\n"], size=2000)
         (folder / name).write_text(" ".join(words))
-    phases = small_phases(Stage(2, 2, 16), Stage(1, 2, 32, 2))
+    phases = small_phases(Stage(3, 2, 16))
     run = RunConfig(small_config(), tuple(phases.values()), DataConfig((f"{folder}/*.txt",)), checkpoint_every=2)
     return dataclasses.replace(run, **changes)
 
@@ -95,8 +95,8 @@ def small_batch(batch: int = 4, length: int = 16, *, seed: int = 0, vocab: int =
     tokens = rng.integers(vocab, size=(batch, length + 1), dtype=np.int32)
     same = np.concatenate([segments[:, 1:] == segments[:, :-1], np.zeros((batch, 1), bool)], axis=1)
     return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
+        tokens=tokens[:, :-1].copy(),
+        targets=tokens[:, 1:].copy(),
         valid=same & (segments >= 0),
         start=start,
         stop=stop,

@@ -50,10 +50,6 @@ class Arguments:
     controls: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also train what SPARSE is compared with: the dense model continued, and one sparse with a window as selection."""
 
-    def __post_init__(self):
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-
     @property
     def name(self) -> str:
         """What the run is called."""
@@ -83,6 +79,8 @@ class Arguments:
 
     def runs(self) -> list[Run]:
         """The run of each seed."""
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         config, init = self.run_config(), None if self.init is None else Init(self.init)
         folders = [self.folder] if self.seeds == 1 else [self.folder / f"seed{i}" for i in range(self.seeds)]
         return [Run(dataclasses.replace(config, seed=i), folder, init) for i, folder in enumerate(folders)]
@@ -201,7 +199,8 @@ def continue_text(run: Run, state: TrainState, corpus: Corpus) -> str:
         key=jax.random.wrap_key_data(state.random),
         temperature=0.8,
     )
-    return f"{corpus.decode(prompt)}▌{corpus.decode(np.asarray(tokens)[0])}"
+    text = f"{corpus.decode(prompt)}▌{corpus.decode(np.asarray(tokens)[0])}"
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _setup(run: Run, corpus: Corpus) -> dict[str, str | int | float]:
