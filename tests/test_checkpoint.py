@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import types
 
 import chex
@@ -88,23 +87,6 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(run, tmp_path):
         checkpoints.save(state_of(run), Position(13, 1, 3, {}))
         assert checkpoints.latest() == 13
     assert not left.exists()
-
-
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(run, tmp_path):
-    """A limit on the size of files stands in for a full disk."""
-    state = state_of(run)
-    with Checkpoints(tmp_path / "checkpoints", run) as checkpoints:
-        checkpoints.save(state, Position(12, 1, 2, {}))
-        checkpoints.wait()
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (256, limit[1]))
-        try:
-            with pytest.raises(ValueError, match=r"could not be written: .*; the last whole one: .*/checkpoints/12"):
-                checkpoints.save(state, Position(13, 1, 3, {}))
-                checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert checkpoint_steps(tmp_path) == [12]
 
 
 def test_no_checkpoint_to_begin_from_is_named(run, tmp_path):

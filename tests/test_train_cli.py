@@ -155,6 +155,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path
     assert [record["step"] for record in Run(run, out).records()] == list(range(1, 10))
 
 
+FULL_DISK = """
+import resource, sys
+import jax, jax.numpy as jnp
+import train.run
+from test_train_cli import fake_step
+from train.__main__ import main
+from train_cases import small_params
+
+def make_step(graphdef, settings, **options):
+    if settings.name == "WARMUP":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+    return fake_step(None)(graphdef, settings)
+
+train.run.make_step = make_step
+train.run.Run.initial_params = lambda self: jax.tree.map(jnp.array, small_params(self.config.model))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_last_checkpoint_stays(preset, tmp_path, environment):  # noqa: F811
+    """A limit on the size of files stands in for a full disk, from the second phase on."""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join((str(tests), str(tests.parent)))
+    command = [sys.executable, "-c", FULL_DISK, "--preset", preset, "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("error: "), ended.stderr
+    (last,) = checkpoint_steps(tmp_path / "out")
+    assert (
+        "could not be written" in ended.stderr
+        and f"the last whole one: {tmp_path}/out/checkpoints/{last}" in ended.stderr
+    )
+
+
 def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_too(run, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 6)) + '{"step": 6, "lo')

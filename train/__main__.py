@@ -1,6 +1,7 @@
 """The command `python -m train`: trains, evaluates, reports, and lets the model speak."""
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with tracebacks what it raises as well
     try:
         parsed, unknown = tyro.cli(Arguments, prog="python -m train", args=arguments, return_unknown_args=True)
         if unknown:

@@ -42,8 +42,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except ValueError:
+            if kind is None:  # else what went wrong first is what is said
+                raise
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint, once those under way are written."""
