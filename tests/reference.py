@@ -10,7 +10,7 @@ import numpy as np
 
 def f64(x):
     """Any array as float64, exactly."""
-    return np.asarray(x).astype(np.float64)
+    return np.asarray(x).astype(np.float64, copy=False)
 
 
 def reachable(start, stop, size):
