@@ -129,14 +129,14 @@ def tiny() -> RunConfig:
         model=Config.tiny(),
         phases=(
             # A bias rate of 1e-3 left two experts with 90 % of the load after 60 steps; 2e-2 spread it within 40.
-            PhaseSettings("BASE", (Stage(250, 16, 128), Stage(110, 4, 512)), backbone=matrices, bias_rate=2e-2),
+            PhaseSettings("BASE", (Stage(200, 16, 128), Stage(140, 4, 512)), backbone=matrices, bias_rate=2e-2),
             PhaseSettings("WARMUP", (Stage(60, 4, 512),), indexer=dataclasses.replace(plain, learning_rate=1e-2)),
             PhaseSettings(
                 "SPARSE",
                 (Stage(50, 4, 512),),
                 backbone=plain,
                 indexer=dataclasses.replace(plain, learning_rate=2e-3),
-                bias_rate=1e-3,
+                bias_rate=1e-2,
             ),
         ),
     )
