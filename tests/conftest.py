@@ -14,7 +14,7 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """Chooses the platform before anything imports JAX."""
+    """Chooses the platform and installs the shape checks, before anything imports JAX."""
     if config.option.markexpr != "gpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     flags = os.environ.get("XLA_FLAGS", "")
@@ -22,6 +22,7 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}".strip()
     # What is tested bitwise must be compiled here and now, never taken from a cache that another version has written.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    jaxtyping.install_import_hook(["dsa_jax", "train"], "shape_checks.checked")
 
 
 def pytest_collection_modifyitems(items):
