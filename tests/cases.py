@@ -1,6 +1,7 @@
 """Random inputs, hostile indices and comparisons shared by the tests of the operations."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jaxtyping
 import numpy as np
 from reference import f64, quantize
 
-from dsa_jax import KeyRange, blocks
+from dsa_jax import KeyRange, blocks, index_scores, select_keys, select_topk
 
 INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 FP8 = "float8_e4m3fn"
@@ -72,6 +73,24 @@ def pulled(function, *arguments, cotangent=jnp.ones_like):
         return value, pull(cotangent(value))
 
     return jax.jit(run)(*arguments)
+
+
+@jax.jit
+def scores_of(q_index, k_index, weights, keys, k_scale=None):
+    """`index_scores`, compiled once a shape."""
+    return index_scores(q_index, k_index, weights, keys, k_scale=k_scale)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def keys_of(q_index, k_index, weights, keys, k, k_scale=None):
+    """`select_keys`, compiled once a shape."""
+    return select_keys(q_index, k_index, weights, keys, k=k, k_scale=k_scale)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def topk_of(scores, k, keys=None):
+    """`select_topk`, compiled once a shape."""
+    return select_topk(scores, k, keys=keys)
 
 
 def many_blocks(monkeypatch, shape, block=40_000):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FP8, close, index_inputs, normal, poison, random_range, same_bits, unchecked
+from cases import FP8, close, index_inputs, normal, poison, random_range, same_bits, scores_of, unchecked
 
 from dsa_jax import KeyRange, index_scores
 
@@ -25,7 +25,7 @@ def test_values_against_float64(shape, dtype):
     b, t, s, j, e = shape
     q, k, w, k_scale = index_inputs(0, b, t, s, j, e, dtype)
     keys = random_range(3, b, t, s)
-    scores = index_scores(q, k, w, keys, k_scale=k_scale)
+    scores = scores_of(q, k, w, keys, k_scale)
     assert scores.shape == (b, t, s) and scores.dtype == jnp.float32
     close(scores, expected_scores(q, k, w, keys, k_scale), 2e-5)
 
@@ -34,14 +34,14 @@ def test_literal_numbers():
     """J = 2: 2·relu(1·3 + 2·1) − 1·relu(−3 + 1) = 10; the second key is cut off by the ReLU in one head only."""
     q = jnp.array([[[[1.0, 2.0], [-1.0, 1.0]]]])
     k = jnp.array([[[3.0, 1.0], [-2.0, 0.5], [9.0, 9.0]]])
-    scores = index_scores(q, k, jnp.array([[[2.0, -1.0]]]), KeyRange(jnp.array([[0]]), jnp.array([[2]])))
+    scores = scores_of(q, k, jnp.array([[[2.0, -1.0]]]), KeyRange(jnp.array([[0]]), jnp.array([[2]])))
     assert scores.tolist() == [[[10.0, -2.5, -jnp.inf]]]
 
 
 def test_unreachable_keys_score_minus_infinity_and_empty_rows_nothing_else():
     q, k, w, _ = index_inputs(0, 1, 3, 5, 2, 4)
     keys = KeyRange(jnp.array([[1, 4, 5]]), jnp.array([[3, 2, 9]]))
-    finite = np.isfinite(index_scores(q, k, w, keys))[0]
+    finite = np.isfinite(scores_of(q, k, w, keys))[0]
     assert finite.tolist() == [[False, True, True, False, False], [False] * 5, [False] * 5]
 
 
@@ -49,7 +49,7 @@ def test_small_integers_are_exact():
     q, k = cases.integers(0, 2, 9, 4, 8), cases.integers(1, 2, 21, 8)
     w, keys = cases.integers(2, 2, 9, 4), KeyRange.causal(2, 9, offset=12)
     for dtype in ("float32", "bfloat16", FP8):
-        scores = index_scores(q.astype(dtype), k.astype(dtype), w, keys)
+        scores = scores_of(q.astype(dtype), k.astype(dtype), w, keys)
         assert np.array_equal(scores, expected_scores(q, k, w, keys))
 
 
@@ -57,7 +57,7 @@ def test_key_scale_multiplies_the_head_sum():
     q, k, w, _ = index_inputs(0, 2, 5, 9, 4, 8)
     k_scale = jnp.exp2(jnp.round(2 * normal(7, 2, 9)))
     keys = KeyRange.causal(2, 5, offset=4)
-    plain, scaled = index_scores(q, k, w, keys), index_scores(q, k, w, keys, k_scale=k_scale)
+    plain, scaled = scores_of(q, k, w, keys), scores_of(q, k, w, keys, k_scale)
     same_bits(scaled, plain * k_scale[:, None])
 
 
@@ -66,8 +66,8 @@ def test_quantised_path_equals_the_dequantised_path_in_every_bit(j):
     """Scales are powers of two, so they commute with every rounding of float32."""
     q, k, w, k_scale = index_inputs(5, 2, 33, 150, j, 128, FP8)
     keys = KeyRange.causal(2, 33, offset=100)
-    wide = index_scores(q.astype(jnp.float32), k.astype(jnp.float32) * k_scale[..., None], w, keys)
-    same_bits(index_scores(q, k, w, keys, k_scale=k_scale), wide)
+    wide = scores_of(q.astype(jnp.float32), k.astype(jnp.float32) * k_scale[..., None], w, keys)
+    same_bits(scores_of(q, k, w, keys, k_scale), wide)
 
 
 def test_gradients_of_the_reference_are_central_differences():
@@ -93,7 +93,7 @@ def score_gradients(q, k, w, keys, cotangent, k_scale=None):
     """By jax, of Σ cotangent · I over reachable pairs."""
 
     def total(q, k, w):
-        scores = index_scores(q, k, w, keys, k_scale=k_scale)
+        scores = scores_of(q, k, w, keys, k_scale)
         return jnp.where(keys.mask(k.shape[1]), scores * cotangent, 0.0).sum()
 
     return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, w)
@@ -125,36 +125,31 @@ def test_nan_in_unreached_keys_changes_nothing():
     assert absent[:, [0, -1]].all()
     clean, dirty = jnp.where(absent[..., None], 0.0, k), poison(k, absent)
     cotangent = normal(4, 2, 5, 40)
-    same_bits(index_scores(q, dirty, w, keys), index_scores(q, clean, w, keys))
+    same_bits(scores_of(q, dirty, w, keys), scores_of(q, clean, w, keys))
     for a, b in zip(
         score_gradients(q, dirty, w, keys, cotangent), score_gradients(q, clean, w, keys, cotangent), strict=True
     ):
         same_bits(a, b)
     dirty_scale = jnp.where(absent, jnp.nan, 2.0)
-    same_bits(index_scores(q, dirty, w, keys, k_scale=dirty_scale), 2 * index_scores(q, clean, w, keys))
+    same_bits(scores_of(q, dirty, w, keys, dirty_scale), 2 * scores_of(q, clean, w, keys))
 
 
-@pytest.mark.parametrize(
-    ("j", "dtype"), [(2, "float32"), (16, "float32"), (4, "bfloat16"), (16, "bfloat16"), (2, FP8), (16, FP8)]
-)
+@pytest.mark.parametrize(("j", "dtype"), [(2, "float32"), (16, "float32"), (4, "bfloat16"), (16, FP8)])
 def test_bits_do_not_depend_on_the_layout(j, dtype):
     """One row alone, in a batch, padded, in a longer buffer, at another place, jitted: the same bits."""
     b, t, s, e = 2, 70, 333, 32
     q, k, w, scale = index_inputs(11, b, t, s, j, e, dtype)
     keys = KeyRange.causal(b, t, offset=s - t)
-    scores = np.asarray(index_scores(q, k, w, keys, k_scale=scale))
-    same_bits(
-        jax.jit(lambda q, k, w, keys, k_scale: index_scores(q, k, w, keys, k_scale=k_scale))(q, k, w, keys, scale),
-        scores,
-    )
+    scores = np.asarray(scores_of(q, k, w, keys, scale))
+    same_bits(index_scores(q, k, w, keys, k_scale=scale), scores)
 
     row = slice(1, 2)
     own = KeyRange(keys.start[row], keys.stop[row])
     of_row = None if scale is None else scale[row]
-    same_bits(index_scores(q[row], k[row], w[row], own, k_scale=of_row), scores[row])
+    same_bits(scores_of(q[row], k[row], w[row], own, of_row), scores[row])
     for at in (0, 31, t - 1):
         one, where = slice(at, at + 1), KeyRange(own.start[:, at : at + 1], own.stop[:, at : at + 1])
-        same_bits(index_scores(q[row, one], k[row], w[row, one], where, k_scale=of_row), scores[row, one])
+        same_bits(scores_of(q[row, one], k[row], w[row, one], where, of_row), scores[row, one])
 
     long = s + 900
     padded_k = jnp.concatenate([k, jnp.full((b, long - s, e), jnp.nan, k.dtype)], 1)
@@ -162,7 +157,7 @@ def test_bits_do_not_depend_on_the_layout(j, dtype):
     pad = ((0, 0), (5, 72))
     padded_q, padded_w = jnp.pad(q, (*pad, (0, 0), (0, 0))), jnp.pad(w, (*pad, (0, 0)))
     padded_keys = KeyRange(jnp.pad(keys.start, pad), jnp.pad(keys.stop, pad))
-    padded = index_scores(padded_q, padded_k, padded_w, padded_keys, k_scale=padded_scale)
+    padded = scores_of(padded_q, padded_k, padded_w, padded_keys, padded_scale)
     same_bits(padded[:, 5 : 5 + t, :s], scores)
     assert np.all(padded[:, :, s:] == -np.inf)
 
