@@ -6,7 +6,7 @@ bin := .venv/bin
 
 demo:
 	@.ci/install ""
-	$(bin)/python -m train --preset tiny $(ARGS)
+	$(bin)/python -m train --preset tiny --resume $(ARGS)
 
 test: lint
 	$(bin)/python -m pytest --numprocesses 2 $(ARGS)
