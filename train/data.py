@@ -30,7 +30,7 @@ ASK = 128  # byte 128 + g asks for register g
 STATE = 192  # byte 192 + 8 g + i states that register g holds i
 FAR = 64  # an answer counts when its register was last stated more than this many bytes back
 DECLARED_PER_LINE = 2
-LINE_BYTES = 24  # lines of an episode are cut here, so that a sequence of a few hundred bytes asks often
+LINE_BYTES = 16  # lines of an episode are cut here, so that a sequence of a few hundred bytes asks often
 
 SplitName = Literal["train", "held_out"]
 

@@ -129,7 +129,7 @@ def tiny() -> RunConfig:
         model=Config.tiny(),
         phases=(
             # A bias rate of 1e-3 left two experts with 90 % of the load after 60 steps; 2e-2 spread it within 40.
-            PhaseSettings("BASE", (Stage(200, 16, 128), Stage(140, 4, 512)), backbone=matrices, bias_rate=2e-2),
+            PhaseSettings("BASE", (Stage(220, 16, 128), Stage(150, 4, 512)), backbone=matrices, bias_rate=1e-2),
             PhaseSettings("WARMUP", (Stage(60, 4, 512),), indexer=dataclasses.replace(plain, learning_rate=1e-2)),
             PhaseSettings(
                 "SPARSE",
