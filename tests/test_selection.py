@@ -179,7 +179,7 @@ def test_select_keys_is_topk_of_the_scores_bitwise(t, s, count, j, dtype):
         same_bits(selected, topk_of(scores, count, keys))
 
 
-@pytest.mark.parametrize(("j", "dtype"), [(2, "float32"), (16, "float32"), (4, "bfloat16"), (2, FP8), (16, FP8)])
+@pytest.mark.parametrize(("j", "dtype"), [(2, "float32"), (16, "float32"), (4, "bfloat16"), (2, FP8)])
 def test_a_row_selects_the_same_in_every_layout(j, dtype):
     """Alone, in a batch, padded, in a longer buffer, under jit, inside a larger program."""
     b, t, s, e, count = 3, 45, 290, 16, 20
