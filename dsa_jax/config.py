@@ -150,11 +150,12 @@ class Config:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Self:
         """Reads Hugging Face's configuration: a folder with a `config.json`, that file, or its contents.
 
-        Absent keys take the defaults that transformers gives the `model_type`, "deepseek_v32" or "glm_moe_dsa". The
+        Absent keys take the defaults that transformers gives the `model_type`: "deepseek_v32", "glm_moe_dsa", or
+        "deepseek_v3", a dense model whose indexer is sized as DeepSeek-V3.2's unless the index keys are there. The
         compute and parameter dtypes are not read: `load_hf` sets them. Raises one ValueError that names every key which
         changes the model and is unknown, or holds a value that this library does not implement.
         """
-        data = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        data = dict(source) if isinstance(source, Mapping) else read_json(Path(source))
         fields, problems = _translate(data)
         if problems:
             raise ValueError("this configuration is not supported: " + "; ".join(problems))
@@ -221,30 +222,37 @@ class Config:
         )
 
 
-_ARCHITECTURES = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM"}
+_ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
 
 # Fields that `config.json` spells as we do.
 _OURS = {"rope_theta", "rope_scaling", "index_rope_interleave", "index_fp8", "dtype", "param_dtype"}
 _HF_FIELDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in _OURS}
 
-# What transformers assumes for absent keys of GLM-5 where it differs from DeepSeek-V3.2, whose values are Config's own.
-_GLM_DEFAULTS = {
-    "vocab_size": 154880,
-    "hidden_size": 6144,
-    "num_hidden_layers": 78,
-    "num_attention_heads": 64,
-    "q_lora_rank": 2048,
-    "qk_nope_head_dim": 192,
-    "v_head_dim": 256,
-    "index_n_heads": 32,
-    "intermediate_size": 12288,
-    "n_group": 1,
-    "topk_group": 1,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 202752,
+# What transformers assumes for absent keys where it differs from DeepSeek-V3.2, whose values are Config's own.
+_DEFAULTS = {
+    "deepseek_v3": {"max_position_embeddings": 4096},
+    "glm_moe_dsa": {
+        "vocab_size": 154880,
+        "hidden_size": 6144,
+        "num_hidden_layers": 78,
+        "num_attention_heads": 64,
+        "q_lora_rank": 2048,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "index_n_heads": 32,
+        "intermediate_size": 12288,
+        "n_group": 1,
+        "topk_group": 1,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 202752,
+    },
 }
 
-# Keys that would change the model, with the one value that this library implements; null means that value too.
+# Keys that would change the model, with the one value that this library implements; null means it too, except below.
 _REQUIRED = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -258,6 +266,10 @@ _REQUIRED = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
+
+# Keys whose null is another model: queries without a latent, which the indexer reads; gates that do not sum to one;
+# half-split rotation in the attention.
+_NEVER_NULL = ("q_lora_rank", "norm_topk_prob", "rope_interleave")
 
 # Keys read beside the fields, and their types.
 _READ = {
@@ -288,7 +300,8 @@ _IGNORED = frozenset(
 _YARN_KEYS = "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim".split()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a `config.json`, given itself or its folder; raises ValueError if it is not there or not an object."""
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"expected a folder with a config.json, or such a file, got {path}")
@@ -309,7 +322,8 @@ def _translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     glm = model_type == "glm_moe_dsa"
     known = _HF_FIELDS.keys() | _REQUIRED.keys() | _READ.keys() | _IGNORED
     problems = [f"unknown key {key} = {data[key]!r}" for key in sorted(data.keys() - known) if data[key] is not None]
-    fields = dict(_GLM_DEFAULTS) if glm else {}
+    problems += [f"{key} must not be null" for key in _NEVER_NULL if key in data and data[key] is None]
+    fields: dict[str, Any] = dict(_DEFAULTS.get(model_type, {}))
     fields["index_rope_interleave"] = glm
     fields |= {name: data[name] for name in _HF_FIELDS if data.get(name) is not None}
     for key, kind in {**_HF_FIELDS, **_READ}.items():

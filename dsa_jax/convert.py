@@ -7,7 +7,6 @@ time into a new folder that gets its name when it is complete.
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import re
 import shutil
@@ -20,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsa_jax.config import Config
+from dsa_jax.config import Config, read_json
 from dsa_jax.hf_files import BFLOAT16, DTYPES, FLOAT32, FP8, new_folder, read_headers, write_json, write_shards
+from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.quantization import dequantize_blocks
 
@@ -60,6 +60,11 @@ class Entry:
     def inputs(self) -> int | None:
         """How many of our dimensions are inputs of a matrix, None if the file holds the parameter as it is."""
         return len(self.dims.split(" -> ")[0].split()) if "->" in self.dims else None
+
+    @property
+    def indexer(self) -> bool:
+        """Whether it belongs to the indexer."""
+        return ".indexer." in self.path
 
     @property
     def keeps_float32(self) -> bool:
@@ -250,17 +255,24 @@ def _layer_of(name: str) -> float:
 class Checkpoint:
     """A checkpoint's files, checked against its configuration; tensors are read one at a time.
 
-    Raises one ValueError that names everything missing, unexpected, mis-shaped, of another dtype, or truncated.
+    A `deepseek_v3` checkpoint may be without any indexer, which one printed line says. Raises one ValueError that names
+    everything missing, unexpected, mis-shaped, of another dtype, or truncated.
     """
 
     def __init__(self, directory: str | Path):
         """Reads the configuration and every file's header, no tensor."""
         self.directory = Path(directory)
-        self.config = Config.from_hf(self.directory)
+        self.config_json = read_json(self.directory)
+        self.config = Config.from_hf(self.config_json)
         self.stored, unread, problems = read_headers(self.directory)
         self.expected: dict[str, Entry] = {}
         for leaf in leaves(self.config):
             self.expected |= {name: leaf.entry for _, name in leaf.tensors()}
+        indexer = {name for name, entry in self.expected.items() if entry.indexer}
+        present = indexer & (self.stored.keys() | unread)
+        self.has_indexer = self.config_json["model_type"] != "deepseek_v3" or bool(present)
+        if not self.has_indexer:
+            self.expected = {name: entry for name, entry in self.expected.items() if not entry.indexer}
         for name, entry in self.expected.items():
             if name in self.stored:
                 problems += self._check(name, entry.file_shape(self.config))
@@ -269,6 +281,8 @@ class Checkpoint:
         problems += self._unexpected()
         if problems:
             raise ValueError(f"{self.directory} does not hold the model of its config.json: " + "; ".join(problems))
+        if not self.has_indexer:
+            print("a dense checkpoint, deepseek_v3 without an indexer: load_hf draws the indexer anew, from its seed")
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype in which a tensor is read: its own, bfloat16 for FP8."""
@@ -321,11 +335,17 @@ def _dequantize(weight, scale):
 
 
 def load_hf(
-    directory: str | Path, *, dtype: Any = "bfloat16", param_dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+    directory: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    param_dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    seed: int = 0,
 ) -> Transformer:
     """Loads a Hugging Face checkpoint, `deepseek_v32` or `glm_moe_dsa`, single-file or sharded, FP8 or not.
 
-    Beside the parameters at most one of the file's tensors is in memory, and its copy on the device.
+    A dense `deepseek_v3` checkpoint gets a new indexer, ready for the warm-up, and one printed line says so. Beside the
+    parameters at most one of the file's tensors is in memory, and its copy on the device.
 
     Args:
       directory: the folder with `config.json` and the safetensors.
@@ -333,6 +353,7 @@ def load_hf(
       param_dtype: of the parameters, `dtype` if None. The router's selection bias is float32 always; the index weights
         and the index key's norm are float32 if the file has them so.
       mesh: not supported yet; parameters go to the default device.
+      seed: of a dense checkpoint's new indexer.
 
     Raises:
       ValueError: one that names everything wrong with the files, before anything is built.
@@ -347,10 +368,25 @@ def load_hf(
     by_path = {leaf.path: leaf for leaf in leaves(config)}
     if {_names(path): x.shape for path, x in wanted} != {path: leaf.shape(config) for path, leaf in by_path.items()}:
         raise ValueError("the table of dsa_jax.convert does not match the parameters of dsa_jax.Transformer")
-    state = jax.tree_util.tree_unflatten(
-        structure, [_fill(by_path[_names(path)], checkpoint, config) for path, _ in wanted]
-    )
-    return nnx.merge(graph, state)
+    drawn = {} if checkpoint.has_indexer else _draw_indexers(config, seed)
+    paths = [_names(path) for path, _ in wanted]
+    parameters = [drawn[path] if path in drawn else _fill(by_path[path], checkpoint, config) for path in paths]
+    return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, parameters))
+
+
+def _draw_indexers(config: Config, seed: int) -> dict[tuple[str, ...], jax.Array]:
+    """The parameters of new indexers by path, a layer's as `LightningIndexer` initialises them."""
+
+    def make(rngs):
+        return LightningIndexer(config, rngs=rngs)
+
+    rngs, drawn = nnx.Rngs(seed), {}
+    for stack, count in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
+        if count:
+            indexers = nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+            arrays, _ = jax.tree_util.tree_flatten_with_path(nnx.state(indexers))
+            drawn |= {(stack, "self_attn", "indexer", *_names(path)): x for path, x in arrays}
+    return drawn
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -423,12 +459,12 @@ def convert_hf(
     """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to `dtype` if given.
 
     One shard is in memory at a time. The tokenizer's files are copied, and `config.json` keeps every key that still
-    holds. `track` wraps the list of names, to show progress. Raises as `load_hf` and `save_hf` do.
+    holds; a dense `deepseek_v3` checkpoint stays one. `track` wraps the list of names, to show progress. Raises as
+    `load_hf` and `save_hf` do.
     """
     name_of_dtype = dtype and Config(dtype=_dtype_name(dtype)).dtype
     checkpoint = Checkpoint(source)
-    data = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
-    data.pop("quantization_config", None)
+    data = {key: value for key, value in checkpoint.config_json.items() if key != "quantization_config"}
     stored = {str(checkpoint.dtype(name)) for name, entry in checkpoint.expected.items() if not entry.always_float32}
     data["dtype" if "dtype" in data else "torch_dtype"] = name_of_dtype or min(stored)
     if "num_nextn_predict_layers" in data:

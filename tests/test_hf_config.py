@@ -31,6 +31,23 @@ def test_absent_keys_take_the_published_sizes():
     assert glm.rms_norm_eps == 1e-5 and glm.rope_scaling is None and glm.index_rope_interleave
 
 
+def test_a_dense_configuration_gets_the_published_indexer():
+    published = {"model_type": "deepseek_v3", "rope_theta": 10000, "rope_scaling": YARN}
+    assert Config.from_hf({**published, "max_position_embeddings": 163840}) == Config.deepseek_v32()
+    saved = {"num_nextn_predict_layers": 1, "pretraining_tp": 1, "rope_interleave": True, "qk_head_dim": 192}
+    saved |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "first_k_dense_replace": 1}
+    config = Config.from_hf({"model_type": "deepseek_v3", "n_group": 4, "index_topk": 64, **saved})
+    assert (config.max_position_embeddings, config.num_dense_layers, config.n_group) == (4096, 1, 4)
+    assert (config.index_n_heads, config.index_head_dim, config.index_topk) == (64, 128, 64)
+    assert config.to_hf()["model_type"] == "deepseek_v32"
+    assert "rope_interleave must be True, got False" in refused({"model_type": "deepseek_v3", "rope_interleave": False})
+
+
+@pytest.mark.parametrize("key", ["q_lora_rank", "norm_topk_prob", "rope_interleave"])
+def test_a_null_that_means_another_model_is_refused(key):
+    assert f"{key} must not be null" in refused({"model_type": "deepseek_v3", key: None})
+
+
 def test_both_rope_spellings_are_one():
     """The fixtures a0 and a1 have the same shape, one spelled as published and one as transformers saves it."""
     published, saved = Config.from_hf(ORACLE / "deepseek_a0"), Config.from_hf(ORACLE / "deepseek_a1" / "config.json")
@@ -111,7 +128,7 @@ def test_every_key_that_changes_the_model_is_named():
         (dict(indexer_rope_interleave=True), "indexer_rope_interleave must be False"),
         (dict(quantization_config={"quant_method": "awq"}), "quant_method must be 'fp8', got 'awq'"),
         (dict(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}), "weight_block_size"),
-        (dict(model_type="deepseek_v3"), "model_type must be one of"),
+        (dict(model_type="deepseek_v2"), "model_type must be one of"),
         (dict(index_topk=0), "index_topk must be at least 1, got 0"),
         (dict(indexer_types="full"), "indexer_types must be of type list"),
     ],
