@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def integers(seed, *shape, low=-2, high=3):
     return jnp.asarray(np.random.default_rng(seed).integers(low, high, shape), jnp.float32)
 
 
-def index_inputs(seed, b, t, s, j, e, dtype="float32"):
+def index_inputs(seed, b, t, s, j, e, dtype="float32") -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """q_index, k_index, weights and k_scale (None but for FP8, where the weights carry q's scale)."""
     q, k = normal(seed, b, t, j, e), normal(seed + 1, b, s, e)
     weights = normal(seed + 2, b, t, j)
@@ -33,6 +34,11 @@ def index_inputs(seed, b, t, s, j, e, dtype="float32"):
         return q.astype(dtype), k.astype(dtype), weights, None
     (q, q_scale), (k, k_scale) = quantize(q), quantize(3 * k)
     return jnp.asarray(q), jnp.asarray(k), weights * q_scale, jnp.asarray(k_scale)
+
+
+def as_numpy(tree) -> Any:
+    """The arrays of a tree as NumPy's, which the operations accept as well."""
+    return jax.tree.map(np.asarray, tree)
 
 
 def random_range(seed, b, t, s):

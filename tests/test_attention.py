@@ -10,6 +10,7 @@ import reference
 from cases import (
     INT_MAX,
     INT_MIN,
+    as_numpy,
     causal_indices,
     close,
     hostile_indices,
@@ -325,7 +326,8 @@ def test_nan_in_unreached_keys_changes_nothing(form):
 def test_all_ranges_empty():
     keys = KeyRange(jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32))
     q, k, v = heads_inputs(1, 3, 5, 2, 4, 2, 4)
-    (out, lse), gradients = pulled(lambda *x: multihead_attention(*x, keys, scale=SCALE), q, k, v, cotangent=ones)
+    attend = functools.partial(multihead_attention, keys=keys, scale=SCALE)
+    (out, lse), gradients = pulled(attend, q, k, v, cotangent=ones)
     assert not np.any(out) and np.all(lse == -np.inf) and not any(np.any(x) for x in gradients)
 
 
@@ -366,7 +368,7 @@ def test_multihead_and_multiquery_forms_agree(selected):
 
     def multiquery(q, kv, w_uk, w_uv):
         q = jnp.concatenate([jnp.einsum("btnp,cnp->btnc", q[..., :p], w_uk), q[..., p:]], -1)
-        if selected:
+        if indices is not None:
             out, lse = sparse_attention(q, kv, indices, value_dim=c, scale=SCALE)
         else:
             out, lse = latent_attention(q, kv, keys, value_dim=c, scale=SCALE)
@@ -479,7 +481,7 @@ def test_numpy_arrays_are_accepted():
 
     arrays = (q, k, v, kv, lse, indices, keys)
     with unchecked():
-        jax.tree.map(same_bits, everything(*jax.tree.map(np.asarray, arrays)), everything(*arrays))
+        jax.tree.map(same_bits, everything(*as_numpy(arrays)), everything(*arrays))
 
 
 def refused(call, *words):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FP8, close, index_inputs, normal, poison, random_range, same_bits, scores_of, unchecked
+from cases import FP8, as_numpy, close, index_inputs, normal, poison, random_range, same_bits, scores_of, unchecked
 
 from dsa_jax import KeyRange, index_scores
 
@@ -180,9 +180,8 @@ def test_mismatched_shapes_are_named(change, words):
     shapes = dict(q=(2, 5, 4, 8), k=(2, 9, 8), w=(2, 5, 4), t=5) | change
     keys, k_scale = KeyRange.causal(2, shapes["t"]), shapes.get("k_scale")
     with unchecked(), pytest.raises(ValueError) as error:
-        index_scores(
-            *(jnp.ones(shapes[name]) for name in "qkw"), keys, k_scale=None if k_scale is None else jnp.ones(k_scale)
-        )
+        q, k, w = (jnp.ones(shapes[name]) for name in "qkw")
+        index_scores(q, k, w, keys, k_scale=None if k_scale is None else jnp.ones(k_scale))
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -198,9 +197,8 @@ def test_mismatched_dtypes_are_named(q, k, words):
 def test_numpy_arrays_are_accepted():
     q, k, w, scale = index_inputs(0, 2, 5, 9, 4, 8, FP8)
     keys = KeyRange.causal(2, 5)
-    numpy_keys = KeyRange(np.asarray(keys.start), np.asarray(keys.stop))
     with unchecked():
-        numpy = index_scores(*map(np.asarray, (q, k, w)), numpy_keys, k_scale=np.asarray(scale))
+        numpy = index_scores(*as_numpy((q, k, w, keys)), k_scale=as_numpy(scale))
     same_bits(numpy, index_scores(q, k, w, keys, k_scale=scale))
 
 

@@ -84,9 +84,10 @@ def definition(inputs, k_scale=None, cotangent=None):
         else reference.listed(which, size)
     )
     k = k if k.ndim == 4 else np.repeat(reference.f64(k)[:, :, None], q.shape[2], 2)
+    arguments = [*index, q, k, lse, rows, SCALE]
     if cotangent is None:
-        return reference.indexer_kl(*index, q, k, lse, rows, SCALE, k_scale)
-    return reference.indexer_kl_vjp(*index, q, k, lse, rows, SCALE, cotangent, k_scale)
+        return reference.indexer_kl(*arguments, k_scale=k_scale)
+    return reference.indexer_kl_vjp(*arguments, cotangent=cotangent, k_scale=k_scale)
 
 
 FORMS = pytest.mark.parametrize(
@@ -284,8 +285,8 @@ def test_sparse_kl_over_every_key_is_the_dense_kl():
     cotangent = normal(9, b, t)
     results = []
     for call in (
-        lambda *index: sparse_indexer_kl(*index, q, kv, lse, causal_indices(b, t, s, k), scale=SCALE),
-        lambda *index: dense_indexer_kl(*index, q, wide, lse, keys, scale=SCALE),
+        functools.partial(sparse_indexer_kl, q=q, kv=kv, lse=lse, indices=causal_indices(b, t, s, k), scale=SCALE),
+        functools.partial(dense_indexer_kl, q=q, k=wide, lse=lse, keys=keys, scale=SCALE),
     ):
         results.append(pulled(call, q_index, k_index, weights, cotangent=lambda _: cotangent))
     jax.tree.map(lambda a, b: close(a, b, 3e-5), *results)

@@ -135,14 +135,15 @@ def test_fp8_indexer_selects_and_learns_by_the_dequantised_scores(x):
     (q, q_scale), (k, k_scale) = reference.quantize(p.q_index), reference.quantize(p.k_index)
     weights = p.weights * q_scale
     scores = scores_of(jnp.asarray(q), jnp.asarray(k), weights, keys, jnp.asarray(k_scale))
-    wide = [jnp.asarray(y.astype(np.float32) * s[..., None]) for y, s in ((q, q_scale), (k, k_scale))]
-    same_bits(scores_of(*wide, p.weights, keys), scores)
+    wide_q, wide_k = (jnp.asarray(y.astype(np.float32) * s[..., None]) for y, s in ((q, q_scale), (k, k_scale)))
+    same_bits(scores_of(wide_q, wide_k, p.weights, keys), scores)
     same_bits(out.selected, topk_of(scores, FP8.index_topk))
     unquantised = keys_of(p.q_index, p.k_index, p.weights, keys, FP8.index_topk)
     assert np.any(out.selected != unquantised), "rounding moved no selection: the test shows nothing"
     _, attn_q, attn_k, lse = reference_attention(first_layer(FP8), x, POSITIONS, reference.listed(out.selected, T), FP8)
     rows = reference.listed(out.selected, T)
-    close(out.indexer_kl, reference.indexer_kl(*wide, p.weights, attn_q, attn_k, lse, rows, FP8.softmax_scale), 3e-5)
+    index = (wide_q, wide_k, p.weights)
+    close(out.indexer_kl, reference.indexer_kl(*index, attn_q, attn_k, lse, rows, FP8.softmax_scale), 3e-5)
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])

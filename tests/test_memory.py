@@ -4,6 +4,9 @@ The public functions are compiled alone, at the published widths; compiled, not 
 minutes on a CPU. A [T, S] float32 matrix would be 68.7 GB.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +30,7 @@ SCALE = (P + R) ** -0.5
 QUERIES = 4  # of the block that runs
 
 
-def shape(*dims, dtype="bfloat16"):
+def shape(*dims, dtype="bfloat16") -> Any:
     return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
 
 
@@ -128,6 +131,7 @@ def test_compiled_temporaries_at_128k(function, names, gib):
     inputs = inputs_of(function, arguments(LONG, LONG))
     run = gradient_of(function, names) if names else lambda inputs: function(**inputs)
     memory = jax.jit(run).lower(inputs).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes < gib * GIB, f"{memory.temp_size_in_bytes / GIB:.2f} GiB"
 
 
@@ -150,18 +154,19 @@ def block():
 
 
 def test_one_block_selects_and_attends_at_128k(block):
-    index, q, kv, keys = [block[name] for name in INDEX], block["q"], block["kv"], block["keys"]
+    index, q, kv, keys = tuple(block[name] for name in INDEX), block["q"], block["kv"], block["keys"]
 
     @jax.jit
     def run(index, q, kv, keys):
-        indices = select_keys(*index, keys, k=K)
-        (out, lse), pull = jax.vjp(lambda *x: sparse_attention(*x, indices, value_dim=16, scale=0.1), q, kv)
-        kl = sparse_indexer_kl(*index, q, kv, lse, indices, scale=0.1)
+        indices = select_keys(*index, keys=keys, k=K)
+        attend = functools.partial(sparse_attention, indices=indices, value_dim=16, scale=0.1)
+        (out, lse), pull = jax.vjp(attend, q, kv)
+        kl = sparse_indexer_kl(*index, q=q, kv=kv, lse=lse, indices=indices, scale=0.1)
         return indices, out, lse, pull((jnp.ones_like(out), jnp.ones_like(lse))), kl
 
     indices, out, lse, gradients, kl = run(index, q, kv, keys)
-    index, q, kv = ([reference.f64(x) for x in index], reference.f64(q), reference.f64(kv))
-    scores = reference.index_scores(*index, reference.reachable(keys.start, keys.stop, LONG))[0]
+    index, q, kv = jax.tree.map(reference.f64, (index, q, kv))
+    scores = reference.index_scores(*index, rows=reference.reachable(keys.start, keys.stop, LONG))[0]
     for t, row in enumerate(np.asarray(indices[0])):
         assert np.all(np.diff(row) > 0) and row[0] >= 0 and row[-1] < LONG - QUERIES + t + 1
         threshold = np.partition(scores[t], -K)[-K]
@@ -174,26 +179,28 @@ def test_one_block_selects_and_attends_at_128k(block):
     for actual, want in zip(gradients, reference.latent_attention_vjp(q, kv, rows, 16, 0.1, *d), strict=True):
         assert np.linalg.norm(reference.f64(actual) - want) < 1e-2 * np.linalg.norm(want)
     wide = np.repeat(kv[:, :, None], 2, 2)
-    np.testing.assert_allclose(kl, reference.indexer_kl(*index, q, wide, lse, rows, 0.1), rtol=1e-3)
+    arguments = (*index, q, wide, lse, rows, 0.1)
+    np.testing.assert_allclose(kl, reference.indexer_kl(*arguments), rtol=1e-3)
 
 
 def test_one_block_of_the_dense_loss_at_128k(block):
     """The largest positions are reached: nothing overflows 32 bits or loses the tail."""
-    index, q, k, keys = [block[name] for name in INDEX], block["q"], block["k_heads"], block["keys"]
+    index, q, k, keys = tuple(block[name] for name in INDEX), block["q"], block["k_heads"], block["keys"]
 
     @jax.jit
     def run(index, q, k, keys):
         out, lse = multihead_attention(q, k, k, keys, scale=0.1)
-        kl, pull = jax.vjp(lambda *index: dense_indexer_kl(*index, q, k, lse, keys, scale=0.1), *index)
+        kl, pull = jax.vjp(functools.partial(dense_indexer_kl, q=q, k=k, lse=lse, keys=keys, scale=0.1), *index)
         return out, lse, kl, pull(jnp.ones_like(kl))
 
     out, lse, kl, gradients = run(index, q, k, keys)
-    index, q, k = ([reference.f64(x) for x in index], reference.f64(q), reference.f64(k))
+    index, q, k = jax.tree.map(reference.f64, (index, q, k))
     rows = reference.reachable(keys.start, keys.stop, LONG)
     expected = reference.attention(q, k, k, rows, 0.1)
     np.testing.assert_allclose(reference.f64(out), expected[0], atol=2e-3)
     np.testing.assert_allclose(reference.f64(lse), expected[1], rtol=1e-5)
-    np.testing.assert_allclose(kl, reference.indexer_kl(*index, q, k, lse, rows, 0.1), rtol=1e-3)
-    wanted = reference.indexer_kl_vjp(*index, q, k, lse, rows, 0.1, np.ones((1, QUERIES)))
+    arguments = (*index, q, k, lse, rows, 0.1)
+    np.testing.assert_allclose(kl, reference.indexer_kl(*arguments), rtol=1e-3)
+    wanted = reference.indexer_kl_vjp(*arguments, cotangent=np.ones((1, QUERIES)))
     for actual, want in zip(gradients, wanted, strict=True):
         assert np.linalg.norm(reference.f64(actual) - want) < 1e-2 * np.linalg.norm(want)

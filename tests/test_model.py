@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +85,7 @@ def test_expert_load_counts_valid_slots():
     def chosen(ids):
         """What the router chooses, given the input of the feed-forward."""
         model = small_model(config)
-        layer = next(model.layers())
+        layer: Any = next(model.layers())
         turn = rotation(jnp.broadcast_to(jnp.arange(20), (2, 20)), config)
         x = model.embed_tokens[...][ids]
         x = x + layer.self_attn(layer.input_layernorm(x), turn, keys).x
@@ -122,7 +124,7 @@ def test_the_scan_equals_the_layers_one_by_one(changes):
         loads += [] if one.expert_load is None else [one.expert_load]
     close(out.hidden, model.norm(x), NEAR)
     close(out.expert_load, np.reshape(loads, (-1, 8)), 0)
-    head = model.embed_tokens[...].T if config.tie_word_embeddings else model.lm_head[...]
+    head = model.embed_tokens[...].T if config.tie_word_embeddings else model.lm_head[...]  # pyright: ignore[reportOptionalSubscript]
     close(logits, np.asarray(out.hidden, np.float64) @ np.asarray(head, np.float64), NEAR)
     assert (model.lm_head is None) == config.tie_word_embeddings
 
@@ -244,7 +246,7 @@ def test_each_loss_reaches_its_own_parameters_alone(config, attention):
 # What is compiled
 
 
-def equations(jaxpr):
+def equations(jaxpr) -> Iterator[Any]:
     """Every equation of a jaxpr, inner ones included."""
     for equation in jaxpr.eqns:
         yield equation
@@ -277,7 +279,7 @@ def test_the_program_does_not_grow_with_depth():
 def test_the_backward_neither_selects_again_nor_keeps_more_than_it_needs():
     """Besides the KL a layer's forward leaves its input, `indices` and `lse`; there is no second top-k anywhere."""
     config = small_config(first_k_dense_replace=2)
-    jaxpr = gradient_jaxpr(config)
+    jaxpr: Any = gradient_jaxpr(config)
     assert [e.primitive.name for e in equations(jaxpr)].count("top_k") == 1
     forward_scan = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
     shapes = {tuple(v.aval.shape) for v in forward_scan.outvars}

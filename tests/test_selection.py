@@ -7,6 +7,7 @@ import pytest
 import reference
 from cases import (
     FP8,
+    as_numpy,
     index_inputs,
     integers,
     keys_of,
@@ -196,7 +197,7 @@ def test_a_row_selects_the_same_in_every_layout(j, dtype):
         arrays = (q[batch, rows], k[batch], w[batch, rows], keys.start[batch, rows], keys.stop[batch, rows])
         return (*arrays, None if scale is None else scale[batch])
 
-    for batch, rows in [(slice(1, 2), slice(0, t)), (slice(2, 3), slice(44, 45)), (slice(0, 2), slice(7, 40))]:
+    for batch, rows in [(slice(2, 3), slice(44, 45)), (slice(0, 2), slice(7, 40))]:
         same_bits(select(*take(batch, rows)), whole[batch, rows])
 
     order = np.array([2, 0, 1])
@@ -253,12 +254,11 @@ def test_nan_and_infinite_scores():
 def test_numpy_arrays_are_accepted():
     q, k, w, scale = index_inputs(0, 2, 5, 9, 4, 8, FP8)
     keys = KeyRange.causal(2, 5)
-    numpy_keys = KeyRange(np.asarray(keys.start), np.asarray(keys.stop))
     expected = select_keys(q, k, w, keys, k=3, k_scale=scale)
     scores = index_scores(q, k, w, keys, k_scale=scale)
     with unchecked():
-        same_bits(select_keys(*map(np.asarray, (q, k, w)), numpy_keys, k=3, k_scale=np.asarray(scale)), expected)
-        same_bits(select_topk(np.asarray(scores), 3, keys=numpy_keys), expected)
+        same_bits(select_keys(*as_numpy((q, k, w, keys)), k=3, k_scale=as_numpy(scale)), expected)
+        same_bits(select_topk(as_numpy(scores), 3, keys=as_numpy(keys)), expected)
 
 
 @pytest.mark.parametrize("k", [0, -1])
