@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blocks import contract
@@ -85,7 +87,7 @@ class Transformer(nnx.Module):
         """Runs the model over T tokens a row.
 
         Args:
-          tokens: ids in [0, vocab); check them on the host, an id out of range is not noticed here.
+          tokens: ids in [0, vocab); under `jit`, where values are unknown, check them before.
           keys: which keys each query may reach, causal if None; positions of the cache when there is one. A query with
             an empty range is padding: it does not count in `expert_load`, nor in the cache's lengths if it stands last.
           positions: rotary positions, counted from 0 (or from the cache's lengths) if None.
@@ -99,6 +101,7 @@ class Transformer(nnx.Module):
         before = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
         positions = before[:, None] + jnp.arange(length) if positions is None else positions
+        self._check_values(tokens, keys, cache)
         x = self.embed_tokens[...][tokens].astype(self.config.dtype)
         rotation = rope_rotation(positions, self.config)
 
@@ -157,6 +160,24 @@ class Transformer(nnx.Module):
             raise ValueError(f"selected must be [{layers}, {batch}, {length}, K], got shape {selected.shape}")
         if cache is not None and cache.kv.shape[:2] != (layers, batch):
             raise ValueError(f"the cache must hold {layers} layers of {batch} rows, got {cache.kv.shape[:2]}")
+
+    def _check_values(self, tokens, keys, cache):
+        """Checks what only values tell, where they are known: outside `jit`, on one host."""
+        ids = _known(tokens)
+        if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
+            raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {ids.min()} … {ids.max()}")
+        if cache is None:
+            return
+        lengths, real = _known(cache.lengths), _known(keys.nonempty())
+        if lengths is not None and real is not None and (lengths + real.sum(1)).max(initial=0) > cache.size:
+            raise ValueError(f"the cache holds {cache.size} tokens a row, got {lengths} and {real.sum(1)} more")
+
+
+def _known(x):
+    """The value of an array on the host, None where it is traced or spread over hosts."""
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
 
 
 def _stack_layers(config, count, *, moe, rngs):

@@ -54,11 +54,11 @@ class Init:
             return RunConfig.from_json(read_run(self.folder)["run"]).model
         return dataclasses.replace(Config.from_hf(self.folder), dtype=dtype, param_dtype="float32")
 
-    def params(self, config: Config) -> Params:
-        """The parameters by group."""
+    def params(self, config: Config, *, seed: int = 0) -> Params:
+        """The parameters by group; `seed` is for the indexer of a dense checkpoint that has none."""
         if self.is_run:
             return load_params(self.folder, abstract_params(config)[1], step=self.step)
-        return split_groups(load_hf(self.folder, dtype=config.dtype, param_dtype="float32"))[1]
+        return split_groups(load_hf(self.folder, dtype=config.dtype, param_dtype="float32", seed=seed))[1]
 
     def __str__(self) -> str:
         return self.label or f"{self.folder.absolute()}"
@@ -144,7 +144,7 @@ class Run:
     def initial_params(self) -> Params:
         """The parameters that the run starts from."""
         if self.init is not None:
-            return self.init.params(self.config.model)
+            return self.init.params(self.config.model, seed=self.config.seed)
         make = lambda: split_groups(Transformer(self.config.model, rngs=nnx.Rngs(self.config.seed)))[1]  # noqa: E731
         # It runs once. Optimised on CPU, the tiny model's random bits were seen to take 25 s of compilation, so 2.
         return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})()
