@@ -20,9 +20,9 @@ from dsa_jax.convert import save_hf
 from train.__main__ import Arguments, control_run, main
 from train.checkpoint import Checkpoints, Position, checkpoint_steps
 from train.data import load
-from train.phases import CONTROLS, merge_groups
+from train.phases import CONTROLS, merge_groups, split_groups
 from train.progress import RunProgress
-from train.run import DivergedError, Init, MetricsLog, Run, abstract_params, check_tokens
+from train.run import DivergedError, Init, MetricsLog, Run, abstract_params, check_tokens, load_model
 
 
 @pytest.fixture
@@ -210,6 +210,7 @@ def test_a_run_begins_from_another_runs_checkpoint(run, tmp_path):
     (begun,) = arguments.runs()
     assert [phase.name for phase in begun.config.phases] == ["WARMUP", "SPARSE"]
     chex.assert_trees_all_equal(begun.initial_params(), state.params)
+    chex.assert_trees_all_equal(split_groups(load_model(source))[1], state.params)
 
 
 def test_a_run_begins_from_a_hugging_face_folder(run, tmp_path):

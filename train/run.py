@@ -19,7 +19,7 @@ from dsa_jax import Config, Transformer
 from dsa_jax.convert import load_hf
 from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params, read_run
 from train.data import Batch, Corpus
-from train.phases import PHASES, Params, split_groups
+from train.phases import PHASES, Params, merge_groups, split_groups
 from train.presets import RunConfig, Stage, differences
 from train.progress import RunProgress
 from train.step import TrainState, init_state, make_step
@@ -252,6 +252,13 @@ class Run:
         phase = phases.index(name) if name in phases else phases.index("SPARSE")
         seed = 1000 * self.config.seed + 100 * phase + number
         return corpus.batches("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
+
+
+def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:
+    """The model of a run's folder, from its newest checkpoint or from that of `step`."""
+    config = RunConfig.from_json(read_run(Path(folder))["run"]).model
+    graphdef, like = abstract_params(config)
+    return merge_groups(graphdef, load_params(Path(folder), like, step=step))
 
 
 @functools.cache
