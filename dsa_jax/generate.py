@@ -49,7 +49,8 @@ def generate(
     """
     prompts = np.asarray(tokens)
     real = np.full(prompts.shape[:1], prompts.shape[-1]) if lengths is None else np.asarray(lengths)
-    _check(model.config, prompts, real, max_new_tokens, key, temperature, top_k, top_p, prefill_chunk)
+    _check(model.config, prompts, real, max_new_tokens, prefill_chunk, stop_token)
+    _check_sampling(key, temperature, top_k, top_p)
     graph, state = nnx.split(model)
     cache = Cache.empty(model.config, prompts.shape[0], prompts.shape[1] + max_new_tokens)
 
@@ -114,13 +115,14 @@ def _decode(graph, state, logits, cache, key, count, stop_token, attention, samp
     return jax.lax.scan(step, (logits, cache, done), jax.random.split(key, count))[1].T
 
 
-def _check(config, tokens, lengths, max_new_tokens, key, temperature, top_k, top_p, prefill_chunk):
+def _check(config, tokens, lengths, max_new_tokens, prefill_chunk, stop_token):
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
         raise ValueError(f"tokens must be integers [B, T] with at least one token, got {tokens.dtype} {tokens.shape}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise ValueError(f"tokens must lie in [0, {config.vocab_size}), got {tokens.min()} … {tokens.max()}")
-    if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths must be [{tokens.shape[0]}] numbers from 1 to {tokens.shape[1]}, got {lengths}")
+    whole = np.issubdtype(lengths.dtype, np.integer)
+    if not whole or lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(f"lengths must be [{tokens.shape[0]}] whole numbers from 1 to {tokens.shape[1]}, got {lengths}")
     if max_new_tokens < 1 or prefill_chunk < 1:
         raise ValueError(f"max_new_tokens and prefill_chunk must be at least 1, got {max_new_tokens}, {prefill_chunk}")
     total = tokens.shape[1] + max_new_tokens
@@ -129,7 +131,12 @@ def _check(config, tokens, lengths, max_new_tokens, key, temperature, top_k, top
             f"prompt and continuation must fit max_position_embeddings = {config.max_position_embeddings}, "
             f"got {tokens.shape[1]} + {max_new_tokens} = {total}"
         )
-    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+    if stop_token is not None and not 0 <= stop_token < config.vocab_size:
+        raise ValueError(f"stop_token must lie in [0, {config.vocab_size}), got {stop_token}")
+
+
+def _check_sampling(key, temperature, top_k, top_p):
+    if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(
             f"temperature must be at least 0, top_p in (0, 1], top_k at least 1, got {temperature}, {top_p}, {top_k}"
         )

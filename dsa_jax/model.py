@@ -158,8 +158,8 @@ class Transformer(nnx.Module):
         layers = self.config.num_hidden_layers
         if selected is not None and (selected.ndim != 4 or selected.shape[:3] != (layers, batch, length)):
             raise ValueError(f"selected must be [{layers}, {batch}, {length}, K], got shape {selected.shape}")
-        if cache is not None and cache.kv.shape[:2] != (layers, batch):
-            raise ValueError(f"the cache must hold {layers} layers of {batch} rows, got {cache.kv.shape[:2]}")
+        if cache is not None:
+            _check_cache(cache, jax.eval_shape(lambda: Cache.empty(self.config, batch, cache.size)))
 
     def _check_values(self, tokens, keys, cache):
         """Checks what only values tell, where they are known: outside `jit`, on one host."""
@@ -171,6 +171,17 @@ class Transformer(nnx.Module):
         lengths, real = _known(cache.lengths), _known(keys.nonempty())
         if lengths is not None and real is not None and (lengths + real.sum(1)).max(initial=0) > cache.size:
             raise ValueError(f"the cache holds {cache.size} tokens a row, got {lengths} and {real.sum(1)} more")
+
+
+def _check_cache(cache, expected):
+    """Raises ValueError unless the cache is one of this model, for this many rows."""
+    for name in ("kv", "k_index", "k_scale", "lengths"):
+        found, wanted = getattr(cache, name), getattr(expected, name)
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(
+                f"the cache's {name} must be {wanted.dtype} {wanted.shape}, got {found.dtype} {found.shape}: "
+                "make it with Cache.empty from the model's config"
+            )
 
 
 def _known(x):
@@ -196,14 +207,17 @@ def _scan_layers(stack, first, carry, selected, rotation, keys, attention, retur
     graph, state = nnx.split(stack)
 
     def body(carry, scanned):
-        (x, cache), (layer, state, selected) = carry, scanned
+        (x, cache, keys), (layer, state, selected) = carry, scanned
         options = dict(attention=attention, selected=selected, cache=cache, layer=layer)
         out = nnx.merge(graph, state)(x, rotation, keys, **options)
         chosen = out.selected if return_selected else None
-        return (out.x, out.cache), (out.indexer_kl, chosen, out.expert_load)
+        return (out.x, out.cache, keys), (out.indexer_kl, chosen, out.expert_load)
 
     # A selection is kept, not found again: a second indexer pass costs time and could choose otherwise.
     keep = jax.checkpoint_policies.save_only_these_names("indices", "lse")
     count = jax.tree.leaves(state)[0].shape[0]
     scanned = (first + jnp.arange(count), state, selected)
-    return jax.lax.scan(jax.checkpoint(body, policy=keep), carry, scanned)
+    # The key range is carried though it never changes: of a constant, differentiation would compute and keep all masks,
+    # T × S of them, ahead of the loop.
+    (x, cache, _), ys = jax.lax.scan(jax.checkpoint(body, policy=keep), (*carry, keys), scanned)
+    return (x, cache), ys

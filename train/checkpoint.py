@@ -89,11 +89,6 @@ class Checkpoints:
         )
         return TrainState(params=restored["params"], **restored["optimizer"])
 
-    def restore_params(self, step: int, like: Params) -> Params:
-        """The parameters alone, for evaluation and for the next phase of another run."""
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
-
     def wait(self) -> None:
         """Until every checkpoint under way is written; ValueError with what went wrong there."""
         with self._writing():
