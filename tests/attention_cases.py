@@ -41,6 +41,3 @@ def cotangents(value):
 
 def sparse(value_dim, indices, scale=SCALE):
     return lambda q, kv: sparse_attention(q, kv, indices, value_dim=value_dim, scale=scale)
-
-
-# Reference

@@ -360,9 +360,6 @@ def test_packed_sequences_do_not_leak(form):
         jax.tree.map(lambda a, b, part=part: close(a[:, part], b, 2e-6), whole, apart)
 
 
-# Target
-
-
 # Boundaries
 
 
