@@ -10,7 +10,7 @@ from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import SparseMLA
 from dsa_jax.model import Output, Transformer
-from dsa_jax.quantization import hadamard, quantize
+from dsa_jax.quantization import hadamard, quantize, straight_through_quantize
 from dsa_jax.selection import select_keys, select_topk
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "select_topk",
     "sparse_attention",
     "sparse_indexer_kl",
+    "straight_through_quantize",
     "to_hf",
 ]

@@ -122,7 +122,7 @@ def _check(config, tokens, lengths, max_new_tokens, prefill_chunk, stop_token):
         raise ValueError(f"tokens must lie in [0, {config.vocab_size}), got {tokens.min()} … {tokens.max()}")
     whole = np.issubdtype(lengths.dtype, np.integer)
     if not whole or lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths must be [{tokens.shape[0]}] whole numbers from 1 to {tokens.shape[1]}, got {lengths}")
+        raise ValueError(f"lengths must be [{tokens.shape[0]}] integers from 1 to {tokens.shape[1]}, got {lengths}")
     if max_new_tokens < 1 or prefill_chunk < 1:
         raise ValueError(f"max_new_tokens and prefill_chunk must be at least 1, got {max_new_tokens}, {prefill_chunk}")
     total = tokens.shape[1] + max_new_tokens
