@@ -68,7 +68,7 @@ def test_indexer_loss_skips_padding():
     assert indexer_loss(kl, jnp.asarray([[True, True, False]])) == 15.0
 
 
-def test_mismatched_targets_are_named():
+def test_mismatched_targets_are_named(unchecked):
     hidden, weights, targets, _ = inputs()
     with pytest.raises(ValueError, match=r"targets must have the shape"):
         token_losses(hidden, lambda h: h @ weights, jnp.asarray(targets[:, 1:]))
