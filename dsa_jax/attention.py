@@ -39,8 +39,7 @@ def sparse_attention(
     """
     q, kv, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(indices)
     check_latents(q, kv, indices)
-    if not 1 <= value_dim <= kv.shape[2]:
-        raise ValueError(f"value_dim must be from 1 to the {kv.shape[2]} columns of kv, got {value_dim}")
+    _check_value_dim(value_dim, kv)
     choose_implementation("sparse_attention", implementation)
     return _sparse_attention(value_dim, scale, q, kv, indices)
 
@@ -61,8 +60,7 @@ def latent_attention(
     q, kv = jnp.asarray(q), jnp.asarray(kv)
     check_latents(q, kv)
     check_keys(keys, *q.shape[:2])
-    if not 1 <= value_dim <= kv.shape[2]:
-        raise ValueError(f"value_dim must be from 1 to the {kv.shape[2]} columns of kv, got {value_dim}")
+    _check_value_dim(value_dim, kv)
     choose_implementation("latent_attention", implementation)
     kv = zero_unreached(kv, keys)
     return _dense_attention(scale, "sh", q, kv, kv[..., :value_dim], keys, None)
@@ -294,6 +292,11 @@ def check_latents(q, kv, indices=None):
     check_one_dtype(q=q, kv=kv)
     if indices is not None:
         check_indices(indices, batch, length)
+
+
+def _check_value_dim(value_dim, kv):
+    if not 1 <= value_dim <= kv.shape[2]:
+        raise ValueError(f"value_dim must be from 1 to the {kv.shape[2]} columns of kv, got {value_dim}")
 
 
 def check_heads(q, k):

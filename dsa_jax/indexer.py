@@ -129,6 +129,11 @@ def widen(x):
     return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
 
 
+def new_weight(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:
+    """A parameter drawn from a normal distribution of the configured width."""
+    return nnx.Param(jax.nn.initializers.normal(config.initializer_range)(rngs.params(), shape, config.param_dtype))
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation with weight and bias, computed in float32."""
 
@@ -150,13 +155,12 @@ class LightningIndexer(nnx.Module):
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        heads, dim, dtype = config.index_n_heads, config.index_head_dim, config.param_dtype
-        normal = jax.nn.initializers.normal(config.initializer_range)
+        heads, dim = config.index_n_heads, config.index_head_dim
         self.config = config
-        self.wq_b = nnx.Param(normal(rngs.params(), (config.q_lora_rank, heads, dim), dtype))
-        self.wk = nnx.Param(normal(rngs.params(), (config.hidden_size, dim), dtype))
-        self.k_norm = LayerNorm(dim, dtype)
-        self.weights_proj = nnx.Param(normal(rngs.params(), (config.hidden_size, heads), dtype))
+        self.wq_b = new_weight(config, rngs, config.q_lora_rank, heads, dim)
+        self.wk = new_weight(config, rngs, config.hidden_size, dim)
+        self.k_norm = LayerNorm(dim, config.param_dtype)
+        self.weights_proj = new_weight(config, rngs, config.hidden_size, heads)
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ from dsa_jax.attention import latent_attention, multihead_attention, sparse_atte
 from dsa_jax.blocks import project
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
-from dsa_jax.indexer import LightningIndexer
+from dsa_jax.indexer import LightningIndexer, new_weight
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.quantization import dequantize, quantize, straight_through_quantize
@@ -57,19 +57,17 @@ class SparseMLA(nnx.Module):
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        def weight(*shape):
-            normal = jax.nn.initializers.normal(config.initializer_range)
-            return nnx.Param(normal(rngs.params(), shape, config.param_dtype))
-
         heads, q_head_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
         self.config = config
-        self.q_a_proj = weight(config.hidden_size, config.q_lora_rank)
+        self.q_a_proj = new_weight(config, rngs, config.hidden_size, config.q_lora_rank)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, config.param_dtype)
-        self.q_b_proj = weight(config.q_lora_rank, heads, q_head_dim)
-        self.kv_a_proj_with_mqa = weight(config.hidden_size, config.latent_dim)
+        self.q_b_proj = new_weight(config, rngs, config.q_lora_rank, heads, q_head_dim)
+        self.kv_a_proj_with_mqa = new_weight(config, rngs, config.hidden_size, config.latent_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, config.param_dtype)
-        self.kv_b_proj = weight(config.kv_lora_rank, heads, config.qk_nope_head_dim + config.v_head_dim)
-        self.o_proj = weight(heads, config.v_head_dim, config.hidden_size)
+        self.kv_b_proj = new_weight(
+            config, rngs, config.kv_lora_rank, heads, config.qk_nope_head_dim + config.v_head_dim
+        )
+        self.o_proj = new_weight(config, rngs, heads, config.v_head_dim, config.hidden_size)
         self.indexer = LightningIndexer(config, rngs=rngs)
 
     def __call__(
@@ -200,13 +198,9 @@ class MLP(nnx.Module):
     """The gated feed-forward: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
-        def weight(*shape):
-            normal = jax.nn.initializers.normal(config.initializer_range)
-            return nnx.Param(normal(rngs.params(), shape, config.param_dtype))
-
-        self.gate_proj = weight(config.hidden_size, width)
-        self.up_proj = weight(config.hidden_size, width)
-        self.down_proj = weight(width, config.hidden_size)
+        self.gate_proj = new_weight(config, rngs, config.hidden_size, width)
+        self.up_proj = new_weight(config, rngs, config.hidden_size, width)
+        self.down_proj = new_weight(config, rngs, width, config.hidden_size)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to every token."""

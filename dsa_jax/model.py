@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.blocks import contract
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
+from dsa_jax.indexer import new_weight
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import MLP, LayerOutput, RMSNorm, Rotation, SparseMLA
 from dsa_jax.moe import MoE
@@ -63,15 +64,13 @@ class Transformer(nnx.Module):
     """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        normal = jax.nn.initializers.normal(config.initializer_range)
-        vocab, dim, dtype = config.vocab_size, config.hidden_size, config.param_dtype
+        vocab, dim = config.vocab_size, config.hidden_size
         self.config = config
-        self.embed_tokens = nnx.Param(normal(rngs.params(), (vocab, dim), dtype))
+        self.embed_tokens = new_weight(config, rngs, vocab, dim)
         self.dense_layers = _stack_layers(config, config.num_dense_layers, moe=False, rngs=rngs)
         self.moe_layers = _stack_layers(config, config.num_moe_layers, moe=True, rngs=rngs)
-        self.norm = RMSNorm(dim, config.rms_norm_eps, dtype)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nnx.Param(normal(rngs.params(), (dim, vocab), dtype))
+        self.norm = RMSNorm(dim, config.rms_norm_eps, config.param_dtype)
+        self.lm_head = None if config.tie_word_embeddings else new_weight(config, rngs, dim, vocab)
 
     def __call__(
         self,

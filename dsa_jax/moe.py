@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dsa_jax.blocks import contract
 from dsa_jax.config import Config
+from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
 
 LARGEST_BLOCK = (
@@ -240,16 +241,12 @@ def _check_shapes(x, experts, gates, gate_proj, up_proj, down_proj):
             raise ValueError(f"{name} must be of shape {expected}, got {shape}")
 
 
-def _normal(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    return nnx.Param(jax.nn.initializers.normal(config.initializer_range)(rngs.params(), shape, config.param_dtype))
-
-
 class Router(nnx.Module):
     """The router's weight, and the bias that evens the load: it has a say in the choice and no gradient."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
-        self.weight = _normal(config, rngs, config.hidden_size, config.n_routed_experts)
+        self.weight = new_weight(config, rngs, config.hidden_size, config.n_routed_experts)
         self.e_score_correction_bias = nnx.Param(jnp.zeros(config.n_routed_experts, jnp.float32))
 
     def __call__(self, x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B k"], Float32[Array, "*B k"]]:
@@ -262,9 +259,9 @@ class Experts(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         experts, model_dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_proj = _normal(config, rngs, experts, model_dim, width)
-        self.up_proj = _normal(config, rngs, experts, model_dim, width)
-        self.down_proj = _normal(config, rngs, experts, width, model_dim)
+        self.gate_proj = new_weight(config, rngs, experts, model_dim, width)
+        self.up_proj = new_weight(config, rngs, experts, model_dim, width)
+        self.down_proj = new_weight(config, rngs, experts, width, model_dim)
 
     def __call__(
         self, x: Float[Array, "M D"], experts: Int[Array, "M k"], gates: Float[Array, "M k"]
