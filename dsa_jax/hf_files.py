@@ -24,7 +24,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
 }
-FP8, E8M0, BFLOAT16, FLOAT32 = DTYPES["F8_E4M3"], DTYPES["F8_E8M0"], DTYPES["BF16"], DTYPES["F32"]
+FP8, BFLOAT16, FLOAT32 = DTYPES["F8_E4M3"], DTYPES["BF16"], DTYPES["F32"]
 
 
 @dataclasses.dataclass(frozen=True)

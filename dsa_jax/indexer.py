@@ -45,16 +45,7 @@ def index_scores(
     """
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     choose_implementation("index_scores", implementation)
-    size = k_index.shape[1]
-
-    def row(arguments):
-        q_index, k_index, weights, start, stop, k_scale = arguments
-        key_tiles = split_key_tiles(k_index, k_scale, KeyRange(start[None], stop[None]).reached(size)[0])
-        queries = split_queries((q_index, weights, start, stop), QUERY_TILE)
-        scores = jax.lax.map(lambda tile: score_query_tile(tile, key_tiles, size), queries)
-        return join_queries(scores, q_index.shape[0])
-
-    return map_rows(row, (q_index, k_index, weights, keys.start, keys.stop, k_scale))
+    return map_score_tiles(lambda scores: scores, q_index, k_index, weights, keys, k_scale)
 
 
 def check_index_inputs(q_index, k_index, weights, keys, k_scale):
@@ -93,13 +84,26 @@ def check_keys(keys: KeyRange, batch: int, length: int) -> None:
         )
 
 
-def split_key_tiles(k_index, k_scale, reached):
+def map_score_tiles(fn, q_index, k_index, weights, keys, k_scale):
+    """Scores a tile of queries at a time and applies `fn` to its scores [QUERY_TILE, S]: [B, T, …]."""
+    size = k_index.shape[1]
+
+    def row(arguments):
+        q_index, k_index, weights, start, stop, k_scale = arguments
+        key_tiles = _split_key_tiles(k_index, k_scale, KeyRange(start[None], stop[None]).reached(size)[0])
+        queries = split_queries((q_index, weights, start, stop), QUERY_TILE)
+        return join_queries(jax.lax.map(lambda tile: fn(_score_tile(tile, key_tiles, size)), queries), q_index.shape[0])
+
+    return map_rows(row, (q_index, k_index, weights, keys.start, keys.stop, k_scale))
+
+
+def _split_key_tiles(k_index, k_scale, reached):
     """Cuts one row's keys into tiles; unreached keys are zeroed first, since relu's gradient at NaN is NaN."""
     k_index = jnp.where(reached[:, None], k_index, 0)
     return split_queries((k_index, jnp.where(reached, k_scale, 0)), KEY_TILE)
 
 
-def score_query_tile(queries, key_tiles, size):
+def _score_tile(queries, key_tiles, size):
     """Scores one tile of queries against all key tiles of its row: [QUERY_TILE, size], -inf out of reach."""
     q_index, weights, start, stop = queries
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.blocks import join_queries, map_queries, map_rows, queries_per_block, split_queries
-from dsa_jax.indexer import QUERY_TILE, check_index_inputs, check_keys, score_query_tile, split_key_tiles
+from dsa_jax.blocks import map_queries, queries_per_block
+from dsa_jax.indexer import check_index_inputs, check_keys, map_score_tiles
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
 
@@ -56,17 +56,8 @@ def select_keys(
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_k(k)
     choose_implementation("select_keys", implementation)
-    size = k_index.shape[1]
-
-    def row(arguments):
-        q_index, k_index, weights, start, stop, k_scale = arguments
-        key_tiles = split_key_tiles(k_index, k_scale, KeyRange(start[None], stop[None]).reached(size)[0])
-        queries = split_queries((q_index, weights, start, stop), QUERY_TILE)
-        chosen = jax.lax.map(lambda tile: _top_positions(score_query_tile(tile, key_tiles, size), k), queries)
-        return join_queries(chosen, q_index.shape[0])
-
-    arguments = (q_index, k_index, weights, keys.start, keys.stop, k_scale)
-    return map_rows(row, jax.lax.stop_gradient(arguments))
+    arguments = jax.lax.stop_gradient((q_index, k_index, weights, keys, k_scale))
+    return map_score_tiles(lambda scores: _top_positions(scores, k), *arguments)
 
 
 def _check_k(k):

@@ -24,7 +24,7 @@ from dsa_jax.model import DecoderLayer
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch, Corpus
 from train.losses import token_losses
-from train.phases import Params, merge_groups, phase_named, window_selection
+from train.phases import Params, merge_groups, phase_named, window_of_layers, window_selection
 
 MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choose from
 
@@ -284,8 +284,7 @@ def _mass_on(p: Float[Array, "T S"], selected: Int[Array, "T K"]) -> Float[Array
 def _model_losses(graphdef, params, batch: Batch, *, attention: str, window: bool) -> dict[str, Array]:
     model, keys, selected = merge_groups(graphdef, params), batch.keys, None
     if window:
-        last = window_selection(keys, model.config.index_topk)
-        selected = jnp.broadcast_to(last, (model.config.num_hidden_layers, *last.shape))
+        selected = window_of_layers(model, keys)
     output = model(batch.tokens, keys=keys, positions=batch.positions, attention=attention, selected=selected)
     return _loss_sums(model, output.hidden, batch)
 

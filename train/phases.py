@@ -77,3 +77,9 @@ def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
     first = jnp.maximum(keys.start, keys.stop - k)[..., None]
     index = first + jnp.arange(k, dtype=jnp.int32)
     return jnp.where(index < keys.stop[..., None], index, -1)
+
+
+def window_of_layers(model: Transformer, keys: KeyRange) -> Int[Array, "layers B T K"]:
+    """`window_selection` for every layer of a model, as its `selected` wants it."""
+    window = window_selection(keys, model.config.index_topk)
+    return jnp.broadcast_to(window, (model.config.num_hidden_layers, *window.shape))

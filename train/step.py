@@ -15,7 +15,7 @@ from dsa_jax.moe import update_bias
 from train.data import Batch
 from train.losses import cross_entropy, indexer_loss
 from train.optimizer import make_optimizer
-from train.phases import Params, Phase, merge_groups, window_selection
+from train.phases import Params, Phase, merge_groups, window_of_layers
 from train.presets import PhaseSettings
 
 type Metrics = dict[str, Array]
@@ -105,8 +105,7 @@ def _losses(model: Any, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
     """The sums of the phase's losses over a micro-batch, and its expert load."""
     keys, selected = batch.keys, None
     if phase.window:
-        window = window_selection(keys, model.config.index_topk)
-        selected = jnp.broadcast_to(window, (model.config.num_hidden_layers, *window.shape))
+        selected = window_of_layers(model, keys)
     output = model(batch.tokens, keys=keys, positions=batch.positions, attention=phase.attention, selected=selected)
     losses = {}
     if phase.lm_loss:
