@@ -156,8 +156,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path
 
 
 FULL_DISK = """
-import resource, sys
+import asyncio, resource, sys, threading
 import jax, jax.numpy as jnp
+import tensorstore
 import train.run
 from test_train_cli import fake_step
 from train.__main__ import main
@@ -170,7 +171,24 @@ def make_step(graphdef, settings, **options):
 
 train.run.make_step = make_step
 train.run.Run.initial_params = lambda self: jax.tree.map(jnp.array, small_params(self.config.model))
-sys.exit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+
+async def abandon(write):
+    task = asyncio.ensure_future(wait(write))
+    await asyncio.sleep(0)
+
+async def wait(write):
+    await write
+
+# What a failed save does at times: a write that ends after its event loop is closed, in another thread.
+end, write = tensorstore.Promise.new()
+loop = asyncio.new_event_loop()
+loop.run_until_complete(abandon(write))
+loop.close()
+thread = threading.Thread(target=end.set_result, args=(None,))
+thread.start()
+thread.join()
+sys.exit(status)
 """
 
 

@@ -1,6 +1,7 @@
 """The command `python -m train`: trains, evaluates, reports, and lets the model speak."""
 
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -89,7 +90,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with tracebacks what it raises as well
+    _quieten_checkpoints()
     try:
         parsed, unknown = tyro.cli(Arguments, prog="python -m train", args=arguments, return_unknown_args=True)
         if unknown:
@@ -102,6 +103,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; --resume continues from the last checkpoint", 130)
     return 0
+
+
+@functools.cache
+def _quieten_checkpoints() -> None:
+    """Keeps from stderr what a failed save prints there beside the error that it raises.
+
+    Orbax logs the error with its traceback. The writes that it leaves behind end when their event loop is closed, in
+    threads of tensorstore, which print a traceback each as nobody could catch it; asyncio logs the tasks destroyed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def _complain(error: object, status: int) -> int:
