@@ -46,11 +46,17 @@ def join_queries(blocks: Any, length: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], blocks)
 
 
+def scan(fn: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan`, but a single step is spared the loop, whose buffers would be copies of it."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(fn, carry, xs)
+    carry, out = fn(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
 def map_rows(fn: Callable, arguments: Any) -> Any:
-    """`lax.map` over the batch; a single row is spared the loop, whose buffers would be copies of it."""
-    if jax.tree.leaves(arguments)[0].shape[0] > 1:
-        return jax.lax.map(fn, arguments)
-    return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], arguments)))
+    """`lax.map` over the batch, through `scan`."""
+    return scan(lambda _, row: (None, fn(row)), None, arguments)[1]
 
 
 def map_queries(fn: Callable, queries: Any, keys: Any, sums: Any = (), *, block: int) -> tuple[Any, Any]:

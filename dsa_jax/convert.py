@@ -27,6 +27,9 @@ from dsa_jax.quantization import dequantize_blocks
 
 MAX_SHARD_BYTES = 5_000_000_000
 FP8_BLOCK = 128
+# Parts of paths and names alike. The first are float32 if the file has them so, the last always; none is ever rounded.
+FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm")
+ALWAYS_FLOAT32 = ".e_score_correction_bias"
 # Files that travel with the weights when a checkpoint is converted.
 COMPANIONS = ("tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
@@ -69,12 +72,12 @@ class Entry:
     @property
     def keeps_float32(self) -> bool:
         """Whether the parameter stays float32 if the file has it so: the index weights and the index key's norm."""
-        return ".indexer.weights_proj" in self.path or ".indexer.k_norm" in self.path
+        return any(part in self.path for part in FLOAT32_IF_STORED)
 
     @property
     def always_float32(self) -> bool:
         """The router's selection bias is float32 whatever `param_dtype`."""
-        return self.path.endswith("e_score_correction_bias")
+        return ALWAYS_FLOAT32 in self.path
 
     def shape(self, config: Config) -> tuple[int, ...]:
         """Our shape of one tensor."""
@@ -484,6 +487,5 @@ def _cast(x: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
     """A tensor in the dtype in which it is written."""
     if dtype is None:
         return x
-    kept = (".indexer.weights_proj.", ".indexer.k_norm.", ".e_score_correction_bias")
-    keep = dtype == "bfloat16" and any(part in name for part in kept)
+    keep = dtype == "bfloat16" and any(part in name for part in (*FLOAT32_IF_STORED, ALWAYS_FLOAT32))
     return x if keep else x.astype(np.dtype(dtype))

@@ -61,9 +61,10 @@ def generate(
         logits, cache = _extend(graph, state, chunk, count, cache, attention=attention)
         last = jnp.where((count > 0)[:, None], logits, last)
 
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     key = jax.random.key(0) if key is None else key
-    return _decode(graph, state, last, cache, key, max_new_tokens, stop_token, attention, tuple(sampling.items()))
+    options = dict(count=max_new_tokens, stop_token=stop_token, attention=attention)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    return _decode(graph, state, last, cache, key, **options, **sampling)
 
 
 def sample(
@@ -98,13 +99,17 @@ def _extend(graph, state, tokens, real, cache, *, attention):
     return model.unembed(last), out.cache
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
-def _decode(graph, state, logits, cache, key, count, stop_token, attention, sampling):
+@partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("count", "stop_token", "attention", "temperature", "top_k", "top_p"),
+)
+def _decode(graph, state, logits, cache, key, *, count, stop_token, attention, temperature, top_k, top_p):
     model = nnx.merge(graph, state)
 
     def step(carry, key):
         logits, cache, done = carry
-        token = sample(logits, key, **dict(sampling))
+        token = sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
         if stop_token is not None:
             token = jnp.where(done, stop_token, token)
             done |= token == stop_token

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dsa_jax.blocks import contract
+from dsa_jax.blocks import contract, scan
 from dsa_jax.config import Config
 from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
 
-LARGEST_BLOCK = (
-    128  # rows: at 512 rows an expert a quarter of the work is padding, and a block still fills a matrix unit
-)
+LARGEST_BLOCK = 128  # rows: at 512 an expert a quarter of the work is padding, and a block still fills a matrix unit
 CHUNK_BYTES = 1 << 30  # of float32 weights (or their gradients), gathered block by block, that exist at a time
 SUMMED_BLOCKS = 32  # whose weight gradients are summed in one product, for a quarter of what computing them took
 
@@ -131,14 +129,6 @@ def _take(array: Array, indices: Array) -> Array:
     return array.at[indices].get(mode="fill", fill_value=0)
 
 
-def _map_chunks(fn, carry, chunks):
-    """`lax.scan` over chunks of blocks; a single chunk is spared the loop."""
-    if jax.tree.leaves(chunks)[0].shape[0] > 1:
-        return jax.lax.scan(fn, carry, chunks)
-    carry, out = fn(carry, jax.tree.map(lambda x: x[0], chunks))
-    return carry, jax.tree.map(lambda x: x[None], out)
-
-
 @jax.custom_vjp
 def _grouped_ffn(x, gates, weights, layout):
     return _grouped_ffn_fwd(x, gates, weights, layout)[0]
@@ -156,7 +146,7 @@ def _grouped_ffn_fwd(x, gates, weights, layout):
         hidden = _activation(gate, up) * _take(gates.reshape(-1), slot)[..., None]
         return None, (gate, up, contract("nbf,nfd->nbd", hidden.astype(x.dtype), down_proj).astype(x.dtype))
 
-    _, (gate, up, out) = _map_chunks(forward, None, (layout.slot, layout.expert))
+    _, (gate, up, out) = scan(forward, None, (layout.slot, layout.expert))
     return _sum_slots(out, layout, x), (x, gates, weights, layout, gate, up)
 
 
@@ -181,7 +171,7 @@ def _grouped_ffn_bwd(residuals, dy):
         return dweights, (drows.astype(x.dtype), jnp.sum(dhidden * activation, -1))
 
     zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    dweights, (drows, dgates) = _map_chunks(backward, zeros, (layout.slot, layout.expert, gate, up))
+    dweights, (drows, dgates) = scan(backward, zeros, (layout.slot, layout.expert, gate, up))
     dweights = tuple(d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True))
     return _sum_slots(drows, layout, x), _take(dgates.reshape(-1), layout.row), dweights, None
 

@@ -1,14 +1,9 @@
 """Shapes, inputs and cotangents for the tests of the attention."""
 
 import jax.numpy as jnp
-from cases import (
-    hostile_indices,
-    normal,
-)
+from cases import hostile_indices, normal
 
-from dsa_jax import (
-    sparse_attention,
-)
+from dsa_jax import sparse_attention
 
 # B, T, S, N, C, R, K
 SHAPES = [(1, 1, 1, 1, 1, 1, 1), (2, 9, 17, 3, 8, 4, 6), (1, 70, 300, 4, 16, 8, 40), (2, 33, 130, 2, 8, 8, 200)]

@@ -14,6 +14,7 @@ from dsa_jax import KeyRange, blocks, index_scores, select_keys, select_topk
 
 INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 FP8 = "float8_e4m3fn"
+FAST = {"xla_backend_optimization_level": 0}  # what runs once or twice spends most of its time in the compiler
 
 
 def normal(seed, *shape, dtype="float32"):

@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def unchecked():
     """Switches the shape checks off, for tests of the errors that a user without them meets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    import cases
+
+    with cases.unchecked():
+        yield

@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cases import FAST
 from flax import nnx
 
 from dsa_jax import Config, Transformer
-
-FAST = {"xla_backend_optimization_level": 0}  # what runs once or twice spends most of its time in the compiler
 
 
 def small_config(**changes) -> Config:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import FAST
 from convert_cases import SMALL, random_tensors, read, refused, same, write
 from flax import nnx
-from train_cases import FAST, compiled, small_batch, small_phases
+from train_cases import compiled, small_batch, small_phases
 
 from dsa_jax import Config
 from dsa_jax.__main__ import main

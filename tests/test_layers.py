@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import close, keys_of, normal, same_bits, scores_of, topk_of
-from model_cases import FAST, model_parts, small_config, small_model
+from cases import FAST, close, keys_of, normal, same_bits, scores_of, topk_of
+from model_cases import model_parts, small_config, small_model
 
 from dsa_jax import Cache, KeyRange
 from dsa_jax.rope import rotation

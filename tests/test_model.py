@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import close, same_bits, unchecked
+from cases import FAST, close, same_bits, unchecked
 from flax import nnx
-from model_cases import FAST, abstract_parts, forward, model_parts, small_config, small_model, tokens
+from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 
 from dsa_jax import Cache, Config, KeyRange, Transformer
 from dsa_jax.model import Output

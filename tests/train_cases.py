@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cases import FAST
 
 from dsa_jax import Config, KeyRange
 from train.data import Batch, DataConfig
@@ -17,8 +18,6 @@ from train.phases import Params
 from train.presets import PhaseSettings, RunConfig, Stage
 from train.run import abstract_params
 from train.step import Step
-
-FAST = {"xla_backend_optimization_level": 0}  # these steps run once or twice: most of their time is compilation
 
 
 def small_config(**changes) -> Config:

@@ -22,7 +22,7 @@ from train.phases import CONTROLS, PHASES, Params, Phase, merge_groups
 from train.presets import PRESETS, RunConfig, load_preset
 from train.progress import RunProgress
 from train.report import Results, SeedResult, max_rss, read_curves, summary, write_report
-from train.run import DivergedError, Init, Run, abstract_params
+from train.run import DivergedError, Init, Run, abstract_params, check_unused
 from train.step import TrainState
 
 LIMITS = {"tiny": (8 * 60.0, 4 * 2**30)}  # seconds and bytes that a run of the preset promises to stay within
@@ -133,9 +133,8 @@ def train(arguments: Arguments) -> None:
     begin, console = time.monotonic(), Console()
     runs = arguments.runs()
     if not arguments.resume:
-        occupied = [path for path in (arguments.folder, *(run.folder for run in runs)) if (path / "run.json").exists()]
-        if occupied:
-            raise ValueError(f"{occupied[0]} already holds a run: --resume continues it, another --out leaves it")
+        for folder in (arguments.folder, *(run.folder for run in runs)):
+            check_unused(folder)
     corpus = load(runs[0].config.data, vocab_size=runs[0].config.model.vocab_size)
     before = sum(record["seconds"] for run in runs for record in run.records())
     results, sample = [], None

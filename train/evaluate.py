@@ -24,7 +24,7 @@ from dsa_jax.model import DecoderLayer
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch, Corpus
 from train.losses import token_losses
-from train.phases import Params, merge_groups, phase_named, window_of_layers, window_selection
+from train.phases import Params, merge_groups, phase_named, run_model, window_selection
 
 MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choose from
 
@@ -282,11 +282,8 @@ def _mass_on(p: Float[Array, "T S"], selected: Int[Array, "T K"]) -> Float[Array
 
 @partial(jax.jit, static_argnames=("graphdef", "attention", "window"))
 def _model_losses(graphdef, params, batch: Batch, *, attention: str, window: bool) -> dict[str, Array]:
-    model, keys, selected = merge_groups(graphdef, params), batch.keys, None
-    if window:
-        selected = window_of_layers(model, keys)
-    output = model(batch.tokens, keys=keys, positions=batch.positions, attention=attention, selected=selected)
-    return _loss_sums(model, output.hidden, batch)
+    model = merge_groups(graphdef, params)
+    return _loss_sums(model, run_model(model, batch, attention=attention, window=window).hidden, batch)
 
 
 @partial(jax.jit, static_argnames="graphdef")

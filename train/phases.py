@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from dsa_jax import KeyRange, Transformer
+from dsa_jax import KeyRange, Output, Transformer
+from train.data import Batch
 
 GROUPS = ("backbone", "indexer", "router_bias")
 
@@ -79,7 +80,10 @@ def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
     return jnp.where(index < keys.stop[..., None], index, -1)
 
 
-def window_of_layers(model: Transformer, keys: KeyRange) -> Int[Array, "layers B T K"]:
-    """`window_selection` for every layer of a model, as its `selected` wants it."""
-    window = window_selection(keys, model.config.index_topk)
-    return jnp.broadcast_to(window, (model.config.num_hidden_layers, *window.shape))
+def run_model(model: Transformer, batch: Batch, *, attention: str, window: bool) -> Output:
+    """Runs the model over a batch; `window` imposes the last K keys as the selection of every layer."""
+    selected = None
+    if window:
+        selected = window_selection(batch.keys, model.config.index_topk)
+        selected = jnp.broadcast_to(selected, (model.config.num_hidden_layers, *selected.shape))
+    return model(batch.tokens, keys=batch.keys, positions=batch.positions, attention=attention, selected=selected)

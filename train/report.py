@@ -19,7 +19,7 @@ from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.table import Table
 
-from train.evaluate import PARTS, Evaluation, KeptMass, Parts
+from train.evaluate import MIN_REACH, PARTS, Evaluation, KeptMass, Parts
 from train.phases import CONTROLS
 
 GOAL_GAP = 0.5  # share of the gap from the window to the oracle that the trained indexer must close
@@ -216,7 +216,7 @@ def _kept_section(results: Results, figures: set[str]) -> list[str]:
     lines = ["", "## Attention mass that the selection keeps", ""]
     lines += [
         "The share of dense attention (final weights, run dense; summed over heads, of norm 1) that lies on the K = "
-        f"{kepts[0].k} selected keys, over held-out queries that reach at least {4 * kepts[0].k} keys.",
+        f"{kepts[0].k} selected keys, over held-out queries that reach at least {MIN_REACH * kepts[0].k} keys.",
         "Gap closed is (indexer - window) / (oracle - window); its mean is the ratio of the means over layers.",
     ]
     if "kept_mass" in figures:

@@ -38,7 +38,7 @@ class Init:
     label: str | None = None
 
     def __post_init__(self):
-        if not (self.folder / "run.json").is_file() and not (self.folder / "config.json").is_file():
+        if not self.is_run and not (self.folder / "config.json").is_file():
             raise ValueError(
                 f"init must be a folder with a checkpoint's config.json or a run's run.json, got {self.folder}"
             )
@@ -151,9 +151,9 @@ class Run:
 
     def open(self, *, resume: bool) -> None:
         """Makes the folder, or checks that the run in it is this one and is to be continued."""
+        if not resume:
+            check_unused(self.folder)
         if (self.folder / "run.json").exists():
-            if not resume:
-                raise ValueError(f"{self.folder} already holds a run: --resume continues it, another --out leaves it")
             changed = differences(self._identity(), read_run(self.folder)["identity"])
             if changed:
                 raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(changed)}")
@@ -273,6 +273,12 @@ def on_first_device(tree: Any) -> Any:
     """Shapes and dtypes, placed on the first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def check_unused(folder: Path) -> None:
+    """ValueError if the folder holds a run."""
+    if (folder / "run.json").exists():
+        raise ValueError(f"{folder} already holds a run: --resume continues it, another --out leaves it")
 
 
 def check_tokens(batch: Batch, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ from dsa_jax.moe import update_bias
 from train.data import Batch
 from train.losses import cross_entropy, indexer_loss
 from train.optimizer import make_optimizer
-from train.phases import Params, Phase, merge_groups, window_of_layers
+from train.phases import Params, Phase, merge_groups, run_model
 from train.presets import PhaseSettings
 
 type Metrics = dict[str, Array]
@@ -103,13 +103,10 @@ def _gradients(
 
 def _losses(model: Any, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
     """The sums of the phase's losses over a micro-batch, and its expert load."""
-    keys, selected = batch.keys, None
-    if phase.window:
-        selected = window_of_layers(model, keys)
-    output = model(batch.tokens, keys=keys, positions=batch.positions, attention=phase.attention, selected=selected)
+    output = run_model(model, batch, attention=phase.attention, window=phase.window)
     losses = {}
     if phase.lm_loss:
         losses["lm_loss"] = cross_entropy(output.hidden, model.unembed, batch.targets, batch.valid)
     if phase.kl_loss:
-        losses["kl"] = indexer_loss(output.indexer_kl, keys.nonempty())
+        losses["kl"] = indexer_loss(output.indexer_kl, batch.keys.nonempty())
     return losses, output.expert_load
