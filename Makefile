@@ -13,7 +13,7 @@ test: lint
 
 test-gpu:
 	@.ci/install test,cuda
-	$(bin)/python -m pytest -m gpu $(ARGS)
+	$(bin)/python -m benchmarks.gpu_tests $(ARGS)
 
 lint:
 	@.ci/install test

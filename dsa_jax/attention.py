@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.blocks import contract, map_queries, queries_per_block
 from dsa_jax.indexer import check_keys
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import choose_implementation
+from dsa_jax.pallas_kernels import check_implementation, choose_implementation
+from dsa_jax.pallas_kernels import sparse_attention as sparse_kernel
 
 
 def sparse_attention(
@@ -40,8 +41,7 @@ def sparse_attention(
     q, kv, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(indices)
     check_latents(q, kv, indices)
     _check_value_dim(value_dim, kv)
-    choose_implementation("sparse_attention", implementation)
-    return _sparse_attention(value_dim, scale, q, kv, indices)
+    return _sparse_attention(value_dim, scale, implementation, q, kv, indices)
 
 
 def latent_attention(
@@ -61,7 +61,7 @@ def latent_attention(
     check_latents(q, kv)
     check_keys(keys, *q.shape[:2])
     _check_value_dim(value_dim, kv)
-    choose_implementation("latent_attention", implementation)
+    check_implementation("latent_attention", implementation)
     kv = zero_unreached(kv, keys)
     return _dense_attention(scale, "sh", q, kv, kv[..., :value_dim], keys, None)
 
@@ -90,7 +90,7 @@ def multihead_attention(
     if indices is not None:
         indices = jnp.asarray(indices)
         check_indices(indices, *q.shape[:2])
-    choose_implementation("multihead_attention", implementation)
+    check_implementation("multihead_attention", implementation)
     return _dense_attention(scale, "snh", q, zero_unreached(k, keys), zero_unreached(v, keys), keys, indices)
 
 
@@ -114,7 +114,7 @@ def attention_target(
     q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
     check_latents(q, kv, indices)
     check_lse(lse, q)
-    choose_implementation("attention_target", implementation)
+    check_implementation("attention_target", implementation)
 
     def block(queries, kv, sums):
         q, lse, indices = queries
@@ -191,8 +191,19 @@ def _values(dims):
     return dims.replace("h", "v")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sparse_attention(value_dim, scale, q, kv, indices):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sparse_attention(value_dim, scale, implementation, q, kv, indices):
+    attend = choose_implementation(
+        "sparse_attention",
+        implementation,
+        sparse_kernel.why_not(q, kv, indices, value_dim),
+        xla=partial(_gathered_attention, value_dim=value_dim, scale=scale),
+        pallas=partial(sparse_kernel.sparse_attention, value_dim=value_dim, scale=scale),
+    )
+    return attend(q, kv, indices)
+
+
+def _gathered_attention(q, kv, indices, *, value_dim, scale):
     def block(queries, kv, sums):
         q, indices = queries
         rows, present = gather_rows(kv, indices)
@@ -206,12 +217,12 @@ def _sparse_block(q, kv, indices):
     return queries_per_block(indices.shape[2] * (2 * kv.shape[2] + 3 * q.shape[2]))
 
 
-def _sparse_forward(value_dim, scale, q, kv, indices):
-    out, lse = _sparse_attention(value_dim, scale, q, kv, indices)
+def _sparse_forward(value_dim, scale, implementation, q, kv, indices):
+    out, lse = _sparse_attention(value_dim, scale, implementation, q, kv, indices)
     return (out, lse), (q, kv, indices, lse)
 
 
-def _sparse_backward(value_dim, scale, residuals, cotangents):
+def _sparse_backward(value_dim, scale, implementation, residuals, cotangents):
     q, kv, indices, lse = residuals
 
     def block(queries, kv, d_kv):

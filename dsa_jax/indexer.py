@@ -1,5 +1,7 @@
 """The lightning indexer: which earlier tokens matter to a query, scored cheaply (Eq. 1 of DeepSeek-V3.2-Exp)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,7 @@ from dsa_jax.blocks import contract, join_queries, map_rows, project, split_quer
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
+from dsa_jax.pallas_kernels import index_scores as scores_kernel
 from dsa_jax.quantization import hadamard
 from dsa_jax.rope import rotate_half_split, rotate_interleaved
 
@@ -44,8 +47,31 @@ def index_scores(
       float32 scores, products and sums in float32. The bits of a score depend on its own query, key and weights alone.
     """
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
-    choose_implementation("index_scores", implementation)
-    return map_score_tiles(lambda scores: scores, q_index, k_index, weights, keys, k_scale)
+    arrays = q_index, k_index, weights, keys.start, keys.stop, k_scale
+    score = choose_implementation(
+        "index_scores", implementation, scores_kernel.why_not(*arrays), xla=_tiled_scores, pallas=_kernel_scores
+    )
+    return score(*arrays) if score is _tiled_scores else _with_gradient(score, *arrays)
+
+
+def _tiled_scores(q_index, k_index, weights, start, stop, k_scale):
+    return map_score_tiles(lambda scores: scores, q_index, k_index, weights, KeyRange(start, stop), k_scale)
+
+
+def _kernel_scores(*arrays):
+    return scores_kernel.index_scores(*arrays[:-1], k_scale=arrays[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient(score, *arrays):
+    """Scores by a function that knows no gradient; the definition's is taken."""
+    return score(*arrays)
+
+
+_with_gradient.defvjp(
+    lambda score, *arrays: (score(*arrays), arrays),
+    lambda _, arrays, d_scores: jax.vjp(_tiled_scores, *arrays)[1](d_scores),
+)
 
 
 def check_index_inputs(q_index, k_index, weights, keys, k_scale):

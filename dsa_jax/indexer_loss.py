@@ -15,7 +15,7 @@ from dsa_jax.attention import gather_rows, no_gradient, normalise_target, scatte
 from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import choose_implementation
+from dsa_jax.pallas_kernels import check_implementation
 
 KEY_TILE = 2048  # keys at a time where all are scored
 
@@ -49,7 +49,7 @@ def sparse_indexer_kl(
     everywhere = KeyRange(jnp.zeros(q.shape[:2], jnp.int32), jnp.full(q.shape[:2], kv.shape[1], jnp.int32))
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, everywhere, k_scale)
     _check_same_keys(k_index, kv, "kv")
-    choose_implementation("sparse_indexer_kl", implementation)
+    check_implementation("sparse_indexer_kl", implementation)
 
     elements = indices.shape[2] * (2 * kv.shape[2] + 2 * q.shape[2] + k_index.shape[2] + 4 * q_index.shape[2])
     static = scale, head_axis, queries_per_block(elements)
@@ -81,7 +81,7 @@ def dense_indexer_kl(
     attention.check_lse(lse, q)
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_same_keys(k_index, k, "k")
-    choose_implementation("dense_indexer_kl", implementation)
+    check_implementation("dense_indexer_kl", implementation)
 
     elements = 6 * k.shape[1] + min(KEY_TILE, k.shape[1]) * (2 * q.shape[2] + 4 * q_index.shape[2])
     static = scale, head_axis, queries_per_block(elements)

@@ -1,21 +1,37 @@
 """The indexer's FP8: e4m3 blocks with one power-of-two scale each, and the Hadamard transform that precedes them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
+
+from dsa_jax.pallas_kernels import choose_implementation
+from dsa_jax.pallas_kernels import quantize as kernels
 
 E4M3 = jnp.float8_e4m3fn
 WEIGHT_BLOCK = 128  # rows and columns of one scale in FP8 checkpoints
 SMALLEST_AMAX = 1e-4  # keeps the scale of an all-zero block away from zero
 
 
-def quantize(x: Float[Array, "*rows E"]) -> tuple[Float[Array, "*rows E"], Float32[Array, "*rows"]]:
+def quantize(
+    x: Float[Array, "*rows E"], *, implementation: str | None = None
+) -> tuple[Float[Array, "*rows E"], Float32[Array, "*rows"]]:
     """Rounds each row to e4m3 and returns its scale s = 2^ceil(log2(max(amax, 1e-4) / 448)), so that x ≈ values · s.
 
-    Rounding the scale up means that nothing saturates; a power of two means that scaling itself is exact.
+    Rounding the scale up means that nothing saturates; a power of two means that scaling itself is exact. The results
+    are constants: gradients flow through `straight_through_quantize`.
     """
-    x = jnp.asarray(x).astype(jnp.float32)
+    x = jax.lax.stop_gradient(jnp.asarray(x))
+    round_rows = choose_implementation(
+        "quantize", implementation, kernels.why_not(x), xla=_round_rows, pallas=kernels.quantize
+    )
+    return round_rows(x)
+
+
+def _round_rows(x):
+    x = x.astype(jnp.float32)
     scale = _power_of_two_scale(jnp.max(jnp.abs(x), axis=-1))
     return (x / scale[..., None]).astype(E4M3), scale
 
@@ -52,15 +68,33 @@ def _straight_through_jvp(primals, tangents):
     return straight_through_quantize(*primals), tangents[0]
 
 
-def hadamard(x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
+def hadamard(x: Float[Array, "*rows E"], *, implementation: str | None = None) -> Float[Array, "*rows E"]:
     """The orthonormal Walsh-Hadamard transform of each row (natural order), in float32, returned in the dtype of `x`.
 
     It is its own inverse and leaves dot products as they are, and spreads outliers over all columns before FP8 rounds
     them. A butterfly of sums, so that the bits of a row do not depend on how many rows are transformed with it.
     """
+    x = jnp.asarray(x)
     size = x.shape[-1]
     if size < 1 or size & (size - 1):
         raise ValueError(f"hadamard needs a last dimension that is a power of two, got shape {x.shape}")
+    transform = choose_implementation(
+        "hadamard", implementation, kernels.why_not(x), xla=_butterfly, pallas=kernels.hadamard
+    )
+    return transform(x) if transform is _butterfly else _symmetric(transform, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _symmetric(transform, x):
+    """A transform that is its own transpose, as the kernel knows no gradient of its own."""
+    return transform(x)
+
+
+_symmetric.defvjp(lambda transform, x: (transform(x), None), lambda transform, _, d_out: (transform(d_out),))
+
+
+def _butterfly(x):
+    size = x.shape[-1]
     out, half = x.astype(jnp.float32), 1
     while half < size:
         pairs = out.reshape(*x.shape[:-1], size // (2 * half), 2, half)

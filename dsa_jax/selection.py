@@ -1,5 +1,7 @@
 """The top-k of Eq. 2: which keys each query keeps."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,6 +10,8 @@ from dsa_jax.blocks import map_queries, queries_per_block
 from dsa_jax.indexer import check_index_inputs, check_keys, map_score_tiles
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation
+from dsa_jax.pallas_kernels import select_keys as keys_kernel
+from dsa_jax.pallas_kernels import select_topk as topk_kernel
 
 
 def select_topk(
@@ -24,18 +28,31 @@ def select_topk(
     if scores.dtype != jnp.float32:
         raise ValueError(f"scores must be float32, got {scores.dtype}")
     _check_k(k)
-    choose_implementation("select_topk", implementation)
     batch, length, size = scores.shape
     if keys is None:
         keys = KeyRange(jnp.zeros((batch, length), jnp.int32), jnp.full((batch, length), size, jnp.int32))
     check_keys(keys, batch, length)
+    select = choose_implementation(
+        "select_topk",
+        implementation,
+        topk_kernel.why_not(scores, k, start=keys.start, stop=keys.stop),
+        xla=partial(_sorted_topk, k=k),
+        pallas=partial(_kernel_topk, k=k),
+    )
+    return select(*jax.lax.stop_gradient((scores, keys.start, keys.stop)))
 
+
+def _sorted_topk(scores, start, stop, *, k):
     def block(queries, _, sums):
         scores, start, stop = queries
-        return _top_positions(jnp.where(KeyRange(start, stop).contains(jnp.arange(size)), scores, -jnp.inf), k), sums
+        reach = KeyRange(start, stop).contains(jnp.arange(scores.shape[-1]))
+        return _top_positions(jnp.where(reach, scores, -jnp.inf), k), sums
 
-    queries = jax.lax.stop_gradient((scores, keys.start, keys.stop))
-    return map_queries(block, queries, (), block=queries_per_block(size))[0]
+    return map_queries(block, (scores, start, stop), (), block=queries_per_block(scores.shape[-1]))[0]
+
+
+def _kernel_topk(scores, start, stop, *, k):
+    return topk_kernel.select_topk(scores, k, start=start, stop=stop)
 
 
 def select_keys(
@@ -50,14 +67,25 @@ def select_keys(
 ) -> Int[Array, "B T K"]:
     """Scores the reachable keys (Eq. 1) and selects the k best of each query: `select_topk(index_scores(…))`, bitwise.
 
-    No more than one tile of queries' scores is alive at a time. Arguments as in `index_scores`, the result as in
+    No more than a block of queries' scores is alive at a time. Arguments as in `index_scores`, the result as in
     `select_topk`. No gradient: the indexer learns from `sparse_indexer_kl` and `dense_indexer_kl`.
     """
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_k(k)
-    choose_implementation("select_keys", implementation)
-    arguments = jax.lax.stop_gradient((q_index, k_index, weights, keys, k_scale))
-    return map_score_tiles(lambda scores: _top_positions(scores, k), *arguments)
+    arrays = q_index, k_index, weights, keys.start, keys.stop, k_scale
+    select = choose_implementation(
+        "select_keys",
+        implementation,
+        keys_kernel.why_not(*arrays, k=k),
+        xla=partial(_tiled_keys, k=k),
+        pallas=partial(keys_kernel.select_keys, k=k),
+    )
+    return select(*jax.lax.stop_gradient(arrays))
+
+
+def _tiled_keys(q_index, k_index, weights, start, stop, k_scale, *, k):
+    keys = KeyRange(start, stop)
+    return map_score_tiles(lambda scores: _top_positions(scores, k), q_index, k_index, weights, keys, k_scale)
 
 
 def _check_k(k):

@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Drops what a file's tests have compiled: each program maps memory, and the system limits how often one may."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """Switches the shape checks off, for tests of the errors that a user without them meets."""

@@ -1,0 +1,95 @@
+"""Writes the README's tables of kernel figures from benchmarks/results/forward.json:  python -m benchmarks.tables"""
+
+import json
+import pathlib
+import re
+import textwrap
+
+from benchmarks.measure import RESULTS
+
+README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- forward figures: begin -->", "<!-- forward figures: end -->"
+
+
+def forward(results: dict) -> str:
+    """The section on the forward path, in Markdown."""
+    circumstances, peaks = (results["sparse_attention"][name] for name in ("circumstances", "peaks"))
+    rows = [row for part in results.values() for row in part["timings"]]
+    by_key = {(row["operation"], row["shape"], row["implementation"]): row for row in rows}
+    text = (
+        f"One {circumstances['card']}, jax {circumstances['versions']['jax']}, {circumstances['date']}, `python -m "
+        f"benchmarks.forward`. In that run a bfloat16 matrix product reached {peaks['bf16_matmul_tflops']:.0f} TFLOP/s "
+        f"({peaks['bf16_matmul_tflops_sustained']:.0f} sustained), an e4m3 one {peaks['fp8_matmul_tflops']:.0f} "
+        f"({peaks['fp8_matmul_tflops_sustained']:.0f}), a copy {peaks['copy_tb_per_s']:.1f} TB/s. Times are medians of "
+        "short windows of back-to-back calls; *sustained* is a long window, in which the card's power limit lowers its "
+        "clock; the first call compiles."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| operation | shape | kernel | rate (share of the product) | sustained | XLA | first call |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (operation, shape, implementation), row in by_key.items():
+        if implementation == "pallas" and not operation.startswith("DSA layer"):
+            xla = by_key.get((operation, shape, "xla"))
+            cells = (
+                operation,
+                shape,
+                _time(row),
+                _rate(row),
+                _sustained(row),
+                _times(xla, row),
+                f"{row['first_call']:.1f} s",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| whole DSA attention layer, 671B shape | kernels | peak memory | XLA | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    layers = [row for row in rows if row["operation"].startswith("DSA layer")]
+    for shape in dict.fromkeys(row["shape"] for row in layers):
+        cells = []
+        for implementation in ("pallas", "xla"):
+            row = by_key.get(("DSA layer 671B", shape, implementation))
+            cells += [_time(row), f"{row['peak_gib']:.1f} GiB"] if row else ["", ""]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time(row):
+    milliseconds = 1e3 * row["seconds"]
+    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+
+
+def _times(other, row):
+    return f"{_time(other)}, {other['seconds'] / row['seconds']:.1f} ×" if other else ""
+
+
+def _rate(row):
+    if "tflops" in row:
+        return f"{row['tflops']:.0f} TFLOP/s ({row['share_of_peak']:.0%})"
+    return f"{row['tb_per_s']:.2f} TB/s" if "tb_per_s" in row else ""
+
+
+def _sustained(row):
+    return f"{row['tflops_sustained']:.0f} TFLOP/s" if "tflops_sustained" in row else ""
+
+
+def updated(readme: str, section: str) -> str:
+    """The README with the section between its two markers replaced."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        raise ValueError(f"README.md must hold {BEGIN} … {END} once")
+    return pattern.sub(lambda _: f"{BEGIN}\n{section}\n{END}", readme)
+
+
+def main() -> None:
+    """Rewrites the README in place."""
+    section = forward(json.loads((RESULTS / "forward.json").read_text()))
+    README.write_text(updated(README.read_text(), section))
+
+
+if __name__ == "__main__":
+    main()

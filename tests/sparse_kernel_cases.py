@@ -1,0 +1,82 @@
+"""Inputs, the definition in float64 and comparisons for the kernels of `sparse_attention`."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import hostile_indices, normal, poison
+from reference import f64
+
+from dsa_jax.pallas_kernels.sparse_attention import sparse_attention
+
+
+def abstract(b, t, s, n, c, r, k) -> tuple[Any, Any, Any]:
+    """q, kv and indices as shapes."""
+    q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((b, t, n, c + r), (b, s, c + r)))
+    return q, kv, jax.ShapeDtypeStruct((b, t, k), jnp.int32)
+
+
+def inputs(seed, b, t, s, n, c, r, k):
+    """Hostile indices (duplicates, every sort of absence, an empty row), blocks of nothing, NaN where nothing looks."""
+    q, kv = normal(seed, b, t, n, c + r, dtype="bfloat16"), normal(seed + 1, b, s, c + r, dtype="bfloat16")
+    indices = np.array(hostile_indices(seed + 2, b, t, k, s))
+    if k > 64:
+        indices[-1, -1, :64] = -1
+    if k > 200:
+        indices[0, 0, 64:192] = s
+    unused = np.ones((b, s), bool)
+    for row, keys in zip(unused, indices, strict=True):
+        row[keys[(keys >= 0) & (keys < s)]] = False
+    return q, poison(kv, jnp.asarray(unused)), jnp.asarray(indices)
+
+
+def kernel(value_dim, scale=0.1, config=None, interpret=False) -> Any:
+    """The kernel as a function of arrays, compiled unless it is interpreted."""
+    call = functools.partial(sparse_attention, value_dim=value_dim, scale=scale, config=config, interpret=interpret)
+    return call if interpret else jax.jit(call)
+
+
+def some_queries(b, t):
+    """All places (b, t) when they are few, otherwise the first, the last, the hostile ones, and some between."""
+    if b * t <= 16:
+        return tuple(np.indices((b, t)).reshape(2, -1))
+    between = np.random.default_rng(0).integers(0, (b, t), (8, 2))
+    return tuple(np.array([(0, 0), (0, t // 2), (b - 1, 0), (b - 1, t - 1), *between]).T)
+
+
+def compare(results, q, kv, indices, value_dim, scale=0.1):
+    """Holds results against float64: 5e-3 in the norm of `out`, which P in bfloat16 takes, and 1e-4 in `lse`."""
+    out, lse = results
+    chex.assert_shape(out, (*q.shape[:3], value_dim))
+    chex.assert_shape(lse, q.shape[:3])
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    assert jnp.all(jnp.isfinite(out)) and not jnp.any(jnp.isnan(lse))
+    places = some_queries(*q.shape[:2])
+    want_out, want_lse = _definition(places, q[places], kv, np.asarray(indices[places]), value_dim, scale)
+    got_out, got_lse = f64(out[places]), f64(lse[places])
+    empty = np.isneginf(want_lse)
+    assert np.linalg.norm(got_out - want_out) <= 5e-3 * np.linalg.norm(want_out)
+    np.testing.assert_array_equal(np.isneginf(got_lse), empty)
+    np.testing.assert_array_equal(got_out[empty], 0.0)
+    np.testing.assert_allclose(got_lse[~empty], want_lse[~empty], rtol=1e-4, atol=1e-4)
+
+
+def check(q, kv, indices, value_dim, scale=0.1, **options):
+    """Runs the kernel and holds it against the definition."""
+    compare(kernel(value_dim, scale, **options)(q, kv, indices), q, kv, indices, value_dim, scale)
+
+
+def _definition(places, q, kv, indices, value_dim, scale):
+    """For q [P, N, H] and indices [P, K] of the queries at `places`, one at a time."""
+    q, kv = f64(q), np.asarray(kv)
+    out, lse = np.zeros((*q.shape[:2], value_dim)), np.full(q.shape[:2], -np.inf)
+    for i, (b, keys) in enumerate(zip(places[0], indices, strict=True)):
+        rows = f64(kv[b, keys[(keys >= 0) & (keys < kv.shape[1])]])
+        if len(rows):
+            logits = scale * q[i] @ rows.T
+            lse[i] = np.logaddexp.reduce(logits, axis=1)
+            out[i] = np.exp(logits - lse[i][:, None]) @ rows[:, :value_dim]
+    return out, lse

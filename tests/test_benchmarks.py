@@ -1,0 +1,90 @@
+"""The benchmarks' plumbing on CPU: what they time is called, recorded and shown; the README shows what was recorded."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import forward, gpu_tests, measure, tables
+
+RESULTS = measure.RESULTS / "forward.json"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Toy sizes and short windows."""
+    for name, value in {"REPEATS": 2, "WINDOW": 0.001, "PAUSE": 0.0, "LONG_WINDOW": 0.001}.items():
+        monkeypatch.setattr(measure, name, value)
+    sizes = dict(QUERIES=16, TOPK=8, LATENT=32, ROPE=8, INDEX_HEADS=4, INDEX_DIM=64, CHECKED=4)
+    for name, value in (
+        sizes | dict(ATTENTION=[(4, 64)], XLA_TIMED=[(4, 64)], INDEXER=[64], TOPK_ROWS=[(4, 64)])
+    ).items():
+        monkeypatch.setattr(forward, name, value)
+    monkeypatch.setattr(forward, "IMPLEMENTATIONS", ("xla",))
+
+
+PEAKS = {name: 1.0 for name in ("bf16_matmul_tflops", "fp8_matmul_tflops", "copy_tb_per_s")}
+
+
+def test_cases_run_and_are_worth_what_they_say(small):
+    (case,) = forward.attention_cases()
+    assert case.flops == 2 * 16 * 4 * 8 * (2 * 32 + 8)
+    (row,) = case.run(PEAKS)
+    assert row["least"] <= row["seconds"] <= row["most"]
+    assert row["tflops"] == pytest.approx(case.flops / row["seconds"] / 1e12)
+    (topk,) = forward.timings(forward.topk_cases(), PEAKS)
+    assert topk["tb_per_s"] == pytest.approx(4 * 4 * 64 / topk["seconds"] / 1e12)
+
+
+def test_the_pairs_of_a_causal_tail():
+    for queries, size in ((4, 4), (3, 10)):
+        assert forward.pairs(queries, size) == int(forward.tail(queries, size).mask(size).sum())
+
+
+def test_errors_are_held_against_float64(small):
+    (attention,) = forward.attention_errors()
+    assert 1e-4 < attention["out_relative_norm"] < 5e-3 and attention["lse_largest"] < 1e-5
+    for row in forward.score_errors():
+        assert row["largest_relative_error"] < 1e-3  # of sums that four heads may nearly cancel
+        assert row["largest_distance_from_the_last"] <= 2 * row["largest_relative_error"] + 1e-7
+
+
+def test_parts_are_recorded_whole_and_others_stay(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    measure.record(path, {"first": {"a": 1}, "second": {"a": 2}})
+    measure.record(path, {"second": {"a": 3}})
+    recorded = json.loads(path.read_text())
+    assert [recorded[name]["a"] for name in ("first", "second")] == [1, 3]
+    assert {"date", "card", "versions", "command"} <= set(recorded["first"]["circumstances"])
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_slow_calls_are_timed_too(small, monkeypatch):
+    monkeypatch.setattr(measure, "LONG_WINDOW", 0.0)
+    timed = measure.seconds_per_call(lambda x: x + 1, [(1,)])
+    assert timed["least"] <= timed["seconds"] <= timed["most"] and "sustained" not in timed
+
+
+def test_the_readme_shows_what_was_recorded():
+    results = json.loads(RESULTS.read_text())
+    section = tables.forward(results)
+    assert tables.README.read_text() == tables.updated(tables.README.read_text(), section)
+    timed = []
+    for part in results.values():
+        assert "H200" in part["circumstances"]["card"] and part["circumstances"]["compute_capability"] == "9.0"
+        timed += [row for row in part["timings"] if row["implementation"] == "pallas"]
+    assert len(re.findall(r"TFLOP/s \(\d+%\)", section)) == sum("tflops" in row for row in timed)
+    with pytest.raises(ValueError, match="once"):
+        tables.updated("no markers", section)
+
+
+def test_the_outcomes_of_a_report():
+    report = (
+        '<testsuites><testsuite><testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two">'
+        '<failure message="x"/></testcase><testcase classname="tests.b" name="three"><skipped/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    found = gpu_tests.outcomes(report)
+    assert found["counts"] == {"passed": 1, "failure": 1, "skipped": 1}
+    assert found["by_file"] == {"tests.a": {"passed": 1, "failure": 1}, "tests.b": {"skipped": 1}}
+    assert found["not_passed"] == ["tests.a::two failure", "tests.b::three skipped"]
