@@ -81,7 +81,7 @@ def peaks() -> dict[str, float]:
 
 def circumstances() -> dict[str, Any]:
     """Date, card, versions, commit and command: what a figure needs beside it to be believed."""
-    device = jax.devices()[0]
+    device, spec = jax.devices()[0], sys.modules["__main__"].__spec__
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin")
     return {
         "date": datetime.date.today().isoformat(),
@@ -89,13 +89,8 @@ def circumstances() -> dict[str, Any]:
         "compute_capability": getattr(device, "compute_capability", None),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {name: version for name in names if (version := _version(name))},
-        "command": " ".join(["python", *(["-m", __spec_name()] if __spec_name() else sys.argv[:1]), *sys.argv[1:]]),
+        "command": " ".join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]),
     }
-
-
-def __spec_name():
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else None
 
 
 def _version(name):

@@ -49,17 +49,17 @@ def index_scores(
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     arrays = q_index, k_index, weights, keys.start, keys.stop, k_scale
     score = choose_implementation(
-        "index_scores", implementation, scores_kernel.why_not(*arrays), xla=_tiled_scores, pallas=_kernel_scores
+        "index_scores",
+        implementation,
+        scores_kernel.why_not(*arrays),
+        xla=_tiled_scores,
+        pallas=scores_kernel.index_scores,
     )
     return score(*arrays) if score is _tiled_scores else _with_gradient(score, *arrays)
 
 
 def _tiled_scores(q_index, k_index, weights, start, stop, k_scale):
     return map_score_tiles(lambda scores: scores, q_index, k_index, weights, KeyRange(start, stop), k_scale)
-
-
-def _kernel_scores(*arrays):
-    return scores_kernel.index_scores(*arrays[:-1], k_scale=arrays[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

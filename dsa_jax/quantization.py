@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Float32
 
 from dsa_jax.pallas_kernels import choose_implementation
 from dsa_jax.pallas_kernels import quantize as kernels
+from dsa_jax.pallas_kernels.quantize import SMALLEST_AMAX
 
 E4M3 = jnp.float8_e4m3fn
 WEIGHT_BLOCK = 128  # rows and columns of one scale in FP8 checkpoints
-SMALLEST_AMAX = 1e-4  # keeps the scale of an all-zero block away from zero
 
 
 def quantize(

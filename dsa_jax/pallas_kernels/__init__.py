@@ -98,30 +98,32 @@ class _Call:
 
 
 def _bind(operation, insist, xla, pallas, *arrays):
-    tree = jax.tree.structure(jax.eval_shape(xla, *arrays))
-    results = _choice.bind(*arrays, operation=operation, insist=insist, xla=xla, pallas=pallas)
-    return jax.tree.unflatten(tree, results)
+    results, tree = jax.tree.flatten(jax.eval_shape(xla, *arrays))
+    results = tuple((x.shape, x.dtype) for x in results)
+    out = _choice.bind(*arrays, operation=operation, insist=insist, xla=xla, pallas=pallas, results=results)
+    return jax.tree.unflatten(tree, out)
 
 
 @_choice.def_abstract_eval
-def _shapes(*arrays, xla, **_):
-    results = jax.eval_shape(xla, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
-    return [ShapedArray(x.shape, x.dtype) for x in jax.tree.leaves(results)]
+def _shapes(*_, results, **__):
+    return [ShapedArray(shape, dtype) for shape, dtype in results]
 
 
 @_choice.def_impl
-@functools.partial(jax.jit, static_argnames=("operation", "insist", "xla", "pallas"))
+@functools.partial(jax.jit, static_argnames=("operation", "insist", "xla", "pallas", "results"))
 def _compile(*arrays, **choice):
     return _choice.bind(*arrays, **choice)
 
 
-def _vmap(arrays, axes, *, xla, pallas, **choice):
+def _vmap(arrays, axes, *, xla, pallas, results, **choice):
     axes = tuple(axis if isinstance(axis, int) else None for axis in axes)
-    results = _choice.bind(*arrays, xla=xla.vmapped(axes), pallas=pallas.vmapped(axes), **choice)
-    return results, [0] * len(results)
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    results = tuple(((size, *shape), dtype) for shape, dtype in results)
+    out = _choice.bind(*arrays, xla=xla.vmapped(axes), pallas=pallas.vmapped(axes), results=results, **choice)
+    return out, [0] * len(out)
 
 
-def _lower(context, *arrays, operation, insist, xla, pallas):
+def _lower(context, *arrays, operation, insist, xla, pallas, results):
     platforms = tuple(context.module_context.platforms)
     if insist and platforms != ("cuda",):
         raise ValueError(f"implementation='pallas': {_needs(operation, ' and '.join(platforms))}")

@@ -87,7 +87,7 @@ class Config:
             self.stages * self.key_block * row,
             self.stages * self.key_block * 4 * scaled,
         ]
-        return sum(ptx.SMEM_GRANULE * math.ceil(size / ptx.SMEM_GRANULE) for size in arrays)
+        return sum(map(ptx.allocated, arrays))
 
 
 def default_config(dtype, dim: int) -> Config:
@@ -181,8 +181,8 @@ def index_scores(
     weights,
     start,
     stop,
-    *,
     k_scale=None,
+    *,
     fill: bool = True,
     config: Config | None = None,
     interpret: bool = False,
@@ -210,8 +210,9 @@ def index_scores(
     config = config or default_config(q_index.dtype, dim)
     scaled = k_scale is not None
     used = config.smem_bytes(q_index.dtype, dim, scaled)
-    if used > ptx.SMEM_BYTES - 2048:  # the barriers take the rest
-        raise ValueError(f"config needs {used} bytes of shared memory, there are {ptx.SMEM_BYTES - 2048}: {config}")
+    there = ptx.SMEM_BYTES - 2048  # the barriers take the rest
+    if used > there:
+        raise ValueError(f"config needs {used} bytes of shared memory, there are {there}: {config}")
     queries, key_block = config.group_queries(heads), config.key_block
     plan = make_plan(start, stop, size=size, heads=heads, config=config)
     kernel = _kernel(
@@ -221,7 +222,7 @@ def index_scores(
         heads,
         dim,
         q_index.dtype,
-        k_scale is not None,
+        scaled,
         fill,
         config,
         2 if interpret else ptx.multiprocessors(),
@@ -253,7 +254,7 @@ def _kernel(batch, length, size, heads, dim, dtype, scaled, fill, config: Config
     queries = ROWS // heads  # of a math warpgroup
     groups_of_row = math.ceil(length / config.group_queries(heads))
     groups = batch * groups_of_row
-    transforms = _swizzled(dtype, dim)
+    transforms = ptx.swizzled(dtype, dim)
 
     def body(q_gmem, k_gmem, weights_gmem, start_gmem, stop_gmem, first_gmem, offset_gmem, *refs):
         scale_gmem, refs = refs[: int(scaled)], refs[int(scaled) :]  # one, or none
@@ -427,10 +428,3 @@ def _kernel(batch, length, size, heads, dim, dtype, scaled, fill, config: Config
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )
-
-
-def _swizzled(dtype, dim: int) -> tuple:
-    """The transforms of an array that wgmma reads: one swizzled row is 128 bytes, or all of E where that is less."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = min(ptx.SWIZZLE, dim * itemsize)
-    return ptx.Tiling((8, swizzle // itemsize)), ptx.Swizzle(swizzle)

@@ -11,7 +11,6 @@ in its range, and the stores of a thread share one address.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -60,7 +59,7 @@ def load_ranges(start_gmem, stop_gmem, row, left, size, heads, interpret):
             low = arith.minsi(arith.maxsi(low, ptx.i32(0)), ptx.i32(size))
             high = arith.maxsi(arith.minsi(high, ptx.i32(size)), low)
             ranges.append((low, arith.select(there, arith.subi(high, low), ptx.i32(-1))))
-        return tuple(_vector(column, layout) for column in zip(*ranges, strict=True))
+        return tuple(ptx.private_values(column, layout) for column in zip(*ranges, strict=True))
 
     return load(start_gmem, stop_gmem, row, left)
 
@@ -69,14 +68,6 @@ def _lane_query(heads: int):
     """The first query, of its warpgroup's, whose scores this thread stores."""
     lane = arith.andi(ptx.thread_id(), ptx.i32(3))
     return arith.shrui(lane, ptx.i32(1)) if heads == 64 else arith.muli(lane, ptx.i32(_lane_queries(heads)))
-
-
-def _vector(values, layout):
-    """One register a thread that holds the int32 `values`."""
-    vector = llvm.mlir_undef(ir.VectorType.get((len(values),), ptx.i32_type()))
-    for i, value in enumerate(values):
-        vector = llvm.insertelement(vector, value, ptx.i32(i))
-    return mgpu.FragmentedArray(_registers=np.array([vector], dtype=object), _layout=layout.to_mgpu(), _is_signed=True)
 
 
 def store_scores(products, weights, scales, ranges, out_gmem, row, key, heads, interpret):

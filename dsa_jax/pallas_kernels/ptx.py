@@ -29,9 +29,16 @@ Tiling: Any = plgpu.TilingTransform
 Swizzle: Any = plgpu.SwizzleTransform
 
 
-def swizzled(dtype) -> tuple:
-    """The transforms of an array that wgmma reads: tiles of 8 rows × 128 bytes, swizzled."""
-    return Tiling((8, SWIZZLE // jnp.dtype(dtype).itemsize)), Swizzle(SWIZZLE)
+def swizzled(dtype, columns: int | None = None) -> tuple:
+    """The transforms of an array that wgmma reads: tiles of 8 swizzled rows of 128 bytes, or of `columns` if less."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = SWIZZLE if columns is None else min(SWIZZLE, columns * itemsize)
+    return Tiling((8, swizzle // itemsize)), Swizzle(swizzle)
+
+
+def allocated(size: int) -> int:
+    """The bytes of shared memory that an array of `size` bytes takes."""
+    return -(-size // SMEM_GRANULE) * SMEM_GRANULE
 
 
 def multiprocessors() -> int:
@@ -81,6 +88,15 @@ def thread_id():
 def scalar(array):
     """The one register of a splat."""
     return array.registers.item()
+
+
+def private_values(values, layout):
+    """The int32 `values` of each thread, as the one register that an array of this layout has."""
+    vector = llvm.mlir_undef(ir.VectorType.get((len(values),), i32_type()))
+    for i, value in enumerate(values):
+        vector = llvm.insertelement(vector, value, i32(i))
+    registers = np.array([vector], dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
 
 
 def opaque_zero(interpret: bool = False):
@@ -164,12 +180,11 @@ def load_row_ids(indices_gmem, interpret: bool = False):
     def load(ctx, indices):
         group = arith.shrui(arith.andi(thread_id(), i32(WARPGROUP - 1)), i32(3))
         address = arith.addi(gmem_address(indices), arith.extui(i64_type(), arith.shli(group, i32(2))))
-        vector = llvm.mlir_undef(ir.VectorType.get((4,), i32_type()))
-        for i in range(4):
-            row = ptx(f"ld.global.nc.b32 $0, [$1+{64 * i}];", address, result_types=i32_type(), has_side_effects=True)
-            vector = llvm.insertelement(vector, row, i32(i))
-        registers = np.array([vector], dtype=object)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
+        rows = [
+            ptx(f"ld.global.nc.b32 $0, [$1+{64 * i}];", address, result_types=i32_type(), has_side_effects=True)
+            for i in range(4)
+        ]
+        return private_values(rows, layout)
 
     return load(indices_gmem)
 
@@ -253,11 +268,7 @@ def load_key_ids(indices_gmem, interpret: bool = False):
         pair = ptx(
             "ld.global.nc.v2.b32 {$0, $1}, [$2];", address, result_types=(i32_type(),) * 2, has_side_effects=True
         )
-        vector = llvm.mlir_undef(ir.VectorType.get((2,), i32_type()))
-        for i in range(2):
-            vector = llvm.insertelement(vector, pair[i], i32(i))
-        registers = np.array([vector], dtype=object)
-        return mgpu.FragmentedArray(_registers=registers, _layout=PAIR_A_THREAD.to_mgpu(), _is_signed=True)
+        return private_values(pair, PAIR_A_THREAD)
 
     return load(indices_gmem)
 

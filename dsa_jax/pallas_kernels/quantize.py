@@ -15,14 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from dsa_jax.pallas_kernels.ptx import WARPGROUP, gmem_address, i32, i32_type, i64_type, ptx, thread_id
+from dsa_jax.pallas_kernels.ptx import WARPGROUP, gmem_address, i32, i32_type, i64, i64_type, ptx, scalar, thread_id
 
 COLUMNS = 8  # of one thread
 WIDTHS = (64, 128)
 ROWS_AT_ONCE = (
     4  # rows a thread loads before it works on the first: enough bytes in flight to fill the memory's latency
 )
-SMALLEST_AMAX = 1e-4  # as in the definition
+SMALLEST_AMAX = 1e-4  # keeps the scale of an all-zero row away from zero
 
 
 def why_not(x: jax.Array) -> str | None:
@@ -71,7 +71,7 @@ def _call(work, x, out):
             thread = thread_id()
             lane = arith.andi(thread, i32(threads - 1))
             first = arith.addi(
-                arith.muli(block.registers.item(), i32(rows_per_block)),
+                arith.muli(scalar(block), i32(rows_per_block)),
                 arith.shrui(thread, i32(int(math.log2(threads)))),
             )
             numbers = [arith.addi(first, i32(i * WARPGROUP // threads)) for i in range(ROWS_AT_ONCE)]
@@ -153,7 +153,7 @@ def _load(base, row, lane, dim):
 
 
 def _offset(base, row, lane, row_bytes, lane_bytes):
-    wide = arith.muli(arith.extui(i64_type(), row), arith.constant(i64_type(), row_bytes))
+    wide = arith.muli(arith.extui(i64_type(), row), i64(row_bytes))
     return arith.addi(arith.addi(base, wide), arith.extui(i64_type(), arith.muli(lane, i32(lane_bytes))))
 
 

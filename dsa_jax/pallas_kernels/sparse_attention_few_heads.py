@@ -102,8 +102,8 @@ class Plan:
     def fixed_bytes(self) -> int:
         """All but the ring: Q, P [N, 64], a vector by warp [4, N], lse [N], and three pieces for the barriers."""
         streams = self.config.streams
-        p = _ceil(streams * self.heads * BLOCK * 2)
-        return self.q_bytes + p + _ceil(streams * 4 * self.heads * 4) + 1024 + 3 * 1024
+        p, warps = streams * self.heads * BLOCK * 2, streams * 4 * self.heads * 4
+        return self.q_bytes + ptx.allocated(p) + ptx.allocated(warps) + 4 * ptx.SMEM_GRANULE
 
     @property
     def ring_bytes_left(self) -> int:
@@ -135,10 +135,6 @@ class Plan:
         One stream has 255 of the 65536; with two they start at 168, and gathering gives away what it does not need.
         """
         return (216, 72) if self.config.streams == 2 else None
-
-
-def _ceil(size: int) -> int:
-    return -(-size // 1024) * 1024
 
 
 def default_config(heads: int, queries: int) -> Config:

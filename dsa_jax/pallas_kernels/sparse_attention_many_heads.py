@@ -82,8 +82,7 @@ def smem_bytes(value_dim: int, dim: int) -> int:
     slots = PAIR_KEYS * row  # and `out` at the end
     p = BLOCK_HEADS * BLOCK_KEYS * 2  # one: that of the even blocks lies in the rotary columns of its own slot
     p_even = 0 if dim > value_dim else p
-    rows, gather_barriers, barriers = 1024, 1024, 1024
-    return q + slots + p + p_even + rows + gather_barriers + barriers
+    return q + slots + p + p_even + 3 * ptx.SMEM_GRANULE  # `rows`, and the barriers of gathers and of Pallas
 
 
 def column_halves(value_dim: int, dim: int) -> tuple[tuple[int, int], ...]:
