@@ -1,7 +1,12 @@
-"""Runs the tests that need a Hopper GPU and records them:  python -m benchmarks.gpu_tests [arguments of pytest]"""
+"""Runs the tests that need a Hopper GPU and records them:  python -m benchmarks.gpu_tests [arguments of pytest]
 
+The record is kept by file, so that some files can be run again without the others.
+"""
+
+import argparse
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,36 +17,46 @@ from typing import Any
 from benchmarks import measure
 
 OUT = measure.RESULTS / "gpu_tests.json"
-WORKERS = 12  # compiling takes most of the time
+WORKERS = min(16, os.cpu_count() or 1)  # compiling takes most of the time
 
 
-def outcomes(report: str) -> dict[str, Any]:
-    """Counts of a JUnit report, in all and by file, and what did not pass."""
-    by_file: dict[str, Counter] = {}
-    not_passed = []
+def outcomes(report: str) -> dict[str, dict[str, Any]]:
+    """Of a JUnit report, by file: counts, and what did not pass."""
+    counts: dict[str, Counter] = {}
+    bad: dict[str, list[str]] = {}
     for case in xml.fromstring(report).iter("testcase"):
-        bad = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        outcome = bad[0] if bad else "passed"
-        by_file.setdefault(case.get("classname", ""), Counter())[outcome] += 1
-        if bad:
-            not_passed.append(f"{case.get('classname')}::{case.get('name')} {outcome}")
-    counts = sum(by_file.values(), Counter())
-    return {"counts": dict(counts), "by_file": {name: dict(c) for name, c in by_file.items()}, "not_passed": not_passed}
+        file = case.get("classname")
+        if not file:  # what was interrupted
+            continue
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        counts.setdefault(file, Counter())[outcome] += 1
+        if outcome != "passed":
+            bad.setdefault(file, []).append(f"{case.get('name')} {outcome}")
+    return {file: {"counts": dict(count), "not_passed": bad.get(file, [])} for file, count in counts.items()}
 
 
 def main() -> int:
     """Returns pytest's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, help="interrupt the tests after so long, and record those that ran")
+    arguments, others = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--numprocesses={WORKERS}", f"--junitxml={report}"]
-        # The workers share the card, so none may reserve its memory.
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        status = subprocess.run([*command, *sys.argv[1:]], env=environment, check=False).returncode
+        # The workers share the card and the cores, so none may take all of the memory or a thread for each core.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OPENBLAS_NUM_THREADS": "1"}
+        tests = subprocess.Popen([*command, *others], env=environment)
+        try:
+            status = tests.wait(arguments.seconds)
+        except subprocess.TimeoutExpired:
+            tests.send_signal(signal.SIGINT)
+            status = tests.wait() or 1
         if report.exists():
             results = outcomes(report.read_text())
-            print(results["counts"])
-            if set(results["counts"]) - {"skipped"}:  # all are skipped where there is no GPU
-                measure.record(OUT, {"gpu": results})
+            print(sum((Counter(result["counts"]) for result in results.values()), Counter()))
+            ran = {file: result for file, result in results.items() if set(result["counts"]) - {"skipped"}}
+            if ran:  # all are skipped where there is no GPU
+                measure.record(OUT, ran)
     return status
 
 

@@ -1,4 +1,4 @@
-"""Writes the README's tables of kernel figures from benchmarks/results/forward.json:  python -m benchmarks.tables"""
+"""Writes the README's tables of kernel figures from benchmarks/results/*.json:  python -m benchmarks.tables"""
 
 import json
 import pathlib
@@ -8,7 +8,6 @@ import textwrap
 from benchmarks.measure import RESULTS
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- forward figures: begin -->", "<!-- forward figures: end -->"
 
 
 def forward(results: dict) -> str:
@@ -58,6 +57,53 @@ def forward(results: dict) -> str:
     return "\n".join(lines)
 
 
+STEPS = ("sparse_step", "warmup_step", "dense_step", "base_step", "xla_steps")
+
+
+def training(results: dict) -> str:
+    """The section on the training path, in Markdown."""
+    circumstances, peaks = (results["backward"][name] for name in ("circumstances", "peaks"))
+    rows = {name: part.get("timings", []) for name, part in results.items()}
+    text = (
+        f"One {circumstances['card']}, jax {circumstances['versions']['jax']}, {circumstances['date']}, `python -m "
+        f"benchmarks.training`; a bfloat16 matrix product reached {peaks['bf16_matmul_tflops']:.0f} TFLOP/s "
+        f"({peaks['bf16_matmul_tflops_sustained']:.0f} sustained)."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| operation | shape | time | rate (share of the product) | sustained | XLA |",
+        "|---|---|---|---|---|---|",
+    ]
+    operations = [row for name in ("backward", "sparse_loss", "warmup") for row in rows.get(name, [])]
+    by_key = {(row["operation"], row["shape"], row["implementation"]): row for row in operations}
+    for (operation, shape, implementation), row in by_key.items():
+        if implementation == "pallas":
+            xla = by_key.get((operation, shape, "xla"))
+            cells = operation, shape, _time(row), _rate(row), _sustained(row), _times(xla, row)
+            lines.append(f"| {' | '.join(cells)} |")
+    steps = [row for name in STEPS for row in rows.get(name, [])]
+    lines += steps and [
+        "",
+        "| one training step, batch 1 | attention by | tokens | step | tokens/s | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in steps:
+        cells = (
+            row["operation"].removeprefix("training step "),
+            {"pallas": "kernels", "xla": "XLA", "cudnn": "cuDNN, dense"}[row["implementation"]],
+            row["shape"].split(",")[0].removeprefix("T "),
+            f"{row['seconds']:.1f} s",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['peak_gib']:.0f} GiB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"forward": forward, "training": training}
+
+
 def _time(row):
     milliseconds = 1e3 * row["seconds"]
     return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
@@ -77,18 +123,21 @@ def _sustained(row):
     return f"{row['tflops_sustained']:.0f} TFLOP/s" if "tflops_sustained" in row else ""
 
 
-def updated(readme: str, section: str) -> str:
-    """The README with the section between its two markers replaced."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+def updated(readme: str, name: str, section: str) -> str:
+    """The README with the section between the two markers of that name replaced."""
+    begin, end = f"<!-- {name} figures: begin -->", f"<!-- {name} figures: end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(readme)) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} … {END} once")
-    return pattern.sub(lambda _: f"{BEGIN}\n{section}\n{END}", readme)
+        raise ValueError(f"README.md must hold {begin} … {end} once")
+    return pattern.sub(lambda _: f"{begin}\n{section}\n{end}", readme)
 
 
 def main() -> None:
     """Rewrites the README in place."""
-    section = forward(json.loads((RESULTS / "forward.json").read_text()))
-    README.write_text(updated(README.read_text(), section))
+    readme = README.read_text()
+    for name, make in SECTIONS.items():
+        readme = updated(readme, name, make(json.loads((RESULTS / f"{name}.json").read_text())))
+    README.write_text(readme)
 
 
 if __name__ == "__main__":

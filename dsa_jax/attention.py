@@ -12,11 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsa_jax import pallas_kernels
 from dsa_jax.blocks import contract, map_queries, queries_per_block
 from dsa_jax.indexer import check_keys
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import check_implementation, choose_implementation
+from dsa_jax.pallas_kernels import multihead_attention as multihead_kernel
 from dsa_jax.pallas_kernels import sparse_attention as sparse_kernel
+from dsa_jax.pallas_kernels import sparse_attention_backward as sparse_backward_kernels
+from dsa_jax.pallas_kernels import sparse_indexer_kl as sparse_kl_kernels
 
 
 def sparse_attention(
@@ -34,6 +38,14 @@ def sparse_attention(
 
     An index outside [0, S) is no key, wherever it stands; a key listed twice counts twice; a query without keys gets
     `out` 0 and `lse` -inf. Latents that are not selected are never read into the result, so they may be NaN.
+
+    Args:
+      q: queries in latent form, float32 or bfloat16.
+      kv: latents, in the dtype of `q`.
+      indices: the selection of each query.
+      value_dim: C.
+      scale: the softmax scale.
+      implementation: None, "xla" or "pallas", of the forward and the backward.
 
     Returns:
       out [B, T, N, value_dim] in the dtype of `q`, lse [B, T, N] float32; softmax and sums in float32.
@@ -63,7 +75,7 @@ def latent_attention(
     _check_value_dim(value_dim, kv)
     check_implementation("latent_attention", implementation)
     kv = zero_unreached(kv, keys)
-    return _dense_attention(scale, "sh", q, kv, kv[..., :value_dim], keys, None)
+    return _dense_attention(scale, "sh", "xla", q, kv, kv[..., :value_dim], keys, None)
 
 
 def multihead_attention(
@@ -90,8 +102,9 @@ def multihead_attention(
     if indices is not None:
         indices = jnp.asarray(indices)
         check_indices(indices, *q.shape[:2])
-    check_implementation("multihead_attention", implementation)
-    return _dense_attention(scale, "snh", q, zero_unreached(k, keys), zero_unreached(v, keys), keys, indices)
+        check_implementation("multihead_attention over a selection", implementation)
+    k, v = zero_unreached(k, keys), zero_unreached(v, keys)
+    return _dense_attention(scale, "snh", implementation, q, k, v, keys, indices)
 
 
 def attention_target(
@@ -114,17 +127,30 @@ def attention_target(
     q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
     check_latents(q, kv, indices)
     check_lse(lse, q)
-    check_implementation("attention_target", implementation)
+    constants = jax.lax.stop_gradient((q, kv, lse, indices))
+    return normalise_target(attention_sums(*constants, scale=scale, implementation=implementation), head_axis)
 
+
+def attention_sums(q, kv, lse, indices, *, scale, implementation=None):
+    """Attention probabilities [B, T, K] of selected keys summed over the heads at hand; arguments are not checked."""
+    add_up = choose_implementation(
+        "attention_target",
+        implementation,
+        sparse_kl_kernels.why_not_sums(q, kv, lse, indices),
+        xla=partial(_gathered_sums, scale=scale),
+        pallas=partial(sparse_kl_kernels.head_sums, scale=scale),
+    )
+    return add_up(q, kv, lse, indices)
+
+
+def _gathered_sums(q, kv, lse, indices, *, scale):
     def block(queries, kv, sums):
         q, lse, indices = queries
         rows, present = gather_rows(kv, indices)
         return sum_heads(q, rows, lse, present, scale=scale, dims="tsh"), sums
 
     elements = indices.shape[2] * (kv.shape[2] + 2 * q.shape[2])
-    queries, kv = jax.lax.stop_gradient(((q, lse, indices), kv))
-    total = map_queries(block, queries, kv, block=queries_per_block(elements))[0]
-    return normalise_target(total, head_axis)
+    return map_queries(block, (q, lse, indices), kv, block=queries_per_block(elements))[0]
 
 
 def sum_heads(q, k, lse, mask, *, scale, dims):
@@ -219,11 +245,32 @@ def _sparse_block(q, kv, indices):
 
 def _sparse_forward(value_dim, scale, implementation, q, kv, indices):
     out, lse = _sparse_attention(value_dim, scale, implementation, q, kv, indices)
-    return (out, lse), (q, kv, indices, lse)
+    return (out, lse), (q, kv, indices, out, lse)
 
 
 def _sparse_backward(value_dim, scale, implementation, residuals, cotangents):
-    q, kv, indices, lse = residuals
+    options = dict(value_dim=value_dim, scale=scale, implementation=implementation)
+    return *sparse_attention_backward(*residuals, *cotangents, **options), no_gradient(residuals[2])
+
+
+def sparse_attention_backward(q, kv, indices, out, lse, d_out, d_lse, *, value_dim, scale, implementation=None):
+    """Gradients of `sparse_attention` by q and kv from what it took and returned; arguments are not checked."""
+    backward = choose_implementation(
+        "the backward of sparse_attention",
+        implementation,
+        sparse_backward_kernels.why_not(q, kv, indices, value_dim),
+        xla=partial(_gathered_backward, value_dim=value_dim, scale=scale),
+        pallas=partial(
+            sparse_backward_kernels.sparse_attention_backward,
+            value_dim=value_dim,
+            scale=scale,
+        ),
+    )
+    return backward(q, kv, indices, out, lse, d_out, d_lse)
+
+
+def _gathered_backward(q, kv, indices, out, lse, d_out, d_lse, *, value_dim, scale):
+    del out  # 2 GiB at 128K, and cheap to do without
 
     def block(queries, kv, d_kv):
         q, indices, lse, d_out, d_lse = queries
@@ -233,22 +280,37 @@ def _sparse_backward(value_dim, scale, implementation, residuals, cotangents):
         d_q, d_rows, d_values = _attend_backward(q, rows, values, bias, lse, d_out, d_lse, scale=scale, dims="tsh")
         return d_q, scatter_rows(d_kv, indices, d_rows.at[..., :value_dim].add(d_values))
 
-    queries = (q, indices, lse, *cotangents)
+    queries = (q, indices, lse, d_out, d_lse)
     d_kv = jnp.zeros(kv.shape, jnp.float32)
     d_q, d_kv = map_queries(block, queries, kv, d_kv, block=_sparse_block(q, kv, indices))
-    return d_q, d_kv.astype(kv.dtype), no_gradient(indices)
+    return d_q, d_kv.astype(kv.dtype)
 
 
 _sparse_attention.defvjp(_sparse_forward, _sparse_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dense_attention(scale, dims, q, k, v, keys, indices):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dense_attention(scale, dims, implementation, q, k, v, keys, indices):
+    attend = partial(_reached_attention, scale=scale, dims=dims)
+    if indices is not None:
+        return attend(q, k, v, keys.start, keys.stop, indices)
+    if dims == "snh":
+        attend = choose_implementation(
+            "multihead_attention",
+            implementation,
+            multihead_kernel.why_not(q, k, v, keys.start, keys.stop),
+            xla=attend,
+            pallas=partial(multihead_kernel.multihead_attention, scale=scale),
+        )
+    return attend(q, k, v, keys.start, keys.stop)
+
+
+def _reached_attention(q, k, v, start, stop, indices=None, *, scale, dims):
     def block(queries, keys, sums):
         (q, start, stop, indices), (k, v) = queries, keys
         return _attend(q, k, v, _reach(start, stop, indices, k.shape[0]), scale=scale, dims=dims), sums
 
-    return map_queries(block, (q, keys.start, keys.stop, indices), (k, v), block=_dense_block(q, k))[0]
+    return map_queries(block, (q, start, stop, indices), (k, v), block=_dense_block(q, k))[0]
 
 
 def _dense_block(q, k):
@@ -265,24 +327,59 @@ def _reach(start, stop, indices, size):
     return jnp.where(reach, jnp.log(counts), -jnp.inf)
 
 
-def _dense_forward(scale, dims, q, k, v, keys, indices):
-    out, lse = _dense_attention(scale, dims, q, k, v, keys, indices)
+def _dense_forward(scale, dims, implementation, q, k, v, keys, indices):
+    out, lse = _dense_attention(scale, dims, implementation, q, k, v, keys, indices)
     return (out, lse), (q, k, v, keys, indices, lse)
 
 
-def _dense_backward(scale, dims, residuals, cotangents):
-    q, k, v, keys, indices, lse = residuals
+def _dense_backward(scale, dims, implementation, residuals, cotangents):
+    (q, k, v, keys, indices, lse), (d_out, d_lse) = residuals, cotangents
+    arrays = q, k, v, keys.start, keys.stop, lse, d_out, d_lse
+    backward = partial(_reached_backward, scale=scale, dims=dims)
+    if indices is not None:
+        gradients = _reached_backward(*arrays, indices, scale=scale, dims=dims)
+    elif dims == "snh" and implementation != "xla" and _cudnn_takes(q, k, v):
+        # Not `choose_implementation`: JAX must see beforehand that cuDNN's part wants to know the devices.
+        gradients = jax.lax.platform_dependent(*arrays, cuda=partial(_cudnn_backward, scale=scale), default=backward)
+    else:
+        gradients = backward(*arrays)
+    return *gradients, *jax.tree.map(no_gradient, (keys, indices))
 
+
+def _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, indices=None, *, scale, dims):
     def block(queries, keys, sums):
         (q, start, stop, indices, *rest), (k, v) = queries, keys
         bias = _reach(start, stop, indices, k.shape[0])
         d_q, d_k, d_v = _attend_backward(q, k, v, bias, *rest, scale=scale, dims=dims)
         return d_q, (sums[0] + d_k, sums[1] + d_v)
 
-    queries = (q, keys.start, keys.stop, indices, lse, *cotangents)
+    queries = (q, start, stop, indices, lse, d_out, d_lse)
     sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     d_q, (d_k, d_v) = map_queries(block, queries, (k, v), sums, block=_dense_block(q, k))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), *jax.tree.map(no_gradient, (keys, indices))
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _cudnn_takes(q, k, v) -> bool:
+    """Whether this process's GPUs are Hopper's and cuDNN's attention takes such arrays, values padded."""
+    dim, fits = q.shape[3], q.dtype == jnp.bfloat16 and q.shape[:2] == k.shape[:2]
+    hopper = pallas_kernels.gpu_capability() == pallas_kernels.CAPABILITY
+    return hopper and fits and dim % 8 == 0 and v.shape[3] <= dim <= 256
+
+
+def _cudnn_backward(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
+    """cuDNN's backward where the ranges are causal, as in training on unpacked documents; else the definition's."""
+    spare = [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]
+
+    def attend(q, k, v):
+        out = jax.nn.dot_product_attention(q, k, jnp.pad(v, spare), scale=scale, is_causal=True, implementation="cudnn")
+        return out[..., : v.shape[3]]
+
+    causal = KeyRange.causal(*q.shape[:2])
+    return jax.lax.cond(
+        jnp.all((start <= 0) & (stop == causal.stop)) & jnp.all(d_lse == 0),
+        lambda: jax.vjp(attend, q, k, v)[1](d_out),
+        lambda: _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, scale=scale, dims="snh"),
+    )
 
 
 _dense_attention.defvjp(_dense_forward, _dense_backward)

@@ -1,7 +1,11 @@
-"""The indexer's losses (Eqs. 3 and 4): KL(p ‖ softmax(I)) a query, streamed over blocks of queries.
+"""The indexer's losses (Eqs. 3 and 4): KL(p ‖ softmax(I)) a query, for a chunk of queries at a time.
 
 p is the attention's own distribution, summed over heads and L1-normalised, and a constant. The gradient of a query's KL
-by its scores is softmax(I) - p exactly; it is written so, and the backward recomputes both for a block at a time.
+by its scores is softmax(I) - p exactly, and is written so.
+
+Value and gradients come in one pass, since p costs far more than all the rest: the forward keeps the gradients for a
+cotangent of one, and the backward multiplies them by the cotangent that all queries share, as they do when the loss is
+a mean over queries. Cotangents that differ are right too, and take a second pass.
 """
 
 from functools import partial
@@ -11,13 +15,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax import attention
-from dsa_jax.attention import gather_rows, no_gradient, normalise_target, scatter_rows, sum_heads, zero_unreached
+from dsa_jax.attention import (
+    attention_sums,
+    gather_rows,
+    no_gradient,
+    normalise_target,
+    scatter_rows,
+    sum_heads,
+    zero_unreached,
+)
 from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import check_implementation
+from dsa_jax.pallas_kernels import choose_implementation, dense_target
+from dsa_jax.pallas_kernels import index_scores as scores_kernel
+from dsa_jax.pallas_kernels import index_scores_backward as scores_backward_kernels
+from dsa_jax.pallas_kernels import sparse_indexer_kl as sparse_kernels
 
 KEY_TILE = 2048  # keys at a time where all are scored
+SELECTED_CHUNK = 2048  # queries at a time over their selections
+REACHED_CHUNK = 1 << 26  # queries × keys at a time where all keys are reached: 256 MiB for each of the arrays
 
 
 def sparse_indexer_kl(
@@ -49,12 +66,8 @@ def sparse_indexer_kl(
     everywhere = KeyRange(jnp.zeros(q.shape[:2], jnp.int32), jnp.full(q.shape[:2], kv.shape[1], jnp.int32))
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, everywhere, k_scale)
     _check_same_keys(k_index, kv, "kv")
-    check_implementation("sparse_indexer_kl", implementation)
-
-    elements = indices.shape[2] * (2 * kv.shape[2] + 2 * q.shape[2] + k_index.shape[2] + 4 * q_index.shape[2])
-    static = scale, head_axis, queries_per_block(elements)
     constants = jax.lax.stop_gradient((q, kv, lse, indices, k_scale))
-    return _sparse_kl(static, q_index, k_index, weights, constants)
+    return _kl(_sparse_kl, (scale, head_axis, implementation), (q_index, k_index, weights), constants)
 
 
 def dense_indexer_kl(
@@ -81,13 +94,9 @@ def dense_indexer_kl(
     attention.check_lse(lse, q)
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_same_keys(k_index, k, "k")
-    check_implementation("dense_indexer_kl", implementation)
-
-    elements = 6 * k.shape[1] + min(KEY_TILE, k.shape[1]) * (2 * q.shape[2] + 4 * q_index.shape[2])
-    static = scale, head_axis, queries_per_block(elements)
     k_index, k_scale, k = (zero_unreached(x, keys) for x in (k_index, k_scale, k))
     constants = jax.lax.stop_gradient((q, k, lse, keys, k_scale))
-    return _dense_kl(static, q_index, k_index, weights, constants)
+    return _kl(_dense_kl, (scale, head_axis, implementation), (q_index, k_index, weights), constants)
 
 
 def _check_same_keys(k_index, k, name):
@@ -95,7 +104,115 @@ def _check_same_keys(k_index, k, name):
         raise ValueError(f"k_index and {name} must hold the same keys, got {k_index.shape} and {k.shape}")
 
 
-# One block. Below, `target`, `scores` and `mask` are [t, s] over the same keys: a selection, or all.
+# The loss with its gradients. `evaluate(static, index, constants, d_kl)` gives the KL [B, T] and, for a cotangent d_kl,
+# gradients by index = (q_index, k_index, weights); for None neither computes nor gives any.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kl(evaluate, static, index, constants):
+    return evaluate(static, index, constants, None)[0]
+
+
+def _kl_forward(evaluate, static, index, constants):
+    q_index = index[0]
+    kl, gradients = evaluate(static, index, constants, jnp.ones(q_index.shape[:2], jnp.float32))
+    return kl, (index, constants, gradients)
+
+
+def _kl_backward(evaluate, static, residuals, d_kl):
+    index, constants, gradients = residuals
+    some = _has_keys(*constants)
+    shared = d_kl.ravel()[jnp.argmax(some)]  # of the first query that has keys
+    gradients = jax.lax.cond(
+        jnp.all((d_kl == shared) | ~some),
+        lambda: jax.tree.map(lambda x: (x * shared).astype(x.dtype), gradients),
+        lambda: evaluate(static, index, constants, d_kl)[1],
+    )
+    gradients = tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, index, strict=True))
+    return gradients, jax.tree.map(no_gradient, constants)
+
+
+_kl.defvjp(_kl_forward, _kl_backward)
+
+
+def _has_keys(q, k, lse, which, k_scale):
+    """Which queries [B, T] have a key at all: the others have no gradient, whatever their cotangent."""
+    size = k_scale.shape[1]
+    if isinstance(which, KeyRange):
+        return jnp.maximum(which.start, 0) < jnp.minimum(which.stop, size)
+    return jnp.any((which >= 0) & (which < size), axis=-1)
+
+
+def _sparse_kl(static, index, constants, d_kl):
+    scale, head_axis, implementation = static
+    (q_index, k_index, weights), (q, kv, lse, indices, k_scale) = index, constants
+
+    def chunk(queries, keys, d_k):
+        q_index, weights, q, lse, indices, d_kl = jax.tree.map(lambda x: x[None], queries)
+        k_index, kv, k_scale = jax.tree.map(lambda x: x[None], keys)
+        sums = attention_sums(q, kv, lse, indices, scale=scale, implementation=implementation)
+        sums = sums if head_axis is None else jax.lax.psum(sums, head_axis)
+        arrays = sums, q_index, k_index, weights, indices, k_scale
+        choose = partial(choose_implementation, "sparse_indexer_kl", implementation, sparse_kernels.why_not(*arrays))
+        if d_kl is None:
+            return choose(xla=_selected_kl, pallas=sparse_kernels.indexer_kl)(*arrays)[0], d_k
+        evaluate = choose(xla=_selected_gradients, pallas=sparse_kernels.indexer_gradients)
+        kl, d_q, d_weights, d_k = evaluate(*arrays, d_kl, d_k[None])
+        return (kl[0], d_q[0], d_weights[0]), d_k[0]
+
+    queries, keys = (q_index, weights, q, lse, indices, d_kl), (k_index, kv, k_scale)
+    return _in_chunks(chunk, queries, keys, d_kl, SELECTED_CHUNK)
+
+
+def _dense_kl(static, index, constants, d_kl):
+    scale, head_axis, implementation = static
+    (q_index, k_index, weights), (q, k, lse, which, k_scale) = index, constants
+    size = k.shape[1]
+
+    def chunk(queries, keys, d_k):
+        q_index, weights, q, lse, start, stop, d_kl = jax.tree.map(lambda x: x[None], queries)
+        k_index, k, k_scale = jax.tree.map(lambda x: x[None], keys)
+        choose = partial(choose_implementation, "dense_indexer_kl", implementation)
+        sums = choose(
+            dense_target.why_not(q, k, lse, start, stop),
+            xla=partial(_reached_sums, scale=scale),
+            pallas=partial(dense_target.dense_target, scale=scale),
+        )
+        target = normalise_target(sums(q, k, lse, start, stop)[0], head_axis)
+        arrays = q_index, k_index, weights, start, stop, k_scale
+        scores = choose(
+            scores_kernel.why_not(*arrays),
+            xla=_reached_scores,
+            pallas=partial(scores_kernel.index_scores, fill=False),
+        )(*arrays)[0]
+        mask = KeyRange(start[0], stop[0]).contains(jnp.arange(size))
+        kl = _kl_terms(target, scores, mask)
+        if d_kl is None:
+            return kl, d_k
+        d_scores = _score_gradient(target, scores, mask, d_kl[0])[None]
+        arrays = q_index, k_index, weights, d_scores, start, stop, k_scale, d_k[None]
+        backward = choose(
+            scores_backward_kernels.why_not(*arrays),
+            xla=_scores_backward,
+            pallas=_scores_backward_kernel,
+        )
+        d_q, d_k, d_weights = backward(*arrays)
+        return (kl, d_q[0], d_weights[0]), d_k[0]
+
+    queries, keys = (q_index, weights, q, lse, which.start, which.stop, d_kl), (k_index, k, k_scale)
+    return _in_chunks(chunk, queries, keys, d_kl, max(1, REACHED_CHUNK // size))
+
+
+def _in_chunks(chunk, queries, keys, d_kl, block):
+    """The KL and None, or the KL and its gradients, of `chunk`, the gradient by keys summed in float32."""
+    if d_kl is None:
+        return map_queries(chunk, queries, keys, block=block)[0], None
+    d_k = jnp.zeros(keys[0].shape, jnp.float32)
+    (kl, d_q, d_weights), d_k = map_queries(chunk, queries, keys, d_k, block=block)
+    return kl, (d_q, d_k, d_weights)
+
+
+# A row of `target`, `scores` and `mask` [t, s] is a query, over its selection or over all keys.
 
 
 def _kl_terms(target, scores, mask):
@@ -125,89 +242,86 @@ def _head_sum_gradient(q_index, k_index, weights, d_scores):
     return contract(f"tjs,{keys}->tje", d_logits, k_index), contract(f"tjs,tje->{keys}", d_logits, q_index), d_weights
 
 
-def _sparse_rows(static, queries, keys):
-    """Target, scores and mask of a block over its selection, with the gathered index keys and their scale."""
-    scale, head_axis, _ = static
-    (q_index, weights, q, lse, indices), (k_index, kv, k_scale) = queries, keys
-    rows, present = gather_rows(kv, indices)
-    target = normalise_target(sum_heads(q, rows, lse, present, scale=scale, dims="tsh"), head_axis)
-    k_index, k_scale = gather_rows(k_index, indices)[0], gather_rows(k_scale, indices)[0]
-    return target, head_sum(q_index, k_index, weights) * k_scale, present, k_index, k_scale
+# The parts over a selection in plain XLA.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sparse_kl(static, q_index, k_index, weights, constants):
-    q, kv, lse, indices, k_scale = constants
-
-    def block(queries, keys, sums):
-        return _kl_terms(*_sparse_rows(static, queries, keys)[:3]), sums
-
-    return map_queries(block, (q_index, weights, q, lse, indices), (k_index, kv, k_scale), block=static[2])[0]
+def _selected_rows(sums, q_index, k_index, weights, indices, k_scale):
+    """Target, scores and mask of a block of queries, with their index keys and the scales of these."""
+    rows, present = gather_rows(k_index, indices)
+    row_scale = gather_rows(k_scale, indices)[0]
+    return normalise_target(sums, None), head_sum(q_index, rows, weights) * row_scale, present, rows, row_scale
 
 
-def _sparse_kl_forward(static, *arguments):
-    return _sparse_kl(static, *arguments), arguments
+def _selected_block(q_index, k_index, indices):
+    return queries_per_block(indices.shape[2] * (k_index.shape[2] + 4 * q_index.shape[2]))
 
 
-def _sparse_kl_backward(static, arguments, d_kl):
-    q_index, k_index, weights, constants = arguments
-    q, kv, lse, indices, k_scale = constants
+def _selected_kl(sums, q_index, k_index, weights, indices, k_scale):
+    def block(queries, keys, _):
+        (sums, q_index, weights, indices), (k_index, k_scale) = queries, keys
+        return _kl_terms(*_selected_rows(sums, q_index, k_index, weights, indices, k_scale)[:3]), _
 
+    queries, keys = (sums, q_index, weights, indices), (k_index, k_scale)
+    return map_queries(block, queries, keys, block=_selected_block(q_index, k_index, indices))[0]
+
+
+def _selected_gradients(sums, q_index, k_index, weights, indices, k_scale, d_kl, d_k):
     def block(queries, keys, d_k):
-        d_kl, *queries = queries
-        target, scores, mask, rows, row_scale = _sparse_rows(static, queries, keys)
+        (sums, q_index, weights, indices, d_kl), (k_index, k_scale) = queries, keys
+        target, scores, mask, rows, row_scale = _selected_rows(sums, q_index, k_index, weights, indices, k_scale)
         d_scores = _score_gradient(target, scores, mask, d_kl) * row_scale
-        q_index, weights, *_, indices = queries
         d_q, d_rows, d_weights = _head_sum_gradient(q_index, rows, weights, d_scores)
-        return (d_q.astype(q_index.dtype), d_weights), scatter_rows(d_k, indices, d_rows)
+        kl = _kl_terms(target, scores, mask)
+        return (kl, _rounded(d_q, q_index), d_weights), scatter_rows(d_k, indices, d_rows)
 
-    queries, keys = (d_kl, q_index, weights, q, lse, indices), (k_index, kv, k_scale)
-    (d_q, d_weights), d_k = map_queries(block, queries, keys, jnp.zeros(k_index.shape, jnp.float32), block=static[2])
-    return d_q, d_k.astype(k_index.dtype), d_weights, jax.tree.map(no_gradient, constants)
-
-
-_sparse_kl.defvjp(_sparse_kl_forward, _sparse_kl_backward)
-
-
-def _dense_rows(static, queries, keys):
-    """Target, scores and mask of a block over all keys, a tile of keys at a time."""
-    scale, head_axis, _ = static
-    (q_index, weights, q, lse, start, stop), (k_index, k, k_scale) = queries, keys
-    size = k.shape[0]
-
-    def tile(keys):
-        k_index, k, k_scale, position = keys
-        heads = sum_heads(q, k, lse, KeyRange(start, stop).contains(position), scale=scale, dims="snh")
-        return heads, head_sum(q_index, k_index, weights) * k_scale
-
-    tiles = jax.lax.map(tile, split_queries((k_index, k, k_scale, jnp.arange(size)), min(KEY_TILE, size)))
-    heads, scores = (jnp.moveaxis(x, 0, 1).reshape(q.shape[0], -1)[:, :size] for x in tiles)
-    return normalise_target(heads, head_axis), scores, KeyRange(start, stop).contains(jnp.arange(size))
+    queries, keys = (sums, q_index, weights, indices, d_kl), (k_index, k_scale)
+    block_size = _selected_block(q_index, k_index, indices)
+    (kl, d_q, d_weights), d_k = map_queries(block, queries, keys, d_k, block=block_size)
+    return kl, d_q, d_weights, d_k
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense_kl(static, q_index, k_index, weights, constants):
-    q, k, lse, keys, k_scale = constants
-
-    def block(queries, keys, sums):
-        return _kl_terms(*_dense_rows(static, queries, keys)), sums
-
-    queries = (q_index, weights, q, lse, keys.start, keys.stop)
-    return map_queries(block, queries, (k_index, k, k_scale), block=static[2])[0]
+def _rounded(gradient, x):
+    """In the dtype of `x`, though not in FP8, which a factor would still take out of range."""
+    return gradient.astype(jnp.bfloat16 if x.dtype.itemsize == 1 else x.dtype)
 
 
-def _dense_kl_forward(static, *arguments):
-    return _dense_kl(static, *arguments), arguments
+# The parts over all reached keys in plain XLA, a tile of keys at a time.
 
 
-def _dense_kl_backward(static, arguments, d_kl):
-    q_index, k_index, weights, constants = arguments
-    q, k, lse, keys, k_scale = constants
+def _reached_block(k, heads):
+    return queries_per_block(6 * k.shape[1] + min(KEY_TILE, k.shape[1]) * 2 * heads)
 
+
+def _reached_sums(q, k, lse, start, stop, *, scale):
+    size = k.shape[1]
+
+    def block(queries, k, _):
+        q, lse, start, stop = queries
+
+        def tile(keys):
+            k, position = keys
+            return sum_heads(q, k, lse, KeyRange(start, stop).contains(position), scale=scale, dims="snh")
+
+        return _join_tiles(jax.lax.map(tile, _key_tiles(k, jnp.arange(size)))), _
+
+    return map_queries(block, (q, lse, start, stop), k, block=_reached_block(k, q.shape[2]))[0][..., :size]
+
+
+def _reached_scores(q_index, k_index, weights, start, stop, k_scale):
+    size = k_index.shape[1]
+
+    def block(queries, keys, _):
+        q_index, weights = queries
+        tile = lambda keys: head_sum(q_index, keys[0], weights) * keys[1]  # noqa: E731
+        return _join_tiles(jax.lax.map(tile, _key_tiles(*keys))), _
+
+    block_size = _reached_block(k_index, 2 * q_index.shape[2])
+    return map_queries(block, (q_index, weights), (k_index, k_scale), block=block_size)[0][..., :size]
+
+
+def _scores_backward(q_index, k_index, weights, d_scores, start, stop, k_scale, d_k):
     def block(queries, keys, d_k):
-        (d_kl, *queries), (k_index, _, k_scale) = queries, keys
-        q_index, weights = queries[:2]
-        d_scores = _score_gradient(*_dense_rows(static, queries, keys), d_kl) * k_scale
+        (q_index, weights, d_scores), (k_index, k_scale) = queries, keys
 
         def tile(total, keys):
             k_index, d_scores = keys
@@ -215,14 +329,25 @@ def _dense_kl_backward(static, arguments, d_kl):
             return (total[0] + d_q, total[1] + d_weights), d_rows
 
         zero = jnp.zeros(q_index.shape, jnp.float32), jnp.zeros(weights.shape, jnp.float32)
-        tiles = split_queries((k_index, d_scores.T), min(KEY_TILE, k_index.shape[0]))
+        tiles = _key_tiles(k_index, (d_scores * k_scale).T)
         (d_q, d_weights), d_rows = jax.lax.scan(tile, zero, tiles)
-        return (d_q.astype(q_index.dtype), d_weights), d_k + join_queries(d_rows, k_index.shape[0])
+        return (_rounded(d_q, q_index), d_weights), d_k + join_queries(d_rows, k_index.shape[0])
 
-    queries = (d_kl, q_index, weights, q, lse, keys.start, keys.stop)
-    d_k = jnp.zeros(k_index.shape, jnp.float32)
-    (d_q, d_weights), d_k = map_queries(block, queries, (k_index, k, k_scale), d_k, block=static[2])
-    return d_q, d_k.astype(k_index.dtype), d_weights, jax.tree.map(no_gradient, constants)
+    queries, keys = (q_index, weights, d_scores), (k_index, k_scale)
+    block_size = _reached_block(k_index, 2 * q_index.shape[2])
+    (d_q, d_weights), d_k = map_queries(block, queries, keys, d_k, block=block_size)
+    return d_q, d_k, d_weights
 
 
-_dense_kl.defvjp(_dense_kl_forward, _dense_kl_backward)
+def _scores_backward_kernel(*arrays):
+    *arrays, total = arrays
+    return scores_backward_kernels.index_scores_backward(*arrays, total=total)
+
+
+def _key_tiles(*keys):
+    return split_queries(keys, min(KEY_TILE, keys[0].shape[0]))
+
+
+def _join_tiles(tiles):
+    """[tiles, t, s] as [t, tiles · s]."""
+    return jnp.moveaxis(tiles, 0, 1).reshape(tiles.shape[1], -1)

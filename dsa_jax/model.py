@@ -123,9 +123,8 @@ class Transformer(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Float32 logits of the next token; at training lengths take them a chunk of tokens at a time."""
-        if self.lm_head is None:
-            return contract("...d,vd->...v", hidden, self.embed_tokens[...].astype(hidden.dtype))
-        return contract("...d,dv->...v", hidden, self.lm_head[...].astype(hidden.dtype))
+        weight = self.embed_tokens[...].T if self.lm_head is None else self.lm_head[...]
+        return _unembed(hidden.reshape(-1, hidden.shape[-1]), weight).reshape(*hidden.shape[:-1], -1)
 
     def layers(self) -> Iterator[DecoderLayer]:
         """Yields the layers one by one, unstacked: to look inside, not to train."""
@@ -170,6 +169,22 @@ class Transformer(nnx.Module):
         lengths, real = _known(cache.lengths), _known(keys.nonempty())
         if lengths is not None and real is not None and (lengths + real.sum(1)).max(initial=0) > cache.size:
             raise ValueError(f"the cache holds {cache.size} tokens a row, got {lengths} and {real.sum(1)} more")
+
+
+@jax.custom_vjp
+def _unembed(hidden, weight):
+    return contract("td,dv->tv", hidden, weight.astype(hidden.dtype))
+
+
+def _unembed_backward(residuals, d_logits):
+    """Products in the dtype of `hidden`; the transpose would be in float32 throughout, as the logits are."""
+    hidden, weight = residuals
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = contract("tv,dv->td", d_logits, weight.astype(hidden.dtype))
+    return d_hidden.astype(hidden.dtype), contract("td,tv->dv", hidden, d_logits).astype(weight.dtype)
+
+
+_unembed.defvjp(lambda hidden, weight: (_unembed(hidden, weight), (hidden, weight)), _unembed_backward)
 
 
 def _check_cache(cache, expected):

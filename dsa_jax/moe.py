@@ -17,7 +17,8 @@ from dsa_jax.config import Config
 from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
 
-LARGEST_BLOCK = 128  # rows: at 512 an expert a quarter of the work is padding, and a block still fills a matrix unit
+FULL_BLOCK = 128  # rows: at 512 an expert a quarter of the work is padding, and a block still fills a matrix unit
+SPARED_SHARE = 16  # of an expert's rows, the most that a block larger than that has: a sixteenth more is padding
 CHUNK_BYTES = 1 << 30  # of float32 weights (or their gradients), gathered block by block, that exist at a time
 SUMMED_BLOCKS = 32  # whose weight gradients are summed in one product, for a quarter of what computing them took
 
@@ -77,8 +78,12 @@ def expert_ffn(
 
 
 def block_rows(slots: int, num_experts: int) -> int:
-    """Rows of a block: the largest power of two up to 128 that an expert fills on average, so decoding pads nothing."""
-    return 1 << min(max(slots // num_experts, 1), LARGEST_BLOCK).bit_length() - 1
+    """Rows of a block, a power of two: up to 128, but no more than an expert fills on average: decoding pads nothing.
+
+    Every block reads its expert's weights and writes their gradients, so experts with many rows have larger blocks.
+    """
+    each = max(slots // num_experts, 1)
+    return 1 << min(each, max(FULL_BLOCK, each // SPARED_SHARE)).bit_length() - 1
 
 
 def chunk_blocks(model_dim: int, width: int) -> int:

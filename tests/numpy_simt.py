@@ -72,7 +72,8 @@ class Reg:
         self.value = value
 
     def _with(self, other, op):
-        return Reg(op(self.value, _array(other, self.value.dtype)))
+        with np.errstate(all="ignore"):  # threads that are not active hold noise
+            return Reg(op(self.value, _array(other, self.value.dtype)))
 
     def __add__(self, other):
         return self._with(other, np.add)
@@ -85,6 +86,13 @@ class Reg:
 
     def __mul__(self, other):
         return self._with(other, np.multiply)
+
+    def __truediv__(self, other):
+        assert self.value.dtype == np.float32
+        return self._with(other, np.divide)
+
+    def __floordiv__(self, other):
+        return self._with(other, np.floor_divide)
 
     def __and__(self, other):
         return self._with(other, np.bitwise_and)
@@ -238,6 +246,28 @@ def clamped(x, limit):
     return Reg(np.clip(x.value.view(np.int32), 0, limit).astype(np.uint32))
 
 
+def maximum_f32(a, b):
+    return a._with(b, np.fmax)
+
+
+def _approximate(function, x):
+    assert x.value.dtype == np.float32
+    with np.errstate(all="ignore"):
+        return Reg(function(x.value).astype(np.float32))
+
+
+def exp2(x):
+    return _approximate(np.exp2, x)
+
+
+def log2(x):
+    return _approximate(np.log2, x)
+
+
+def bfloat16_pair(x):
+    return (x << 16).float(), (x & 0xFFFF0000).float()
+
+
 def low_word(x):
     return Reg(x.value.astype(np.uint32))
 
@@ -326,6 +356,11 @@ def store4(address, values, offset=0):
         store(address, value, offset + 4 * i)
 
 
+def store_if(condition, address, value):
+    with when(condition):
+        store(address, value)
+
+
 def store_pair_if_reaches(score, bound, number, address, distance):
     reaches = score.reaches(bound)
     with when(reaches):
@@ -368,8 +403,33 @@ def load_gmem_vector(address):
     return [x.float() for x in _load(machine.gmem, address, 0, 4)]
 
 
+def _load_if(condition, address, count, otherwise):
+    with when(condition):
+        loaded = _load(machine.gmem, address, 0, count)
+    taken = machine.active & condition.value
+    return [Reg(np.where(taken, x.value, np.uint32(otherwise))) for x in loaded]
+
+
+def load_gmem_if(condition, address):
+    return _load_if(condition, address, 1, 0)[0]
+
+
+def load4_gmem_if(condition, address, otherwise):
+    return _load_if(condition, address, 4, otherwise)
+
+
+def read4_gmem(address, offset=0):
+    return _load(machine.gmem, address, offset, 4)
+
+
 def store_gmem(address, value):
     machine.gmem[_words(machine.gmem, address)[machine.active]] = value.value[machine.active]
+
+
+def store4_gmem(address, values, offset=0):
+    place = _words(machine.gmem, address, offset, align=16)[machine.active]
+    for i, value in enumerate(values):
+        machine.gmem[place + i] = value.value[machine.active]
 
 
 def _warps(x):
@@ -395,6 +455,22 @@ def warp_minimum(x):
 
 def warp_maximum(x):
     return _spread(_warps(x).max(1))
+
+
+def _over_lanes(x, op):
+    x = _warps(x)
+    with np.errstate(all="ignore"):
+        for distance in (16, 8, 4, 2, 1):
+            x = op(x, x[:, np.arange(32) ^ distance])
+    return Reg(x.ravel())
+
+
+def warp_sum_f32(x):
+    return _over_lanes(x, np.add)
+
+
+def warp_maximum_f32(x):
+    return _over_lanes(x, np.fmax)
 
 
 def warp_reserve(address, count, lane):

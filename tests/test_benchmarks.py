@@ -1,13 +1,16 @@
 """The benchmarks' plumbing on CPU: what they time is called, recorded and shown; the README shows what was recorded."""
 
+import dataclasses
 import json
 import re
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import forward, gpu_tests, measure, tables
-
-RESULTS = measure.RESULTS / "forward.json"
+from benchmarks import forward, gpu_tests, measure, tables, training
+from dsa_jax import Config
 
 
 @pytest.fixture
@@ -65,17 +68,43 @@ def test_slow_calls_are_timed_too(small, monkeypatch):
     assert timed["least"] <= timed["seconds"] <= timed["most"] and "sustained" not in timed
 
 
-def test_the_readme_shows_what_was_recorded():
-    results = json.loads(RESULTS.read_text())
-    section = tables.forward(results)
-    assert tables.README.read_text() == tables.updated(tables.README.read_text(), section)
+@pytest.mark.parametrize("name", tables.SECTIONS)
+def test_the_readme_shows_what_was_recorded(name):
+    results = json.loads((measure.RESULTS / f"{name}.json").read_text())
+    section = tables.SECTIONS[name](results)
+    assert tables.README.read_text() == tables.updated(tables.README.read_text(), name, section)
     timed = []
     for part in results.values():
         assert "H200" in part["circumstances"]["card"] and part["circumstances"]["compute_capability"] == "9.0"
         timed += [row for row in part["timings"] if row["implementation"] == "pallas"]
     assert len(re.findall(r"TFLOP/s \(\d+%\)", section)) == sum("tflops" in row for row in timed)
     with pytest.raises(ValueError, match="once"):
-        tables.updated("no markers", section)
+        tables.updated("no markers", name, section)
+
+
+def test_training_cases_run(small, monkeypatch):
+    """The backward and the sparse loss at toy sizes, in plain XLA."""
+    for name, value in dict(QUERIES=16, TOPK=8, LATENT=32, ROPE=8, INDEX_HEADS=4, INDEX_DIM=64).items():
+        monkeypatch.setattr(training, name, value, raising=False)
+    monkeypatch.setattr(training, "BACKWARD", [(4, 64)])
+    monkeypatch.setattr(training, "LOSSES", [(4, 64)])
+    for case in (*training.backward_cases(), *training.loss_cases()):
+        case = dataclasses.replace(case, implementations=("xla",))
+        (row,) = case.run(PEAKS)
+        assert row["least"] <= row["seconds"]
+
+
+def test_a_step_is_timed(monkeypatch):
+    """The step itself is held elsewhere, and takes long to compile."""
+    monkeypatch.setattr(training, "slice_config", Config.tiny)
+    monkeypatch.setattr(training, "initial_state", lambda *_: {"count": jnp.zeros(4)})
+    step = jax.jit(lambda state, batch: (jax.tree.map(lambda x: x + 1, state), {"tokens": batch.valid.sum()}))
+    make = mock.Mock(return_value=step)
+    monkeypatch.setattr(training, "make_step", make)
+    row = training.step_row("SPARSE", 16, "xla")
+    assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"]) and row["peak_gib"] > 0
+    assert row["metrics"] == {"tokens": 16.0} and row["parameters"] == 1469952
+    assert make.call_args.args[1].phase.name == "SPARSE"
 
 
 def test_the_outcomes_of_a_report():
@@ -84,7 +113,7 @@ def test_the_outcomes_of_a_report():
         '<failure message="x"/></testcase><testcase classname="tests.b" name="three"><skipped/></testcase>'
         "</testsuite></testsuites>"
     )
-    found = gpu_tests.outcomes(report)
-    assert found["counts"] == {"passed": 1, "failure": 1, "skipped": 1}
-    assert found["by_file"] == {"tests.a": {"passed": 1, "failure": 1}, "tests.b": {"skipped": 1}}
-    assert found["not_passed"] == ["tests.a::two failure", "tests.b::three skipped"]
+    assert gpu_tests.outcomes(report) == {
+        "tests.a": {"counts": {"passed": 1, "failure": 1}, "not_passed": ["two failure"]},
+        "tests.b": {"counts": {"skipped": 1}, "not_passed": ["three skipped"]},
+    }

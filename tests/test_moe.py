@@ -261,7 +261,8 @@ def test_memory_at_published_sizes_is_bounded():
 
 
 @pytest.mark.parametrize(
-    ("slots", "num_experts", "rows"), [(8, 256, 1), (2048 * 8, 256, 64), (4096, 8, 128), (768, 256, 2)]
+    ("slots", "num_experts", "rows"),
+    [(8, 256, 1), (2048 * 8, 256, 64), (4096, 8, 128), (768, 256, 2), (2**18, 8, 2048), (2**20, 256, 256)],
 )
 def test_blocks_fit_the_rows_of_an_expert(slots, num_experts, rows):
     assert block_rows(slots, num_experts) == rows

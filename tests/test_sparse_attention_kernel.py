@@ -204,7 +204,7 @@ def gathered(x, indices, tiles, interpret):
         out_type=jax.ShapeDtypeStruct((64, width), x.dtype),
         scratch_types=[
             plgpu.SMEM((64, width), x.dtype, transforms=ptx.swizzled(x.dtype)),
-            ptx.gather_barriers(1, 64, interpret),
+            ptx.gather_barriers(1, interpret),
         ],
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

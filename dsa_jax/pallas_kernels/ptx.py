@@ -99,6 +99,15 @@ def private_values(values, layout):
     return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
 
 
+def elements(array):
+    """The elements of a thread, of an array that has vectors for registers."""
+    return [
+        llvm.extractelement(vector, i32(i))
+        for vector in array.registers.flat
+        for i in range(ir.VectorType(vector.type).shape[0])
+    ]
+
+
 def opaque_zero(interpret: bool = False):
     """An int32 zero that the compiler can neither fold nor hoist.
 
@@ -117,13 +126,13 @@ def opaque_zero(interpret: bool = False):
 
 
 # Barriers that gathers complete. They are raw mbarriers, since `inline_mgpu` takes no `plgpu.Barrier`; each counts one
-# arrival a thread of the gathering warpgroup. In the interpreter they are Pallas barriers that count rows.
+# arrival a thread of the gathering warpgroup. In the interpreter they are Pallas barriers of one arrival.
 
 
-def gather_barriers(count: int, rows: int, interpret: bool = False):
-    """The scratch type of `count` barriers, each for gathers of `rows` rows."""
+def gather_barriers(count: int, interpret: bool = False):
+    """The scratch type of `count` barriers."""
     if interpret:
-        return plgpu.Barrier(num_arrivals=rows, num_barriers=count)
+        return plgpu.Barrier(num_barriers=count)
     return plgpu.SMEM((2 * count,), jnp.int32)
 
 
@@ -189,6 +198,21 @@ def load_row_ids(indices_gmem, interpret: bool = False):
     return load(indices_gmem)
 
 
+def consecutive_row_ids(first, interpret: bool = False):
+    """The row numbers that this thread will gather of the 64 rows from `first`, as `load_row_ids` has them."""
+    if interpret:
+        return first + jnp.arange(64, dtype=jnp.int32)
+    layout = plgpu.Layout.WG_STRIDED((512,), vec_size=4)
+
+    @inline_mgpu(arg_types=(SPLAT,), return_type=Result((512,), jnp.int32, layout))
+    def number(ctx, first):
+        group = arith.shrui(arith.andi(thread_id(), i32(WARPGROUP - 1)), i32(3))
+        row = arith.addi(scalar(first), group)
+        return private_values([arith.addi(row, i32(16 * i)) for i in range(4)], layout)
+
+    return number(first)
+
+
 def gather_64_rows(x_gmem, ids, rows_smem, barriers, i, tiles, interpret: bool = False, first: int = 0) -> None:
     """Gathers column tiles of 64 rows of `x_gmem` [S, H], bfloat16, into swizzled `rows_smem` [64, …].
 
@@ -231,22 +255,11 @@ def gather_64_rows(x_gmem, ids, rows_smem, barriers, i, tiles, interpret: bool =
 
 
 def _interpreted_gather(x_gmem, ids, rows_smem, barrier, tiles, first):
-    columns = pl.ds(64 * tiles[0], 64 * len(tiles))
-    to = pl.ds(64 * (tiles[0] - first), 64 * len(tiles))
-
-    @pl.loop(0, 64)
-    def _(j):
-        row = lax.dynamic_index_in_dim(ids, j, keepdims=False)
-        present = (row >= 0) & (row < x_gmem.shape[0])
-
-        @pl.when(present)
-        def _():
-            plgpu.copy_gmem_to_smem(x_gmem.at[row, columns], rows_smem.at[j, to], barrier)
-
-        @pl.when(~present)
-        def _():
-            rows_smem[j, to] = jnp.zeros((64 * len(tiles),), rows_smem.dtype)
-            plgpu.barrier_arrive(barrier)
+    present = (ids >= 0) & (ids < x_gmem.shape[0])
+    rows = jnp.take(x_gmem[:, pl.ds(64 * tiles[0], 64 * len(tiles))], jnp.where(present, ids, 0), axis=0)
+    rows_smem[:, pl.ds(64 * (tiles[0] - first), 64 * len(tiles))] = jnp.where(present[:, None], rows, 0)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
 
 
 # Absent keys and votes. A warp asks first whether there is anything to do: mostly there is not.
@@ -285,7 +298,7 @@ def drop_absent_keys(logits, ids, size: int, interpret: bool = False):
             "{\n.reg .pred p;\n"
             f"setp.ge.u32 p, $1, {size};\nsetp.ge.or.u32 p, $2, {size}, p;\n"
             "vote.sync.any.pred p, p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}",
-            *_elements(ids),
+            *elements(ids),
             result_types=i32_type(),
             has_side_effects=True,
             convergent=True,
@@ -302,7 +315,7 @@ def drop_absent_keys(logits, ids, size: int, interpret: bool = False):
         code = f"setp.lt.u32 p, $1, {size};\nvote.sync.ballot.b32 $0, p, 0xffffffff;"
         words = [
             ptx(f"{{\n.reg .pred p;\n{code}\n}}", x, result_types=i32_type(), has_side_effects=True, convergent=True)
-            for x in _elements(ids)
+            for x in elements(ids)
         ]
         words = [arith.shrui(word, arith.andi(_lane_id(), i32(3))) for word in words]
         minus_infinity = mgpu.utils.c(float("-inf"), ir.F32Type.get())
@@ -332,7 +345,7 @@ def some_not_one(factors, interpret: bool = False):
         some = ptx(
             "{\n.reg .pred p;\nsetp.neu.f32 p, $1, 0f3F800000;\nsetp.neu.or.f32 p, $2, 0f3F800000, p;\n"
             "vote.sync.any.pred p, p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}",
-            *_elements(factors),
+            *elements(factors),
             result_types=i32_type(),
             has_side_effects=True,
             convergent=True,
@@ -344,12 +357,3 @@ def some_not_one(factors, interpret: bool = False):
 
 def _lane_id():
     return arith.andi(thread_id(), i32(31))
-
-
-def _elements(array):
-    """The elements of a thread, of an array that has vectors for registers."""
-    return [
-        llvm.extractelement(vector, i32(i))
-        for vector in array.registers.flat
-        for i in range(ir.VectorType(vector.type).shape[0])
-    ]

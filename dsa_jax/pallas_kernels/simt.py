@@ -25,17 +25,27 @@ class Reg:
     def _with(self, other, op):
         return Reg(op(self.value, _value(other, self.value.type)))
 
+    def _by_type(self, other, of_int, of_float):
+        return self._with(other, of_float if isinstance(self.value.type, ir.F32Type) else of_int)
+
     def __add__(self, other):
-        return self._with(other, arith.addi)
+        return self._by_type(other, arith.addi, arith.addf)
 
     def __sub__(self, other):
-        return self._with(other, arith.subi)
+        return self._by_type(other, arith.subi, arith.subf)
 
     def __rsub__(self, other):
         return Reg(_value(other, self.value.type)) - self
 
     def __mul__(self, other):
-        return self._with(other, arith.muli)
+        return self._by_type(other, arith.muli, arith.mulf)
+
+    def __truediv__(self, other):
+        """Of float32."""
+        return self._with(other, arith.divf)
+
+    def __floordiv__(self, other):
+        return self._with(other, arith.divui)
 
     def __and__(self, other):
         return self._with(other, arith.andi)
@@ -233,6 +243,26 @@ def clamped(x, limit):
     return _asm(f"{{max.s32 $0, $1, 0; min.s32 $0, $0, {limit};}}", x, results="r", pure=True)
 
 
+def maximum_f32(a, b):
+    """The greater float32; of a number and NaN the number."""
+    return _asm("max.f32 $0, $1, $2;", a, b, results="f", pure=True)
+
+
+def exp2(x):
+    """2^x of float32, to about 2^-22 of it."""
+    return _asm("ex2.approx.f32 $0, $1;", x, results="f", pure=True)
+
+
+def log2(x):
+    """The logarithm of a float32 by 2, to about 2^-22."""
+    return _asm("lg2.approx.f32 $0, $1;", x, results="f", pure=True)
+
+
+def bfloat16_pair(x):
+    """The two bfloat16 in an int32, the lower half first, as float32."""
+    return (x << 16).float(), (x & 0xFFFF0000).float()
+
+
 def low_word(x):
     """The lower half of an int64."""
     return _asm("cvt.u32.u64 $0, $1;", x, results="r", pure=True)
@@ -314,6 +344,11 @@ def store4(address, values, offset=0):
     _asm(f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
 
 
+def store_if(condition, address, value):
+    """An int32 to shared memory where the condition holds."""
+    _asm("@$2 st.shared.b32 [$0], $1;", address, value, condition)
+
+
 def store_pair_if_reaches(score, bound, number, address, distance):
     """Where score ≥ bound, stores it, and `number` `distance` bytes behind, and returns address + 4; else address."""
     text = (
@@ -348,9 +383,35 @@ def load_gmem_vector(address):
     return _asm("ld.global.nc.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4];", address, results="ffff")
 
 
+def load_gmem_if(condition, address):
+    """An int32 of global memory that nobody writes where the condition holds, else 0."""
+    text = "{.reg .b32 x; mov.b32 x, 0; @$2 ld.global.nc.b32 x, [$1]; mov.b32 $0, x;}"
+    return _asm(text, address, condition, results="r")
+
+
+def load4_gmem_if(condition, address, otherwise):
+    """4 int32 of global memory that nobody writes, used once, where the condition holds, else 4 × `otherwise`."""
+    text = (
+        f"{{.reg .b32 x<4>; mov.b32 x0, {otherwise}; mov.b32 x1, x0; mov.b32 x2, x0; mov.b32 x3, x0; "
+        "@$5 ld.global.nc.L1::no_allocate.v4.b32 {x0, x1, x2, x3}, [$4]; "
+        "mov.b32 $0, x0; mov.b32 $1, x1; mov.b32 $2, x2; mov.b32 $3, x3;}"
+    )
+    return _asm(text, address, condition, results="rrrr")
+
+
+def read4_gmem(address, offset=0):
+    """4 int32 of global memory that this kernel may have written."""
+    return _asm(f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", address, results="rrrr")
+
+
 def store_gmem(address, value):
     """An int32 to global memory."""
     _asm("st.global.b32 [$0], $1;", address, value)
+
+
+def store4_gmem(address, values, offset=0):
+    """4 int32 to global memory."""
+    _asm(f"st.global.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
 
 
 # Warps: all 32 lanes call these together.
@@ -380,6 +441,22 @@ def warp_minimum(x):
 def warp_maximum(x):
     """The greatest `x` of the warp."""
     return _asm("redux.sync.max.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
+
+
+def warp_sum_f32(x):
+    """The sum of the warp's float32, the same bits in all lanes."""
+    for distance in (16, 8, 4, 2, 1):
+        text = f"{{.reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, 0xffffffff; add.f32 $0, $1, t;}}"
+        x = _asm(text, x, results="f", convergent=True)
+    return x
+
+
+def warp_maximum_f32(x):
+    """The greatest float32 of the warp."""
+    for distance in (16, 8, 4, 2, 1):
+        text = f"{{.reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, 0xffffffff; max.f32 $0, $1, t;}}"
+        x = _asm(text, x, results="f", convergent=True)
+    return x
 
 
 def warp_reserve(address, count, lane):

@@ -348,7 +348,7 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
             plgpu.SMEM((streams, heads, BLOCK), jnp.bfloat16, transforms=swizzled),
             plgpu.SMEM((streams, 4, heads), jnp.float32),
             plgpu.SMEM((streams, heads), jnp.float32),
-            ptx.gather_barriers(slots, BLOCK, interpret),
+            ptx.gather_barriers(slots, interpret),
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(num_barriers=streams),
         ),

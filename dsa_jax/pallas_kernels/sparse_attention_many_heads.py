@@ -122,7 +122,7 @@ def _kernel(q_shape, kv_shape, value_dim, scale, config, interpret):
         p_odd_smem=plgpu.SMEM(p_shape, jnp.bfloat16, transforms=swizzled),
         p_even_smem=None if dim > value_dim else plgpu.SMEM(p_shape, jnp.bfloat16, transforms=swizzled),
         rows_smem=plgpu.SMEM((4 * BLOCK_HEADS,), jnp.float32),
-        gathered_barriers=ptx.gather_barriers(4, BLOCK_KEYS, interpret),
+        gathered_barriers=ptx.gather_barriers(4, interpret),
         # Q has landed, and warpgroup 1 is done with the query before: an arrival each.
         q_barrier=plgpu.Barrier(num_arrivals=2),
         # One arrival each, of a compute warpgroup; the gathering one waits. Slot 0 or 1 × left or right columns.
