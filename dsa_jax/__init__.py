@@ -1,9 +1,10 @@
 """DeepSeek Sparse Attention for JAX."""
 
-from dsa_jax.attention import attention_target, latent_attention, multihead_attention, sparse_attention
+from dsa_jax.attention import attention_target, sparse_attention
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config, YaRN
 from dsa_jax.convert import convert_hf, load_hf, save_hf, to_hf
+from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.generate import generate
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl

@@ -25,6 +25,7 @@ from dsa_jax.attention import (
     zero_unreached,
 )
 from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
+from dsa_jax.dense_attention import check_heads
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
 from dsa_jax.pallas_kernels import choose_implementation, dense_target
@@ -90,7 +91,7 @@ def dense_indexer_kl(
     `sparse_indexer_kl`. Keys that no query of their row reaches may be NaN.
     """
     q, k, lse = jnp.asarray(q), jnp.asarray(k), jnp.asarray(lse)
-    attention.check_heads(q, k)
+    check_heads(q, k)
     attention.check_lse(lse, q)
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_same_keys(k_index, k, "k")

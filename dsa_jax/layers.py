@@ -9,10 +9,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.attention import latent_attention, multihead_attention, sparse_attention
+from dsa_jax.attention import sparse_attention
 from dsa_jax.blocks import project
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
+from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.indexer import LightningIndexer, new_weight
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange

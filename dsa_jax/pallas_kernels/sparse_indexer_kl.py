@@ -3,7 +3,7 @@
 Two steps, so that head sums can be added up across devices between them:
 
   head_sums                    probabilities of the attention summed over heads, by `attention_target`
-  indexer_kl, indexer_gradients   the KL of their normalised sums, and its gradients, by `sparse_index_kl`; what each
+  indexer_kl, indexer_gradients   the KL of their normalised sums, and its gradients, by `selection_kl`; what each
                                query adds to the gradients of its keys is summed key by key in the order of queries
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.pallas_kernels import attention_target, sparse_index_kl
+from dsa_jax.pallas_kernels import attention_target, selection_kl
 from dsa_jax.pallas_kernels.sum_rows import sort_by_key, sum_rows
 
 KEY_STEP = 128  # the kernels take selections in multiples of it
@@ -66,7 +66,7 @@ def why_not(sums, q_index, k_index, weights, indices, k_scale) -> str | None:
         return f"expected q_index [B, T, J, E] and indices [B, T, K], got {q_index.shape} and {indices.shape}"
     queries, selected = indices.shape[0] * indices.shape[1], _padded(indices.shape[2])
     shape = jax.ShapeDtypeStruct
-    return sparse_index_kl.why_not(
+    return selection_kl.why_not(
         shape((queries, selected), sums.dtype),
         shape((queries, *q_index.shape[2:]), q_index.dtype),
         k_index,
@@ -91,7 +91,7 @@ def indexer_kl(sums, q_index, k_index, weights, indices, k_scale, *, interpret: 
     """
     queries = _flat(sums, q_index, weights, indices)
     sums, q, w, at = queries
-    kl: Any = sparse_index_kl.sparse_index_kl(sums, q, k_index, w, at, k_scale, interpret=interpret)
+    kl: Any = selection_kl.selection_kl(sums, q, k_index, w, at, k_scale, interpret=interpret)
     return kl.reshape(indices.shape[:2])
 
 
@@ -106,7 +106,7 @@ def indexer_gradients(
     """
     batch, size = k_index.shape[:2]
     sums, q, w, at = _flat(sums, q_index, weights, indices)
-    kl, d_q, d_w, rows = sparse_index_kl.sparse_index_kl(
+    kl, d_q, d_w, rows = selection_kl.selection_kl(
         sums, q, k_index, w, at, k_scale, d_kl.reshape(-1), interpret=interpret
     )
     # Keys of all batch rows in one line, so that one sort serves.

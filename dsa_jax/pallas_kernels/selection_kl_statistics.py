@@ -1,4 +1,4 @@
-"""What comes between the two passes of `sparse_index_kl` over a query's keys: I, p, the KL and dI.
+"""What comes between the two passes of `selection_kl` over a query's keys: I, p, the KL and dI.
 
 Each of a team's 128 threads has keys of its own, looks up their ids, scales and p, and tells the others only sums.
 Written with the small vocabulary of `simt`; the tests run it on NumPy threads.

@@ -34,8 +34,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels import ptx
-from dsa_jax.pallas_kernels.sparse_index_kl_signs import PARTS, WORD_A_THREAD, masked, signs
-from dsa_jax.pallas_kernels.sparse_index_kl_statistics import NOTES, statistics
+from dsa_jax.pallas_kernels.selection_kl_signs import PARTS, WORD_A_THREAD, masked, signs
+from dsa_jax.pallas_kernels.selection_kl_statistics import NOTES, statistics
 
 HEADS = (64, 32, 16)
 DIMS = (128, 64)
@@ -120,7 +120,7 @@ def why_not(sums, q_index, k_index, weights, indices, k_scale, d_kl=None) -> str
     return None
 
 
-def sparse_index_kl(
+def selection_kl(
     sums, q_index, k_index, weights, indices, k_scale, d_kl=None, *, config: Config | None = None, interpret=False
 ):
     """KL(p ‖ softmax(I)) a query over its selection, I[k] = k_scale · Σ_j w_j · relu(q_j · k), and its gradients.
@@ -142,7 +142,7 @@ def sparse_index_kl(
     """
     reason = why_not(sums, q_index, k_index, weights, indices, k_scale, d_kl)
     if reason is not None:
-        raise ValueError(f"sparse_index_kl: {reason}")
+        raise ValueError(f"selection_kl: {reason}")
     heads = q_index.shape[1]
     more = BLOCK_HEADS - heads
     if more:
@@ -210,7 +210,7 @@ def _kernel(q_shape, keys, batch, backward, config: Config, interpret):
 
 
 def _block(
-    inputs,  # sums, q_index, k_index, weights, indices, k_scale, d_kl or not, as `sparse_index_kl` takes them
+    inputs,  # sums, q_index, k_index, weights, indices, k_scale, d_kl or not, as `selection_kl` takes them
     outputs,  # kl; with d_kl also d_q, d_weights, contributions, signs
     *,
     q_smem,  # [2, 64, E]; for the second pass w · q; at the end d_q

@@ -12,9 +12,9 @@ from cases import hostile_indices, normal, poison, same_bits
 from reference import f64
 
 from dsa_jax.pallas_kernels import ptx
-from dsa_jax.pallas_kernels import sparse_index_kl_statistics as kernel
-from dsa_jax.pallas_kernels.sparse_index_kl import TEAMS, Config, smem_bytes, sparse_index_kl, stages_of, why_not
-from dsa_jax.pallas_kernels.sparse_index_kl_signs import masked, signs
+from dsa_jax.pallas_kernels import selection_kl_statistics as kernel
+from dsa_jax.pallas_kernels.selection_kl import TEAMS, Config, selection_kl, smem_bytes, stages_of, why_not
+from dsa_jax.pallas_kernels.selection_kl_signs import masked, signs
 
 
 def inputs(seed, b, t, s, k, j, e, scale=0.02) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ def compare(results, *arguments):
         np.testing.assert_array_equal(f64(x)[empty], 0.0)
 
 
-call = jax.jit(sparse_index_kl, static_argnames=("config", "interpret"))
+call = jax.jit(selection_kl, static_argnames=("config", "interpret"))
 
 
 @pytest.mark.parametrize(("k", "backward"), [(128, True), (384, False), (2176, True)])
@@ -136,7 +136,7 @@ def test_interpreted():
 @pytest.mark.parametrize("backward", [True, False])
 def test_lowers(j, e, k, backward):
     arguments = abstract(4, 2, 500, k, j, e)[: 6 + backward]
-    lowered = jax.jit(sparse_index_kl).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    lowered = jax.jit(selection_kl).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in lowered
 
 
@@ -179,7 +179,7 @@ def test_refuses_shapes(change, message):
     arguments = abstract(**({"t": 4, "b": 2, "s": 50, "k": 128, "j": 64, "e": 128} | change))
     assert message in str(why_not(*arguments))
     with pytest.raises(ValueError, match=message):
-        sparse_index_kl(*arguments)
+        selection_kl(*arguments)
 
 
 @pytest.mark.parametrize("i", range(7))
@@ -188,7 +188,7 @@ def test_refuses_dtypes(i):
     assert why_not(*arguments) is None
     arguments[i] = jax.ShapeDtypeStruct(arguments[i].shape, jnp.float16)
     with pytest.raises(ValueError, match="must be"):
-        sparse_index_kl(*arguments)
+        selection_kl(*arguments)
 
 
 @pytest.mark.parametrize("change", [{"math_registers": 210}, {"blocks": 0}])

@@ -1,0 +1,185 @@
+"""Attention over every key that a query reaches, dense: in latent form, and in each head's own keys and values.
+
+Results and gradients as in `dsa_jax.attention`, whose softmax over a block is used here.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsa_jax import pallas_kernels
+from dsa_jax.attention import (
+    attend,
+    attend_backward,
+    check_indices,
+    check_latents,
+    check_one_dtype,
+    check_value_dim,
+    no_gradient,
+    scatter_rows,
+    zero_unreached,
+)
+from dsa_jax.blocks import map_queries, queries_per_block
+from dsa_jax.indexer import check_keys
+from dsa_jax.key_range import KeyRange
+from dsa_jax.pallas_kernels import check_implementation, choose_implementation
+from dsa_jax.pallas_kernels import multihead_attention as multihead_kernel
+
+
+def latent_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
+    keys: KeyRange,
+    *,
+    value_dim: int,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attends to every reachable latent in MLA's multi-query form; arguments and results as in `sparse_attention`.
+
+    Latents that no query of their row reaches may be NaN.
+    """
+    q, kv = jnp.asarray(q), jnp.asarray(kv)
+    check_latents(q, kv)
+    check_keys(keys, *q.shape[:2])
+    check_value_dim(value_dim, kv)
+    check_implementation("latent_attention", implementation)
+    kv = zero_unreached(kv, keys)
+    return _dense_attention(scale, "sh", "xla", q, kv, kv[..., :value_dim], keys, None)
+
+
+def multihead_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N V"],
+    keys: KeyRange,
+    *,
+    scale: float,
+    indices: Int[Array, "B T K"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attends with keys and values of each head's own (H = P + R): 3.4 times fewer FLOPs a pair than the latent form.
+
+    With `indices` only the reachable keys among them are attended to, under `sparse_attention`'s rules for indices.
+    Keys that no query of their row reaches may be NaN. Results as in `sparse_attention`.
+    """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    check_heads(q, k)
+    if v.shape[:3] != k.shape[:3] or v.ndim != 4:
+        raise ValueError(f"v must be [B, S, N, V] like k {k.shape}, got shape {v.shape}")
+    check_one_dtype(q=q, k=k, v=v)
+    check_keys(keys, *q.shape[:2])
+    if indices is not None:
+        indices = jnp.asarray(indices)
+        check_indices(indices, *q.shape[:2])
+        check_implementation("multihead_attention over a selection", implementation)
+    k, v = zero_unreached(k, keys), zero_unreached(v, keys)
+    return _dense_attention(scale, "snh", implementation, q, k, v, keys, indices)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dense_attention(scale, dims, implementation, q, k, v, keys, indices):
+    attend = partial(_reached_attention, scale=scale, dims=dims)
+    if indices is not None:
+        return attend(q, k, v, keys.start, keys.stop, indices)
+    if dims == "snh":
+        attend = choose_implementation(
+            "multihead_attention",
+            implementation,
+            multihead_kernel.why_not(q, k, v, keys.start, keys.stop),
+            xla=attend,
+            pallas=partial(multihead_kernel.multihead_attention, scale=scale),
+        )
+    return attend(q, k, v, keys.start, keys.stop)
+
+
+def _reached_attention(q, k, v, start, stop, indices=None, *, scale, dims):
+    def block(queries, keys, sums):
+        (q, start, stop, indices), (k, v) = queries, keys
+        return attend(q, k, v, _reach(start, stop, indices, k.shape[0]), scale=scale, dims=dims), sums
+
+    return map_queries(block, (q, start, stop, indices), (k, v), block=_dense_block(q, k))[0]
+
+
+def _dense_block(q, k):
+    return queries_per_block(3 * k.shape[1] * q.shape[2])
+
+
+def _reach(start, stop, indices, size):
+    """The bias of `attend` over all keys: log multiplicity in the selection if there is one, -inf out of reach."""
+    reach = KeyRange(start, stop).contains(jnp.arange(size))
+    if indices is None:
+        return jnp.where(reach, 0.0, -jnp.inf)
+    ones = jnp.ones(indices.shape, jnp.float32)
+    counts = jax.vmap(scatter_rows)(jnp.zeros(reach.shape, jnp.float32), indices, ones)
+    return jnp.where(reach, jnp.log(counts), -jnp.inf)
+
+
+def _dense_forward(scale, dims, implementation, q, k, v, keys, indices):
+    out, lse = _dense_attention(scale, dims, implementation, q, k, v, keys, indices)
+    return (out, lse), (q, k, v, keys, indices, lse)
+
+
+def _dense_backward(scale, dims, implementation, residuals, cotangents):
+    (q, k, v, keys, indices, lse), (d_out, d_lse) = residuals, cotangents
+    arrays = q, k, v, keys.start, keys.stop, lse, d_out, d_lse
+    backward = partial(_reached_backward, scale=scale, dims=dims)
+    if indices is not None:
+        gradients = _reached_backward(*arrays, indices, scale=scale, dims=dims)
+    elif dims == "snh" and implementation != "xla" and _cudnn_takes(q, k, v):
+        # Not `choose_implementation`: JAX must see beforehand that cuDNN's part wants to know the devices.
+        gradients = jax.lax.platform_dependent(*arrays, cuda=partial(_cudnn_backward, scale=scale), default=backward)
+    else:
+        gradients = backward(*arrays)
+    return *gradients, *jax.tree.map(no_gradient, (keys, indices))
+
+
+def _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, indices=None, *, scale, dims):
+    def block(queries, keys, sums):
+        (q, start, stop, indices, *rest), (k, v) = queries, keys
+        bias = _reach(start, stop, indices, k.shape[0])
+        d_q, d_k, d_v = attend_backward(q, k, v, bias, *rest, scale=scale, dims=dims)
+        return d_q, (sums[0] + d_k, sums[1] + d_v)
+
+    queries = (q, start, stop, indices, lse, d_out, d_lse)
+    sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q, (d_k, d_v) = map_queries(block, queries, (k, v), sums, block=_dense_block(q, k))
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _cudnn_takes(q, k, v) -> bool:
+    """Whether this process's GPUs are Hopper's and cuDNN's attention takes such arrays, values padded."""
+    dim, fits = q.shape[3], q.dtype == jnp.bfloat16 and q.shape[:2] == k.shape[:2]
+    hopper = pallas_kernels.gpu_capability() == pallas_kernels.CAPABILITY
+    return hopper and fits and dim % 8 == 0 and v.shape[3] <= dim <= 256
+
+
+def _cudnn_backward(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
+    """cuDNN's backward where the ranges are causal, as in training on unpacked documents; else the definition's."""
+    spare = [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]
+
+    def attend(q, k, v):
+        out = jax.nn.dot_product_attention(q, k, jnp.pad(v, spare), scale=scale, is_causal=True, implementation="cudnn")
+        return out[..., : v.shape[3]]
+
+    causal = KeyRange.causal(*q.shape[:2])
+    return jax.lax.cond(
+        jnp.all((start <= 0) & (stop == causal.stop)) & jnp.all(d_lse == 0),
+        lambda: jax.vjp(attend, q, k, v)[1](d_out),
+        lambda: _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, scale=scale, dims="snh"),
+    )
+
+
+_dense_attention.defvjp(_dense_forward, _dense_backward)
+
+
+def check_heads(q, k):
+    """Raises ValueError unless q [B, T, N, H] and k [B, S, N, H] fit together."""
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, N, P+R], got shape {q.shape}")
+    batch, _, heads, dim = q.shape
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] < 1:
+        raise ValueError(f"k must be [{batch}, S, {heads}, {dim}] like q {q.shape}, got shape {k.shape}")
+    check_one_dtype(q=q, k=k)
