@@ -6,7 +6,6 @@
 FLOPs: attention 2 · T · N · K · (2C + R), indexer 2 · J · E · reachable pairs. Selections are random and complete.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -343,19 +342,14 @@ def timings(cases, peaks):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", default=str(OUT), help="the JSON file to write")
-    arguments = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        parser.error(f"needs an NVIDIA Hopper GPU, got {jax.default_backend()}")
+    names, out = measure.command_line(__doc__, PARTS, OUT)
     peaks = measure.peaks()
     print(json.dumps({name: round(value, 1) for name, value in peaks.items()}), flush=True)
-    for name in arguments.only:
+    for name in names:
         part = PARTS[name](peaks)
         for error in part.get("errors", []):
             print(error)
-        measure.record(measure.pathlib.Path(arguments.out), {name: {"peaks": peaks} | part})
+        measure.record(out, {name: {"peaks": peaks} | part})
 
 
 if __name__ == "__main__":

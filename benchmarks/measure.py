@@ -1,5 +1,6 @@
 """Timing and recording for the benchmarks: medians of back-to-back calls, the peaks of the card, one JSON file."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +106,17 @@ def _output(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def command_line(doc: str | None, parts: Iterable[str], out: pathlib.Path) -> tuple[list[str], pathlib.Path]:
+    """Which parts of a benchmark to run and the file to record them in; ends the program where there is no GPU."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), metavar="PART")
+    parser.add_argument("--out", type=pathlib.Path, default=out, help="the JSON file to write")
+    arguments = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error(f"needs an NVIDIA Hopper GPU, got {jax.default_backend()}")
+    return arguments.only, arguments.out
 
 
 def record(path: pathlib.Path, parts: dict[str, dict[str, Any]]) -> None:

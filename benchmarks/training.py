@@ -6,12 +6,10 @@
 FLOPs: backward 2 · T · N · K · (3 (C + R) + 2C), dense attention 2 · N · (P + R + V) · reachable pairs.
 """
 
-import argparse
 import dataclasses
 import functools
 import gc
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -386,21 +384,16 @@ PARTS: dict[str, Callable[[dict], Iterable[tuple[str, dict]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", default=str(OUT), help="the JSON file to write")
-    arguments = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        parser.error(f"needs an NVIDIA Hopper GPU, got {jax.default_backend()}")
+    names, out = measure.command_line(__doc__, PARTS, OUT)
     peaks = measure.peaks()
     print(json.dumps({name: round(value, 1) for name, value in peaks.items()}), flush=True)
-    for name in arguments.only:
+    for name in names:
         part: dict[str, Any] = {"peaks": peaks}
         for kind, row in PARTS[name](peaks):
             part.setdefault(kind, []).append(row)
             if kind != "timings":
                 print(row, flush=True)
-            measure.record(pathlib.Path(arguments.out), {name: part})  # a row is not lost with those after it
+            measure.record(out, {name: part})  # a row is not lost with those after it
 
 
 if __name__ == "__main__":

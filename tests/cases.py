@@ -72,6 +72,14 @@ def poison(x, absent):
     return jnp.where(jnp.reshape(absent, absent.shape + (1,) * (x.ndim - 2)), jnp.nan, x)
 
 
+def poison_unselected(x, indices):
+    """NaN in the rows of x [B, S, …] that are not among indices [B, T, K]."""
+    absent = np.ones(x.shape[:2], bool)
+    for row, keys in zip(absent, np.asarray(indices), strict=True):
+        row[keys[(keys >= 0) & (keys < x.shape[1])]] = False
+    return poison(x, jnp.asarray(absent))
+
+
 def pulled(function, *arguments, cotangent=jnp.ones_like):
     """The value of a function and its gradients for `cotangent(value)`, compiled as one program."""
 

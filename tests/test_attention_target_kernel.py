@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import INT_MAX, INT_MIN, hostile_indices, normal, poison, same_bits
+from cases import INT_MAX, INT_MIN, hostile_indices, normal, poison_unselected, same_bits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
 from dsa_jax.pallas_kernels import ptx
-from dsa_jax.pallas_kernels.attention_target import Config, Plan, attention_target, why_not
+from dsa_jax.pallas_kernels.attention_target import (
+    COMPUTE_REGISTERS,
+    GATHER_REGISTERS,
+    Plan,
+    attention_target,
+    why_not,
+)
 
 ABSENT = [-1, -2, INT_MIN, INT_MAX, 77]
 
@@ -21,18 +27,15 @@ def inputs(seed, b, t, s, n, h, k):
     """Hostile indices, NaN in every row that nobody selects, and heads that count for nothing."""
     q, kv = normal(seed, b * t, n, h, dtype="bfloat16"), normal(seed + 1, b, s, h, dtype="bfloat16")
     indices = np.array(hostile_indices(seed + 2, b, t, k, s))
-    unused = np.ones((b, s), bool)
-    for row, keys in zip(unused, indices, strict=True):
-        row[keys[(keys >= 0) & (keys < s)]] = False
     lse = np.array(normal(seed + 3, b * t, n)) + 2.0
     lse[0] = -np.inf
     lse[-1, ::3], lse[-1, 1::3] = np.inf, -np.inf
-    return q, poison(kv, jnp.asarray(unused)), jnp.asarray(lse), jnp.asarray(indices.reshape(b * t, k))
+    return q, poison_unselected(kv, indices), jnp.asarray(lse), jnp.asarray(indices.reshape(b * t, k))
 
 
-def kernel(scale=0.1, config=None, interpret=False) -> Any:
+def kernel(scale=0.1, blocks=None, interpret=False) -> Any:
     """The kernel as a function of arrays, compiled unless it is interpreted."""
-    call = functools.partial(attention_target, scale=scale, config=config, interpret=interpret)
+    call = functools.partial(attention_target, scale=scale, blocks=blocks, interpret=interpret)
     return call if interpret else jax.jit(call)
 
 
@@ -83,14 +86,14 @@ def abstract(t, s, n, h, k, b=1) -> tuple[Any, Any, Any, Any]:
 # B, T, S, N, H, K: both computing warpgroups on every key block, and for the last 64 heads, on every other; several
 # queries a block; and two batch rows.
 @pytest.mark.parametrize(
-    ("shape", "scale", "config"),
-    [((1, 3, 50, 192, 128, 130), 0.1, Config(blocks=2)), ((2, 2, 30, 64, 64, 70), -0.1, None)],
+    ("shape", "scale", "blocks"),
+    [((1, 3, 50, 192, 128, 130), 0.1, 2), ((2, 2, 30, 64, 64, 70), -0.1, None)],
 )
-def test_equals_the_definition_and_races_for_nothing(monkeypatch, shape, scale, config):
+def test_equals_the_definition_and_races_for_nothing(monkeypatch, shape, scale, blocks):
     """The interpreter follows every barrier and raises where loads and stores of two warpgroups are unordered."""
     watched = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
     monkeypatch.setattr(plgpu, "InterpretGPUParams", watched)
-    check(*inputs(0, *shape), scale, config=config, interpret=True)
+    check(*inputs(0, *shape), scale, blocks=blocks, interpret=True)
 
 
 @pytest.mark.parametrize("heads", [64, 128])
@@ -109,23 +112,9 @@ def test_fits_the_multiprocessor():
     assert sizes == [152 * 1024, 223 * 1024] and max(sizes) < ptx.SMEM_BYTES
 
 
-def test_registers_are_passed_on_alone():
-    for registers in range(168, 233, 8):
-        config = Config(compute_registers=registers)
-        assert config.gather_registers >= 40
-        assert 2 * config.compute_registers + config.gather_registers == 3 * (65536 // 384 // 8 * 8)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("compute_registers", 220, "compute_registers must be a multiple of 8 from 168 to 232, got 220"),
-        ("blocks", 0, "blocks must be None or at least 1, got 0"),
-    ],
-)
-def test_a_config_checks_itself(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**{field: value})
+def test_registers_are_those_of_the_launch():
+    assert COMPUTE_REGISTERS % 8 == 0 and GATHER_REGISTERS >= 40
+    assert 2 * COMPUTE_REGISTERS + GATHER_REGISTERS == 3 * (65536 // 384 // 8 * 8)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +155,11 @@ def test_random_shapes(seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(compute_registers=232), Config(blocks=3)])
-def test_every_config_has_the_same_bits(config):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_any_share_of_the_work_has_the_same_bits(blocks):
     arguments = inputs(5, 1, 300, 1000, 192, 576, 512)
-    check(*arguments, 0.05, config=config)
-    same_bits(kernel(0.05, config)(*arguments), kernel(0.05)(*arguments))
+    check(*arguments, 0.05, blocks=blocks)
+    same_bits(kernel(0.05, blocks)(*arguments), kernel(0.05)(*arguments))
 
 
 @pytest.mark.gpu

@@ -14,9 +14,8 @@ from reference import f64
 
 from dsa_jax import KeyRange
 from dsa_jax.pallas_kernels import ptx
+from dsa_jax.pallas_kernels.index_scores import DIMS, HEADS
 from dsa_jax.pallas_kernels.index_scores_backward import (
-    DIMS,
-    HEADS,
     TILE,
     index_scores_backward,
     make_key_plan,

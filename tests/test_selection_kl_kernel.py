@@ -8,12 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_simt
 import pytest
-from cases import hostile_indices, normal, poison, same_bits
+from cases import hostile_indices, normal, poison_unselected, same_bits
 from reference import f64
 
 from dsa_jax.pallas_kernels import ptx
 from dsa_jax.pallas_kernels import selection_kl_statistics as kernel
-from dsa_jax.pallas_kernels.selection_kl import TEAMS, Config, selection_kl, smem_bytes, stages_of, why_not
+from dsa_jax.pallas_kernels.selection_kl import (
+    GATHER_REGISTERS,
+    MATH_REGISTERS,
+    TEAMS,
+    selection_kl,
+    smem_bytes,
+    stages_of,
+    why_not,
+)
 from dsa_jax.pallas_kernels.selection_kl_signs import masked, signs
 
 
@@ -23,14 +31,10 @@ def inputs(seed, b, t, s, k, j, e, scale=0.02) -> tuple[Any, ...]:
     indices = np.array(hostile_indices(seed, b, t, k, s))
     if k > 200:
         indices[0, 0, 64:192] = s
-    present = (indices >= 0) & (indices < s)
-    unused = np.ones((b, s), bool)
-    for row, keys, there in zip(unused, indices, present, strict=True):
-        row[keys[there]] = False
     sums = random.exponential(size=indices.shape) * (random.random(indices.shape) < 0.8)
     sums[0, -1] = 0
-    k_index = poison(normal(seed + 1, b, s, e, dtype="bfloat16"), jnp.asarray(unused))
-    k_scale = poison(jnp.asarray(random.uniform(0.5, 2, (b, s)), jnp.float32), jnp.asarray(unused))
+    k_index = poison_unselected(normal(seed + 1, b, s, e, dtype="bfloat16"), indices)
+    k_scale = poison_unselected(jnp.asarray(random.uniform(0.5, 2, (b, s)), jnp.float32), indices)
     sums, indices = jnp.asarray(sums.reshape(b * t, k), jnp.float32), jnp.asarray(indices.reshape(b * t, k))
     q_index, weights = normal(seed + 2, b * t, j, e, dtype="bfloat16"), scale * normal(seed + 3, b * t, j)
     return sums, q_index, k_index, weights, indices, k_scale, normal(seed + 4, b * t)
@@ -80,7 +84,7 @@ def compare(results, *arguments):
         np.testing.assert_array_equal(f64(x)[empty], 0.0)
 
 
-call = jax.jit(selection_kl, static_argnames=("config", "interpret"))
+call = jax.jit(selection_kl, static_argnames=("blocks", "interpret"))
 
 
 @pytest.mark.parametrize(("k", "backward"), [(128, True), (384, False), (2176, True)])
@@ -129,7 +133,7 @@ def test_statistics(k, backward, kind):
 def test_interpreted():
     arguments = inputs(0, 1, 3, 60, 128, 32, 64)
     # One team has two queries, and its ring of 3 stages turns over.
-    compare(call(*arguments, config=Config(blocks=1), interpret=True), *arguments)
+    compare(call(*arguments, blocks=1, interpret=True), *arguments)
 
 
 @pytest.mark.parametrize(("j", "e", "k"), [(64, 128, 2048), (16, 64, 128)])
@@ -150,8 +154,7 @@ def test_budget():
     assert stages_of(2048, 128, True) == stages_of(8192, 128, False) == 3
     assert stages_of(8192, 128, True) == 2 and stages_of(1 << 15, 128, False) == 0
     assert smem_bytes(2048, 128, 3, True) == 211 * 1024 < ptx.SMEM_BYTES < smem_bytes(2048, 128, 4, True)
-    config = Config()
-    assert TEAMS * (config.math_registers + config.gather_registers) == 512
+    assert TEAMS * (MATH_REGISTERS + GATHER_REGISTERS) == 512 and GATHER_REGISTERS % 8 == 0
 
 
 def test_signs_and_masks():
@@ -191,12 +194,6 @@ def test_refuses_dtypes(i):
         selection_kl(*arguments)
 
 
-@pytest.mark.parametrize("change", [{"math_registers": 210}, {"blocks": 0}])
-def test_config_refuses(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        Config(**change)
-
-
 SHAPES = [
     # b, t, s, k, j, e
     (1, 8, 300, 128, 64, 128),
@@ -215,7 +212,7 @@ def test_on_the_card(shape):
     arguments = inputs(sum(shape), *shape)
     results = call(*arguments)
     compare(results, *arguments)
-    again = call(*arguments, config=Config(blocks=3, math_registers=216))
+    again = call(*arguments, blocks=3)
     for x, y in zip(results, again, strict=True):
         same_bits(jax.lax.bitcast_convert_type(x, _integer(x)), jax.lax.bitcast_convert_type(y, _integer(y)))
     same_bits(call(*arguments[:6]), results[0])

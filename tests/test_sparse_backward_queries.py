@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import hostile_indices, normal, poison, same_bits
+from cases import hostile_indices, normal, poison_unselected, same_bits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
 from dsa_jax.pallas_kernels import ptx
 from dsa_jax.pallas_kernels.sparse_backward_queries import (
-    Config,
+    COMPUTE_REGISTERS,
+    GATHER_REGISTERS,
     column_parts,
     smem_bytes,
     sparse_backward_queries,
@@ -33,12 +34,9 @@ def with_ds(seed, b, n, s, h, indices):
     """Random ds, 0 where there is no key, and kv, NaN where nothing looks, for indices [B, T, K]."""
     indices = np.asarray(indices)
     present = (indices >= 0) & (indices < s)
-    unused = np.ones((b, s), bool)
-    for row, keys, some in zip(unused, indices, present, strict=True):
-        row[keys[some]] = False
     rows, keys = b * indices.shape[1], indices.shape[2]
     ds = normal(seed, rows, n, keys, dtype="bfloat16") * present.reshape(rows, 1, keys)
-    kv = poison(normal(seed + 1, b, s, h, dtype="bfloat16"), jnp.asarray(unused))
+    kv = poison_unselected(normal(seed + 1, b, s, h, dtype="bfloat16"), indices)
     return ds, kv, jnp.asarray(indices.reshape(rows, keys))
 
 
@@ -50,9 +48,9 @@ def inputs(seed, b, t, s, n, k, h):
     return with_ds(seed, b, n, s, h, indices)
 
 
-def kernel(config=None, interpret=False) -> Any:
+def kernel(blocks=None, interpret=False) -> Any:
     """The kernel as a function of arrays, compiled unless it is interpreted."""
-    call = functools.partial(sparse_backward_queries, config=config, interpret=interpret)
+    call = functools.partial(sparse_backward_queries, blocks=blocks, interpret=interpret)
     return call if interpret else jax.jit(call)
 
 
@@ -91,7 +89,7 @@ def test_equals_the_definition_and_races_for_nothing(monkeypatch, shape):
     """
     watched = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
     monkeypatch.setattr(plgpu, "InterpretGPUParams", watched)
-    check(*inputs(0, *shape), config=Config(blocks=2), interpret=True)
+    check(*inputs(0, *shape), blocks=2, interpret=True)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(128, 576), (128, 64), (64, 576), (64, 64), (192, 640)])
@@ -113,25 +111,9 @@ def test_fits_the_multiprocessor():
     assert column_parts(576, 128) == column_parts(576, 64) == ((0, 320), (320, 256))
 
 
-def test_registers_are_passed_on_alone():
-    for registers in range(168, 233, 8):
-        config = Config(compute_registers=registers)
-        assert config.gather_registers >= 24
-        assert 2 * config.compute_registers + config.gather_registers == 3 * (65536 // 384 // 8 * 8)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("compute_registers", 220, "compute_registers must be a multiple of 8 from 168 to 232, got 220"),
-        ("compute_registers", 160, "compute_registers must be a multiple of 8 from 168 to 232, got 160"),
-        ("compute_registers", 240, "compute_registers must be a multiple of 8 from 168 to 232, got 240"),
-        ("blocks", 1, "blocks must be None or at least 2, got 1"),
-    ],
-)
-def test_a_config_checks_itself(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**{field: value})
+def test_registers_are_those_of_the_launch():
+    assert COMPUTE_REGISTERS % 8 == 0 and GATHER_REGISTERS >= 24
+    assert 2 * COMPUTE_REGISTERS + GATHER_REGISTERS == 3 * (65536 // 384 // 8 * 8)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +188,8 @@ def test_the_published_size_on_the_card(heads, size):
 def test_a_query_depends_on_nothing_else_on_the_card():
     ds, kv, indices = inputs(0, 1, 300, 5000, 128, 1024, 576)
     first = jax.device_get(kernel()(ds, kv, indices))
-    for config in (Config(blocks=3), Config(blocks=1000)):
-        same_bits(kernel(config)(ds, kv, indices), first)
+    for blocks in (3, 1000):
+        same_bits(kernel(blocks)(ds, kv, indices), first)
     same_bits(kernel()(ds[101:108], kv, indices[101:108]), first[101:108])
     twice = kernel()(*(jnp.concatenate([x, x]) for x in (ds, kv, indices)))
     same_bits(twice, np.concatenate([first, first]))

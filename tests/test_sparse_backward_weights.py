@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import hostile_indices, normal, poison
+from cases import hostile_indices, normal, poison_unselected
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
 from dsa_jax.pallas_kernels import ptx
 from dsa_jax.pallas_kernels.sparse_backward_weights import (
-    Config,
+    COMPUTE_REGISTERS,
+    GATHER_REGISTERS,
     pieces,
     smem_bytes,
     sparse_backward_weights,
@@ -27,7 +28,6 @@ SMALL = [
     ((1, 3, 50, 64, 192, 64, 128), 0.1),
     ((2, 2, 40, 64, 64, 0, 128), -0.2),
 ]
-IN_ONE = Config(blocks=1)  # so that a block has several items
 
 
 def abstract(b, t, s, n, c, r, k) -> Any:
@@ -50,10 +50,7 @@ def inputs(seed, shape, scale) -> Any:
     indices[-1, -1, :64] = -1
     if k > 200:
         indices[0, 0, 64:192] = s
-    unused = np.ones((b, s), bool)
-    for row, keys in zip(unused, indices, strict=True):
-        row[keys[(keys >= 0) & (keys < s)]] = False
-    kv, indices = poison(kv, jnp.asarray(unused)), indices.reshape(b * t, k)
+    kv, indices = poison_unselected(kv, indices), indices.reshape(b * t, k)
     rows_of, q_rows = np.asarray(kv), np.asarray(q)
     lse = np.full((b * t, n), -np.inf, np.float32)
     for i in range(b * t):
@@ -85,9 +82,9 @@ def definition(place, arguments, scale):
     return p, ds, present
 
 
-def kernel(scale, config=None, interpret=False) -> Any:
+def kernel(scale, blocks=None, interpret=False) -> Any:
     """The kernel as a function of arrays, compiled unless it is interpreted."""
-    call = functools.partial(sparse_backward_weights, scale=scale, config=config, interpret=interpret)
+    call = functools.partial(sparse_backward_weights, scale=scale, blocks=blocks, interpret=interpret)
     return call if interpret else jax.jit(call)
 
 
@@ -125,7 +122,7 @@ def test_equals_the_definition_and_races_for_nothing(monkeypatch, shape, scale):
     """The interpreter follows every barrier and raises where loads and stores of two warpgroups are unordered."""
     watched = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
     monkeypatch.setattr(plgpu, "InterpretGPUParams", watched)
-    check(shape, scale, config=IN_ONE, interpret=True)
+    check(shape, scale, blocks=1, interpret=True)  # one block, so that it has several items
 
 
 @pytest.mark.parametrize(("value_dim", "rotary"), [(64, 0), (512, 0), (512, 64)])
@@ -143,25 +140,9 @@ def test_the_pieces_of_a_row():
     assert pieces(64) == [1] and pieces(192) == [3] and pieces(512) == [3, 3, 2] and pieces(576) == [3, 3, 3]
 
 
-def test_registers_are_passed_on_alone():
-    for registers in range(168, 233, 8):
-        config = Config(compute_registers=registers)
-        assert config.gather_registers >= 40
-        assert 2 * config.compute_registers + config.gather_registers == 3 * (65536 // 384 // 8 * 8)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("compute_registers", 220, "compute_registers must be a multiple of 8 from 168 to 232, got 220"),
-        ("compute_registers", 160, "compute_registers must be a multiple of 8 from 168 to 232, got 160"),
-        ("compute_registers", 240, "compute_registers must be a multiple of 8 from 168 to 232, got 240"),
-        ("blocks", 0, "blocks must be None or at least 1, got 0"),
-    ],
-)
-def test_a_config_checks_itself(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**{field: value})
+def test_registers_are_those_of_the_launch():
+    assert COMPUTE_REGISTERS % 8 == 0 and GATHER_REGISTERS >= 40
+    assert 2 * COMPUTE_REGISTERS + GATHER_REGISTERS == 3 * (65536 // 384 // 8 * 8)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +217,7 @@ def test_takes_any_scale_on_the_card(scale):
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [1, 3, 1000])
 def test_any_share_of_the_work_on_the_card(blocks):
-    check((1, 7, 300, 128, 512, 64, 256), 0.05, config=Config(blocks=blocks))
+    check((1, 7, 300, 128, 512, 64, 256), 0.05, blocks=blocks)
 
 
 @pytest.mark.gpu

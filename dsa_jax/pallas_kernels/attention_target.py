@@ -41,38 +41,11 @@ TILE = 64  # columns of bfloat16 in a swizzled row
 MAX_DIM = 576  # H: 144 registers a thread for Q
 WARPS = 4  # of a warpgroup
 L2_LINE = 128  # bytes
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
+COMPUTE_REGISTERS = 216  # of a thread: 144 hold Q of 64 heads for H 576, 32 the logits
+GATHER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a head, as reducing the accumulator leaves it
 KEY_A_THREAD = plgpu.Layout.WG_STRIDED((ptx.WARPGROUP,), vec_size=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What can be tuned; no result depends on it.
-
-    Attributes:
-      compute_registers: of a thread of the two computing warpgroups: 144 hold Q of 64 heads for H 576, 32 the logits.
-        The gathering warpgroup has the rest.
-      blocks: how many blocks share the queries; None for one on each multiprocessor.
-    """
-
-    compute_registers: int = 216
-    blocks: int | None = None
-
-    def __post_init__(self):
-        if not LAUNCH_REGISTERS <= self.compute_registers <= 232 or self.compute_registers % 8:
-            raise ValueError(
-                f"compute_registers must be a multiple of 8 from {LAUNCH_REGISTERS} to 232, "
-                f"got {self.compute_registers}"
-            )
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"blocks must be None or at least 1, got {self.blocks}")
-
-    @property
-    def gather_registers(self) -> int:
-        """Of a thread of the gathering warpgroup: warpgroups can only pass on what they had at the launch."""
-        return 3 * LAUNCH_REGISTERS - 2 * self.compute_registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +110,7 @@ def why_not(q, kv, lse, indices) -> str | None:
     return None
 
 
-def attention_target(q, kv, lse, indices, *, scale: float, config: Config | None = None, interpret: bool = False):
+def attention_target(q, kv, lse, indices, *, scale: float, blocks: int | None = None, interpret: bool = False):
     """Sums the probabilities of the selected keys over heads: Σ_n exp(scale · q[t, n] · kv[indices[t, k]] - lse[t, n]).
 
     Args:
@@ -146,7 +119,7 @@ def attention_target(q, kv, lse, indices, *, scale: float, config: Config | None
       lse: [T, N] float32; a head with +inf or -inf contributes nothing.
       indices: [T, K] int32; what lies outside [0, S) is no key.
       scale: of the logits.
-      config: tuning.
+      blocks: how many thread blocks share the work, None for one on each multiprocessor; no result depends on it.
       interpret: run in Pallas' interpreter, on a CPU.
 
     Returns:
@@ -162,24 +135,25 @@ def attention_target(q, kv, lse, indices, *, scale: float, config: Config | None
     sums = None
     for first_head in range(0, q.shape[1], 2 * HEADS):
         plan = Plan(min(2 * HEADS, q.shape[1] - first_head))
-        kernel = _kernel(q.shape, kv.shape, indices.shape[1], first_head, plan, scale, config or Config(), interpret)
+        kernel = _kernel(q.shape, kv.shape, indices.shape[1], first_head, plan, scale, blocks, interpret)
         part = kernel(q, kv, lse, indices)
         sums = part if sums is None else sums + part
     assert sums is not None
     return sums[:, :keys]
 
 
-def _kernel(q_shape, kv_shape, keys, first_head, plan, scale, config, interpret):
+def _kernel(q_shape, kv_shape, keys, first_head, plan, scale, blocks, interpret):
     queries, _, dim = q_shape
     slots = plan.slots
-    blocks = min(queries, config.blocks or ptx.multiprocessors())
+    blocks = min(queries, blocks or ptx.multiprocessors())
     scratch = dict(
         k_smem=plgpu.SMEM((slots, BLOCK_KEYS, dim), jnp.bfloat16, transforms=ptx.swizzled(jnp.bfloat16)),
         sums_smem=plgpu.SMEM((plan.sums, plan.readers * WARPS, BLOCK_KEYS), jnp.float32),
         # A slot has been gathered: an arrival of each gathering thread; computing warpgroups wait.
         gathered_barriers=ptx.gather_barriers(slots, interpret),
-        # A slot has been multiplied: an arrival of each warpgroup that reads it; the gathering one waits.
-        free_barriers=plgpu.Barrier(num_arrivals=plan.readers, num_barriers=slots),
+        # A slot is done with: an arrival of each computing warpgroup, which has multiplied it or, where the other one
+        # does so, has seen it gathered; the gathering one waits.
+        free_barriers=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         # It is the turn of computing warpgroup 0 or 1: an arrival of the other.
         turn_barriers=plgpu.Barrier(num_barriers=2),
         # The sums of the last blocks are there: an arrival of each computing warpgroup; the gathering one waits.
@@ -190,24 +164,16 @@ def _kernel(q_shape, kv_shape, keys, first_head, plan, scale, config, interpret)
         _block(
             q_gmem, kv_gmem, lse_gmem, indices_gmem, sums_gmem, **dict(zip(scratch, refs, strict=True)),
             blocks=blocks, per_batch=queries // kv_shape[0], first_head=first_head, scale=scale, plan=plan,
-            config=config, interpret=interpret,
+            interpret=interpret,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((queries, keys), jnp.float32),
         scratch_types=list(scratch.values()),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
+        blocks=blocks,
+        interpret=interpret,
+        approx_math=True,
     )
 
 
@@ -229,7 +195,6 @@ def _block(
     first_head: int,
     scale: float,
     plan: Plan,
-    config: Config,
     interpret: bool,
 ):
     _, size, dim = kv_gmem.shape
@@ -249,9 +214,14 @@ def _block(
     def wait_gathered(step):
         ptx.wait_gather(gathered_barriers, lax.rem(step, slots), lax.rem(lax.div(step, slots), 2), interpret)
 
+    def see_gathered(step):
+        """Waits for a block of the other warpgroup, so that no phase of its slot is passed over, and leaves it."""
+        wait_gathered(step)
+        plgpu.barrier_arrive(free_barriers.at[lax.rem(step, slots)])
+
     @pl.when(warpgroup == 2)
     def _gather():
-        plgpu.set_max_registers(config.gather_registers, action="decrease")
+        plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
 
         def row_ids(step):
             return ptx.load_row_ids(indices_gmem.at[place(step)], interpret)
@@ -298,7 +268,7 @@ def _block(
 
     @pl.when(warpgroup < 2)
     def _compute():
-        plgpu.set_max_registers(config.compute_registers, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         own_heads = first_head + (warpgroup * HEADS if plan.readers == 2 else 0)
         # The turn passes while the last tile of columns is still to be issued, so that the tensor cores do not run dry.
         parts = [pl.ds(0, dim - TILE), pl.ds(dim - TILE, TILE)] if dim > TILE else [pl.ds(0, TILE)]
@@ -319,9 +289,8 @@ def _block(
             def _(i):
                 step = item * key_blocks + period * i
                 if period == 2:
-                    # Waits for the other warpgroup's block too, which was gathered before: no phase is passed over.
                     step = step + warpgroup
-                    pl.when(step > 0)(lambda: wait_gathered(step - 1))
+                    pl.when(step > 0)(lambda: see_gathered(step - 1))
                 wait_gathered(step)
                 slot = lax.rem(step, slots) + ptx.opaque_zero(interpret)
                 plgpu.barrier_wait(turn_barriers.at[warpgroup])
@@ -344,7 +313,7 @@ def _block(
 
         # Every completed phase is waited for.
         if period == 2:
-            pl.when(warpgroup == 0)(lambda: wait_gathered(steps - 1))
+            pl.when(warpgroup == 0)(lambda: see_gathered(steps - 1))
         pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn_barriers.at[0]))
         plgpu.barrier_arrive(done_barrier)
 

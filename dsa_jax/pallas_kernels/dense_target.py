@@ -57,10 +57,9 @@ WIDTH = 8  # tiles along the queries that are worked on side by side
 UNREACHED = 1 << 30  # marks the tiles of the list that only get zeros
 LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a query, as reducing the accumulator leaves it
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
 # The sums of 64 × 256 take 128 registers of a thread, the logits of 64 × 128 take 64.
 COMPUTE_REGISTERS = 232
-COPY_REGISTERS = 3 * LAUNCH_REGISTERS - 2 * COMPUTE_REGISTERS
+COPY_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
 
 def smem_bytes(dim: int) -> int:

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels import ptx
 from dsa_jax.pallas_kernels.index_scores_epilogue import KEY_TILE, ROWS, fill_row, load_ranges, store_scores
+from dsa_jax.pallas_kernels.work_line import for_each_part
 
 DTYPES = (jnp.float8_e4m3fn, jnp.bfloat16)
 HEADS = (64, 32, 16)
@@ -75,7 +76,7 @@ class Config:
         What one gives up another takes, of what the block had at its launch: asking for more waits for ever.
         """
         producer = {4: 32}.get(self.warpgroups, 40)
-        at_launch = min(255, 65536 // ptx.WARPGROUP // (self.warpgroups + 1)) // 8 * 8 * (self.warpgroups + 1)
+        at_launch = ptx.launch_registers(self.warpgroups + 1) * (self.warpgroups + 1)
         return min(240, (at_launch - producer) // self.warpgroups // 8 * 8), producer
 
     def smem_bytes(self, dtype, dim: int, scaled: bool) -> int:
@@ -113,14 +114,10 @@ class Plan(NamedTuple):
     offset: jax.Array
 
 
-def why_not(q_index, k_index, weights, start, stop, k_scale=None) -> str | None:
-    """Says why the kernel cannot take these arguments, or None when it can."""
+def why_not_shapes(q_index, k_index, weights, start, stop, k_scale=None) -> str | None:
+    """Says why no kernel of index scores, forward or backward, can take these shapes, or None when some can."""
     if q_index.ndim != 4 or k_index.ndim != 3:
         return f"q_index must be [B, T, J, E] and k_index [B, S, E], got {q_index.shape} and {k_index.shape}"
-    if q_index.dtype not in DTYPES or k_index.dtype != q_index.dtype:
-        return (
-            f"q_index and k_index must both be float8_e4m3fn or both bfloat16, got {q_index.dtype} and {k_index.dtype}"
-        )
     batch, length, heads, dim = q_index.shape
     if heads not in HEADS:
         return f"J must be one of {HEADS}, got {heads}"
@@ -139,6 +136,20 @@ def why_not(q_index, k_index, weights, start, stop, k_scale=None) -> str | None:
     ):
         if array is not None and (array.shape != shape or array.dtype != dtype):
             return f"{name} must be {jnp.dtype(dtype).name} {shape}, got {array.dtype} {array.shape}"
+    return None
+
+
+def why_not(q_index, k_index, weights, start, stop, k_scale=None) -> str | None:
+    """Says why the kernel cannot take these arguments, or None when it can."""
+    reason = why_not_shapes(q_index, k_index, weights, start, stop, k_scale)
+    if reason is not None:
+        return reason
+    if q_index.dtype not in DTYPES or k_index.dtype != q_index.dtype:
+        return (
+            f"q_index and k_index must both be float8_e4m3fn or both bfloat16, got {q_index.dtype} and {k_index.dtype}"
+        )
+    batch, length, heads, _ = q_index.shape
+    size = k_index.shape[1]
     # int32 counts the rows, the bytes of a row of scores, and the key blocks of all groups together.
     if max(batch * length * heads, 4 * batch * size) > 2**31 - 2**16 or batch * length * size >= 2**40:
         return f"B·T·J and 4·B·S must be at most 2^31 - 2^16 and B·T·S below 2^40, got {q_index.shape} and S {size}"
@@ -268,39 +279,16 @@ def _kernel(batch, length, size, heads, dim, dtype, scaled, fill, config: Config
         q_full, q_empty, full, empty = refs
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
 
-        def share():
-            """Where this block's share of the work begins and ends on the line."""
-            each, rest = lax.div(offset_gmem[groups], blocks), lax.rem(offset_gmem[groups], blocks)
-            begin = block * each + jnp.minimum(block, rest)
-            return begin, begin + each + jnp.where(block < rest, 1, 0)
-
-        def group_at(position):
-            """The last group that starts at or before a position on the line."""
-            group = jnp.int32(0)
-            for bit in reversed(range(groups.bit_length())):
-                further = group + (1 << bit)
-                reached = (further <= groups) & (offset_gmem[jnp.minimum(further, groups)] <= position)
-                group = jnp.where(reached, further, group)
-            return group
-
         def for_each_item(work):
             """Calls `work(group, low, high, shift)` for every group this block has keys of.
 
             `low` and `high` are its part of the line; `shift` more is the number of a block of keys.
             """
-            begin, end = share()
 
-            def visit(state):
-                group, low = state
-                high = jnp.minimum(offset_gmem[group + 1], end)
+            def visit(group, low, high):
+                work(group, low, high, first_gmem[group] - offset_gmem[group])
 
-                @pl.when(low < high)
-                def _():
-                    work(group, low, high, first_gmem[group] - offset_gmem[group])
-
-                return group + 1, high
-
-            lax.while_loop(lambda state: state[1] < end, visit, (group_at(begin), begin))
+            for_each_part(offset_gmem, block, blocks, visit)
 
         def first_query(group):
             """The group's batch row and first query."""
@@ -415,16 +403,11 @@ def _kernel(batch, length, size, heads, dim, dtype, scaled, fill, config: Config
         plgpu.Barrier(num_arrivals=1 + scaled, num_barriers=stages),
         plgpu.Barrier(num_arrivals=math_groups, num_barriers=stages),
     ]
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((batch * length, size), jnp.float32),
         scratch_types=tuple(scratch),
-        num_threads=math_groups + 1,
-        thread_name="warpgroup",
-        grid=(blocks,),
-        grid_names=("block",),
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        blocks=blocks,
+        interpret=interpret,
+        warpgroups=math_groups + 1,
     )

@@ -30,40 +30,28 @@ import jax
 import jax.numpy as jnp
 
 from dsa_jax.pallas_kernels import ptx
+from dsa_jax.pallas_kernels.index_scores import why_not_shapes
 from dsa_jax.pallas_kernels.index_scores_backward_keys import keys_kernel, sum_kernel
 from dsa_jax.pallas_kernels.index_scores_backward_queries import queries_kernel
-from dsa_jax.pallas_kernels.index_scores_backward_tiles import BLOCK_ROWS, TILE, Shape, share
-
-HEADS = (64, 32, 16)
-DIMS = (128, 64)
+from dsa_jax.pallas_kernels.index_scores_backward_tiles import BLOCK_ROWS, TILE, Shape
+from dsa_jax.pallas_kernels.work_line import share
 
 
 def why_not(q_index, k_index, weights, d_scores, start, stop, k_scale=None, total=None) -> str | None:
     """Says why the kernels cannot take these arguments, or None when they can."""
-    if q_index.ndim != 4 or k_index.ndim != 3:
-        return f"q_index must be [B, T, J, E] and k_index [B, S, E], got {q_index.shape} and {k_index.shape}"
+    reason = why_not_shapes(q_index, k_index, weights, start, stop, k_scale)
+    if reason is not None:
+        return reason
     if q_index.dtype != jnp.bfloat16 or k_index.dtype != jnp.bfloat16:
         return f"q_index and k_index must be bfloat16, got {q_index.dtype} and {k_index.dtype}"
     batch, length, heads, dim = q_index.shape
-    if heads not in HEADS:
-        return f"J must be one of {HEADS}, got {heads}"
-    if dim not in DIMS:
-        return f"E must be one of {DIMS}, got {dim}"
-    if k_index.shape[0] != batch or k_index.shape[2] != dim:
-        return f"k_index must be [{batch}, S, {dim}] like q_index {q_index.shape}, got {k_index.shape}"
     size = k_index.shape[1]
-    if not all((batch, length, size)):
-        return f"q_index and k_index must not be empty, got {q_index.shape} and {k_index.shape}"
-    for name, array, shape, dtype in (
-        ("weights", weights, (batch, length, heads), jnp.float32),
-        ("d_scores", d_scores, (batch, length, size), jnp.float32),
-        ("start", start, (batch, length), jnp.int32),
-        ("stop", stop, (batch, length), jnp.int32),
-        ("k_scale", k_scale, (batch, size), jnp.float32),
-        ("total", total, (batch, size, dim), jnp.float32),
+    for name, array, shape in (
+        ("d_scores", d_scores, (batch, length, size)),
+        ("total", total, (batch, size, dim)),
     ):
-        if array is not None and (array.shape != shape or array.dtype != dtype):
-            return f"{name} must be {jnp.dtype(dtype).name} {shape}, got {array.dtype} {array.shape}"
+        if array is not None and (array.shape != shape or array.dtype != jnp.float32):
+            return f"{name} must be float32 {shape}, got {array.dtype} {array.shape}"
     # int32 counts the rows, the elements of k, and the tiles of all key blocks together.
     if max(batch * length * heads, batch * size * dim) > 2**31 - 2**20 or batch * length * size >= 2**40:
         return f"B·T·J and B·S·E must be below 2^31 - 2^20 and B·T·S below 2^40, got {q_index.shape} and S {size}"

@@ -22,15 +22,14 @@ from dsa_jax.pallas_kernels.index_scores_backward_tiles import (
     TILE,
     WARPGROUPS,
     Shape,
+    feed,
     in_roles,
     load_g,
     over_columns,
-    persistent,
-    share,
-    store_g,
     store_sums,
     stream,
 )
+from dsa_jax.pallas_kernels.work_line import for_each_part
 
 PIECE = 2048  # elements of d_k that a block of the last kernel adds up
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value a column
@@ -58,30 +57,9 @@ def keys_kernel(shape: Shape, interpret: bool):
         parts_gmem, k_smem, q_smem, weights_smem, g_smem, k_full, k_empty, full, empty = refs
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
 
-        def item_at(position):
-            """The last block of keys that starts at or before a position on the line."""
-            item = jnp.int32(0)
-            for bit in reversed(range(items.bit_length())):
-                further = item + (1 << bit)
-                reached = (further <= items) & (offset_gmem[jnp.minimum(further, items)] <= position)
-                item = jnp.where(reached, further, item)
-            return item
-
         def for_each_item(work):
-            """Calls `work(item, low, high)` for every block of keys that this thread block has a part of."""
-            begin, end = share(block, offset_gmem[items], blocks)
-
-            def visit(state):
-                item, low = state
-                high = jnp.minimum(offset_gmem[item + 1], end)
-
-                @pl.when(low < high)
-                def _():
-                    work(item, low, high)
-
-                return item + 1, high
-
-            lax.while_loop(lambda state: state[1] < end, visit, (item_at(begin), begin))
+            """Calls `work(item, low, high)` for every block of keys that this thread block has tiles of."""
+            for_each_part(offset_gmem, block, blocks, work)
 
         def produce():
             def copy_item(item, low, high):
@@ -98,30 +76,17 @@ def keys_kernel(shape: Shape, interpret: bool):
                         row * tiles_of_row * queries + query, row * shape.size, key, queries, BLOCK_ROWS, interpret,
                     )  # fmt: skip
 
-                def copy_tile(position, g):
-                    following = load(position + 1)  # a tile ahead: it takes its time
-                    stage = lax.rem(position, STAGES)
-                    plgpu.barrier_wait(empty.at[stage])
+                def copy(position, stage):
                     # The last queries may belong to the next batch row or lie past the end: g is 0.
                     source = pl.ds((row * shape.length + (position + shift) * queries) * heads, TILE)
                     plgpu.copy_gmem_to_smem(q_gmem.at[source], q_smem.at[stage], full.at[stage])
                     plgpu.copy_gmem_to_smem(weights_gmem.at[source], weights_smem.at[stage], full.at[stage])
-                    store_g(g, g_smem.at[stage], interpret)
-                    plgpu.barrier_arrive(full.at[stage])
-                    return following
 
-                lax.fori_loop(low, high, copy_tile, load(low))
+                feed(low, high, load, copy, g_smem, full, empty, interpret)
 
             for_each_item(copy_item)
-            if interpret:  # which insists that every phase of a barrier is waited for
-                plgpu.barrier_wait(k_empty)
-                for stage in range(STAGES):
-                    plgpu.barrier_wait(empty.at[stage])
 
         def compute():
-            plgpu.barrier_arrive(k_empty)
-            for stage in range(STAGES):
-                plgpu.barrier_arrive(empty.at[stage])
             here = pl.ds(warpgroup * ROWS, ROWS)
 
             def compute_item(item, low, high):
@@ -145,7 +110,7 @@ def keys_kernel(shape: Shape, interpret: bool):
 
             for_each_item(compute_item)
 
-        in_roles(produce, compute, interpret)
+        in_roles(produce, compute, k_empty, empty, interpret)
 
     scratch = (
         plgpu.SMEM((BLOCK_ROWS, dim), jnp.bfloat16, transforms=transforms),
@@ -158,7 +123,7 @@ def keys_kernel(shape: Shape, interpret: bool):
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
     )
     out = jax.ShapeDtypeStruct(((items + blocks) * BLOCK_ROWS, dim), jnp.float32)
-    return persistent(body, out, scratch, blocks, interpret)
+    return ptx.persistent_kernel(body, out, scratch, blocks=blocks, interpret=interpret, warpgroups=WARPGROUPS + 1)
 
 
 @functools.cache

@@ -21,11 +21,10 @@ from dsa_jax.pallas_kernels.index_scores_backward_tiles import (
     TILE,
     WARPGROUPS,
     Shape,
+    feed,
     in_roles,
     load_g,
     over_heads,
-    persistent,
-    store_g,
     stream,
 )
 
@@ -92,28 +91,15 @@ def queries_kernel(shape: Shape, interpret: bool):
                         row * shape.size, key, queries, TILE, interpret,
                     )  # fmt: skip
 
-                def copy_tile(tile, g):
-                    following = load(tile + 1)  # a tile ahead: it takes its time
-                    stage = lax.rem(step + tile, STAGES)
-                    plgpu.barrier_wait(empty.at[stage])
+                def copy(tile, stage):
                     keys = pl.ds(row * padded_size + (tile_gmem[group] + tile) * TILE, TILE)
                     plgpu.copy_gmem_to_smem(k_gmem.at[keys], k_smem.at[stage], full.at[stage])
-                    store_g(g, g_smem.at[stage], interpret)
-                    plgpu.barrier_arrive(full.at[stage])
-                    return following
 
-                lax.fori_loop(0, tiles_gmem[group], copy_tile, load(0))
+                feed(0, tiles_gmem[group], load, copy, g_smem, full, empty, interpret, before=step)
 
             for_each_item(copy_item)
-            if interpret:  # which insists that every phase of a barrier is waited for
-                plgpu.barrier_wait(q_empty)
-                for stage in range(STAGES):
-                    plgpu.barrier_wait(empty.at[stage])
 
         def compute():
-            plgpu.barrier_arrive(q_empty)
-            for stage in range(STAGES):
-                plgpu.barrier_arrive(empty.at[stage])
             here = pl.ds(warpgroup * ROWS, ROWS)
 
             def compute_item(group, step):
@@ -157,7 +143,7 @@ def queries_kernel(shape: Shape, interpret: bool):
             for_each_item(compute_item)
             plgpu.wait_smem_to_gmem(0)
 
-        in_roles(produce, compute, interpret)
+        in_roles(produce, compute, q_empty, empty, interpret)
 
     scratch = (
         plgpu.SMEM((BLOCK_ROWS, dim), jnp.bfloat16, transforms=transforms),
@@ -173,4 +159,4 @@ def queries_kernel(shape: Shape, interpret: bool):
     )
     rows = shape.batch * shape.length * heads
     out = jax.ShapeDtypeStruct((rows, dim), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    return persistent(body, out, scratch, blocks, interpret)
+    return ptx.persistent_kernel(body, out, scratch, blocks=blocks, interpret=interpret, warpgroups=WARPGROUPS + 1)

@@ -18,10 +18,9 @@ WARPGROUPS = 2  # of compute
 TILE = 128  # what streams by: keys, or (query, head) pairs
 BLOCK_ROWS = WARPGROUPS * ROWS  # what stays: (query, head) pairs, or keys; both kernels have the same groups of queries
 STAGES = 4  # tiles in shared memory
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
 # Of a thread: 64 hold the products, 64 (E 128) the sums, 32 the A operand.
 COMPUTE_REGISTERS = 232
-PRODUCER_REGISTERS = 3 * LAUNCH_REGISTERS - 2 * COMPUTE_REGISTERS  # warpgroups only pass on what they had at the launch
+PRODUCER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
 
 def smem_bytes(heads: int, dim: int) -> int:
@@ -48,45 +47,48 @@ class Shape(NamedTuple):
     blocks: int
 
 
-def share(block, total, blocks: int):
-    """Where a block's share of a line of `total` tiles begins and ends."""
-    each, rest = lax.div(total, jnp.int32(blocks)), lax.rem(total, jnp.int32(blocks))
-    begin = block * each + jnp.minimum(block, rest)
-    return begin, begin + each + jnp.where(block < rest, 1, 0)
+def in_roles(produce, compute, held_empty, empty, interpret):
+    """What each warpgroup does: the last one produces. All that it fills is empty at first.
 
-
-def in_roles(produce, compute, interpret):
-    """What each warpgroup does: the last one produces."""
+    `held_empty` is the barrier of what stays for an item, `empty` those of the stages.
+    """
     warpgroup = lax.axis_index("warpgroup")
+    all_empty = [held_empty, *(empty.at[stage] for stage in range(STAGES))]
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
         if not interpret:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         produce()
+        if interpret:  # which insists that every phase of a barrier is waited for
+            for barrier in all_empty:
+                plgpu.barrier_wait(barrier)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         if not interpret:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        for barrier in all_empty:
+            plgpu.barrier_arrive(barrier)
         compute()
 
 
-def persistent(body, out_type, scratch, blocks, interpret):
-    """The kernel of so many blocks."""
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        grid=(blocks,),
-        grid_names=("block",),
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-    )
+def feed(low, high, load, copy, g_smem, full, empty, interpret, *, before=0):
+    """Brings tiles low, low + 1, …, high - 1, for `stream`: tile i to stage `before` + i modulo the stages.
+
+    `copy(tile, stage)` starts the copies of a tile, `load(tile)` gives its g, of one past the last as well.
+    """
+
+    def bring(tile, g):
+        following = load(tile + 1)  # a tile ahead: it takes its time
+        stage = lax.rem(before + tile, STAGES)
+        plgpu.barrier_wait(empty.at[stage])
+        copy(tile, stage)
+        store_g(g, g_smem.at[stage], interpret)
+        plgpu.barrier_arrive(full.at[stage])
+        return following
+
+    lax.fori_loop(low, high, bring, load(low))
 
 
 def product(a, b_smem, interpret, *, transposed=False):

@@ -44,10 +44,9 @@ STAGES = 2  # blocks of keys, and of values, in shared memory
 DIMS = (192, 128, 64)  # H
 VALUE_DIMS = (128, 64)  # V
 SLACK = 8.0  # log2 of how far a weight may exceed 1 before the accumulator is rescaled to a new maximum
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
 # Of `out`, 64 × 128, a thread holds 64, of the logits of the next key block 64, of the probabilities of this one 32.
 COMPUTE_REGISTERS = 232
-COPY_REGISTERS = 3 * LAUNCH_REGISTERS - 2 * COMPUTE_REGISTERS  # warpgroups only pass on what they had at the launch
+COPY_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 L2_BYTES = 32 * 2**20  # of keys and values that are worked on at a time: an H100 has 50 MB of L2
 GOLDEN = 0.618  # of the blocks, by which the dealing of one group of heads is turned from the last one's
 FLOOR = float(np.finfo(np.float32).min)  # of the running maximum: finite, so that rows without keys make no NaN
@@ -204,7 +203,7 @@ def _kernel(q_shape, k_shape, v_shape, scale, blocks: int, interpret: bool):
     blocks = min(blocks, batch * heads * query_blocks)
     deal = Deal.of(query_blocks, batch * heads, k_shape[1] * (dim + value_dim) * 2, blocks)
     swizzled = ptx.swizzled(jnp.bfloat16)
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         functools.partial(_block, deal=deal, scale=scale, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct((*q_shape[:3], value_dim), jnp.bfloat16),
@@ -224,17 +223,9 @@ def _kernel(q_shape, k_shape, v_shape, scale, blocks: int, interpret: bool):
             k_free_barriers=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             v_free_barriers=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
+        blocks=blocks,
+        interpret=interpret,
+        approx_math=True,
     )
 
 

@@ -1,4 +1,6 @@
-"""The words of PTX that Pallas lacks on Hopper: gathering rows, barriers that gathers complete, votes, opaque zeros.
+"""What kernels on Hopper share: what a multiprocessor has, how a persistent kernel is launched, and words of PTX.
+
+Pallas lacks the latter: gathering rows, barriers that gathers complete, votes, opaque zeros.
 
 Each device function has a twin for the interpreter, chosen by `interpret`; everything else in the kernels is Pallas.
 """
@@ -18,6 +20,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm
 SMEM_BYTES = 227 * 1024  # shared memory of one block on sm_90, a byte of the compiler's own included
 SMEM_GRANULE = 1024  # arrays are allocated in pieces of it, but for barriers
 MULTIPROCESSORS = 132  # of an H100 or H200
+REGISTERS = 65536  # of a multiprocessor
 WARPGROUP = 128  # threads
 SWIZZLE = 128  # bytes: one swizzled row of a tile, the K granule of wgmma
 SPLAT = plgpu.Layout.WG_SPLAT
@@ -45,6 +48,47 @@ def multiprocessors() -> int:
     """Of the GPU at hand, or of a Hopper GPU where there is none."""
     gpus = [device for device in jax.devices() if device.platform == "gpu"]
     return gpus[0].core_count if gpus else MULTIPROCESSORS
+
+
+def launch_registers(warpgroups: int) -> int:
+    """Of each thread at the launch, in eights, where a multiprocessor has one block of so many warpgroups."""
+    return min(255, REGISTERS // (warpgroups * WARPGROUP)) // 8 * 8
+
+
+LAUNCH_REGISTERS = launch_registers(3)  # 168
+
+
+def registers_left(compute: int) -> int:
+    """Of each thread of the third warpgroup of a block, where those of the other two have `compute`.
+
+    Warpgroups can only pass on what they had at the launch: asking for more waits for ever.
+    """
+    return 3 * LAUNCH_REGISTERS - 2 * compute
+
+
+def persistent_kernel(
+    body, out_type, scratch_types, *, blocks: int, interpret: bool, warpgroups: int = 3, approx_math: bool = False
+):
+    """The kernel of so many blocks of threads; `body` knows its place from the axes "block" and "warpgroup".
+
+    It says itself where threads wait for each other, and Pallas keeps no shared memory for reductions.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=approx_math,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+        ),
+    )
 
 
 # MLIR shorthands, for use inside `plgpu.inline_mgpu`.

@@ -24,7 +24,6 @@ With M in one part it takes 1.204 and 1.526, but d_weights is good to 1e-3 inste
 in the second pass, instead of noting their signs, took 1.332 and 1.534.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -48,32 +47,9 @@ TEAMS = 2
 STAGES = (3, 2)
 BUFFERS = 2  # of M: one is multiplied, one made
 TILE = 64  # columns of bfloat16 in a swizzled row
-LAUNCH_REGISTERS = 128  # of each thread: the 65536 of a multiprocessor over 512 threads
+MATH_REGISTERS = 208  # of a thread: 64 hold d_q, 64 the contributions
+GATHER_REGISTERS = 2 * ptx.launch_registers(2 * TEAMS) - MATH_REGISTERS
 HEAD_ROW, HEAD_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What can be tuned; no result depends on it.
-
-    Attributes:
-      math_registers: of a thread of the arithmetic: 64 hold d_q, 64 the contributions. Gathering has the rest.
-      blocks: how many share the work; None for one on each multiprocessor.
-    """
-
-    math_registers: int = 208
-    blocks: int | None = None
-
-    def __post_init__(self):
-        if not 128 <= self.math_registers <= 224 or self.math_registers % 8:
-            raise ValueError(f"math_registers must be a multiple of 8 from 128 to 224, got {self.math_registers}")
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"blocks must be None or at least 1, got {self.blocks}")
-
-    @property
-    def gather_registers(self) -> int:
-        """Of a thread that gathers: warpgroups can only pass on what they had at the launch."""
-        return 2 * LAUNCH_REGISTERS - self.math_registers
 
 
 def smem_bytes(keys: int, dim: int, stages: int, backward: bool) -> int:
@@ -121,7 +97,7 @@ def why_not(sums, q_index, k_index, weights, indices, k_scale, d_kl=None) -> str
 
 
 def selection_kl(
-    sums, q_index, k_index, weights, indices, k_scale, d_kl=None, *, config: Config | None = None, interpret=False
+    sums, q_index, k_index, weights, indices, k_scale, d_kl=None, *, blocks: int | None = None, interpret=False
 ):
     """KL(p ‖ softmax(I)) a query over its selection, I[k] = k_scale · Σ_j w_j · relu(q_j · k), and its gradients.
 
@@ -133,7 +109,7 @@ def selection_kl(
       indices: int32 [T', K], K a multiple of 128; outside [0, S) there is no key.
       k_scale: float32 [B, S].
       d_kl: float32 [T'], or None for the KL alone.
-      config: tuning.
+      blocks: how many thread blocks share the work, None for one on each multiprocessor; no result depends on it.
       interpret: run in Pallas' interpreter, on a CPU.
 
     Returns:
@@ -149,7 +125,7 @@ def selection_kl(
         q_index = jnp.pad(q_index, ((0, 0), (0, more), (0, 0)))
         weights = jnp.pad(weights, ((0, 0), (0, more)))
     arguments = (sums, q_index, k_index, weights, indices, k_scale, *(() if d_kl is None else (d_kl,)))
-    kernel = _kernel(q_index.shape, indices.shape[1], k_index.shape[0], d_kl is not None, config or Config(), interpret)
+    kernel = _kernel(q_index.shape, indices.shape[1], k_index.shape[0], d_kl is not None, blocks, interpret)
     kl, *gradients = kernel(*arguments)
     if d_kl is None:
         return kl
@@ -157,10 +133,10 @@ def selection_kl(
     return kl, d_q[:, :heads], d_weights[:, :heads], contributions
 
 
-def _kernel(q_shape, keys, batch, backward, config: Config, interpret):
+def _kernel(q_shape, keys, batch, backward, blocks, interpret):
     queries, heads, dim = q_shape
     stages = stages_of(keys, dim, backward)
-    blocks = min(pl.cdiv(queries, TEAMS), config.blocks or ptx.multiprocessors())
+    blocks = min(pl.cdiv(queries, TEAMS), blocks or ptx.multiprocessors())
     swizzled = ptx.swizzled(jnp.bfloat16)
     out_type = [jax.ShapeDtypeStruct((queries,), jnp.float32)]
     if backward:
@@ -191,21 +167,16 @@ def _kernel(q_shape, keys, batch, backward, config: Config, interpret):
         gmem, refs = refs[: inputs + outputs], refs[inputs + outputs :]
         _block(
             gmem[:inputs], gmem[inputs:], **dict(zip(scratch, refs, strict=True)), blocks=blocks,
-            per_batch=queries // batch, stages=stages, config=config, interpret=interpret,
+            per_batch=queries // batch, stages=stages, interpret=interpret,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=tuple(out_type),
         scratch_types=list(scratch.values()),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=2 * TEAMS,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        blocks=blocks,
+        interpret=interpret,
+        warpgroups=2 * TEAMS,
     )
 
 
@@ -224,7 +195,6 @@ def _block(
     blocks: int,
     per_batch: int,
     stages: int,
-    config: Config,
     interpret: bool,
 ):
     sums_gmem, q_gmem, k_gmem, weights_gmem, indices_gmem, scale_gmem, *d_kl_gmem = inputs
@@ -250,7 +220,7 @@ def _block(
 
     @pl.when(warpgroup >= TEAMS)
     def _gather():
-        plgpu.set_max_registers(config.gather_registers, action="decrease")
+        plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
         steps = items * (passes * key_blocks)
 
         def row_ids(step):
@@ -277,7 +247,7 @@ def _block(
 
     @pl.when(warpgroup < TEAMS)
     def _compute():
-        plgpu.set_max_registers(config.math_registers, action="increase")
+        plgpu.set_max_registers(MATH_REGISTERS, action="increase")
         weights_smem = notes_smem.at[team, pl.ds(0, BLOCK_HEADS)]
         scores = scores_smem.at[team]
 

@@ -134,7 +134,7 @@ class Plan:
         Computing takes C·N/128 for O^T (64 for 512 × 16, 128 for 512 × 32), N/2 each for S^T and the sums, addresses.
         One stream has 255 of the 65536; with two they start at 168, and gathering gives away what it does not need.
         """
-        return (216, 72) if self.config.streams == 2 else None
+        return (216, ptx.registers_left(216)) if self.config.streams == 2 else None
 
 
 def default_config(heads: int, queries: int) -> Config:
@@ -339,7 +339,7 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
         jax.ShapeDtypeStruct((queries, heads), jnp.float32),
     )
     swizzled = ptx.swizzled(jnp.bfloat16)
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=out_type,
         scratch_types=(
@@ -352,17 +352,10 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(num_barriers=streams),
         ),
-        num_threads=streams + 1,
-        thread_name="warpgroup",
-        grid=(grid,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        blocks=grid,
+        interpret=interpret,
+        warpgroups=streams + 1,
+        approx_math=True,
     )
 
 

@@ -40,7 +40,6 @@ BLOCK_KEYS = 64
 PAIR_KEYS = 2 * BLOCK_KEYS
 TILE = 64  # columns of bfloat16 in a swizzled row
 SLACK = 8.0  # log2 of how far a weight may exceed 1 before the accumulator is rescaled to a new maximum
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
 FLOOR = float(np.finfo(np.float32).min)  # of the running maximum: finite, so that rows without keys make no NaN
 LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a head, as reducing the accumulator leaves it
@@ -61,9 +60,9 @@ class Config:
     blocks: int | None = None
 
     def __post_init__(self):
-        if not LAUNCH_REGISTERS <= self.compute_registers <= 240 or self.compute_registers % 8:
+        if not ptx.LAUNCH_REGISTERS <= self.compute_registers <= 240 or self.compute_registers % 8:
             raise ValueError(
-                f"compute_registers must be a multiple of 8 from {LAUNCH_REGISTERS} to 240, "
+                f"compute_registers must be a multiple of 8 from {ptx.LAUNCH_REGISTERS} to 240, "
                 f"got {self.compute_registers}"
             )
         if self.blocks is not None and self.blocks < 1:
@@ -71,8 +70,8 @@ class Config:
 
     @property
     def gather_registers(self) -> int:
-        """Of a thread of the gathering warpgroup: warpgroups can only pass on what they had at the launch."""
-        return 3 * LAUNCH_REGISTERS - 2 * self.compute_registers
+        """Of a thread of the gathering warpgroup."""
+        return ptx.registers_left(self.compute_registers)
 
 
 def smem_bytes(value_dim: int, dim: int) -> int:
@@ -143,24 +142,16 @@ def _kernel(q_shape, kv_shape, value_dim, scale, config, interpret):
             interpret=interpret,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((queries, heads, value_dim), jnp.bfloat16),
             jax.ShapeDtypeStruct((queries, heads), jnp.float32),
         ),
         scratch_types=[scratch[name] for name in names],
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
+        blocks=blocks,
+        interpret=interpret,
+        approx_math=True,
     )
 
 

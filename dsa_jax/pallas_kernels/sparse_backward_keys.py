@@ -170,18 +170,13 @@ def _kernel(shape, value_dim, dim, config, interpret, out_type):
             groups=groups, parts=parts, value_tiles=value_dim // TILE, interpret=interpret,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=out_type,
         scratch_types=list(scratch.values()),
-        grid=(groups * len(parts),),
-        grid_names=("block",),
-        num_threads=3,  # 168 registers a thread: the accumulator's 96 and what the compiler needs
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        blocks=groups * len(parts),
+        interpret=interpret,
+        warpgroups=3,  # 168 registers a thread: the accumulator's 96 and what the compiler needs
     )
 
 

@@ -24,8 +24,6 @@ Measured on an H200 at T 4096, K 2048, H 576, at S 8192 and at S 131072:
 Taking 128 heads as two items of 64, which gathers every row twice, takes 3.90 ms instead of 1.80.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,35 +38,8 @@ KEY_STEP = 128  # K is a multiple of it: at least two key blocks an item, whose 
 TILE = 64  # columns of bfloat16 in a swizzled row
 PART_TILES = 5  # 64 × 320 in float32 are 160 registers a thread
 SLOTS = 4  # of either ring; at 64 heads the warpgroups have two each of those for rows
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What can be tuned; no result depends on it.
-
-    Attributes:
-      compute_registers: of a thread of the two compute warpgroups; the gathering one has the rest.
-      blocks: how many blocks share the work, each taking every so many-th item, an even number where an item has half
-        of the columns; None for one on each multiprocessor.
-    """
-
-    compute_registers: int = 208
-    blocks: int | None = None
-
-    def __post_init__(self):
-        if not LAUNCH_REGISTERS <= self.compute_registers <= 232 or self.compute_registers % 8:
-            raise ValueError(
-                f"compute_registers must be a multiple of 8 from {LAUNCH_REGISTERS} to 232, "
-                f"got {self.compute_registers}"
-            )
-        if self.blocks is not None and self.blocks < 2:
-            raise ValueError(f"blocks must be None or at least 2, got {self.blocks}")
-
-    @property
-    def gather_registers(self) -> int:
-        """Of a thread of the gathering warpgroup: warpgroups can only pass on what they had at the launch."""
-        return 3 * LAUNCH_REGISTERS - 2 * self.compute_registers
+COMPUTE_REGISTERS = 208  # of a thread: 160 hold the sums
+GATHER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
 
 def column_parts(dim: int, item_heads: int) -> tuple[tuple[int, int], ...]:
@@ -111,14 +82,15 @@ def why_not(ds, kv, indices) -> str | None:
     return None
 
 
-def sparse_backward_queries(ds, kv, indices, *, config: Config | None = None, interpret: bool = False):
+def sparse_backward_queries(ds, kv, indices, *, blocks: int | None = None, interpret: bool = False):
     """d_q of sparse attention, from the gradient of its logits times the scale.
 
     Args:
       ds: [B·T, N, K] bfloat16, finite; N is a multiple of 64, K of 128.
       kv: [B, S, H] bfloat16, H a multiple of 64 up to 640; query i belongs to batch row i // T.
       indices: [B·T, K] int32; what lies outside [0, S) adds nothing.
-      config: tuning.
+      blocks: how many thread blocks share the work, in whole pairs where an item has half of the columns; None for one
+        on each multiprocessor. No result depends on it.
       interpret: run in Pallas' interpreter, on a CPU.
 
     Returns:
@@ -127,10 +99,10 @@ def sparse_backward_queries(ds, kv, indices, *, config: Config | None = None, in
     reason = why_not(ds, kv, indices)
     if reason is not None:
         raise ValueError(f"sparse_backward_queries has no kernel for this: {reason}")
-    return _kernel(ds.shape, kv.shape, config or Config(), interpret)(ds, kv, indices)
+    return _kernel(ds.shape, kv.shape, blocks, interpret)(ds, kv, indices)
 
 
-def _kernel(ds_shape, kv_shape, config, interpret):
+def _kernel(ds_shape, kv_shape, blocks, interpret):
     queries, heads, _ = ds_shape
     item_heads = 128 if heads % 128 == 0 else 64
     parts = column_parts(kv_shape[2], item_heads)
@@ -138,7 +110,7 @@ def _kernel(ds_shape, kv_shape, config, interpret):
     item_parts = 1 if by_columns else len(parts)
     # A multiple of the parts: a query's parts are then the same-numbered items of neighbouring blocks.
     items = queries * (heads // item_heads) * item_parts
-    blocks = min(items, (config.blocks or ptx.multiprocessors()) // item_parts * item_parts)
+    blocks = min(items, max(1, (blocks or ptx.multiprocessors()) // item_parts) * item_parts)
     readers = len(parts) if by_columns else 2  # compute warpgroups at work
     swizzled = ptx.swizzled(jnp.bfloat16)
     scratch = dict(
@@ -156,23 +128,15 @@ def _kernel(ds_shape, kv_shape, config, interpret):
     def body(ds_gmem, kv_gmem, indices_gmem, d_q_gmem, *refs):
         _block(
             ds_gmem, kv_gmem, indices_gmem, d_q_gmem, **dict(zip(scratch, refs, strict=True)),
-            blocks=blocks, items=items, item_heads=item_heads, parts=parts, config=config, interpret=interpret,
+            blocks=blocks, items=items, item_heads=item_heads, parts=parts, interpret=interpret,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((queries, heads, kv_shape[2]), jnp.bfloat16),
         scratch_types=list(scratch.values()),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
+        blocks=blocks,
+        interpret=interpret,
     )
 
 
@@ -192,7 +156,6 @@ def _block(
     items: int,
     item_heads: int,
     parts: tuple[tuple[int, int], ...],
-    config: Config,
     interpret: bool,
 ):
     queries, heads, keys = ds_gmem.shape
@@ -223,7 +186,7 @@ def _block(
 
     @pl.when(warpgroup == 2)
     def _gather():
-        plgpu.set_max_registers(config.gather_registers, action="decrease")
+        plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
 
         def row_ids(step):
             step = jnp.minimum(step, steps - 1)
@@ -346,7 +309,7 @@ def _block(
 
     @pl.when(warpgroup < 2)
     def _compute():
-        plgpu.set_max_registers(config.compute_registers, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
         @pl.loop(0, own_items)
         def _(item):

@@ -16,10 +16,9 @@ block: one multiplies while the other is in its exponentials or stores. A piece 
 both have multiplied by it.
 
 Measured on an H200 at T 4096, N 128, C 512, R 64, K 2048: 3.96 ms, 590 TFLOP/s, at S 8192 and 4.45 ms, 525 TFLOP/s, at
-S 131072. With every index below 64, the gather nearly free, it takes 3.88 ms; with 232 `compute_registers` 4.02 ms.
+S 131072. With every index below 64, the gather nearly free, it takes 3.88 ms; with 232 `COMPUTE_REGISTERS` 4.02 ms.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -36,38 +35,10 @@ TILE = 64  # columns of bfloat16 in a swizzled row
 PIECE_TILES = 3
 SLOTS = 8  # of the ring, a power of two: 64 × 192 columns each, 192 KiB
 MAX_VALUE_DIM = 512
-LAUNCH_REGISTERS = 168  # of each thread: the 65536 of a multiprocessor over 384 threads, in eights
+COMPUTE_REGISTERS = 224  # of a thread: 144 hold 64 × 576 of Q, 32 the 64 × 64 products
+GATHER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a head, as reducing the accumulator leaves it
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What can be tuned; no result depends on it.
-
-    Attributes:
-      compute_registers: of a thread of the two compute warpgroups: 144 hold 64 × 576 of Q, 32 the 64 × 64 products.
-        The gathering warpgroup has the rest.
-      blocks: how many blocks share the work, each taking every so many-th (query, 64 heads); None for one on each
-        multiprocessor.
-    """
-
-    compute_registers: int = 224
-    blocks: int | None = None
-
-    def __post_init__(self):
-        if not LAUNCH_REGISTERS <= self.compute_registers <= 232 or self.compute_registers % 8:
-            raise ValueError(
-                f"compute_registers must be a multiple of 8 from {LAUNCH_REGISTERS} to 232, "
-                f"got {self.compute_registers}"
-            )
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"blocks must be None or at least 1, got {self.blocks}")
-
-    @property
-    def gather_registers(self) -> int:
-        """Of a thread of the gathering warpgroup: warpgroups can only pass on what they had at the launch."""
-        return 3 * LAUNCH_REGISTERS - 2 * self.compute_registers
 
 
 def smem_bytes() -> int:
@@ -121,7 +92,7 @@ def why_not(q, d_out, kv, indices, lse, delta) -> str | None:
 
 
 def sparse_backward_weights(
-    q, d_out, kv, indices, lse, delta, *, scale: float, config: Config | None = None, interpret: bool = False
+    q, d_out, kv, indices, lse, delta, *, scale: float, blocks: int | None = None, interpret: bool = False
 ):
     """p = exp(scale · q·k − lse) and ds = scale · p · (d_out·v − delta) of every head and selected key.
 
@@ -135,7 +106,7 @@ def sparse_backward_weights(
       lse: [B·T, N] float32, of the forward pass.
       delta: [B·T, N] float32, d_out·out.
       scale: of the logits.
-      config: tuning.
+      blocks: how many thread blocks share the work, None for one on each multiprocessor; no result depends on it.
       interpret: run in Pallas' interpreter, on a CPU.
 
     Returns:
@@ -149,20 +120,20 @@ def sparse_backward_weights(
         raise ValueError(f"sparse_backward_weights: {reason}")
     if not math.isfinite(scale):
         raise ValueError(f"sparse_backward_weights: scale must be finite, got {scale}")
-    kernel = _kernel(q.shape, kv.shape, indices.shape[1], scale, config or Config(), interpret)
+    kernel = _kernel(q.shape, kv.shape, indices.shape[1], scale, blocks, interpret)
     return kernel(q, d_out, kv, indices, lse, delta)
 
 
-def _kernel(q_shape, kv_shape, topk, scale, config, interpret):
+def _kernel(q_shape, kv_shape, topk, scale, blocks, interpret):
     queries, heads, _ = q_shape
-    blocks = min(queries * (heads // BLOCK_HEADS), config.blocks or ptx.multiprocessors())
+    blocks = min(queries * (heads // BLOCK_HEADS), blocks or ptx.multiprocessors())
     swizzled = ptx.swizzled(jnp.bfloat16)
     out = jax.ShapeDtypeStruct((queries, heads, topk), jnp.bfloat16)
 
     def body(*refs):
-        _block(*refs, blocks=blocks, per_batch=queries // kv_shape[0], scale=scale, config=config, interpret=interpret)
+        _block(*refs, blocks=blocks, per_batch=queries // kv_shape[0], scale=scale, interpret=interpret)
 
-    return plgpu.kernel(
+    return ptx.persistent_kernel(
         body,
         out_type=(out, out),
         scratch_types=(
@@ -174,17 +145,9 @@ def _kernel(q_shape, kv_shape, topk, scale, config, interpret):
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
         ),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
+        blocks=blocks,
+        interpret=interpret,
+        approx_math=True,
     )
 
 
@@ -211,7 +174,6 @@ def _block(
     blocks: int,
     per_batch: int,
     scale: float,
-    config: Config,
     interpret: bool,
 ):
     size = kv_gmem.shape[1]
@@ -305,7 +267,7 @@ def _block(
 
     @pl.when(lax.axis_index("warpgroup") == 2)
     def _gather():
-        plgpu.set_max_registers(config.gather_registers, action="decrease")
+        plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
 
         def gather(rows_gmem, ids, piece, widths):
             for j, width in enumerate(widths):
@@ -337,7 +299,7 @@ def _block(
 
     @pl.when(lax.axis_index("warpgroup") == 0)
     def _weights():
-        plgpu.set_max_registers(config.compute_registers, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         release_all()
 
         @pl.loop(0, items)
@@ -368,7 +330,7 @@ def _block(
 
     @pl.when(lax.axis_index("warpgroup") == 1)
     def _gradients():
-        plgpu.set_max_registers(config.compute_registers, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         release_all()
         for slot in range(2):
             plgpu.barrier_arrive(p_read_barriers.at[slot])
