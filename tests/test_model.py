@@ -290,7 +290,7 @@ def test_the_backward_neither_selects_again_nor_keeps_more_than_it_needs():
 @BOTH
 def test_no_array_of_a_training_step_is_quadratic(attention):
     """Nothing of T × S elements exists, not even a mask that a differentiated scan would hoist out of the layers."""
-    length = 16384
+    length = 32768
     config = small_config(max_position_embeddings=length)
     program = list(equations(gradient_jaxpr(config, attention, 1, length)))
     largest = max((v.aval.size, v.aval.str_short()) for e in program for v in e.outvars)
