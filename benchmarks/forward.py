@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import measure
-from dsa_jax import Config, KeyRange, index_scores, pallas_kernels, quantize, select_keys, select_topk, sparse_attention
+from dsa_jax import Config, KeyRange, index_scores, quantize, select_keys, select_topk, sparse_attention
 from dsa_jax.layers import SparseMLA
 from dsa_jax.quantization import hadamard
 from dsa_jax.rope import rotation
@@ -294,23 +294,17 @@ def layer_case(size: int, implementation: str) -> dict[str, Any]:
         positions = jnp.arange(size, dtype=jnp.int32)[None]
         return nnx.merge(graph, state)(x, rotation(positions, config), KeyRange.causal(1, size)).x
 
-    capability = pallas_kernels.gpu_capability
-    pallas_kernels.gpu_capability = capability if implementation == "pallas" else lambda: None
-    try:
+    with measure.kernels_only_if(implementation == "pallas"):
         began = time.perf_counter()
         compiled = layer.lower(state, x).compile()
         first = time.perf_counter() - began
-    finally:
-        pallas_kernels.gpu_capability = capability
-    memory = compiled.memory_analysis()
     began = time.perf_counter()
     jax.block_until_ready(compiled(state, x))
     once = time.perf_counter() - began
     timed = {"seconds": once} if once > 10 else measure.seconds_per_call(compiled, [(state, x)])
     timed["first_call"] = first
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     row = {"operation": "DSA layer 671B", "shape": f"T = S = {size}", "implementation": implementation, **timed}
-    row["peak_gib"] = peak / 2**30
+    row["peak_gib"] = measure.peak_gib(compiled)
     print(describe(row), f"{row['peak_gib']:.1f} GiB", flush=True)
     return row
 

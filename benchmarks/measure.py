@@ -1,6 +1,7 @@
 """Timing and recording for the benchmarks: medians of back-to-back calls, the peaks of the card, one JSON file."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -16,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from dsa_jax import pallas_kernels
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 INPUT_SETS = 3  # rotated, so that no call finds its own inputs in the cache
@@ -55,6 +58,24 @@ def _window(fn, inputs, calls):
         out = fn(*inputs[call % len(inputs)])
     jax.block_until_ready(out)
     return (time.perf_counter() - began) / calls
+
+
+def peak_gib(compiled: Any) -> float:
+    """GiB of a compiled program: what goes in and out, what is donated once, and what it needs between."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (held + memory.temp_size_in_bytes) / 2**30
+
+
+@contextlib.contextmanager
+def kernels_only_if(wanted: bool):
+    """Has everything that leaves the choice compiled in plain XLA unless `wanted`; layers have no option for it."""
+    capability = pallas_kernels.gpu_capability
+    pallas_kernels.gpu_capability = capability if wanted else lambda: None
+    try:
+        yield
+    finally:
+        pallas_kernels.gpu_capability = capability
 
 
 def peaks() -> dict[str, float]:

@@ -41,10 +41,10 @@ from dsa_jax import (
     dense_indexer_kl,
     layers,
     multihead_attention,
-    pallas_kernels,
     sparse_indexer_kl,
 )
 from dsa_jax.attention import sparse_attention_backward
+from dsa_jax.dense_attention import cudnn_attention
 from train.data import Batch
 from train.optimizer import OptimizerSettings
 from train.phases import split_groups
@@ -211,22 +211,19 @@ def dense_forward(q, k, v, implementation):
     return multihead_attention(q, k, v, keys, scale=DENSE_SCALE, implementation=implementation)
 
 
-def cudnn_forward(q, k, v, implementation, scale=DENSE_SCALE):
-    """cuDNN through JAX's public function, which wants values as wide as keys."""
+def cudnn_forward(q, k, v, implementation):
     del implementation
-    spare = [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]
-    return jax.nn.dot_product_attention(q, k, jnp.pad(v, spare), scale=scale, is_causal=True, implementation="cudnn")[
-        ..., : v.shape[3]
-    ]
+    return cudnn_attention(q, k, v, scale=DENSE_SCALE)
 
 
 def warmup_layer(q_index, k_index, weights, q, k, v, implementation):
     """Attention, its `lse`, the mean KL and the indexer's gradients."""
     out, lse = dense_forward(q, k, v, implementation)
     keys = KeyRange.causal(*q.shape[:2])
-    loss = lambda *index: jnp.mean(  # noqa: E731
-        dense_indexer_kl(*index, q, k, lse, keys, scale=DENSE_SCALE, implementation=implementation)
-    )
+
+    def loss(*index):
+        return jnp.mean(dense_indexer_kl(*index, q, k, lse, keys, scale=DENSE_SCALE, implementation=implementation))
+
     return out, jax.value_and_grad(loss, (0, 1, 2))(q_index, k_index, weights)
 
 
@@ -286,20 +283,18 @@ def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
         "implementation": implementation,
         "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
     }
-    capability, attention = pallas_kernels.gpu_capability, layers.multihead_attention
+    attention = layers.multihead_attention
     make_step.cache_clear()
     try:
-        pallas_kernels.gpu_capability = capability if implementation == "pallas" else lambda: None
         if implementation == "cudnn":
-            layers.multihead_attention = cudnn_attention
+            layers.multihead_attention = attend_by_cudnn
         state = jax.jit(functools.partial(initial_state, config, settings))(jax.random.key(0))
         batch = one_document(length, config.vocab_size)
-        began = time.perf_counter()
-        compiled: Any = make_step(graphdef, settings).lower(state, batch).compile()
-        row["first_call"] = time.perf_counter() - began
-        memory = compiled.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        row["peak_gib"] = (held + memory.temp_size_in_bytes) / 2**30
+        with measure.kernels_only_if(implementation == "pallas"):
+            began = time.perf_counter()
+            compiled: Any = make_step(graphdef, settings).lower(state, batch).compile()
+            row["first_call"] = time.perf_counter() - began
+        row["peak_gib"] = measure.peak_gib(compiled)
         print(row, flush=True)
         times = []
         for _ in range(STEPS):
@@ -310,7 +305,7 @@ def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
             print(times[-1], row["metrics"], flush=True)
         row |= {"seconds": min(times), "tokens_per_second": length / min(times)}
     finally:
-        pallas_kernels.gpu_capability, layers.multihead_attention = capability, attention
+        layers.multihead_attention = attention
         state = compiled = None
         gc.collect()
     return row
@@ -335,11 +330,10 @@ def one_document(length, vocabulary):
     )
 
 
-def cudnn_attention(q, k, v, keys, *, scale):
-    """Causal attention and its gradients by cuDNN alone, without the `lse` that no loss of BASE asks for."""
+def attend_by_cudnn(q, k, v, keys, *, scale):
+    """`multihead_attention` by cuDNN, its gradients too, without the `lse` that no loss of BASE asks for."""
     del keys
-    assert scale is not None
-    return cudnn_forward(q, k, v, None, scale=scale), jnp.zeros(q.shape[:3], jnp.float32)
+    return cudnn_attention(q, k, v, scale=scale), jnp.zeros(q.shape[:3], jnp.float32)
 
 
 def xla_step_rows():

@@ -73,7 +73,8 @@ def attention_target(
     check_latents(q, kv, indices)
     check_lse(lse, q)
     constants = jax.lax.stop_gradient((q, kv, lse, indices))
-    return normalise_target(attention_sums(*constants, scale=scale, implementation=implementation), head_axis)
+    sums = attention_sums(*constants, scale=scale, implementation=implementation)
+    return normalise_target(sum_shards(sums, head_axis))
 
 
 def attention_sums(q, kv, lse, indices, *, scale, implementation=None):
@@ -105,9 +106,13 @@ def sum_heads(q, k, lse, mask, *, scale, dims):
     return jnp.sum(jnp.where(mask[:, None], jnp.exp(logits - lse), 0.0), axis=1)
 
 
-def normalise_target(total, head_axis):
-    """L1-normalises head sums over the last axis, after summing over the mesh axis that holds the other heads."""
-    total = total if head_axis is None else jax.lax.psum(total, head_axis)
+def sum_shards(total, head_axis):
+    """Head sums over all heads, those too that other shards of the mesh axis hold."""
+    return total if head_axis is None else jax.lax.psum(total, head_axis)
+
+
+def normalise_target(total):
+    """L1-normalises head sums over the last axis."""
     norm = jnp.sum(total, axis=-1, keepdims=True)
     return total / jnp.where(norm == 0, 1.0, norm)
 
@@ -166,14 +171,14 @@ def _values(dims):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sparse_attention(value_dim, scale, implementation, q, kv, indices):
-    attend = choose_implementation(
+    forward = choose_implementation(
         "sparse_attention",
         implementation,
         sparse_kernel.why_not(q, kv, indices, value_dim),
         xla=partial(_gathered_attention, value_dim=value_dim, scale=scale),
         pallas=partial(sparse_kernel.sparse_attention, value_dim=value_dim, scale=scale),
     )
-    return attend(q, kv, indices)
+    return forward(q, kv, indices)
 
 
 def _gathered_attention(q, kv, indices, *, value_dim, scale):

@@ -81,18 +81,17 @@ def multihead_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dense_attention(scale, dims, implementation, q, k, v, keys, indices):
-    attend = partial(_reached_attention, scale=scale, dims=dims)
-    if indices is not None:
-        return attend(q, k, v, keys.start, keys.stop, indices)
-    if dims == "snh":
-        attend = choose_implementation(
-            "multihead_attention",
-            implementation,
-            multihead_kernel.why_not(q, k, v, keys.start, keys.stop),
-            xla=attend,
-            pallas=partial(multihead_kernel.multihead_attention, scale=scale),
-        )
-    return attend(q, k, v, keys.start, keys.stop)
+    forward = partial(_reached_attention, scale=scale, dims=dims)
+    if indices is not None or dims != "snh":
+        return forward(q, k, v, keys.start, keys.stop, indices)
+    forward = choose_implementation(
+        "multihead_attention",
+        implementation,
+        multihead_kernel.why_not(q, k, v, keys.start, keys.stop),
+        xla=forward,
+        pallas=partial(multihead_kernel.multihead_attention, scale=scale),
+    )
+    return forward(q, k, v, keys.start, keys.stop)
 
 
 def _reached_attention(q, k, v, start, stop, indices=None, *, scale, dims):
@@ -126,13 +125,11 @@ def _dense_backward(scale, dims, implementation, residuals, cotangents):
     (q, k, v, keys, indices, lse), (d_out, d_lse) = residuals, cotangents
     arrays = q, k, v, keys.start, keys.stop, lse, d_out, d_lse
     backward = partial(_reached_backward, scale=scale, dims=dims)
-    if indices is not None:
-        gradients = _reached_backward(*arrays, indices, scale=scale, dims=dims)
-    elif dims == "snh" and implementation != "xla" and _cudnn_takes(q, k, v):
+    if indices is None and dims == "snh" and implementation != "xla" and _cudnn_takes(q, k, v):
         # Not `choose_implementation`: JAX must see beforehand that cuDNN's part wants to know the devices.
         gradients = jax.lax.platform_dependent(*arrays, cuda=partial(_cudnn_backward, scale=scale), default=backward)
     else:
-        gradients = backward(*arrays)
+        gradients = backward(*arrays, indices)
     return *gradients, *jax.tree.map(no_gradient, (keys, indices))
 
 
@@ -156,18 +153,19 @@ def _cudnn_takes(q, k, v) -> bool:
     return hopper and fits and dim % 8 == 0 and v.shape[3] <= dim <= 256
 
 
+def cudnn_attention(q, k, v, *, scale):
+    """Causal attention by cuDNN through JAX's public function, which wants values as wide as keys; `out` alone."""
+    v_padded = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])])
+    out = jax.nn.dot_product_attention(q, k, v_padded, scale=scale, is_causal=True, implementation="cudnn")
+    return out[..., : v.shape[3]]
+
+
 def _cudnn_backward(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
     """cuDNN's backward where the ranges are causal, as in training on unpacked documents; else the definition's."""
-    spare = [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]
-
-    def attend(q, k, v):
-        out = jax.nn.dot_product_attention(q, k, jnp.pad(v, spare), scale=scale, is_causal=True, implementation="cudnn")
-        return out[..., : v.shape[3]]
-
     causal = KeyRange.causal(*q.shape[:2])
     return jax.lax.cond(
         jnp.all((start <= 0) & (stop == causal.stop)) & jnp.all(d_lse == 0),
-        lambda: jax.vjp(attend, q, k, v)[1](d_out),
+        lambda: jax.vjp(partial(cudnn_attention, scale=scale), q, k, v)[1](d_out),
         lambda: _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, scale=scale, dims="snh"),
     )
 

@@ -22,6 +22,7 @@ from dsa_jax.attention import (
     normalise_target,
     scatter_rows,
     sum_heads,
+    sum_shards,
     zero_unreached,
 )
 from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
@@ -122,7 +123,8 @@ def _kl_forward(evaluate, static, index, constants):
 
 def _kl_backward(evaluate, static, residuals, d_kl):
     index, constants, gradients = residuals
-    some = _has_keys(*constants)
+    *_, which, k_scale = constants
+    some = _has_keys(which, k_scale.shape[1])
     shared = d_kl.ravel()[jnp.argmax(some)]  # of the first query that has keys
     gradients = jax.lax.cond(
         jnp.all((d_kl == shared) | ~some),
@@ -136,9 +138,8 @@ def _kl_backward(evaluate, static, residuals, d_kl):
 _kl.defvjp(_kl_forward, _kl_backward)
 
 
-def _has_keys(q, k, lse, which, k_scale):
+def _has_keys(which, size):
     """Which queries [B, T] have a key at all: the others have no gradient, whatever their cotangent."""
-    size = k_scale.shape[1]
     if isinstance(which, KeyRange):
         return jnp.maximum(which.start, 0) < jnp.minimum(which.stop, size)
     return jnp.any((which >= 0) & (which < size), axis=-1)
@@ -152,7 +153,7 @@ def _sparse_kl(static, index, constants, d_kl):
         q_index, weights, q, lse, indices, d_kl = jax.tree.map(lambda x: x[None], queries)
         k_index, kv, k_scale = jax.tree.map(lambda x: x[None], keys)
         sums = attention_sums(q, kv, lse, indices, scale=scale, implementation=implementation)
-        sums = sums if head_axis is None else jax.lax.psum(sums, head_axis)
+        sums = sum_shards(sums, head_axis)
         arrays = sums, q_index, k_index, weights, indices, k_scale
         choose = partial(choose_implementation, "sparse_indexer_kl", implementation, sparse_kernels.why_not(*arrays))
         if d_kl is None:
@@ -179,7 +180,7 @@ def _dense_kl(static, index, constants, d_kl):
             xla=partial(_reached_sums, scale=scale),
             pallas=partial(dense_target.dense_target, scale=scale),
         )
-        target = normalise_target(sums(q, k, lse, start, stop)[0], head_axis)
+        target = normalise_target(sum_shards(sums(q, k, lse, start, stop)[0], head_axis))
         arrays = q_index, k_index, weights, start, stop, k_scale
         scores = choose(
             scores_kernel.why_not(*arrays),
@@ -250,7 +251,7 @@ def _selected_rows(sums, q_index, k_index, weights, indices, k_scale):
     """Target, scores and mask of a block of queries, with their index keys and the scales of these."""
     rows, present = gather_rows(k_index, indices)
     row_scale = gather_rows(k_scale, indices)[0]
-    return normalise_target(sums, None), head_sum(q_index, rows, weights) * row_scale, present, rows, row_scale
+    return normalise_target(sums), head_sum(q_index, rows, weights) * row_scale, present, rows, row_scale
 
 
 def _selected_block(q_index, k_index, indices):

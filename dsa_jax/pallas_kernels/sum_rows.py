@@ -98,16 +98,8 @@ def sum_rows(rows, order, offsets, total, *, config: Config | None = None, inter
 
         run(rows_gmem, order_gmem, offsets_gmem, total_gmem, lax.axis_index("block"))
 
-    kernel = plgpu.kernel(
-        sum_rows_kernel,
-        num_threads=config.threads // ptx.WARPGROUP,
-        thread_name="warpgroup",
-        grid=(blocks,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
-        ),
-    )
+    warpgroups = config.threads // ptx.WARPGROUP
+    kernel = ptx.persistent_kernel(sum_rows_kernel, (), (), blocks=blocks, interpret=False, warpgroups=warpgroups)
     total_ref = jax.new_ref(total)
     kernel(rows, order, offsets, total_ref)
     return jax.freeze(total_ref)
@@ -228,18 +220,8 @@ def offsets_of(keys, size: int, *, interpret: bool = False):
 
         run(keys_gmem, offsets_gmem, lax.axis_index("block"))
 
-    kernel = plgpu.kernel(
-        offsets_kernel,
-        out_type=jax.ShapeDtypeStruct((size + 1,), jnp.int32),
-        num_threads=1,
-        thread_name="warpgroup",
-        grid=(size // ptx.WARPGROUP + 1,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
-        ),
-    )
-    return kernel(keys)
+    offsets, blocks = jax.ShapeDtypeStruct((size + 1,), jnp.int32), size // ptx.WARPGROUP + 1
+    return ptx.persistent_kernel(offsets_kernel, offsets, (), blocks=blocks, interpret=False, warpgroups=1)(keys)
 
 
 def search_thread(keys, size, block, keys_gmem, offsets_gmem):
