@@ -65,14 +65,17 @@ def definition(sums, q_index, k_index, weights, indices, k_scale, d_kl):
 
 
 def compare(results, *arguments):
-    """Holds results against float64: 5e-3 of the norm where they are bfloat16, 1e-5 of it in kl and d_weights."""
+    """Holds results against float64: 5e-3 of the norm where they are bfloat16, 1e-5 of it in kl.
+
+    In d_weights 2^-14: wgmma truncates its sums, by 2^-24 for each 16 keys of up to 8192, and dI comes in two bfloat16.
+    """
     dim = arguments[1].shape[2]
     want = definition(*arguments)
     kl, d_q, d_weights, contributions = results
     assert (kl.dtype, d_q.dtype, d_weights.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     chex.assert_shape(contributions, (arguments[4].size, dim))
     got = kl, d_q, d_weights, contributions.reshape(want[3].shape)
-    bounds = (1e-5, 5e-3, 1e-5, 5e-3)
+    bounds = (1e-5, 5e-3, 2.0**-14, 5e-3)
     for name, x, y, bound in zip(("kl", "d_q", "d_weights", "d_k"), got, want, bounds, strict=True):
         assert np.isfinite(f64(x)).all(), name
         assert np.linalg.norm(f64(x) - y) <= bound * np.linalg.norm(y), name
