@@ -1,4 +1,4 @@
-"""Writes the README's tables of kernel figures from benchmarks/results/*.json:  python -m benchmarks.tables"""
+"""Writes the README's tables of figures from benchmarks/results/*.json:  python -m benchmarks.tables"""
 
 import json
 import pathlib
@@ -101,7 +101,54 @@ def training(results: dict) -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"forward": forward, "training": training}
+def plan(results: dict) -> str:
+    """The section on the 671B model at 128K, in Markdown."""
+    part = results["plans"]
+    circumstances, calibration, limit = (part[name] for name in ("circumstances", "calibration", "usable_gib"))
+    text = (
+        f"`python -m benchmarks.plan`, jax {circumstances['versions']['jax']}, {circumstances['date']}: of the meshes of "
+        "so many H200s, tried by descent, the one that is planned to train fastest. Nothing of it was run. State is "
+        "exact; the other bytes are a walk over the traced step, calibrated on the measured peak of the SPARSE step "
+        f"above ({calibration['copies']:.2f} further copies of the gradients), error on the WARMUP step: "
+        f"{calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds are at the rates "
+        f"above, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
+        f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); network at 450 GB/s a GPU within a host of eight and "
+        "50 GB/s between hosts, each way, none of it hidden behind compute."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| phase | GPUs | mesh | parameters, gradients, optimizer | needed a GPU | sent a GPU and step | compute + network a "
+        "step | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in part["rows"]:
+        lines.append(f"| {row['phase']}, batch {row['batch_size']} | {row['gpus']} | {' | '.join(_planned(row))} |")
+    return "\n".join(lines)
+
+
+def _planned(row):
+    """The cells of a row of the plan after its GPUs."""
+    mesh = row["mesh"].replace(",", ", ")
+    if row["planned_gpus"] > row["gpus"]:
+        mesh = f"does not fit; {row['planned_gpus']} GPUs do: {mesh}"
+    state = ", ".join(f"{row[f'{name}_gib']:.1f}" for name in ("parameters", "gradients", "optimizer"))
+    times = [
+        f"**{row[f'{name}_seconds']:.0f}**" if row["binds"] == name else f"{row[f'{name}_seconds']:.0f}"
+        for name in ("compute", "network")
+    ]
+    return (
+        mesh,
+        f"{state} GiB",
+        f"{row['needed_gib']:.0f} GiB",
+        f"{sum(row['sent_gib'].values()):,.0f} GiB",
+        f"{times[0]} + {times[1]} s",
+        f"{row['tokens_per_second']:,.0f}",
+    )
+
+
+SECTIONS = {"forward": forward, "training": training}  # of what was measured on a GPU
+OTHERS = {"plan": plan}
 
 
 def _time(row):
@@ -135,7 +182,7 @@ def updated(readme: str, name: str, section: str) -> str:
 def main() -> None:
     """Rewrites the README in place."""
     readme = README.read_text()
-    for name, make in SECTIONS.items():
+    for name, make in (SECTIONS | OTHERS).items():
         readme = updated(readme, name, make(json.loads((RESULTS / f"{name}.json").read_text())))
     README.write_text(readme)
 

@@ -10,9 +10,10 @@ from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import SparseMLA
-from dsa_jax.model import Output, Transformer
+from dsa_jax.model import Output, Transformer, forward_on_mesh
 from dsa_jax.quantization import hadamard, quantize, straight_through_quantize
 from dsa_jax.selection import select_keys, select_topk
+from dsa_jax.sharding import make_mesh
 
 __all__ = [
     "Cache",
@@ -26,11 +27,13 @@ __all__ = [
     "attention_target",
     "convert_hf",
     "dense_indexer_kl",
+    "forward_on_mesh",
     "generate",
     "hadamard",
     "index_scores",
     "latent_attention",
     "load_hf",
+    "make_mesh",
     "multihead_attention",
     "quantize",
     "save_hf",

@@ -59,7 +59,7 @@ def attention_target(
     indices: Int[Array, "B T K"],
     *,
     scale: float,
-    head_axis: str | None = None,
+    head_axis: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T K"]:
     """Returns what the indexer imitates: attention probabilities summed over heads, L1-normalised over the selection.

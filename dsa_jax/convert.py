@@ -1,13 +1,13 @@
-"""Hugging Face safetensors to parameters and back: one table, in which every name is matched exactly once.
+"""Hugging Face safetensors to parameters and back, by the table of `dsa_jax.hf_table`.
 
-The files are read one tensor at a time into stacked parameters that are updated in place, and written one shard at a
-time into a new folder that gets its name when it is complete.
+The files are read one tensor at a time into stacked parameters that are updated in place, on one device or on a mesh,
+and written one file at a time into a new folder that gets its name when it is complete.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
+import operator
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,200 +21,37 @@ from flax import nnx
 
 from dsa_jax.config import Config, read_json
 from dsa_jax.hf_files import BFLOAT16, DTYPES, FLOAT32, FP8, new_folder, read_headers, write_json, write_shards
+from dsa_jax.hf_table import ALWAYS_FLOAT32, FLOAT32_IF_STORED, ROWS, Entry, Leaf, leaves
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.quantization import dequantize_blocks
+from dsa_jax.sharding import check_model, parameter_shardings, path_names
+from dsa_jax.stacked import Part, Piece, Stack, is_sharded, tensor_at
 
 MAX_SHARD_BYTES = 5_000_000_000
 FP8_BLOCK = 128
-# Parts of paths and names alike. The first are float32 if the file has them so, the last always; none is ever rounded.
-FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm")
-ALWAYS_FLOAT32 = ".e_score_correction_bias"
 # Files that travel with the weights when a checkpoint is converted.
 COMPANIONS = ("tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One row of the table: a parameter's path, its tensors' name, and its dimensions.
-
-    A path that starts with "layers." stands for both stacks of layers. `dims` are ours: "Q -> N P+R" is a matrix of Q
-    inputs, which the file holds transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what we do.
-    """
-
-    path: str
-    name: str
-    dims: str
-
-    @property
-    def stacks(self) -> tuple[str, ...]:
-        """The leading names of its paths: stacks of layers, or none."""
-        stack = self.path.split(".")[0]
-        if stack == "layers":
-            return "dense_layers", "moe_layers"
-        return (stack,) if stack.endswith("_layers") else ("",)
-
-    @property
-    def experts(self) -> bool:
-        """Whether each expert has a tensor of its own."""
-        return "{expert}" in self.name
-
-    @property
-    def inputs(self) -> int | None:
-        """How many of our dimensions are inputs of a matrix, None if the file holds the parameter as it is."""
-        return len(self.dims.split(" -> ")[0].split()) if "->" in self.dims else None
-
-    @property
-    def indexer(self) -> bool:
-        """Whether it belongs to the indexer."""
-        return ".indexer." in self.path
-
-    @property
-    def keeps_float32(self) -> bool:
-        """Whether the parameter stays float32 if the file has it so: the index weights and the index key's norm."""
-        return any(part in self.path for part in FLOAT32_IF_STORED)
-
-    @property
-    def always_float32(self) -> bool:
-        """The router's selection bias is float32 whatever `param_dtype`."""
-        return ALWAYS_FLOAT32 in self.path
-
-    def shape(self, config: Config) -> tuple[int, ...]:
-        """Our shape of one tensor."""
-        return tuple(_size(dim, config) for dim in self.dims.replace("->", "").split())
-
-    def file_shape(self, config: Config) -> tuple[int, ...]:
-        """The shape that the file gives one tensor."""
-        shape = self.shape(config)
-        if self.inputs is None:
-            return shape
-        return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
-
-    def to_file(self, x: Any) -> Any:
-        """One tensor, from our layout to the file's."""
-        return x if self.inputs is None else x.reshape(math.prod(x.shape[: self.inputs]), -1).T
-
-
-TABLE = (
-    Entry("embed_tokens", "model.embed_tokens.weight", "vocab D"),
-    Entry("norm.weight", "model.norm.weight", "D"),
-    Entry("lm_head", "lm_head.weight", "D -> vocab"),
-    *(
-        Entry("layers." + path, "model.layers.{layer}." + (name or path + ".weight"), dims)
-        for path, name, dims in (
-            ("input_layernorm.weight", "input_layernorm.weight", "D"),
-            ("post_attention_layernorm.weight", "post_attention_layernorm.weight", "D"),
-            ("self_attn.q_a_proj", "", "D -> Q"),
-            ("self_attn.q_a_layernorm.weight", "self_attn.q_a_layernorm.weight", "Q"),
-            ("self_attn.q_b_proj", "", "Q -> N P+R"),
-            ("self_attn.kv_a_proj_with_mqa", "", "D -> C+R"),
-            ("self_attn.kv_a_layernorm.weight", "self_attn.kv_a_layernorm.weight", "C"),
-            ("self_attn.kv_b_proj", "", "C -> N P+V"),
-            ("self_attn.o_proj", "", "N V -> D"),
-            ("self_attn.indexer.wq_b", "", "Q -> J E"),
-            ("self_attn.indexer.wk", "", "D -> E"),
-            ("self_attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.weight", "E"),
-            ("self_attn.indexer.k_norm.bias", "self_attn.indexer.k_norm.bias", "E"),
-            ("self_attn.indexer.weights_proj", "", "D -> J"),
-        )
-    ),
-    Entry("dense_layers.mlp.gate_proj", "model.layers.{layer}.mlp.gate_proj.weight", "D -> F"),
-    Entry("dense_layers.mlp.up_proj", "model.layers.{layer}.mlp.up_proj.weight", "D -> F"),
-    Entry("dense_layers.mlp.down_proj", "model.layers.{layer}.mlp.down_proj.weight", "F -> D"),
-    Entry("moe_layers.mlp.gate.weight", "model.layers.{layer}.mlp.gate.weight", "D -> X"),
-    Entry("moe_layers.mlp.gate.e_score_correction_bias", "model.layers.{layer}.mlp.gate.e_score_correction_bias", "X"),
-    *(
-        Entry(f"moe_layers.mlp.{part}.{proj}", f"model.layers.{{layer}}.mlp.{part}{expert}.{proj}.weight", dims)
-        for part, expert, width in (("experts", ".{expert}", "Fx"), ("shared_experts", "", "Fs"))
-        for proj, dims in (
-            ("gate_proj", f"D -> {width}"),
-            ("up_proj", f"D -> {width}"),
-            ("down_proj", f"{width} -> D"),
-        )
-    ),
-)
-
-
-def _size(dim: str, config: Config) -> int:
-    """The size of a dimension in the letters of `config.py`; Fx and Fs are the widths of routed and shared experts."""
-    sizes = {
-        "vocab": config.vocab_size,
-        "D": config.hidden_size,
-        "Q": config.q_lora_rank,
-        "C": config.kv_lora_rank,
-        "N": config.num_attention_heads,
-        "P": config.qk_nope_head_dim,
-        "R": config.qk_rope_head_dim,
-        "V": config.v_head_dim,
-        "J": config.index_n_heads,
-        "E": config.index_head_dim,
-        "X": config.n_routed_experts,
-        "F": config.intermediate_size,
-        "Fx": config.moe_intermediate_size,
-        "Fs": config.moe_intermediate_size * config.n_shared_experts,
-    }
-    return sum(sizes[letter] for letter in dim.split("+"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A table's row in one stack of layers: the parameter at `path`, stacked over `layers` layers from `first` on."""
-
-    entry: Entry
-    path: tuple[str, ...]
-    first: int
-    layers: int | None
-    experts: int | None
-
-    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Its tensors: where each stands in the parameter, and its name in the files."""
-        axes = [range(size) for size in (self.layers, self.experts) if size is not None]
-        for index in itertools.product(*axes):
-            layer = self.first + index[0] if index else None
-            yield index, self.entry.name.format(layer=layer, expert=index[-1] if index else None)
-
-    def shape(self, config: Config) -> tuple[int, ...]:
-        """The parameter's shape."""
-        return *(size for size in (self.layers, self.experts) if size is not None), *self.entry.shape(config)
-
-
-def leaves(config: Config) -> list[Leaf]:
-    """Every parameter of a model of this configuration."""
-    counts = {"": None, "dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
-    result = []
-    for entry in TABLE:
-        absent = entry.path == "lm_head" and config.tie_word_embeddings
-        absent |= ".shared_experts." in entry.path and config.n_shared_experts == 0
-        for stack in entry.stacks:
-            if absent or counts[stack] == 0:
-                continue
-            first = config.num_dense_layers if stack == "moe_layers" else 0
-            experts = config.n_routed_experts if entry.experts else None
-            result.append(Leaf(entry, _path(entry, stack), first, counts[stack], experts))
-    return result
-
-
-def _path(entry: Entry, stack: str) -> tuple[str, ...]:
-    names = entry.path.split(".")
-    return (stack, *names[1:]) if stack else tuple(names)
-
-
-ROWS = {_path(entry, stack): entry for entry in TABLE for stack in entry.stacks}
-
-
 def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, Any]]:
     """Yields the Hugging Face name and array of each tensor of a state, layer by layer.
+
+    A tensor of a state that is sharded over a mesh is put together on the host when its turn comes.
 
     Args:
       state: any subset of a model's state: a module, an `nnx.State` or a nested dict, of parameters, gradients or
         moments.
       config: the model's; needed to number the layers of a state that holds MoE layers but no dense ones, unless
         it holds the embedding too and hence everything.
+
+    Raises:
+      ValueError: if something is no parameter of a Transformer, or has shards in other processes.
     """
     if isinstance(state, nnx.Module):
         config = config or getattr(state, "config", None)
         state = nnx.state(state)
-    arrays = {_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+    arrays = {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
     unknown = [".".join(path) for path in arrays if path not in ROWS]
     if unknown:
         raise ValueError(f"not parameters of a Transformer: {', '.join(sorted(unknown))}")
@@ -222,6 +59,11 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
     found = []
     for path, x in arrays.items():
         entry, stacked = ROWS[path], path[0].endswith("_layers")
+        if is_sharded(x) and not x.is_fully_addressable:
+            raise ValueError(
+                f"to_hf and save_hf must have every shard in their own process, and {'.'.join(path)} has shards in "
+                "others: save a checkpoint of the run and export that from a single process"
+            )
         axes = stacked + entry.experts
         if x.ndim != axes + len(entry.dims.replace("->", "").split()):
             raise ValueError(f"{'.'.join(path)} must have dimensions {entry.dims!r}, stacked, got shape {x.shape}")
@@ -230,12 +72,7 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
         leaf = Leaf(entry, path, first, sizes[0] if stacked else None, sizes[1] if entry.experts else None)
         found += [(name, entry, x, index) for index, name in leaf.tensors()]
     for name, entry, x, index in sorted(found, key=lambda each: _layer_of(each[0])):
-        yield name, entry.to_file(x[index])
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A leaf's path as names, without the attribute by which a Variable holds its array."""
-    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        yield name, entry.to_file(tensor_at(x, index))
 
 
 def _count_dense_layers(arrays: dict[tuple[str, ...], Any], config: Config | None) -> int:
@@ -300,6 +137,17 @@ class Checkpoint:
         scale = self.stored[name + "_scale_inv"].read().astype(np.float32)
         return np.asarray(_dequantize(stored.read(), scale))
 
+    def read_part(self, name: str, part: Part) -> Piece:
+        """Reads the part of a tensor that these slices of our dimensions name; FP8 stays what it is."""
+        entry, stored = self.expected[name], self.stored[name]
+        sizes, part = entry.in_file(entry.shape(self.config)), entry.in_file(part)
+        values = stored.read(sizes, part)
+        if values.dtype != FP8:
+            return Piece(values)
+        rows = len(sizes) - (entry.inputs or 1)
+        scale = self.stored[name + "_scale_inv"].read().astype(np.float32)
+        return Piece(values, scale, _blocks(sizes[:rows], part[:rows]), _blocks(sizes[rows:], part[rows:]))
+
     def _check(self, name: str, shape: tuple[int, ...]) -> Iterator[str]:
         stored = self.stored[name]
         if stored.shape != shape:
@@ -332,6 +180,11 @@ class Checkpoint:
             print(f"skipped {len(past)} tensors of {where}, past num_hidden_layers = {self.config.num_hidden_layers}")
 
 
+def _blocks(sizes: tuple[int, ...], part: Part) -> np.ndarray:
+    """The FP8 block in which each row, or column, of a part lies; `sizes` are the dimensions that it is made of."""
+    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)[part].reshape(-1) // FP8_BLOCK
+
+
 @jax.jit
 def _dequantize(weight, scale):
     return dequantize_blocks(weight, scale).astype(jnp.bfloat16)
@@ -348,48 +201,69 @@ def load_hf(
     """Loads a Hugging Face checkpoint, `deepseek_v32` or `glm_moe_dsa`, single-file or sharded, FP8 or not.
 
     A dense `deepseek_v3` checkpoint gets a new indexer, ready for the warm-up, and one printed line says so. Beside the
-    parameters at most one of the file's tensors is in memory, and its copy on the device.
+    parameters at most one of the file's tensors is in memory, and its copy on one device. On a mesh these are the parts
+    that a shard holds, and each of several processes reads what its own devices hold.
 
     Args:
       directory: the folder with `config.json` and the safetensors.
       dtype: of the computation, "bfloat16" or "float32".
       param_dtype: of the parameters, `dtype` if None. The router's selection bias is float32 always; the index weights
         and the index key's norm are float32 if the file has them so.
-      mesh: not supported yet; parameters go to the default device.
+      mesh: the devices over which the parameters are sharded, by the table of `dsa_jax.sharding`; the default device
+        if None.
       seed: of a dense checkpoint's new indexer.
 
     Raises:
-      ValueError: one that names everything wrong with the files, before anything is built.
+      ValueError: one that names everything wrong with the files, or a mesh over which the model cannot be sharded,
+        before any tensor is read.
     """
-    if mesh is not None:
-        raise ValueError("load_hf loads to the default device and must get mesh=None")
     dtypes = dict(dtype=_dtype_name(dtype), param_dtype=_dtype_name(param_dtype or dtype))
     checkpoint = Checkpoint(directory)
     config = dataclasses.replace(checkpoint.config, **dtypes)
+    if mesh is not None:
+        check_model(mesh, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     wanted, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    paths = [path_names(path) for path, _ in wanted]
     by_path = {leaf.path: leaf for leaf in leaves(config)}
-    if {_names(path): x.shape for path, x in wanted} != {path: leaf.shape(config) for path, leaf in by_path.items()}:
-        raise ValueError("the table of dsa_jax.convert does not match the parameters of dsa_jax.Transformer")
-    drawn = {} if checkpoint.has_indexer else _draw_indexers(config, seed)
-    paths = [_names(path) for path, _ in wanted]
-    parameters = [drawn[path] if path in drawn else _fill(by_path[path], checkpoint, config) for path in paths]
+    shapes = {path: x.shape for path, (_, x) in zip(paths, wanted, strict=True)}
+    if shapes != {path: leaf.shape(config) for path, leaf in by_path.items()}:
+        raise ValueError("the table of dsa_jax.hf_table does not match the parameters of dsa_jax.Transformer")
+    shardings: list[Any] = [None] * len(paths)
+    if mesh is not None:
+        shardings = jax.tree.leaves(parameter_shardings(abstract, mesh))
+    placed = dict(zip(paths, shardings, strict=True))
+    drawn = {} if checkpoint.has_indexer else _draw_indexers(config, seed, placed)
+    parameters = [
+        drawn[path] if path in drawn else _fill(by_path[path], checkpoint, config, sharding)
+        for path, sharding in placed.items()
+    ]
     return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, parameters))
 
 
-def _draw_indexers(config: Config, seed: int) -> dict[tuple[str, ...], jax.Array]:
+def _draw_indexers(
+    config: Config, seed: int, shardings: dict[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], jax.Array]:
     """The parameters of new indexers by path, a layer's as `LightningIndexer` initialises them."""
-
-    def make(rngs):
-        return LightningIndexer(config, rngs=rngs)
-
     rngs, drawn = nnx.Rngs(seed), {}
     for stack, count in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
-        if count:
-            indexers = nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
-            arrays, _ = jax.tree_util.tree_flatten_with_path(nnx.state(indexers))
-            drawn |= {(stack, "self_attn", "indexer", *_names(path)): x for path, x in arrays}
-    return drawn
+        if count == 0:
+            continue
+        with nnx.split_rngs(rngs, splits=count):
+            graph, keys = nnx.split(rngs)
+            of_layers = [nnx.merge(graph, jax.tree.map(operator.itemgetter(i), keys)) for i in range(count)]
+        for layer, layer_rngs in enumerate(of_layers):
+            indexer = nnx.state(LightningIndexer(config, rngs=layer_rngs))
+            for names, x in jax.tree_util.tree_flatten_with_path(indexer)[0]:
+                path = (stack, "self_attn", "indexer", *path_names(names))
+                if layer == 0:
+                    drawn[path] = Stack((count, *x.shape), x.dtype, shardings[path])
+                drawn[path].place((layer,), functools.partial(_piece, np.asarray(x)))
+    return {path: each.array() for path, each in drawn.items()}
+
+
+def _piece(x: np.ndarray, part: Part) -> Piece:
+    return Piece(x[part])
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -399,26 +273,17 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def _fill(leaf: Leaf, checkpoint: Checkpoint, config: Config) -> jax.Array:
+def _fill(leaf: Leaf, checkpoint: Checkpoint, config: Config, sharding: Any) -> jax.Array:
     """Reads the tensors of one parameter into place."""
     dtype = np.dtype(config.param_dtype)
     if leaf.entry.always_float32:
         dtype = FLOAT32
     elif leaf.entry.keeps_float32:
         dtype = np.result_type(dtype, *(checkpoint.dtype(name) for _, name in leaf.tensors()))
-    x = jnp.zeros(leaf.shape(config), dtype)
+    stack = Stack(leaf.shape(config), dtype, sharding)
     for index, name in leaf.tensors():
-        x = _place(x, checkpoint.read(name), index, transposed=leaf.entry.inputs is not None)
-        x.block_until_ready()  # reading runs ahead otherwise, and fills the memory with tensors that wait
-    return x
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
-def _place(x, tensor, index, *, transposed):
-    """Writes a file's tensor at `index` of a stacked parameter, in place: the argument is donated."""
-    shape = x.shape[len(index) :]
-    block = (tensor.T if transposed else tensor).reshape((1,) * len(index) + shape)
-    return jax.lax.dynamic_update_slice(x, block.astype(x.dtype), (*index, *(0 for _ in shape)))
+        stack.place(index, functools.partial(checkpoint.read_part, name), inputs=leaf.entry.inputs or 0)
+    return stack.array()
 
 
 def save_hf(

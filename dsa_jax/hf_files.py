@@ -37,10 +37,12 @@ class StoredTensor:
     offset: int
     nbytes: int
 
-    def read(self) -> np.ndarray:
-        """Reads it into memory of its own."""
-        count = math.prod(self.shape)
-        return np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.offset).reshape(self.shape)
+    def read(self, shape: tuple[int, ...] | None = None, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads it, or the part that slices of its bytes in another shape name, into memory of its own."""
+        shape, dtype, count = shape or self.shape, DTYPES[self.dtype], math.prod(self.shape)
+        if all(each.indices(size) == (0, size, 1) for each, size in zip(part, shape, strict=False)):
+            return np.fromfile(self.file, dtype, count, offset=self.offset).reshape(shape)
+        return np.array(np.memmap(self.file, dtype, "r", self.offset, shape)[part])
 
 
 def read_headers(directory: Path) -> tuple[dict[str, StoredTensor], set[str], list[str]]:

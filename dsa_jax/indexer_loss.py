@@ -50,7 +50,7 @@ def sparse_indexer_kl(
     *,
     scale: float,
     k_scale: Float[Array, "B S"] | None = None,
-    head_axis: str | None = None,
+    head_axis: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T"]:
     """Returns KL(p[t,S_t] ‖ softmax(I[t,S_t])) over each query's selection S_t  (Eq. 4); 0 where it is empty.
@@ -83,7 +83,7 @@ def dense_indexer_kl(
     *,
     scale: float,
     k_scale: Float[Array, "B S"] | None = None,
-    head_axis: str | None = None,
+    head_axis: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T"]:
     """Returns KL(p[t,:] ‖ softmax(I[t,:])) over every key a query reaches  (Eq. 3); 0 where there is none.

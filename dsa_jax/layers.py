@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.attention import sparse_attention
 from dsa_jax.blocks import project
 from dsa_jax.cache import Cache
+from dsa_jax.collectives import enter, gather_sequence, join, mesh_axes, share, size, sum_over
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.indexer import LightningIndexer, new_weight
@@ -41,13 +42,14 @@ class Projections:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerOutput:
-    """x [B, T, D], indexer_kl [B, T], selected [B, T, K] or None, the cache or None, and the load [X] of MoE layers."""
+    """x [B, T, D], indexer_kl [B, T], selected [B, T, K] or None, the cache or None; of MoE layers load and routing."""
 
     x: Array
     indexer_kl: Array
     selected: Array | None
     cache: Cache | None
-    expert_load: Array | None = None
+    expert_load: Array | None = None  # [X]
+    routed: Array | None = None  # int32 [B, T, k]
 
 
 class SparseMLA(nnx.Module):
@@ -92,7 +94,7 @@ class SparseMLA(nnx.Module):
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""
         with jax.named_scope("project"):
             q_latent = self.q_a_layernorm(project("btd,dq->btq", x, self.q_a_proj[...]))
-            q = project("btq,qnh->btnh", q_latent, self.q_b_proj[...])
+            q = project("btq,qnh->btnh", enter(q_latent, "heads"), self.q_b_proj[...])
             q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
             q = jnp.concatenate([q_nope, rotate_interleaved(q_rope, *rotation)], axis=-1)
             kv = project("btd,dh->bth", x, self.kv_a_proj_with_mqa[...])
@@ -124,8 +126,7 @@ class SparseMLA(nnx.Module):
         q_select, k_select, weights, kv, k_scale, cache = self._index_keys(p, cache, layer)
         if selected is None:
             with jax.named_scope("select"):
-                k = self.config.index_topk
-                selected = select_keys(q_select, k_select, weights, keys, k=k, k_scale=k_scale)
+                selected = self._select(q_select, k_select, weights, keys, k_scale)
         selected = checkpoint_name(selected, "indices")
         q, scale = self.absorb(p.q), self.config.softmax_scale
         with jax.named_scope("sparse_attention"):
@@ -133,7 +134,9 @@ class SparseMLA(nnx.Module):
         lse = checkpoint_name(lse, "lse")
         with jax.named_scope("sparse_indexer_kl"):
             q_index, k_index = self._trainable_index(p, k_select, k_scale, cache)
-            kl = sparse_indexer_kl(q_index, k_index, p.weights, q, kv, lse, selected, scale=scale)
+            kl = sparse_indexer_kl(
+                q_index, k_index, p.weights, q, kv, lse, selected, scale=scale, head_axis=mesh_axes("heads") or None
+            )
         return LayerOutput(self._output(self.unabsorb(out)), kl, selected, cache)
 
     def _dense(self, p, keys, cache, layer):
@@ -149,8 +152,20 @@ class SparseMLA(nnx.Module):
         lse = checkpoint_name(lse, "lse")
         with jax.named_scope("dense_indexer_kl"):
             q_index, k_index = self._trainable_index(p, k_select, k_scale, cache)
-            kl = dense_indexer_kl(q_index, k_index, p.weights, p.q, k, lse, keys, scale=scale)
+            kl = dense_indexer_kl(
+                q_index, k_index, p.weights, p.q, k, lse, keys, scale=scale, head_axis=mesh_axes("heads") or None
+            )
         return LayerOutput(self._output(out), kl, None, new_cache)
+
+    def _select(self, q_index, k_index, weights, keys, k_scale):
+        """Selects keys; shards of heads, which all know every query's index, select for a share of the queries each."""
+        queries = q_index, weights, keys
+        divided = q_index.shape[1] % size("heads") == 0
+        if divided:
+            queries = jax.tree.map(lambda x: share(x, "heads"), queries)
+        q_index, weights, keys = queries
+        selected = select_keys(q_index, k_index, weights, keys, k=self.config.index_topk, k_scale=k_scale)
+        return join(selected, "heads") if divided else selected
 
     def _index_keys(self, p, cache, layer):
         """What selects and what is attended to: index queries, keys, weights, then latents, key scales, the cache."""
@@ -159,9 +174,11 @@ class SparseMLA(nnx.Module):
         if self.config.index_fp8:
             (q_index, q_scale), (k_index, k_scale) = quantize(q_index), quantize(k_index)
             weights = weights * q_scale
+        kv = enter(p.kv, "heads")
         if cache is None:
-            return q_index, k_index, weights, p.kv, k_scale, None
-        cache = cache.write(layer, p.kv, k_index, k_scale)
+            kv, k_index, k_scale = (gather_sequence(x) for x in (kv, k_index, k_scale))
+            return q_index, k_index, weights, kv, k_scale, None
+        cache = cache.write(layer, kv, k_index, k_scale)
         kv, k_index, k_scale = cache.read(layer)
         return q_index, k_index, weights, kv, k_scale, cache
 
@@ -171,14 +188,14 @@ class SparseMLA(nnx.Module):
         Scales are powers of two, so these make the very scores that the e4m3 numbers and their scales make.
         """
         if not self.config.index_fp8:
-            return p.q_index, p.k_index if cache is None else k_select
+            return p.q_index, gather_sequence(p.k_index) if cache is None else k_select
         q_index = straight_through_quantize(p.q_index)
         if cache is None:
-            return q_index, straight_through_quantize(p.k_index)
+            return q_index, gather_sequence(straight_through_quantize(p.k_index))
         return q_index, dequantize(k_select, k_scale, q_index.dtype)
 
     def _output(self, out):
-        return project("btnv,nvd->btd", out, self.o_proj[...])
+        return sum_over(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
 
 
 class RMSNorm(nnx.Module):
@@ -205,7 +222,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to every token."""
-        gate = project("...d,df->...f", x, self.gate_proj[...])
-        return project(
-            "...f,fd->...d", jax.nn.silu(gate) * project("...d,df->...f", x, self.up_proj[...]), self.down_proj[...]
-        )
+        x = enter(x, "width")
+        gate, up = (project("...d,df->...f", x, weight[...]) for weight in (self.gate_proj, self.up_proj))
+        return sum_over(project("...f,fd->...d", jax.nn.silu(gate) * up, self.down_proj[...]), "width")

@@ -1,7 +1,8 @@
 """The DSA transformer: tokens in, hidden states and the indexer's losses out."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blocks import contract
 from dsa_jax.cache import Cache
+from dsa_jax.collectives import enter, exchange_columns, gather_parameters, index, size, sum_over
 from dsa_jax.config import Config
 from dsa_jax.indexer import new_weight
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import MLP, LayerOutput, RMSNorm, Rotation, SparseMLA
 from dsa_jax.moe import MoE
 from dsa_jax.rope import rotation as rope_rotation
+from dsa_jax.sharding import check_batch, check_model, parameter_specs, shards, spec, zigzag_order
 
 
 @jax.tree_util.register_dataclass
@@ -27,8 +31,8 @@ class Output:
     """What a forward pass returns.
 
     hidden [B, T, D] after the last norm, for `unembed`; indexer_kl float32 [layers, B, T]; expert_load float32
-    [moe_layers, X], how many valid token slots an expert got; selected int32 [layers, B, T, K] if it was asked for; the
-    new cache if one was given.
+    [moe_layers, X], how many valid token slots an expert got; selected int32 [layers, B, T, K] and routed int32
+    [moe_layers, B, T, k], each token's experts, if they were asked for; the new cache if one was given.
     """
 
     hidden: Array
@@ -36,6 +40,7 @@ class Output:
     expert_load: Array
     selected: Array | None
     cache: Cache | None
+    routed: Array | None = None
 
 
 class DecoderLayer(nnx.Module):
@@ -47,17 +52,25 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
         self.mlp = MoE(config, rngs=rngs) if moe else MLP(config, config.intermediate_size, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], rotation: Rotation, keys: KeyRange, **options: Any) -> LayerOutput:
-        """Applies the layer; `options` are those of `SparseMLA`."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        keys: KeyRange,
+        *,
+        routed: Int[Array, "B T k"] | None = None,
+        **options: Any,
+    ) -> LayerOutput:
+        """Applies the layer; `routed` are the experts to take, `options` those of `SparseMLA`."""
         attended = self.self_attn(self.input_layernorm(x), rotation, keys, **options)
         x = x + attended.x
         y, load = self.post_attention_layernorm(x), None
         with jax.named_scope("feed_forward"):
             if isinstance(self.mlp, MoE):
-                y, load = self.mlp(y, valid=keys.nonempty())
+                y, load, routed = self.mlp(y, valid=keys.nonempty(), routed=routed)
             else:
                 y = self.mlp(y)
-        return dataclasses.replace(attended, x=x + y, expert_load=load)
+        return dataclasses.replace(attended, x=x + y, expert_load=load, routed=routed)
 
 
 class Transformer(nnx.Module):
@@ -81,6 +94,8 @@ class Transformer(nnx.Module):
         attention: str = "sparse",
         selected: Int[Array, "layers B T K"] | None = None,
         return_selected: bool = False,
+        routed: Int[Array, "moe_layers B T k"] | None = None,
+        return_routed: bool = False,
         cache: Cache | None = None,
     ) -> Output:
         """Runs the model over T tokens a row.
@@ -93,38 +108,59 @@ class Transformer(nnx.Module):
           attention: "sparse" over the selection, or "dense" over all reachable keys.
           selected: a selection to attend to instead of the indexer's own (sparse attention only).
           return_selected: whether `Output.selected` is wanted (sparse attention only).
+          routed: the experts that tokens go to instead of the routers' own choice; the gates are still the routers'.
+          return_routed: whether `Output.routed` is wanted.
           cache: keys of earlier tokens; the new ones are appended.
         """
-        self._check(tokens, keys, positions, attention, selected, return_selected, cache)
+        self._check(tokens, keys, positions, attention, selected, return_selected, routed, cache)
         batch, length = tokens.shape
         before = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
         positions = before[:, None] + jnp.arange(length) if positions is None else positions
         self._check_values(tokens, keys, cache)
-        x = self.embed_tokens[...][tokens].astype(self.config.dtype)
+        x = self._embed(tokens)
         rotation = rope_rotation(positions, self.config)
 
         results, first = [], 0
         for stack, count in self._stacks():
-            chosen = None if selected is None else selected[first : first + count]
-            (x, cache), ys = _scan_layers(stack, first, (x, cache), chosen, rotation, keys, attention, return_selected)
+            imposed = (
+                None if selected is None else selected[first : first + count],
+                routed if stack is self.moe_layers else None,
+            )
+            wanted = return_selected, return_routed
+            (x, cache), ys = _scan_layers(stack, first, (x, cache), imposed, rotation, keys, attention, wanted)
             results.append(ys)
             first += count
 
-        kl, chosen, load = zip(*results, strict=True)
+        kl, load, chosen, experts = zip(*results, strict=True)
         load = [each for each in load if each is not None]
         return Output(
-            hidden=self.norm(x),
+            hidden=_gathered(self.norm)(x),
             indexer_kl=jnp.concatenate(kl),
             expert_load=load[0] if load else jnp.zeros((0, self.config.n_routed_experts), jnp.float32),
             selected=jnp.concatenate(chosen) if return_selected else None,
             cache=None if cache is None else cache.advance(jnp.sum(keys.nonempty(), axis=1, dtype=jnp.int32)),
+            routed=experts[-1] if return_routed else None,
         )
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
-        """Float32 logits of the next token; at training lengths take them a chunk of tokens at a time."""
-        weight = self.embed_tokens[...].T if self.lm_head is None else self.lm_head[...]
-        return _unembed(hidden.reshape(-1, hidden.shape[-1]), weight).reshape(*hidden.shape[:-1], -1)
+        """Float32 logits of the next token; at training lengths take them a chunk of tokens at a time.
+
+        Where the vocabulary is sharded they are those of this shard's part of it.
+        """
+        return self.unembedding()(hidden)
+
+    def unembedding(self) -> Callable[[Float[Array, "*B D"]], Float[Array, "*B vocab"]]:
+        """The function `unembed`, its weight gathered once: to be called for one chunk of tokens after another."""
+        name = "embed_tokens" if self.lm_head is None else "lm_head"
+        gathered = gather_parameters({name: getattr(self, name)[...]}, dtype=self.config.dtype, wide=True)[name]
+        weight = gathered.T if self.lm_head is None else gathered
+
+        def unembed(hidden):
+            rows = enter(hidden.reshape(-1, hidden.shape[-1]), "vocabulary")
+            return _unembed(rows, weight).reshape(*hidden.shape[:-1], -1)
+
+        return unembed
 
     def layers(self) -> Iterator[DecoderLayer]:
         """Yields the layers one by one, unstacked: to look inside, not to train."""
@@ -133,11 +169,23 @@ class Transformer(nnx.Module):
             for layer in range(count):
                 yield nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], state))
 
+    def _embed(self, tokens):
+        table = gather_parameters({"embed_tokens": self.embed_tokens[...]}, whole=False)["embed_tokens"]
+
+        def look_up(tokens):
+            if size("vocabulary") == 1:
+                return table[tokens].astype(self.config.dtype)
+            here = tokens - index("vocabulary") * table.shape[0]
+            some = (here >= 0) & (here < table.shape[0])
+            return jnp.where(some[..., None], table[jnp.where(some, here, 0)], 0.0).astype(self.config.dtype)
+
+        return sum_over(exchange_columns(look_up, tokens), "vocabulary")
+
     def _stacks(self):
         stacks = (self.dense_layers, self.config.num_dense_layers), (self.moe_layers, self.config.num_moe_layers)
         return [(stack, count) for stack, count in stacks if stack is not None]
 
-    def _check(self, tokens, keys, positions, attention, selected, return_selected, cache):
+    def _check(self, tokens, keys, positions, attention, selected, return_selected, routed, cache):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
         batch, length = tokens.shape
@@ -153,9 +201,17 @@ class Transformer(nnx.Module):
         for name, value in shapes.items():
             if value is not None and value.shape != (batch, length):
                 raise ValueError(f"{name} must be [{batch}, {length}] like tokens, got shape {value.shape}")
+        if size("sequence") > 1 and (keys is None or positions is None or cache is not None):
+            raise ValueError(
+                "where the sequence is sharded, keys and positions must be given, and no cache: "
+                "a shard's tokens say nothing of their places"
+            )
         layers = self.config.num_hidden_layers
         if selected is not None and (selected.ndim != 4 or selected.shape[:3] != (layers, batch, length)):
             raise ValueError(f"selected must be [{layers}, {batch}, {length}, K], got shape {selected.shape}")
+        slots = self.config.num_moe_layers, batch, length, self.config.num_experts_per_tok
+        if routed is not None and routed.shape != slots:
+            raise ValueError(f"routed must be {list(slots)}, got shape {routed.shape}")
         if cache is not None:
             _check_cache(cache, jax.eval_shape(lambda: Cache.empty(self.config, batch, cache.size)))
 
@@ -169,6 +225,58 @@ class Transformer(nnx.Module):
         lengths, real = _known(cache.lengths), _known(keys.nonempty())
         if lengths is not None and real is not None and (lengths + real.sum(1)).max(initial=0) > cache.size:
             raise ValueError(f"the cache holds {cache.size} tokens a row, got {lengths} and {real.sum(1)} more")
+
+
+def forward_on_mesh(
+    model: Transformer,
+    mesh: Mesh,
+    tokens: Int[Array, "B T"],
+    *,
+    keys: KeyRange | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    attention: str = "sparse",
+    selected: Int[Array, "layers B T K"] | None = None,
+    return_selected: bool = False,
+    routed: Int[Array, "moe_layers B T k"] | None = None,
+    return_routed: bool = False,
+) -> Output:
+    """`model(tokens, …)`, compiled for and run by all devices of a mesh; arguments and results in natural order.
+
+    For inference: training differentiates inside, see `train.step`. The parameters should live where
+    `sharding.parameter_shardings` says, as `load_hf(mesh=…)` leaves them; others are moved there first.
+
+    Raises:
+      ValueError: if the model, the batch or the sequence cannot be split over the mesh.
+    """
+    tokens = jnp.asarray(tokens)
+    model._check(tokens, keys, positions, attention, selected, return_selected, routed, None)
+    check_model(mesh, model.config)
+    check_batch(mesh, batch_size=tokens.shape[0], seq_len=tokens.shape[1])
+    graph, state = nnx.split(model)
+    keys = KeyRange.causal(*tokens.shape) if keys is None else keys
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+    options = dict(attention=attention, return_selected=return_selected, return_routed=return_routed)
+    return _forward_on_mesh(graph, mesh, tuple(options.items()), state, (tokens, keys, positions), (selected, routed))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward_on_mesh(graph, mesh, options, state, inputs, imposed):
+    order = zigzag_order(inputs[0].shape[1], shards(mesh, "sequence"))
+    token, layer = spec("batch", "sequence"), spec(None, "batch", "sequence")
+
+    def run(state, inputs, imposed):
+        (tokens, keys, positions), (selected, routed) = inputs, imposed
+        model = nnx.merge(graph, state)
+        return model(tokens, keys=keys, positions=positions, selected=selected, routed=routed, **dict(options))
+
+    arguments = state, jax.tree.map(lambda x: x[:, order], inputs), jax.tree.map(lambda x: x[:, :, order], imposed)
+    results: Any = dict(hidden=token, indexer_kl=layer, expert_load=spec(), selected=layer, cache=None, routed=layer)
+    specs = parameter_specs(state), token, layer
+    out = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Output(**results), check_vma=False)(*arguments)
+    natural = np.argsort(order)
+    per_layer = {name: getattr(out, name) for name in ("indexer_kl", "selected", "routed")}
+    per_layer = {name: None if x is None else x[:, :, natural] for name, x in per_layer.items()}
+    return dataclasses.replace(out, hidden=out.hidden[:, natural], **per_layer)
 
 
 @jax.custom_vjp
@@ -198,6 +306,12 @@ def _check_cache(cache, expected):
             )
 
 
+def _gathered(module):
+    """The module with its parameters whole."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, gather_parameters(state))
+
+
 def _known(x):
     """The value of an array on the host, None where it is traced or spread over hosts."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
@@ -217,20 +331,21 @@ def _stack_layers(config, count, *, moe, rngs):
     return make(rngs)
 
 
-def _scan_layers(stack, first, carry, selected, rotation, keys, attention, return_selected):
+def _scan_layers(stack, first, carry, imposed, rotation, keys, attention, wanted):
     graph, state = nnx.split(stack)
 
     def body(carry, scanned):
-        (x, cache, keys), (layer, state, selected) = carry, scanned
-        options = dict(attention=attention, selected=selected, cache=cache, layer=layer)
+        (x, cache, keys), (layer, state, (selected, routed)) = carry, scanned
+        options = dict(attention=attention, selected=selected, routed=routed, cache=cache, layer=layer)
+        state = gather_parameters(state, dtype=stack.self_attn.config.dtype)
         out = nnx.merge(graph, state)(x, rotation, keys, **options)
-        chosen = out.selected if return_selected else None
-        return (out.x, out.cache, keys), (out.indexer_kl, chosen, out.expert_load)
+        choices = (out.selected if wanted[0] else None, out.routed if wanted[1] else None)
+        return (out.x, out.cache, keys), (out.indexer_kl, out.expert_load, *choices)
 
     # A selection is kept, not found again: a second indexer pass costs time and could choose otherwise.
     keep = jax.checkpoint_policies.save_only_these_names("indices", "lse")
     count = jax.tree.leaves(state)[0].shape[0]
-    scanned = (first + jnp.arange(count), state, selected)
+    scanned = (first + jnp.arange(count), state, imposed)
     # The key range is carried though it never changes: of a constant, differentiation would compute and keep all masks,
     # T × S of them, ahead of the loop.
     (x, cache, _), ys = jax.lax.scan(jax.checkpoint(body, policy=keep), (*carry, keys), scanned)

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dsa_jax import Config
-from dsa_jax.convert import leaves, load_hf
+from dsa_jax.convert import load_hf
+from dsa_jax.hf_table import leaves
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 SMALL = dataclasses.replace(

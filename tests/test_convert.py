@@ -18,9 +18,10 @@ from convert_cases import BFLOAT16, FLOAT32_IN_HF, SMALL, random_tensors, read, 
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dsa_jax import Config, Transformer, convert, hf_files
+from dsa_jax import Config, Transformer, hf_files, stacked
 from dsa_jax.__main__ import main
-from dsa_jax.convert import TABLE, Checkpoint, convert_hf, leaves, load_hf, save_hf, to_hf
+from dsa_jax.convert import Checkpoint, convert_hf, load_hf, save_hf, to_hf
+from dsa_jax.hf_table import TABLE, leaves
 
 ORACLE = Path(__file__).parent / "oracle"
 E4M3 = np.dtype(jnp.float8_e4m3fn)
@@ -153,7 +154,8 @@ def test_shards(tmp_path):
 
 def test_parameters_are_filled_in_place():
     x = jax.ShapeDtypeStruct((4, 8, 256, 512), jnp.float32)
-    compiled = convert._place.lower(x, jax.ShapeDtypeStruct((512, 256), BFLOAT16), (0, 0), transposed=True).compile()
+    piece = stacked.Piece(jax.ShapeDtypeStruct((512, 256), BFLOAT16))
+    compiled = stacked._place.lower(x, piece, (0, 0), inputs=1).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 4 * 8 * 256 * 512 * 4
@@ -162,10 +164,10 @@ def test_parameters_are_filled_in_place():
 
 def test_one_tensor_is_read_at_a_time(tmp_path, monkeypatch):
     """Reads come in between writes, not all first."""
-    folder, events, place = write(tmp_path / "in", random_tensors()), [], convert._place
+    folder, events, place = write(tmp_path / "in", random_tensors()), [], stacked._place
     original = hf_files.StoredTensor.read
-    monkeypatch.setattr(hf_files.StoredTensor, "read", lambda self: (events.append("read"), original(self))[1])
-    monkeypatch.setattr(convert, "_place", lambda *a, **k: (events.append("place"), place(*a, **k))[1])
+    monkeypatch.setattr(hf_files.StoredTensor, "read", lambda *a: (events.append("read"), original(*a))[1])
+    monkeypatch.setattr(stacked, "_place", lambda *a, **k: (events.append("place"), place(*a, **k))[1])
     load_hf(folder)
     assert events == ["read", "place"] * len(Checkpoint(folder).expected)
 
@@ -296,8 +298,6 @@ def test_a_checkpoint_of_another_config(tmp_path):
 
 def test_what_load_hf_cannot_do(tmp_path):
     folder = write(tmp_path / "hf", random_tensors())
-    with pytest.raises(ValueError, match="mesh=None"):
-        load_hf(folder, mesh=jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'bfloat16', got 'float16'"):
         load_hf(folder, dtype=jnp.float16)
     with pytest.raises(ValueError, match="no_such_dtype"):

@@ -4,17 +4,30 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import matplotlib
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_snippet_runs(capsys):
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert snippet is not None
-    exec(compile(snippet[1], "README.md", "exec"), {})
+@pytest.fixture
+def in_a_hurry():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_the_readmes_snippets_run(capsys):
+    first, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(first, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("(3, 2, 100) (3, 2, 100, 32)\n")
+    for snippet in others:
+        names = {}
+        exec(compile(snippet, "README.md", "exec"), names)
+        assert names["output"].hidden.shape == (1, 128, 128)
+    assert others
 
 
 def test_the_links_of_the_readme_lead_somewhere():

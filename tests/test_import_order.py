@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = (
     "config key_range rope pallas_kernels quantization blocks indexer selection attention dense_attention indexer_loss "
-    "cache sharding layers moe model hf_files convert generate __init__ __main__"
+    "cache sharding collectives grouped_ffn expert_parallel layers moe model "
+    "hf_files hf_table stacked convert generate __init__ __main__"
 ).split()
 TESTED = [path for top in ("dsa_jax", "train", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
 KERNELS = sorted((ROOT / "dsa_jax" / "pallas_kernels").glob("*.py"))

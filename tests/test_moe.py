@@ -10,9 +10,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax import moe
+from dsa_jax import grouped_ffn
 from dsa_jax.config import Config
-from dsa_jax.moe import MoE, block_rows, expert_ffn, expert_load, route, update_bias
+from dsa_jax.grouped_ffn import block_rows, expert_ffn
+from dsa_jax.moe import MoE, expert_load, route, update_bias
 
 WEIGHTS = (3, 4, 5)
 
@@ -118,7 +119,7 @@ def test_values_and_gradients_match_a_loop_over_tokens(shape):
 def test_every_slot_has_its_own_row(seed, tokens, num_experts, slots, skew):
     slots = min(slots, num_experts)
     experts = np.asarray(problem(seed, tokens, slots, num_experts, 2, 2, skew=skew)[1])
-    layout = jax.jit(moe._lay_out, static_argnums=(1, 2))(jnp.asarray(experts), num_experts, 3)
+    layout = jax.jit(grouped_ffn._lay_out, static_argnums=(1, 2))(jnp.asarray(experts), num_experts, 3)
     slot, row = np.asarray(layout.slot).ravel(), np.asarray(layout.row).ravel()
     np.testing.assert_array_equal(slot[row], np.arange(tokens * slots))
     assert (np.sort(slot)[tokens * slots :] == tokens * slots).all()
@@ -150,7 +151,7 @@ def test_chunks_of_blocks_change_nothing(monkeypatch, num_experts):
     loss = lambda x, e, *rest: jnp.sum(jnp.sin(expert_ffn(x, e, *rest)))
     run = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5)))(*arrays)
     whole = run()
-    monkeypatch.setattr(moe, "CHUNK_BYTES", 5 * 3 * 4 * 8 * 6)
+    monkeypatch.setattr(grouped_ffn, "CHUNK_BYTES", 5 * 3 * 4 * 8 * 6)
     assert "scan" in str(jax.make_jaxpr(expert_ffn)(*arrays))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(run()), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -244,8 +245,8 @@ def test_flops_stay_near_the_ideal_at_512_rows_an_expert(num_experts, dim):
     # The count sees a loop's body once. No product of rows and weights is in one here; the only loop sums the weight
     # gradients of the 319 blocks of 64 experts, whose products with zeros and ones are added to the count by hand.
     blocks = (rows * num_experts + num_experts * 127) // 128
-    if num_experts > moe.SUMMED_BLOCKS:
-        both += 3 * 2 * moe.SUMMED_BLOCKS * blocks * dim * dim / (3 * ideal)
+    if num_experts > grouped_ffn.SUMMED_BLOCKS:
+        both += 3 * 2 * grouped_ffn.SUMMED_BLOCKS * blocks * dim * dim / (3 * ideal)
     assert 1 <= forward <= 1.5 and 1 <= both <= 1.5, (forward, both)
     assert flops(ragged, *arrays) / ideal > 1.5
 
@@ -351,7 +352,7 @@ def test_module_is_experts_plus_shared():
     layer = MoE(config, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
     valid = jnp.arange(9)[None] < jnp.asarray([9, 4])[:, None]
-    y, load = jax.jit(lambda x: layer(x, valid=valid))(x)
+    y, load, chosen = jax.jit(lambda x: layer(x, valid=valid))(x)
     flat = np.asarray(x).reshape(18, -1)
     experts, gates = reference_route(flat, layer.gate.weight[...], layer.gate.e_score_correction_bias[...], config)
     weights = (layer.experts.gate_proj[...], layer.experts.up_proj[...], layer.experts.down_proj[...])
@@ -360,6 +361,24 @@ def test_module_is_experts_plus_shared():
     assert load.sum() == 13 * config.num_experts_per_tok and load.dtype == jnp.float32
     without = MoE(dataclasses.replace(config, n_shared_experts=0), rngs=nnx.Rngs(0))
     assert without.shared_experts is None and jax.eval_shape(without, x)[0].shape == x.shape
+
+
+def test_imposed_experts_get_the_routers_gates():
+    config = Config.tiny()
+    layer = MoE(config, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
+    y, load, chosen = layer(x)
+    again = layer(x, routed=chosen[..., ::-1])
+    np.testing.assert_allclose(again[0], y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(again[1], load)
+    other = (chosen + 1) % config.n_routed_experts
+    experts, gates = layer.gate(x, other)
+    np.testing.assert_array_equal(experts, other)
+    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ layer.gate.weight[...])
+    picked = np.take_along_axis(np.asarray(scores), np.asarray(other), -1)
+    want = config.routed_scaling_factor * picked / picked.sum(-1, keepdims=True)
+    np.testing.assert_allclose(gates, want, rtol=1e-5)
+    assert np.abs(layer(x, routed=other)[0] - y).max() > 1e-3
 
 
 def test_module_state_is_named_as_in_checkpoints():

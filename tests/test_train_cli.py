@@ -126,7 +126,7 @@ def test_token_ids_are_checked_on_the_host(name, value):
 def fake_step(bad_at):
     """Stands in for `make_step`: adds one to every parameter, and reports a loss that is NaN at one step of a phase."""
 
-    def make_step(graphdef, settings, *, micro_batches=1):
+    def make_step(graphdef, settings, *, micro_batches=1, mesh=None):
         def step(state, batch):
             done = int(state.step) + 1
             loss = np.nan if (settings.name, done) == bad_at else 1.0 / done

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 from dsa_jax import generate
+from dsa_jax.sharding import make_mesh, parse_mesh
 from train.data import Corpus, load
 from train.evaluate import Evaluation, HeldOut, evaluate_run
 from train.phases import CONTROLS, PHASES, Params, Phase, merge_groups
@@ -51,6 +53,19 @@ class Arguments:
     """How many times, each from another seed."""
     controls: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also train what SPARSE is compared with: the dense model continued, and one sparse with a window as selection."""
+    mesh: str | None = None
+    """Devices to train on, like data=2,context=4,expert=1,tensor=1; without it one device, or data over all devices of
+    a distributed run. A run may be resumed on another mesh."""
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Join the other processes of this run, as SLURM or Open MPI describe them, or as the next three do."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """The number of this process."""
+    evaluate: bool = True
+    """Evaluate and report at the end, on one device, which must be able to hold the model."""
 
     @property
     def name(self) -> str:
@@ -79,13 +94,41 @@ class Arguments:
             raise ValueError("controls need a run that ends with SPARSE, whose length and batches they share")
         return config
 
+    def join(self) -> None:
+        """Joins the other processes, if it is a distributed run; before anything else of JAX."""
+        given = [x for x in (self.coordinator, self.num_processes, self.process_id) if x is not None]
+        if not self.distributed:
+            if given:
+                raise ValueError("coordinator, num_processes and process_id need --distributed")
+            return
+        if len(given) in (1, 2):
+            raise ValueError(
+                "coordinator, num_processes and process_id must be given together or not at all, got "
+                f"{self.coordinator}, {self.num_processes} and {self.process_id}"
+            )
+        if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
+            raise ValueError(
+                f"process_id must be from 0 to num_processes - 1 = {self.num_processes - 1}, got {self.process_id}"
+            )
+        try:
+            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"the processes of the run did not come together: {error}") from error
+
+    def make_mesh(self) -> Mesh | None:
+        """The mesh to train on, None for one device alone."""
+        if self.mesh is not None:
+            return make_mesh(parse_mesh(self.mesh))
+        return make_mesh({"data": jax.device_count()}) if self.distributed else None
+
     def runs(self) -> list[Run]:
         """The run of each seed."""
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        mesh = self.make_mesh()
         config, init = self.run_config(), None if self.init is None else Init(self.init)
         folders = [self.folder] if self.seeds == 1 else [self.folder / f"seed{i}" for i in range(self.seeds)]
-        return [Run(dataclasses.replace(config, seed=i), folder, init) for i, folder in enumerate(folders)]
+        return [Run(dataclasses.replace(config, seed=i), folder, init, mesh) for i, folder in enumerate(folders)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,7 +173,8 @@ def _complain(error: object, status: int) -> int:
 
 def train(arguments: Arguments) -> None:
     """All seeds and their controls, then the report."""
-    begin, console = time.monotonic(), Console()
+    arguments.join()
+    begin, console = time.monotonic(), Console(quiet=jax.process_index() > 0)
     runs = arguments.runs()
     if not arguments.resume:
         for folder in (arguments.folder, *(run.folder for run in runs)):
@@ -146,8 +190,14 @@ def train(arguments: Arguments) -> None:
             other = control_run(run, phase)
             progress = RunProgress(other.config, title=title, console=console)
             controls[phase.name] = other.train(corpus, progress, resume=arguments.resume).params
+        if not arguments.evaluate:
+            continue
+        run, state, controls = on_one_device(run, state, controls)
         results.append(_evaluate(run, state.params, controls, corpus, console))
         sample = sample or continue_text(run, state, corpus)
+    if not results:
+        console.print(f"\nRun: {arguments.folder}", highlight=False)
+        return
     limits = LIMITS.get(arguments.name) if arguments.seeds == 1 and not arguments.controls else None
     found = Results(
         arguments.name,
@@ -158,11 +208,31 @@ def train(arguments: Arguments) -> None:
         *(limits or (None, None)),
         sample=sample,
     )
+    if jax.process_index():
+        return
     path = write_report(found, arguments.folder)
     console.print(summary(found))
     console.print("\nA sampled continuation:\n", highlight=False)
     console.print(sample, markup=False, highlight=False)
     console.print(f"\nReport: {path}", highlight=False)
+
+
+def on_one_device(
+    run: Run, state: TrainState, controls: dict[str, Params]
+) -> tuple[Run, TrainState, dict[str, Params]]:
+    """What was trained on a mesh, from its checkpoints, on this process's first device; the rest as it is."""
+    if run.mesh is None:
+        return run, state, controls
+    run = dataclasses.replace(run, mesh=None)
+    others = [control_run(run, phase) for phase in CONTROLS if phase.name in controls]
+    state = dataclasses.replace(
+        state, params=run.params_after(run.config.phases[-1].name), random=jnp.asarray(jax.device_get(state.random))
+    )
+    return (
+        run,
+        state,
+        {other.config.phases[-1].name: other.params_after(other.config.phases[-1].name) for other in others},
+    )
 
 
 def control_run(run: Run, phase: Phase) -> Run:
@@ -172,7 +242,7 @@ def control_run(run: Run, phase: Phase) -> Run:
     config = dataclasses.replace(run.config, phases=(settings,))
     begin = run.config.steps - sparse.steps
     init = Init(run.folder, begin, f"step {begin} of the run that it controls") if begin else run.init
-    return Run(config, run.folder / phase.name.lower(), init)
+    return Run(config, run.folder / phase.name.lower(), init, run.mesh)
 
 
 def _evaluate(run: Run, final: Params, controls: dict[str, Params], corpus: Corpus, console: Console) -> SeedResult:

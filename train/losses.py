@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax.collectives import index, maximum, size, sum_over
+
 CHUNK = 1024  # tokens whose logits are alive at once
 
 
@@ -18,8 +20,8 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """The negative log-likelihood of each target, log sum_v exp z[t,v] - z[t,target], in float32.
 
-    At most about `chunk` tokens' logits exist at a time, forward and backward. The sequence is what is cut, so a batch
-    sharded over devices stays so. `unembed` may close over traced parameters.
+    At most about `chunk` tokens' logits exist at a time, forward and backward. `unembed` may close over traced
+    parameters; where the vocabulary is sharded it gives the logits of this shard's part.
     """
     batch, length, _ = hidden.shape
     if targets.shape != (batch, length):
@@ -34,12 +36,23 @@ def token_losses(
     def block_losses(block):
         hidden, targets = block
         logits = unembed(hidden).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+        peak = maximum(jnp.max(logits, axis=-1), "vocabulary")
+        total = sum_over(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1), "vocabulary")
+        return peak + jnp.log(total) - _picked(logits, targets)
 
     with jax.named_scope("cross_entropy"):
         losses = jax.lax.map(block_losses, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
     return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+
+def _picked(logits, targets):
+    """The logits of the targets, from the shard of the vocabulary that has them."""
+    if size("vocabulary") == 1:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    here = targets - index("vocabulary") * logits.shape[-1]
+    some = (here >= 0) & (here < logits.shape[-1])
+    picked = jnp.take_along_axis(logits, jnp.where(some, here, 0)[..., None], axis=-1)[..., 0]
+    return sum_over(jnp.where(some, picked, 0.0), "vocabulary")
 
 
 def cross_entropy(

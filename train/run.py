@@ -14,15 +14,18 @@ from typing import Any, Self
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from dsa_jax import Config, Transformer
 from dsa_jax.convert import load_hf
+from dsa_jax.sharding import check_batch, check_model, parameter_shardings, place_batch, shards
 from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params, read_run
 from train.data import Batch, Corpus
 from train.phases import PHASES, Params, merge_groups, split_groups
-from train.presets import RunConfig, Stage, differences
+from train.presets import PhaseSettings, RunConfig, Stage, differences
 from train.progress import RunProgress
-from train.step import TrainState, init_state, make_step
+from train.step import TrainState, init_state, make_step, state_shardings
 
 
 class DivergedError(RuntimeError):
@@ -54,11 +57,11 @@ class Init:
             return RunConfig.from_json(read_run(self.folder)["run"]).model
         return dataclasses.replace(Config.from_hf(self.folder), dtype=dtype, param_dtype="float32")
 
-    def params(self, config: Config, *, seed: int = 0) -> Params:
+    def params(self, config: Config, *, seed: int = 0, mesh: Mesh | None = None) -> Params:
         """The parameters by group; `seed` is for the indexer of a dense checkpoint that has none."""
         if self.is_run:
-            return load_params(self.folder, abstract_params(config)[1], step=self.step)
-        return split_groups(load_hf(self.folder, dtype=config.dtype, param_dtype="float32", seed=seed))[1]
+            return load_params(self.folder, abstract_params(config, mesh)[1], step=self.step)
+        return split_groups(load_hf(self.folder, dtype=config.dtype, param_dtype="float32", seed=seed, mesh=mesh))[1]
 
     def __str__(self) -> str:
         return self.label or f"{self.folder.absolute()}"
@@ -77,8 +80,11 @@ class MetricsLog:
                 break
             if step <= keep:
                 lines.append(line + "\n")
-        write_text(path, "".join(lines))
-        self._file, self._progress = path.open("a"), progress
+        if jax.process_index() == 0:
+            write_text(path, "".join(lines))
+        # Every process sees the numbers, and stops if one is not finite; the first alone keeps them.
+        self._file = (path if jax.process_index() == 0 else Path(os.devnull)).open("a")
+        self._progress = progress
         self._pending, self._time = collections.deque(), time.monotonic()
 
     def __enter__(self) -> Self:
@@ -97,7 +103,8 @@ class MetricsLog:
         """Writes what is pending, on the disk itself."""
         while self._pending:
             self._write(*self._pending.popleft())
-        os.fsync(self._file.fileno())
+        if jax.process_index() == 0:
+            os.fsync(self._file.fileno())
 
     def _write(self, step: int, phase: int, name: str, phase_step: int, metrics: dict[str, jax.Array]) -> None:
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
@@ -114,11 +121,22 @@ class MetricsLog:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run in its folder: `run.json`, `metrics.jsonl`, `checkpoints/`."""
+    """A run in its folder: `run.json`, `metrics.jsonl`, `checkpoints/`.
+
+    The mesh is not part of what a run is: it may be continued on another, or on one device (None). With several
+    processes the folder must be one that all of them see.
+    """
 
     config: RunConfig
     folder: Path
     init: Init | None = None
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        if self.mesh is not None:
+            check_model(self.mesh, self.config.model)
+            for stage in (stage for phase in self.config.phases for stage in phase.stages):
+                check_stage(self.mesh, stage)
 
     @property
     def graphdef(self) -> nnx.GraphDef:
@@ -144,10 +162,11 @@ class Run:
     def initial_params(self) -> Params:
         """The parameters that the run starts from."""
         if self.init is not None:
-            return self.init.params(self.config.model, seed=self.config.seed)
+            return self.init.params(self.config.model, seed=self.config.seed, mesh=self.mesh)
         make = lambda: split_groups(Transformer(self.config.model, rngs=nnx.Rngs(self.config.seed)))[1]  # noqa: E731
         # It runs once. Optimised on CPU, the tiny model's random bits were seen to take 25 s of compilation, so 2.
-        return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})()
+        places = None if self.mesh is None else parameter_shardings(jax.eval_shape(make), self.mesh)
+        return jax.jit(make, out_shardings=places, compiler_options={"xla_backend_optimization_level": 0})()
 
     def open(self, *, resume: bool) -> None:
         """Makes the folder, or checks that the run in it is this one and is to be continued."""
@@ -161,12 +180,15 @@ class Run:
             occupied = self.folder.exists() and (not self.folder.is_dir() or checkpoint_steps(self.folder))
             if occupied:
                 raise ValueError(f"{self.folder} must be a new or an empty folder")
+        wait_for_all("looked into the folder")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(
-                self.folder / "run.json",
-                json.dumps({"run": self.config.to_json(), "identity": self._identity()}, indent=2) + "\n",
-            )
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(
+                    self.folder / "run.json",
+                    json.dumps({"run": self.config.to_json(), "identity": self._identity()}, indent=2) + "\n",
+                )
+            wait_for_all("made the folder")
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise ValueError(f"the output folder {self.folder} must be writable: {error.strerror}") from error
@@ -206,12 +228,20 @@ class Run:
         random = jax.random.key_data(jax.random.key(self.config.seed))
         latest = checkpoints.latest()
         if latest is None:
-            return init_state(self.initial_params(), self.config.phases[0], random), Position(0, 0, 0, {})
+            return self._begin(self.initial_params(), self.config.phases[0], random), Position(0, 0, 0, {})
         position = checkpoints.position(latest)
         settings = self.config.phases[position.phase]
         params = abstract_params(self.config.model)[1]
         like = jax.eval_shape(lambda params: init_state(params, settings, random), params)
-        return checkpoints.restore(latest, on_first_device(like)), position
+        return checkpoints.restore(latest, placed(like, self.mesh)), position
+
+    def _begin(self, params: Params, settings: PhaseSettings, random: Any) -> TrainState:
+        """The state at the start of a phase, on the mesh if there is one; `params` are taken over."""
+        if self.mesh is None:
+            return init_state(params, settings, random)
+        begin = lambda params, random: init_state(params, settings, random)  # noqa: E731
+        places = state_shardings(jax.eval_shape(begin, params, random), self.mesh)
+        return jax.jit(begin, out_shardings=places, donate_argnums=0)(params, np.asarray(random))
 
     def _train_phase(
         self,
@@ -225,18 +255,19 @@ class Run:
         """From `position`, in this phase or at the end of the one before, to the phase's end."""
         settings, before = self.config.phases[index], sum(p.steps for p in self.config.phases[:index])
         if position.phase < index:
-            state, position = init_state(state.params, settings, state.random), Position(before, index, 0, {})
+            state, position = self._begin(state.params, settings, state.random), Position(before, index, 0, {})
         first = 0
         for number, stage in enumerate(settings.stages):
             last = first + stage.steps
             if position.phase_step < last:
-                step = make_step(self.graphdef, settings, micro_batches=stage.micro_batches)
+                step = make_step(self.graphdef, settings, micro_batches=stage.micro_batches, mesh=self.mesh)
                 batches = self._batches(corpus, settings.name, number, stage)
                 if position.phase_step > first:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
                     batch = next(batches)
                     check_tokens(batch, self.config.model.vocab_size)
+                    batch = batch if self.mesh is None else place_batch(batch, self.mesh)
                     state, metrics = step(state, batch)
                     log.put(before + done, index, settings.name, done, metrics)
                     position = Position(before + done, index, done, batches.get_state())
@@ -262,17 +293,36 @@ def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:
 
 
 @functools.cache
-def abstract_params(config: Config) -> tuple[nnx.GraphDef, Params]:
-    """The model's definition, and shapes and dtypes of its parameters, without making them."""
+def abstract_params(config: Config, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, Params]:
+    """The model's definition, and shapes, dtypes and places of its parameters, without making them."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, params = split_groups(model)
-    return graphdef, on_first_device(params)
+    return graphdef, placed(params, mesh)
 
 
-def on_first_device(tree: Any) -> Any:
-    """Shapes and dtypes, placed on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def placed(tree: Any, mesh: Mesh | None) -> Any:
+    """Shapes and dtypes, placed on a mesh, or on this process's first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: first, tree) if mesh is None else state_shardings(tree, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def check_stage(mesh: Mesh, stage: Stage) -> None:
+    """ValueError unless batches of a stage can be split over the mesh, and a shard's rows into its micro-batches."""
+    check_batch(mesh, batch_size=stage.batch_size, seq_len=stage.seq_len)
+    rows = stage.batch_size // shards(mesh, "batch")
+    if rows % min(rows, stage.micro_batches):
+        nearest = max(n for n in range(1, stage.micro_batches + 1) if rows % n == 0)
+        raise ValueError(
+            f"micro_batches must divide the {rows} rows of a shard of the batch, got {stage.micro_batches}; "
+            f"nearest: {nearest}"
+        )
+
+
+def wait_for_all(what: str) -> None:
+    """Until every process has come to this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def check_unused(folder: Path) -> None:

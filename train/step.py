@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
+from dsa_jax.collectives import total
 from dsa_jax.moe import update_bias
+from dsa_jax.sharding import parameter_shardings, parameter_specs, spec
 from train.data import Batch
 from train.losses import cross_entropy, indexer_loss
 from train.optimizer import make_optimizer
@@ -45,17 +48,23 @@ def init_state(params: Params, settings: PhaseSettings, random: Array) -> TrainS
 
 
 @functools.cache
-def make_step(graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches: int = 1) -> Step:
+def make_step(
+    graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches: int = 1, mesh: Mesh | None = None
+) -> Step:
     """The jitted step of a phase; it takes over (donates) the state that it is given.
 
     Both losses are divided by the valid targets and valid queries of the whole batch, so `micro_batches` changes
     rounding alone. A loss that the phase does not minimise is not computed. Runs of one model and one recipe share the
     compiled step.
+
+    On a mesh it takes the state as `place_state` and batches as `sharding.place_batch` put them there; a shard takes
+    its rows in as many micro-batches, or one by one if it has fewer.
     """
     phase, optimizers = settings.phase, make_optimizers(settings)
+    gradients = functools.partial(_gradients, graphdef, phase, micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics, load = _gradients(graphdef, phase, state.params, batch, micro_batches)
+        grads, metrics, load = (gradients if mesh is None else _on_mesh(gradients, phase, mesh))(state.params, batch)
         params, opt_state = dict(state.params), {}
         for group, optimizer in optimizers.items():
             with jax.named_scope(f"update_{group}"):
@@ -68,37 +77,65 @@ def make_step(graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches:
                 params["router_bias"] = jax.tree.map(
                     lambda bias: update_bias(bias, load, settings.bias_rate), params["router_bias"]
                 )
-        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Where a state, or any part of it, lives on a mesh: an optimizer's moments where their parameters do."""
+    return parameter_shardings(state, mesh)
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """A state on a mesh."""
+    return jax.device_put(state, state_shardings(state, mesh))
+
+
+def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh) -> Callable:
+    """`gradients` run by every shard on its own tokens and its own part of the parameters."""
+
+    def run(params: Params, batch: Batch) -> tuple[Params, Metrics, Array]:
+        specs = parameter_specs(params)
+        trained = {group: specs[group] for group in phase.trains}
+        tokens = jax.tree.map(lambda _: spec("batch", "sequence"), batch)
+        return jax.shard_map(
+            gradients, mesh=mesh, in_specs=(specs, tokens), out_specs=(trained, spec(), spec()), check_vma=False
+        )(params, batch)
+
+    return run
+
+
 def _gradients(
-    graphdef: nnx.GraphDef, phase: Phase, params: Params, batch: Batch, micro_batches: int
+    graphdef: nnx.GraphDef, phase: Phase, micro_batches: int, params: Params, batch: Batch
 ) -> tuple[Params, Metrics, Array]:
-    """Gradients of the trainable groups, metrics, and the expert load of the whole batch."""
-    targets = jnp.maximum(jnp.sum(batch.valid), 1).astype(jnp.float32)
-    queries = jnp.sum(batch.keys.nonempty())
+    """Gradients of the trainable groups, metrics, and the expert load of the whole batch.
+
+    On a mesh `params` and `batch` are a shard's own, as are the gradients; metrics and load are of all shards.
+    """
+    targets = jnp.maximum(total(jnp.sum(batch.valid), "tokens"), 1).astype(jnp.float32)
+    queries = total(jnp.sum(batch.keys.nonempty()), "tokens")
+    micro_batches = min(micro_batches, len(batch.tokens))
     trainable = {group: params[group] for group in phase.trains}
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
         losses, load = _losses(merge_groups(graphdef, {**params, **trainable}), phase, micro)
         scale = {"lm_loss": targets, "kl": jnp.maximum(queries, 1).astype(jnp.float32)}
         losses = {name: value / scale[name] for name, value in losses.items()}
-        total = sum(losses.values(), jnp.zeros(()))
-        return total, ({"loss": total, **losses}, load)
+        whole = sum(losses.values(), jnp.zeros(()))
+        return whole, ({"loss": whole, **losses}, load)
 
     grad = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
         grads, (metrics, load) = grad(trainable, batch)
     else:
-        # Strided, so that each part spreads over all devices when the batch is sharded.
         parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
         first = jax.tree.map(lambda x: x[0], parts)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trainable, first))
         add = lambda total, part: (jax.tree.map(jnp.add, total, grad(trainable, part)), None)  # noqa: E731
         (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, parts)
-    return grads, {**metrics, "tokens": queries}, load
+    return grads, {**total(metrics, "tokens"), "tokens": queries}, load
 
 
 def _losses(model: Any, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
@@ -106,7 +143,7 @@ def _losses(model: Any, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
     output = run_model(model, batch, attention=phase.attention, window=phase.window)
     losses = {}
     if phase.lm_loss:
-        losses["lm_loss"] = cross_entropy(output.hidden, model.unembed, batch.targets, batch.valid)
+        losses["lm_loss"] = cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
     if phase.kl_loss:
         losses["kl"] = indexer_loss(output.indexer_kl, batch.keys.nonempty())
     return losses, output.expert_load

@@ -1,0 +1,66 @@
+"""Plans the published recipe at 128K on 64, 256 and 1024 H200s:  python -m benchmarks.plan
+
+No GPU is needed. Takes some minutes, for it traces the step for some hundred meshes; writes
+benchmarks/results/plan.json.
+"""
+
+import dataclasses
+from typing import Any
+
+from benchmarks import measure
+from dsa_jax.sharding import describe
+from train.estimate import GIB, PUBLISHED, Job, Plan, calibration
+from train.plan import best_plan
+from train.presets import load_preset
+from train.rates import usable_memory
+
+OUT = measure.RESULTS / "plan.json"
+GPUS = (64, 256, 1024)
+LENGTH = 131072
+PRESET = "deepseek_v32"
+
+
+def row(phase: str, gpus: int) -> dict[str, Any]:
+    """The best mesh of so many GPUs for a phase; where none fits, of the fewest GPUs on which one does."""
+    job = Job.of(load_preset(PRESET), phase, LENGTH, PUBLISHED[phase])
+    used, plan = gpus, best_plan(job, gpus)
+    while plan is None:
+        used *= 2
+        plan = best_plan(job, used)
+    return {"phase": phase, "gpus": gpus, "planned_gpus": used, "batch_size": job.batch_size, **figures(plan)}
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What is worth recording of a plan: GiB a device, GiB sent a device and step by kind, seconds a step."""
+    gib = lambda part: sum(part.values()) / GIB  # noqa: E731
+    return {
+        "mesh": describe(plan.shape),
+        "parameters_gib": gib(plan.parameters),
+        "gradients_gib": gib(plan.gradients),
+        "optimizer_gib": gib(plan.optimizer),
+        "activations_gib": plan.activations / GIB,
+        "needed_gib": plan.bytes_needed / GIB,
+        "sent_gib": {kind: gib(part) for kind, part in plan.sent.items()},
+        "compute_seconds": plan.compute_seconds,
+        "network_seconds": plan.network_seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "binds": plan.binds,
+    }
+
+
+def main() -> None:
+    """Records the calibration and all rows."""
+    part: dict[str, Any] = {
+        "calibration": dataclasses.asdict(calibration()),
+        "usable_gib": usable_memory() / GIB,
+        "rows": [],
+    }
+    for phase in PUBLISHED:
+        for gpus in GPUS:
+            part["rows"].append(row(phase, gpus))
+            print(part["rows"][-1], flush=True)
+            measure.record(OUT, {"plans": part})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Training steps at 128K on one GPU and on two: what a mesh gains, and that it changes no number.
+
+  python -m benchmarks.sharded                 # everything; writes benchmarks/results/sharded.json
+  python -m benchmarks.sharded --only SPARSE   # a part alone, merged into the file
+
+Efficiency is the speed over that of one GPU, divided by the GPUs.
+"""
+
+import dataclasses
+import functools
+import gc
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from benchmarks import measure
+from benchmarks.training import initial_state, one_document
+from dsa_jax import Config, KeyRange, Transformer, make_mesh, select_keys
+from dsa_jax.collectives import join, share
+from dsa_jax.sharding import parse_mesh, place_batch, spec
+from train.optimizer import OptimizerSettings
+from train.phases import split_groups
+from train.presets import PhaseSettings, Stage
+from train.step import make_step, state_shardings
+
+OUT = measure.RESULTS / "sharded.json"
+LENGTH = 131072
+MESHES = ("", "context=2", "tensor=2", "expert=2")
+STEPS = 4  # the first of which is not timed
+INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 2048  # of the selection, at the published width
+
+
+def width_config() -> Config:
+    """A model of a real width: four MoE layers with 16 experts."""
+    return dataclasses.replace(
+        Config.deepseek_v32(),
+        vocab_size=32768,
+        hidden_size=2048,
+        num_hidden_layers=4,
+        first_k_dense_replace=0,
+        num_attention_heads=32,
+        q_lora_rank=768,
+        index_n_heads=16,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1024,
+        n_group=1,
+        topk_group=1,
+        index_fp8=True,
+    )
+
+
+def mesh_of(text: str) -> Mesh | None:
+    """The mesh over the first GPUs; None for one GPU without a mesh."""
+    sizes = parse_mesh(text)
+    count = max(sizes.values())
+    return make_mesh(sizes, jax.devices()[:count]) if text else None
+
+
+def step_row(phase: str, text: str, *, config: Config, length: int, steps: int = STEPS) -> dict[str, Any]:
+    """Seconds, losses and peak memory a GPU of optimizer steps on one sequence of `length` tokens."""
+    mesh, rate = mesh_of(text), OptimizerSettings(learning_rate=7.3e-6)
+    settings = PhaseSettings(phase, (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
+    graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    begin = functools.partial(initial_state, config, settings)
+    places = None if mesh is None else state_shardings(jax.eval_shape(begin, jax.random.key(0)), mesh)
+    state = jax.jit(begin, out_shardings=places)(jax.random.key(0))
+    batch = one_document(length, config.vocab_size)
+    batch = batch if mesh is None else place_batch(batch, mesh)
+    row: dict[str, Any] = {
+        "operation": f"training step {phase}",
+        "shape": f"T {length}, {config.num_hidden_layers} layers, dim {config.hidden_size}",
+        "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+        "mesh": text or "one GPU",
+        "gpus": 1 if mesh is None else mesh.size,
+    }
+    make_step.cache_clear()
+    began = time.perf_counter()
+    compiled: Any = make_step(graphdef, settings, mesh=mesh).lower(state, batch).compile()
+    row |= {"first_call": time.perf_counter() - began, "peak_gib": measure.peak_gib(compiled)}
+    print(row, flush=True)
+    times, losses = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        losses.append({name: float(value) for name, value in metrics.items()})
+        times.append(time.perf_counter() - began)
+        print(f"{times[-1]:.3f} s", losses[-1], flush=True)
+    seconds = statistics.median(times[1:])
+    return row | {"seconds": seconds, "tokens_per_second": length / seconds, "metrics": losses}
+
+
+def beside_one(row: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    """The row with its efficiency, and how far its first losses are from those of one GPU."""
+    differences = {
+        name: abs(row["metrics"][0][name] / one["metrics"][0][name] - 1)
+        for name in ("loss", "kl", "lm_loss")
+        if name in row["metrics"][0]
+    }
+    efficiency = row["tokens_per_second"] / one["tokens_per_second"] / row["gpus"]
+    return row | {"efficiency": efficiency, "relative_difference": differences}
+
+
+def step_rows(phase: str):
+    one = None
+    for text in MESHES:
+        try:
+            row = step_row(phase, text, config=width_config(), length=LENGTH)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # the others are still worth their time
+            row = {"operation": f"training step {phase}", "mesh": text, "failed": str(error)[:400]}
+            print(row, flush=True)
+        gc.collect()
+        one = one or row
+        yield row if "failed" in row or "failed" in one else beside_one(row, one)
+
+
+def selection_rows(length: int = LENGTH, queries: int = LENGTH):
+    """Selecting for all queries on every shard of the heads, and for a share of them each with the indices joined."""
+    mesh = mesh_of("tensor=2")
+    keys = jax.random.split(jax.random.key(0), 3)
+    whole = jax.sharding.NamedSharding(mesh, spec())
+    q = jax.random.normal(keys[0], (1, queries, INDEX_HEADS, INDEX_DIM), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+    k = jax.random.normal(keys[1], (1, length, INDEX_DIM), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+    weights = jax.random.normal(keys[2], (1, queries, INDEX_HEADS)) / 100
+    reach = KeyRange.causal(1, queries, offset=length - queries)
+    arrays = jax.device_put((q, k, weights, reach), whole)
+
+    def replicated(q, k, weights, reach):
+        return select_keys(q, k, weights, reach, k=TOPK)
+
+    def divided(q, k, weights, reach):
+        q, weights, reach = jax.tree.map(lambda x: share(x, "heads"), (q, weights, reach))
+        return join(select_keys(q, k, weights, reach, k=TOPK), "heads")
+
+    results = {}
+    for name, select in (("on every shard", replicated), ("queries divided, indices joined", divided)):
+        run = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=spec(), out_specs=spec(), check_vma=False))
+        row = {
+            "operation": f"select_keys, {name}",
+            "shape": f"T {queries} S {length} J {INDEX_HEADS} K {TOPK}",
+            "mesh": "tensor=2",
+        }
+        row |= measure.seconds_per_call(run, [arrays])
+        results[name] = run(*arrays)
+        print(row, flush=True)
+        yield row
+    first, second = results.values()
+    same = bool(jnp.array_equal(first, second))
+    shards = [jax.device_get(shard.data) for shard in second.addressable_shards]
+    yield {"operation": "select_keys", "same_bits": same, "same_on_shards": all((x == shards[0]).all() for x in shards)}
+
+
+PARTS = {
+    "selection": selection_rows,
+    "SPARSE": functools.partial(step_rows, "SPARSE"),
+    "WARMUP": functools.partial(step_rows, "WARMUP"),
+}
+
+
+def main() -> None:
+    names, out = measure.command_line(__doc__, PARTS, OUT)
+    for name in names:
+        rows = []
+        for row in PARTS[name]():
+            rows.append(row)
+            measure.record(
+                out, {name: {"gpus": jax.device_count(), "timings": rows}}
+            )  # none is lost with those after it
+
+
+if __name__ == "__main__":
+    main()

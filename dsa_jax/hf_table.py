@@ -1,0 +1,185 @@
+"""Which tensor of a Hugging Face checkpoint is which parameter: one table, in which every name is matched once."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from dsa_jax.config import Config
+
+# Parts of paths and names alike. The first are float32 if the file has them so, the last always; none is ever rounded.
+FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm")
+ALWAYS_FLOAT32 = ".e_score_correction_bias"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of the table: a parameter's path, its tensors' name, and its dimensions.
+
+    A path that starts with "layers." stands for both stacks of layers. `dims` are ours: "Q -> N P+R" is a matrix of Q
+    inputs, which the file holds transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what we do.
+    """
+
+    path: str
+    name: str
+    dims: str
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The leading names of its paths: stacks of layers, or none."""
+        stack = self.path.split(".")[0]
+        if stack == "layers":
+            return "dense_layers", "moe_layers"
+        return (stack,) if stack.endswith("_layers") else ("",)
+
+    @property
+    def experts(self) -> bool:
+        """Whether each expert has a tensor of its own."""
+        return "{expert}" in self.name
+
+    @property
+    def inputs(self) -> int | None:
+        """How many of our dimensions are inputs of a matrix, None if the file holds the parameter as it is."""
+        return len(self.dims.split(" -> ")[0].split()) if "->" in self.dims else None
+
+    @property
+    def indexer(self) -> bool:
+        """Whether it belongs to the indexer."""
+        return ".indexer." in self.path
+
+    @property
+    def keeps_float32(self) -> bool:
+        """Whether the parameter stays float32 if the file has it so: the index weights and the index key's norm."""
+        return any(part in self.path for part in FLOAT32_IF_STORED)
+
+    @property
+    def always_float32(self) -> bool:
+        """The router's selection bias is float32 whatever `param_dtype`."""
+        return ALWAYS_FLOAT32 in self.path
+
+    def shape(self, config: Config) -> tuple[int, ...]:
+        """Our shape of one tensor."""
+        return tuple(_size(dim, config) for dim in self.dims.replace("->", "").split())
+
+    def file_shape(self, config: Config) -> tuple[int, ...]:
+        """The shape that the file gives one tensor."""
+        shape = self.shape(config)
+        if self.inputs is None:
+            return shape
+        return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
+
+    def in_file(self, dims: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What belongs to each of our dimensions, in the order in which the file has them."""
+        return dims[self.inputs or 0 :] + dims[: self.inputs or 0]
+
+    def to_file(self, x: Any) -> Any:
+        """One tensor, from our layout to the file's."""
+        return x if self.inputs is None else x.reshape(math.prod(x.shape[: self.inputs]), -1).T
+
+
+TABLE = (
+    Entry("embed_tokens", "model.embed_tokens.weight", "vocab D"),
+    Entry("norm.weight", "model.norm.weight", "D"),
+    Entry("lm_head", "lm_head.weight", "D -> vocab"),
+    *(
+        Entry("layers." + path, "model.layers.{layer}." + (name or path + ".weight"), dims)
+        for path, name, dims in (
+            ("input_layernorm.weight", "input_layernorm.weight", "D"),
+            ("post_attention_layernorm.weight", "post_attention_layernorm.weight", "D"),
+            ("self_attn.q_a_proj", "", "D -> Q"),
+            ("self_attn.q_a_layernorm.weight", "self_attn.q_a_layernorm.weight", "Q"),
+            ("self_attn.q_b_proj", "", "Q -> N P+R"),
+            ("self_attn.kv_a_proj_with_mqa", "", "D -> C+R"),
+            ("self_attn.kv_a_layernorm.weight", "self_attn.kv_a_layernorm.weight", "C"),
+            ("self_attn.kv_b_proj", "", "C -> N P+V"),
+            ("self_attn.o_proj", "", "N V -> D"),
+            ("self_attn.indexer.wq_b", "", "Q -> J E"),
+            ("self_attn.indexer.wk", "", "D -> E"),
+            ("self_attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.weight", "E"),
+            ("self_attn.indexer.k_norm.bias", "self_attn.indexer.k_norm.bias", "E"),
+            ("self_attn.indexer.weights_proj", "", "D -> J"),
+        )
+    ),
+    Entry("dense_layers.mlp.gate_proj", "model.layers.{layer}.mlp.gate_proj.weight", "D -> F"),
+    Entry("dense_layers.mlp.up_proj", "model.layers.{layer}.mlp.up_proj.weight", "D -> F"),
+    Entry("dense_layers.mlp.down_proj", "model.layers.{layer}.mlp.down_proj.weight", "F -> D"),
+    Entry("moe_layers.mlp.gate.weight", "model.layers.{layer}.mlp.gate.weight", "D -> X"),
+    Entry("moe_layers.mlp.gate.e_score_correction_bias", "model.layers.{layer}.mlp.gate.e_score_correction_bias", "X"),
+    *(
+        Entry(f"moe_layers.mlp.{part}.{proj}", f"model.layers.{{layer}}.mlp.{part}{expert}.{proj}.weight", dims)
+        for part, expert, width in (("experts", ".{expert}", "Fx"), ("shared_experts", "", "Fs"))
+        for proj, dims in (
+            ("gate_proj", f"D -> {width}"),
+            ("up_proj", f"D -> {width}"),
+            ("down_proj", f"{width} -> D"),
+        )
+    ),
+)
+
+
+def _size(dim: str, config: Config) -> int:
+    """The size of a dimension in the letters of `config.py`; Fx and Fs are the widths of routed and shared experts."""
+    sizes = {
+        "vocab": config.vocab_size,
+        "D": config.hidden_size,
+        "Q": config.q_lora_rank,
+        "C": config.kv_lora_rank,
+        "N": config.num_attention_heads,
+        "P": config.qk_nope_head_dim,
+        "R": config.qk_rope_head_dim,
+        "V": config.v_head_dim,
+        "J": config.index_n_heads,
+        "E": config.index_head_dim,
+        "X": config.n_routed_experts,
+        "F": config.intermediate_size,
+        "Fx": config.moe_intermediate_size,
+        "Fs": config.moe_intermediate_size * config.n_shared_experts,
+    }
+    return sum(sizes[letter] for letter in dim.split("+"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A table's row in one stack of layers: the parameter at `path`, stacked over `layers` layers from `first` on."""
+
+    entry: Entry
+    path: tuple[str, ...]
+    first: int
+    layers: int | None
+    experts: int | None
+
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Its tensors: where each stands in the parameter, and its name in the files."""
+        axes = [range(size) for size in (self.layers, self.experts) if size is not None]
+        for index in itertools.product(*axes):
+            layer = self.first + index[0] if index else None
+            yield index, self.entry.name.format(layer=layer, expert=index[-1] if index else None)
+
+    def shape(self, config: Config) -> tuple[int, ...]:
+        """The parameter's shape."""
+        return *(size for size in (self.layers, self.experts) if size is not None), *self.entry.shape(config)
+
+
+def leaves(config: Config) -> list[Leaf]:
+    """Every parameter of a model of this configuration."""
+    counts = {"": None, "dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
+    result = []
+    for entry in TABLE:
+        absent = entry.path == "lm_head" and config.tie_word_embeddings
+        absent |= ".shared_experts." in entry.path and config.n_shared_experts == 0
+        for stack in entry.stacks:
+            if absent or counts[stack] == 0:
+                continue
+            first = config.num_dense_layers if stack == "moe_layers" else 0
+            experts = config.n_routed_experts if entry.experts else None
+            result.append(Leaf(entry, _path(entry, stack), first, counts[stack], experts))
+    return result
+
+
+def _path(entry: Entry, stack: str) -> tuple[str, ...]:
+    names = entry.path.split(".")
+    return (stack, *names[1:]) if stack else tuple(names)
+
+
+ROWS = {_path(entry, stack): entry for entry in TABLE for stack in entry.stacks}
