@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import measure
 from dsa_jax.sharding import describe
 from train.estimate import GIB, PUBLISHED, Job, Plan, calibration
-from train.plan import best_plan
+from train.plan import best_plan, least_state_bytes
 from train.presets import load_preset
 from train.rates import usable_memory
 
@@ -27,7 +27,8 @@ def row(phase: str, gpus: int) -> dict[str, Any]:
     while plan is None:
         used *= 2
         plan = best_plan(job, used)
-    return {"phase": phase, "gpus": gpus, "planned_gpus": used, "batch_size": job.batch_size, **figures(plan)}
+    where = {"phase": phase, "gpus": gpus, "planned_gpus": used, "batch_size": job.batch_size}
+    return {**where, "least_state_gib": least_state_bytes(job, gpus) / GIB, **figures(plan)}
 
 
 def figures(plan: Plan) -> dict[str, Any]:

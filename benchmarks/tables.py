@@ -106,20 +106,20 @@ def plan(results: dict) -> str:
     part = results["plans"]
     circumstances, calibration, limit = (part[name] for name in ("circumstances", "calibration", "usable_gib"))
     text = (
-        f"`python -m benchmarks.plan`, jax {circumstances['versions']['jax']}, {circumstances['date']}: of the meshes of "
-        "so many H200s, tried by descent, the one that is planned to train fastest. Nothing of it was run. State is "
+        f"`python -m benchmarks.plan`, jax {circumstances['versions']['jax']}, {circumstances['date']}: of the meshes "
+        "of so many H200s, tried by descent, the one that is planned to train fastest. Nothing of it was run. State is "
         "exact; the other bytes are a walk over the traced step, calibrated on the measured peak of the SPARSE step "
-        f"above ({calibration['copies']:.2f} further copies of the gradients), error on the WARMUP step: "
-        f"{calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds are at the rates "
-        f"above, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
+        f"above ({calibration['copies']:.2f} further copies of the gradients, for what it misses), error on the WARMUP "
+        f"step: {calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds are at "
+        f"the rates above, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
         f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); network at 450 GB/s a GPU within a host of eight and "
         "50 GB/s between hosts, each way, none of it hidden behind compute."
     )
     lines = [
         textwrap.fill(text, 120, break_on_hyphens=False),
         "",
-        "| phase | GPUs | mesh | parameters, gradients, optimizer | needed a GPU | sent a GPU and step | compute + network a "
-        "step | tokens/s |",
+        "| phase | GPUs | mesh | parameters, gradients, optimizer | needed a GPU | sent a GPU and step | compute + "
+        "network a step | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in part["rows"]:
@@ -129,16 +129,16 @@ def plan(results: dict) -> str:
 
 def _planned(row):
     """The cells of a row of the plan after its GPUs."""
-    mesh = row["mesh"].replace(",", ", ")
     if row["planned_gpus"] > row["gpus"]:
-        mesh = f"does not fit; {row['planned_gpus']} GPUs do: {mesh}"
+        state = f"parameters, gradients and optimizer alone take {row['least_state_gib']:.0f} GiB"
+        return f"none fits: {state} or more; {row['planned_gpus']} GPUs are enough", *[""] * 5
     state = ", ".join(f"{row[f'{name}_gib']:.1f}" for name in ("parameters", "gradients", "optimizer"))
     times = [
         f"**{row[f'{name}_seconds']:.0f}**" if row["binds"] == name else f"{row[f'{name}_seconds']:.0f}"
         for name in ("compute", "network")
     ]
     return (
-        mesh,
+        row["mesh"].replace(",", ", "),
         f"{state} GiB",
         f"{row['needed_gib']:.0f} GiB",
         f"{sum(row['sent_gib'].values()):,.0f} GiB",

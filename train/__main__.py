@@ -18,6 +18,7 @@ from rich.console import Console
 
 from dsa_jax import generate
 from dsa_jax.sharding import make_mesh, parse_mesh
+from train import plan
 from train.data import Corpus, load
 from train.evaluate import Evaluation, HeldOut, evaluate_run
 from train.phases import CONTROLS, PHASES, Params, Phase, merge_groups
@@ -133,8 +134,11 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     _quieten_checkpoints()
     try:
+        if arguments[:1] == ["plan"]:
+            return plan.main(arguments[1:])
         parsed, unknown = tyro.cli(Arguments, prog="python -m train", args=arguments, return_unknown_args=True)
         if unknown:
             raise ValueError(f"unknown arguments: {' '.join(unknown)}; see --help")
