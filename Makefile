@@ -1,5 +1,5 @@
 # Each command does its own set-up: see .ci/install.
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-meshes test-gpu lint format clean
 
 ARGS ?=
 bin := .venv/bin
@@ -10,6 +10,10 @@ demo:
 
 test: lint
 	$(bin)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-meshes:
+	@.ci/install test
+	$(bin)/python -m pytest -m meshes --numprocesses 2 $(ARGS)
 
 test-gpu:
 	@.ci/install test,cuda

@@ -25,8 +25,13 @@ def pytest_configure(config):
     jaxtyping.install_import_hook(["dsa_jax", "train"], "shape_checks.checked")
 
 
-def pytest_collection_modifyitems(items):
-    """Skips what needs a GPU where there is none."""
+def pytest_collection_modifyitems(config, items):
+    """Skips what needs a GPU where there is none, and, unless they are asked for, most of the meshes."""
+    if "meshes" not in config.option.markexpr:
+        for item in items:
+            marker = item.get_closest_marker("meshes")
+            if marker is not None and not marker.kwargs.get("always"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-meshes"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -35,6 +40,17 @@ def pytest_collection_modifyitems(items):
     if jax.default_backend() != "gpu":
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many choices on meshes were other than one device's."""
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    properties = [value for report in reports for name, value in report.user_properties if name == "rows_at_a_boundary"]
+    if properties:
+        at, after, rows = map(sum, zip(*properties, strict=True))
+        terminalreporter.write_line(
+            f"meshes: {at} of {rows} selections and routings differ from one device's at a boundary, {after} after these"
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -225,7 +225,7 @@ def _measure_layer(graph, state, states, streams, rotation: Rotation, keys: KeyR
     projections = layer.self_attn.project(inputs, rotation)
     k, _ = layer.self_attn.expand(projections.kv)
     mass, found = kept_mass(projections.q, k, keys, chosen, random, top_k=config.index_topk, scale=config.softmax_scale)
-    options = {"dense": {"attention": "dense"}, "indexer": {"attention": "sparse"}}
+    options: dict[str, Any] = {"dense": {"attention": "dense"}, "indexer": {"attention": "sparse"}}
     options |= {name: {"attention": "sparse", "selected": (chosen | found)[name]} for name in IMPOSED}
     return {name: layer(x, rotation, keys, **options[name]).x for name, x in streams.items()}, mass
 
