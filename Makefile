@@ -9,7 +9,7 @@ demo:
 	$(bin)/python -m train --preset tiny --resume $(ARGS)
 
 test: lint
-	$(bin)/python -m pytest --numprocesses 2 $(ARGS)
+	$(bin)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 test-meshes:
 	@.ci/install test

@@ -115,13 +115,15 @@ def check_model(mesh: Mesh | AbstractMesh, config: Config) -> None:
     """Raises ValueError unless the model's parameters can be split over the mesh."""
     if tuple(mesh.axis_names) != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, as `make_mesh` gives it, got {mesh.axis_names}")
-    for name, what, size in _split_sizes(config):
-        _check_divides(mesh, name, what, size)
+    sizes = list(_split_sizes(config))
+    for name, what, size in sizes:
+        together = math.gcd(*(other for rule, _, other in sizes if RULES[rule] == RULES[name]))
+        _check_divides(mesh, name, what, size, together)
 
 
 def check_batch(mesh: Mesh | AbstractMesh, *, batch_size: int, seq_len: int) -> None:
     """Raises ValueError unless a batch of this shape can be split over the mesh."""
-    _check_divides(mesh, "batch", "the batch size", batch_size)
+    _check_divides(mesh, "batch", "the batch size", batch_size, batch_size)
     pieces = 2 * shards(mesh, "sequence")
     if pieces > 2 and seq_len % pieces:
         nearest = max(pieces, round(seq_len / pieces) * pieces)
@@ -148,10 +150,11 @@ def _split_sizes(config: Config) -> Iterable[tuple[str, str, int]]:
     return ((name, what, size) for (name, what), size in sizes.items())
 
 
-def _check_divides(mesh, name, what, size):
+def _check_divides(mesh, name, what, size, together):
+    """`together` is the greatest number that divides all that is split alike."""
     count = shards(mesh, name)
     if size % count:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        divisors = [d for d in range(1, together + 1) if together % d == 0]
         nearest = min(divisors, key=lambda d: abs(math.log(d / count)))
         raise ValueError(f"{_sizes(mesh, name)} must divide {what} {size}; nearest that does: {nearest}")
 
@@ -201,7 +204,7 @@ def imbalance(start: Int[np.ndarray, "B T"], stop: Int[np.ndarray, "B T"], count
     """
     pairs = np.maximum(np.asarray(stop, np.int64) - np.asarray(start, np.int64), 0)
     work = pairs[:, zigzag_order(pairs.shape[1], count)].reshape(len(pairs), count, -1).sum(axis=(0, 2))
-    return float(work.max() / max(work.mean(), 1) - 1)
+    return float(work.max() / work.mean() - 1) if work.any() else 0.0
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:

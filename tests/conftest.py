@@ -26,11 +26,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips what needs a GPU where there is none, and, unless they are asked for, most of the meshes."""
+    """Skips what needs a GPU where there is none, and the meshes unless they are asked for."""
     if "meshes" not in config.option.markexpr:
         for item in items:
-            marker = item.get_closest_marker("meshes")
-            if marker is not None and not marker.kwargs.get("always"):
+            if item.get_closest_marker("meshes") is not None:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: make test-meshes"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
@@ -49,7 +48,7 @@ def pytest_terminal_summary(terminalreporter):
     if properties:
         at, after, rows = map(sum, zip(*properties, strict=True))
         terminalreporter.write_line(
-            f"meshes: {at} of {rows} selections and routings differ from one device's at a boundary, {after} after these"
+            f"meshes: {at} of {rows} selections and routings are not one device's, at a boundary; {after} after these"
         )
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from dsa_jax import generate
-from dsa_jax.sharding import make_mesh, parse_mesh
+from dsa_jax.sharding import AXES, make_mesh, parse_mesh
 from train import plan
 from train.data import Corpus, load
 from train.evaluate import Evaluation, HeldOut, evaluate_run
@@ -120,7 +120,7 @@ class Arguments:
         """The mesh to train on, None for one device alone."""
         if self.mesh is not None:
             return make_mesh(parse_mesh(self.mesh))
-        return make_mesh({"data": jax.device_count()}) if self.distributed else None
+        return make_mesh({AXES[0]: jax.device_count()}) if self.distributed else None
 
     def runs(self) -> list[Run]:
         """The run of each seed."""

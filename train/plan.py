@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsa_jax import Config
-from dsa_jax.sharding import AXES, describe, parse_mesh
+from dsa_jax.sharding import AXES, RULES, describe, parse_mesh
 from train.estimate import ELSEWHERE, GIB, ByPart, Job, Plan, Shape, calibration, make_plan, state_bytes
 from train.presets import PRESETS, PhaseSettings, RunConfig, load_preset
 from train.program import lower_step
@@ -120,7 +120,7 @@ def larger_mesh(job: Job, shape: Shape) -> Plan | None:
             return min(fitting, key=lambda plan: plan.seconds)
     for factor in factors:
         meshes = [mesh for mesh in _grown(shape, factor) if _state_bytes(job, mesh) <= usable_memory()]
-        meshes.sort(key=lambda mesh: (mesh["tensor"], _state_bytes(job, mesh)))
+        meshes.sort(key=lambda mesh: (mesh[RULES["heads"][0]], _state_bytes(job, mesh)))
         plans = (make_plan(job, mesh) for mesh in meshes[:TRIED])
         if plan := next((plan for plan in plans if plan.fits), None):
             return plan

@@ -1,0 +1,391 @@
+"""The model on a mesh of devices beside the same on one: inputs of any seed, programs, and how choices may differ."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from cases import FAST, same_bits
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from train_cases import small_batch, small_config
+
+from dsa_jax import Config, index_scores
+from dsa_jax.collectives import total
+from dsa_jax.rope import rotation as rope_rotation
+from dsa_jax.sharding import (
+    AXES,
+    describe,
+    make_mesh,
+    parameter_axes,
+    parameter_shardings,
+    parse_mesh,
+    path_names,
+    place_batch,
+    shards,
+    spec,
+    zigzag_order,
+)
+from train.data import Batch
+from train.losses import cross_entropy, indexer_loss
+from train.phases import Params, Phase, merge_groups
+from train.run import abstract_params
+
+SEED_VARIABLE = "MESHES_SEED"
+SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(3)))  # none is picked
+REPEAT = f"(repeat with {SEED_VARIABLE}={SEED})"
+
+DEVICES, LAYERS, ROWS, LENGTH = 8, 3, 8, 80
+STEPS = 10
+RATE = 0.1  # of plain gradient descent
+NEAR = 1e-6  # of the last chosen score, where rounding may choose otherwise
+NEAR_KINK = 1e-5  # of 0, where relu's gradient jumps: logits are sums of up to 10
+
+SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(sizes) == DEVICES]
+EVERY_MESH = [describe(dict(zip(AXES, sizes, strict=True))) for sizes in SIZES]
+
+
+def mesh_config(**changes) -> Config:
+    """Sizes that every mesh of eight devices divides; no other dimension is one of layers or of tokens."""
+    sizes = dict(num_hidden_layers=LAYERS, first_k_dense_replace=0, num_attention_heads=8, n_routed_experts=8)
+    sizes |= dict(max_position_embeddings=LENGTH)
+    return small_config(**sizes | changes)
+
+
+def random_params(config: Config, seed: int) -> Params:
+    """NumPy parameters: activations near 1, and so scores far apart."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        names = [key.key for key in path]
+        one = names[-1] == "weight" and names[-2].endswith("norm")
+        scale = 0.01 if names[-1] == "e_score_correction_bias" else 0.1 if "norm" in names[-2] else 0.25
+        return (one + scale * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config)[1])
+
+
+def random_batch(seed: int) -> Batch:
+    """Packed documents and padding; the last row, all that one of eight shards of the batch has, is padding alone."""
+    batch = small_batch(ROWS, LENGTH, seed=seed)
+    return jax.tree.map(lambda x: np.concatenate([x[:-1], np.zeros_like(x[-1:])]), batch)
+
+
+def mesh_of(name: str) -> Mesh:
+    """The mesh of that description, on as many devices as it needs."""
+    sizes = parse_mesh(name)
+    return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+
+
+def place_params(params: Any, mesh: Mesh | None) -> Any:
+    """Parameters where a mesh has them; NumPy's as they are without one."""
+    return params if mesh is None else jax.device_put(params, parameter_shardings(params, mesh))
+
+
+def place_tokens(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch in zigzag order on its shards; as it is without a mesh."""
+    return batch if mesh is None else place_batch(batch, mesh)
+
+
+def place_choices(choices: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Selections and routings [layers, B, T, …] in natural order, put where the shards' tokens are."""
+    if mesh is None:
+        return choices
+    sharding = NamedSharding(mesh, spec(None, "batch", "sequence"))
+    order = zigzag_order(LENGTH, shards(mesh, "sequence"))
+    return {name: jax.device_put(x[:, :, order], sharding) for name, x in choices.items()}
+
+
+def natural(choices: dict[str, jax.Array], mesh: Mesh | None) -> dict[str, np.ndarray]:
+    """Selections and routings in natural order again, after every copy of them was compared."""
+    order = np.arange(LENGTH) if mesh is None else zigzag_order(LENGTH, shards(mesh, "sequence"))
+    return {name: whole(x)[:, :, np.argsort(order)] for name, x in choices.items()}
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """The array; that devices which hold the same part of it hold the same bits is asserted."""
+    copies = {}
+    for shard in x.addressable_shards:
+        same_bits(shard.data, copies.setdefault(str(shard.index), shard.data))
+    return np.asarray(x)
+
+
+def compile_on(mesh: Mesh | None, function, *arguments, out=None):
+    """A function of each shard's own part of the arguments, which were placed on the mesh; of all of them without."""
+    if mesh is not None:
+        specs = jax.tree.map(lambda x: x.sharding.spec, arguments)
+        function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return jax.jit(function).lower(*arguments).compile(compiler_options=FAST)
+
+
+def _losses(model, output, batch, phase) -> dict[str, jax.Array]:
+    """This shard's part of the losses of a batch."""
+    losses = {}
+    if phase.lm_loss:
+        nll = cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
+        losses["lm_loss"] = nll / total(jnp.sum(batch.valid), "tokens")
+    if phase.kl_loss:
+        valid = batch.keys.nonempty()
+        losses["kl"] = indexer_loss(output.indexer_kl, valid) / total(jnp.sum(valid), "tokens")
+    return losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Losses, expert load and all choices of one pass."""
+
+    graphdef: nnx.GraphDef
+    phase: Phase
+
+    def __call__(self, params: Params, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """(Losses and load of all shards, what this shard's tokens selected and where they went.)"""
+        model = merge_groups(self.graphdef, params)
+        arguments = dict(keys=batch.keys, positions=batch.positions, attention=self.phase.attention)
+        sparse = self.phase.attention == "sparse"
+        output = model(batch.tokens, **arguments, return_selected=sparse, return_routed=True)
+        choices = {"routed": output.routed, "selected": output.selected}
+        choices = {kind: chosen for kind, chosen in choices.items() if chosen is not None}
+        losses = total(_losses(model, output, batch, self.phase), "tokens")
+        return losses | {"expert_load": output.expert_load}, choices
+
+    def compile(self, mesh: Mesh | None, params: Params, batch: Batch):
+        """The program for these arguments, placed."""
+        return compile_on(mesh, self, params, batch, out=(spec(), spec(None, "batch", "sequence")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """One step of plain gradient descent under imposed choices."""
+
+    graphdef: nnx.GraphDef
+    phase: Phase
+
+    def __call__(self, params: Params, batch: Batch, choices: dict[str, jax.Array]) -> tuple[Params, Params, dict]:
+        """(Gradients of the phase's groups, all parameters after the step, losses.)"""
+
+        def loss(trained):
+            model = merge_groups(self.graphdef, params | trained)
+            arguments = dict(keys=batch.keys, positions=batch.positions, attention=self.phase.attention)
+            losses = _losses(model, model(batch.tokens, **arguments, **choices), batch, self.phase)
+            return sum(losses.values()), losses
+
+        trained = {group: params[group] for group in self.phase.trains}
+        gradients, losses = jax.grad(loss, has_aux=True)(trained)
+        sgd = optax.sgd(RATE)
+        moved = optax.apply_updates(trained, sgd.update(gradients, sgd.init(trained))[0])
+        return gradients, params | moved, total(losses, "tokens")
+
+    def compile(self, mesh: Mesh | None, params: Params, batch: Batch, choices: dict[str, Any]):
+        """The program for these arguments, placed."""
+        specs = None
+        if mesh is not None:
+            specs = jax.tree.map(lambda x: x.sharding.spec, params)
+        out = None if specs is None else ({group: specs[group] for group in self.phase.trains}, specs, spec())
+        return compile_on(mesh, self, params, batch, choices, out=out)
+
+
+def layer_scores(graphdef: nnx.GraphDef, phase: Phase, params: Params, batch: Batch, choices: Any) -> Any:
+    """On one device, of each layer: index scores [B, T, S], the router's biased scores [B, T, X], and the smallest
+    |q_index · k_index| of all reachable pairs, where the gradient of relu jumps. `choices` are imposed."""
+    model, keys = merge_groups(graphdef, params), batch.keys
+    rotation = rope_rotation(batch.positions, model.config)
+    x, results = model.embed_tokens[...][batch.tokens], []
+    for layer, module in enumerate(model.layers()):
+        imposed = {name: choice[layer] for name, choice in choices.items()}
+        attention = dict(attention=phase.attention, selected=imposed.get("selected"))
+        y = module.input_layernorm(x)
+        p = module.self_attn.project(y, rotation)
+        index = index_scores(p.q_index, p.k_index, p.weights, keys)
+        logits = jnp.abs(jnp.einsum("btje,bse->btjs", p.q_index, p.k_index))
+        kink = jnp.min(jnp.where(keys.mask(LENGTH)[:, :, None], logits, jnp.inf))
+        y = module.post_attention_layernorm(x + module.self_attn(y, rotation, keys, **attention).x)
+        gate = module.mlp.gate
+        router = jax.nn.sigmoid(y @ gate.weight[...]) + gate.e_score_correction_bias[...]
+        results.append((index, router, kink))
+        x = module(x, rotation, keys, routed=imposed.get("routed"), **attention).x
+    return results
+
+
+def _members(chosen, size):
+    """Whether each of `size` candidates [*B, size] is among the chosen [*B, k]; negative ones are nobody."""
+    return (chosen[..., None] == np.arange(size)).any(-2)
+
+
+def near_boundary(scores: np.ndarray, k: int, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Whether all in which two choices of the `k` highest scores [*B, S] differ is near the last of them: [*B]."""
+    scores = np.asarray(scores, np.float64)
+    last = np.sort(scores, axis=-1)[..., -min(k, scores.shape[-1]), None]
+    with np.errstate(invalid="ignore"):
+        near = np.abs(scores - last) <= NEAR
+    size = scores.shape[-1]
+    return (near | (_members(mine, size) == _members(theirs, size))).all(-1)
+
+
+def near_routing(scores: np.ndarray, config: Config, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """`near_boundary` of biased router scores [*B, X]: the last chosen of the groups counts as a boundary too."""
+    grouped = scores.reshape(*scores.shape[:-1], config.n_group, -1)
+    of_groups = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
+    ranked = np.sort(of_groups, axis=-1)[..., ::-1]
+    last = ranked[..., config.topk_group - 1]
+    split = (
+        config.topk_group < config.n_group and last - ranked[..., min(config.topk_group, config.n_group - 1)] <= NEAR
+    )
+    eligible = np.where((of_groups >= last[..., None])[..., None], grouped, -np.inf).reshape(scores.shape)
+    return split | near_boundary(eligible, config.num_experts_per_tok, mine, theirs)
+
+
+def count_flips(config: Config, batch: Batch, mine: dict, theirs: dict, scores: Any) -> tuple[int, int]:
+    """(Rows of two runs that were chosen otherwise at a boundary, rows of their documents that followed suit.)
+
+    Raises:
+      AssertionError: if a row differs that neither lies by a boundary nor has a differing token before it.
+    """
+    clean, near, followed = np.ones((ROWS, LENGTH), bool), 0, 0
+    document = np.asarray(batch.start)
+    stages = [(kind, layer) for layer in range(len(mine["routed"])) for kind in ("selected", "routed") if kind in mine]
+    for kind, layer in stages:
+        a, b = mine[kind][layer], theirs[kind][layer]
+        differ = (np.sort(a) != np.sort(b)).any(-1)
+        if not differ.any():
+            continue
+        index, router, _ = scores()[layer]
+        if kind == "selected":
+            tied = near_boundary(np.asarray(index), config.index_topk, a, b)
+        else:
+            tied = near_routing(np.asarray(router), config, a, b)
+        wrong = differ & clean & ~tied
+        assert not wrong.any(), f"{kind} of layer {layer} differ off the boundary at {np.argwhere(wrong)[:4]} {REPEAT}"
+        near, followed = near + int((differ & clean).sum()), followed + int((differ & ~clean).sum())
+        for row, query in np.argwhere(differ):
+            clean[row] &= document[row] != document[row, query]
+    return near, followed
+
+
+class OneDevice:
+    """What one device makes of a configuration: programs, compiled when they are first asked for, and ten steps."""
+
+    def __init__(self, config: Config):
+        self.config, self.graphdef = config, abstract_params(config)[0]
+        self.params = random_params(config, SEED)
+        self.batches = [random_batch(SEED + step) for step in range(STEPS)]
+        self._programs, self._descents = {}, {}
+
+    def _run(self, kind, phase: Phase, *arguments):
+        program = self._programs.get((kind, phase))
+        if program is None:
+            function = functools.partial(layer_scores, self.graphdef, phase) if kind is layer_scores else None
+            function = function or kind(self.graphdef, phase)
+            program = self._programs[kind, phase] = compile_on(None, function, *arguments)
+        return jax.device_get(program(*arguments))
+
+    def forward(self, phase: Phase, params: Params, batch: Batch) -> tuple[dict, dict]:
+        """(Losses and load, choices) of `Forward`."""
+        return self._run(Forward, phase, params, batch)
+
+    def descend(self, phase: Phase, params: Params, batch: Batch, choices: dict) -> tuple[Params, Params, dict]:
+        """(Gradients, parameters after the step, losses) of `Descent`."""
+        return self._run(Descent, phase, params, batch, choices)
+
+    def scores(self, phase: Phase, params: Params, batch: Batch, choices: dict) -> list[tuple]:
+        """`layer_scores` under the choices."""
+        return self._run(layer_scores, phase, params, batch, choices)
+
+    def descent(self, phase: Phase) -> list[tuple]:
+        """Ten steps of plain gradient descent: (parameters before it, its batch, its choices, what it gives)."""
+        if phase not in self._descents:
+            params, steps = self.params, []
+            for batch in self.batches:
+                some = phase.attention == "sparse" or self.config.num_moe_layers
+                choices = self.forward(phase, params, batch)[1] if some else {}
+                result = self.descend(phase, params, batch, choices)
+                steps.append((params, batch, choices, result))
+                params = result[1]
+            self._descents[phase] = steps
+        return self._descents[phase]
+
+    def near_kink(self, phase: Phase) -> bool:
+        """Whether in any of these steps a logit of the indexer is so near 0 that its gradient may jump."""
+        scores = (self.scores(phase, params, batch, choices) for params, batch, choices, _ in self.descent(phase))
+        return any(kink <= NEAR_KINK for layers in scores for _, _, kink in layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange of a compiled program: what, the shapes that come out, and whether a loop's body holds it."""
+
+    kind: str
+    shapes: list[tuple[str, tuple[int, ...]]]  # dtype and dimensions
+    in_loop: bool
+
+
+KINDS = (
+    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
+)
+
+
+def collectives_of(text: str) -> list[Collective]:
+    """All exchanges in the text of a compiled program."""
+    computations, name = {}, ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computations[name := head[1]] = []
+        elif name:
+            computations[name].append(line)
+
+    def called(lines, attributes):
+        values = re.findall(rf"\b(?:{attributes})=(\{{[^}}]*\}}|%?[\w.\-]+)", "\n".join(lines))
+        return {callee for value in values for callee in re.findall(r"[\w.\-]+", value)} & computations.keys()
+
+    everything = "body|condition|calls|to_apply|branch_computations|true_computation|false_computation"
+    inside = set()
+    queue = [body for lines in computations.values() for body in called(lines, "body")]
+    while queue:
+        if (name := queue.pop()) not in inside:
+            inside.add(name)
+            queue += called(computations[name], everything)
+
+    found = []
+    for name, lines in computations.items():
+        for line in lines:
+            if match := re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line):
+                shapes = [(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in _shapes(match[1])]
+                found.append(Collective(match[2], shapes, name in inside))
+    return found
+
+
+def _shapes(text):
+    return re.findall(r"(\w+)\[([\d,]+)\]", text)
+
+
+def gathered_scores(exchanges: list[Collective], tokens: int) -> list[Collective]:
+    """Those whose results have a dimension of all keys and another of the `tokens` of a shard, or of more of them."""
+
+    def of_scores(shape):
+        pairs = itertools.permutations(shape, 2)
+        return any(keys % LENGTH == 0 and queries % tokens == 0 for keys, queries in pairs)
+
+    moving = [e for e in exchanges if e.kind not in ("all-reduce", "reduce-scatter")]  # the target is summed over heads
+    return [e for e in moving if any(of_scores(shape) for _, shape in e.shapes)]
+
+
+def gathered_layers(exchanges: list[Collective]) -> list[Collective]:
+    """All-gathers of what all layers have, wherever they stand."""
+    return [e for e in exchanges if e.kind == "all-gather" and any(LAYERS in shape for _, shape in e.shapes)]
+
+
+def parameter_gathers(config: Config, mesh: Mesh) -> set[tuple[int, ...]]:
+    """The shapes in which a layer's fully sharded parameters must come out of their gathers."""
+    shapes = set()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config)[1])[0]:
+        axes = parameter_axes(path_names(path), leaf.ndim)
+        if "fsdp" in axes and "layers" in str(path):
+            sizes = [1 if axis in (None, "fsdp") else shards(mesh, axis) for axis in axes]
+            shapes.add(tuple(dim // size for dim, size in zip(leaf.shape, sizes, strict=True))[1:])
+    return shapes
