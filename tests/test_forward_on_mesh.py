@@ -30,7 +30,13 @@ def alone():
     return inputs, keys, forward(CONFIG, inputs, keys=keys)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,context=2,tensor=2", "context=4", "tensor=4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=2,context=2,tensor=2",
+        *(pytest.param(mesh, marks=pytest.mark.meshes) for mesh in ("context=4", "tensor=4")),
+    ],
+)
 def test_it_is_one_devices(alone, mesh):
     inputs, keys, (want, logits) = alone
     mesh = mesh_of(mesh)
@@ -47,6 +53,7 @@ def test_it_is_one_devices(alone, mesh):
     np.testing.assert_allclose(replayed.hidden, out.hidden, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.meshes
 def test_dense_and_causal_if_nothing_is_said(alone):
     inputs = alone[0]
     want, _ = forward(CONFIG, inputs, attention="dense")
