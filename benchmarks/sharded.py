@@ -6,53 +6,41 @@
 Efficiency is the speed over that of one GPU, divided by the GPUs.
 """
 
-import dataclasses
 import functools
 import gc
 import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from benchmarks import measure
-from benchmarks.training import initial_state, one_document
-from dsa_jax import Config, KeyRange, Transformer, make_mesh, select_keys
+from benchmarks.training import run_steps
+from dsa_jax import Config, KeyRange, make_mesh, select_keys
 from dsa_jax.collectives import join, share
-from dsa_jax.sharding import parse_mesh, place_batch, spec
-from train.optimizer import OptimizerSettings
-from train.phases import split_groups
-from train.presets import PhaseSettings, Stage
-from train.step import make_step, state_shardings
+from dsa_jax.sharding import parse_mesh, spec
 
 OUT = measure.RESULTS / "sharded.json"
 LENGTH = 131072
 MESHES = ("", "context=2", "tensor=2", "expert=2")
 STEPS = 4  # the first of which is not timed
 INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 2048  # of the selection, at the published width
-
-
-def width_config() -> Config:
-    """A model of a real width: four MoE layers with 16 experts."""
-    return dataclasses.replace(
-        Config.deepseek_v32(),
-        vocab_size=32768,
-        hidden_size=2048,
-        num_hidden_layers=4,
-        first_k_dense_replace=0,
-        num_attention_heads=32,
-        q_lora_rank=768,
-        index_n_heads=16,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        moe_intermediate_size=1024,
-        n_group=1,
-        topk_group=1,
-        index_fp8=True,
-    )
+WIDTH = Config(
+    vocab_size=32768,
+    hidden_size=2048,
+    num_hidden_layers=4,
+    first_k_dense_replace=0,
+    num_attention_heads=32,
+    q_lora_rank=768,
+    index_n_heads=16,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=1024,
+    n_group=1,
+    topk_group=1,
+    index_fp8=True,
+)
 
 
 def mesh_of(text: str) -> Mesh | None:
@@ -62,37 +50,19 @@ def mesh_of(text: str) -> Mesh | None:
     return make_mesh(sizes, jax.devices()[:count]) if text else None
 
 
-def step_row(phase: str, text: str, *, config: Config, length: int, steps: int = STEPS) -> dict[str, Any]:
-    """Seconds, losses and peak memory a GPU of optimizer steps on one sequence of `length` tokens."""
-    mesh, rate = mesh_of(text), OptimizerSettings(learning_rate=7.3e-6)
-    settings = PhaseSettings(phase, (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
-    graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    begin = functools.partial(initial_state, config, settings)
-    places = None if mesh is None else state_shardings(jax.eval_shape(begin, jax.random.key(0)), mesh)
-    state = jax.jit(begin, out_shardings=places)(jax.random.key(0))
-    batch = one_document(length, config.vocab_size)
-    batch = batch if mesh is None else place_batch(batch, mesh)
-    row: dict[str, Any] = {
-        "operation": f"training step {phase}",
-        "shape": f"T {length}, {config.num_hidden_layers} layers, dim {config.hidden_size}",
-        "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+def step_row(phase: str, text: str) -> dict[str, Any]:
+    """Seconds, losses and peak memory a GPU of optimizer steps on one long sequence."""
+    mesh = mesh_of(text)
+    row, times, metrics = run_steps(WIDTH, phase, LENGTH, steps=STEPS, mesh=mesh)
+    seconds = statistics.median(times[1:])
+    return row | {
+        "shape": f"T {LENGTH}, {WIDTH.num_hidden_layers} layers, dim {WIDTH.hidden_size}",
         "mesh": text or "one GPU",
         "gpus": 1 if mesh is None else mesh.size,
+        "seconds": seconds,
+        "tokens_per_second": LENGTH / seconds,
+        "metrics": metrics,
     }
-    make_step.cache_clear()
-    began = time.perf_counter()
-    compiled: Any = make_step(graphdef, settings, mesh=mesh).lower(state, batch).compile()
-    row |= {"first_call": time.perf_counter() - began, "peak_gib": measure.peak_gib(compiled)}
-    print(row, flush=True)
-    times, losses = [], []
-    for _ in range(steps):
-        began = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        losses.append({name: float(value) for name, value in metrics.items()})
-        times.append(time.perf_counter() - began)
-        print(f"{times[-1]:.3f} s", losses[-1], flush=True)
-    seconds = statistics.median(times[1:])
-    return row | {"seconds": seconds, "tokens_per_second": length / seconds, "metrics": losses}
 
 
 def beside_one(row: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
@@ -110,13 +80,36 @@ def step_rows(phase: str):
     one = None
     for text in MESHES:
         try:
-            row = step_row(phase, text, config=width_config(), length=LENGTH)
+            row = step_row(phase, text)
         except (jax.errors.JaxRuntimeError, ValueError) as error:  # the others are still worth their time
             row = {"operation": f"training step {phase}", "mesh": text, "failed": str(error)[:400]}
             print(row, flush=True)
         gc.collect()
         one = one or row
         yield row if "failed" in row or "failed" in one else beside_one(row, one)
+
+
+def exchange_rows(size: int = 1 << 29):
+    """The rates at which a GPU sends, with `size` bfloat16 numbers in each."""
+    mesh, axis = mesh_of("context=2"), "context"
+    split, whole = spec("sequence"), spec()
+    kinds = {
+        "all-gather": (lambda x: jax.lax.all_gather(x, axis, tiled=True), split, whole),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, axis, tiled=True), whole, split),
+        "all-reduce": (lambda x: jax.lax.psum(x, axis), whole, whole),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True), split, split),
+    }
+    for kind, (exchange, given, made) in kinds.items():
+        x = jax.device_put(
+            jnp.ones(size * (mesh.size if given == split else 1), jnp.bfloat16), NamedSharding(mesh, given)
+        )
+        run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=given, out_specs=made, check_vma=False))
+        row = {"operation": kind, "shape": f"{2 * size / 1e9:.2f} GB a GPU", "mesh": "context=2"}
+        row |= measure.seconds_per_call(run, [(x,)])
+        sent = 2 * size * {"all-gather": 1, "all-reduce": 1}.get(kind, 1 / 2)
+        row["gb_per_s"] = sent / row["seconds"] / 1e9
+        print(row, flush=True)
+        yield row
 
 
 def selection_rows(length: int = LENGTH, queries: int = LENGTH):
@@ -156,6 +149,7 @@ def selection_rows(length: int = LENGTH, queries: int = LENGTH):
 
 
 PARTS = {
+    "exchanges": exchange_rows,
     "selection": selection_rows,
     "SPARSE": functools.partial(step_rows, "SPARSE"),
     "WARMUP": functools.partial(step_rows, "WARMUP"),

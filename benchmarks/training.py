@@ -6,7 +6,6 @@
 FLOPs: backward 2 · T · N · K · (3 (C + R) + 2C), dense attention 2 · N · (P + R + V) · reachable pairs.
 """
 
-import dataclasses
 import functools
 import gc
 import json
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from benchmarks import measure
 from benchmarks.forward import (
@@ -45,7 +45,9 @@ from dsa_jax import (
 )
 from dsa_jax.attention import sparse_attention_backward
 from dsa_jax.dense_attention import cudnn_attention
+from dsa_jax.sharding import parameter_shardings, place_batch
 from train.data import Batch
+from train.estimate import SLICE
 from train.optimizer import OptimizerSettings
 from train.phases import split_groups
 from train.presets import PhaseSettings, Stage
@@ -253,65 +255,57 @@ def warmup_memory():
 # Whole training steps
 
 
-def slice_config() -> Config:
-    """Four layers of the published shape, with 8 experts of half the width for 256, and a short vocabulary."""
-    return dataclasses.replace(
-        Config.deepseek_v32(),
-        vocab_size=16384,
-        num_hidden_layers=4,
-        first_k_dense_replace=0,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=1024,
-        n_group=1,
-        topk_group=1,
-        index_fp8=True,
-    )
-
-
 def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
     """Seconds and peak memory of one optimizer step of `phase` on one sequence of `length` tokens.
 
     `implementation` is "pallas", "xla", or "cudnn": XLA, with cuDNN for the dense attention and its gradients.
     """
-    rate = OptimizerSettings(learning_rate=7.3e-6)
-    settings = PhaseSettings(phase, (Stage(STEPS, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
-    config = slice_config()
-    graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    row: dict[str, Any] = {
-        "operation": f"training step {phase}",
-        "shape": f"T {length}, {config.num_hidden_layers} layers of the 671B shape",
-        "implementation": implementation,
-        "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
-    }
     attention = layers.multihead_attention
-    make_step.cache_clear()
     try:
         if implementation == "cudnn":
             layers.multihead_attention = attend_by_cudnn
-        state = jax.jit(functools.partial(initial_state, config, settings))(jax.random.key(0))
-        batch = one_document(length, config.vocab_size)
         with measure.kernels_only_if(implementation == "pallas"):
-            began = time.perf_counter()
-            compiled: Any = make_step(graphdef, settings).lower(state, batch).compile()
-            row["first_call"] = time.perf_counter() - began
-        row["peak_gib"] = measure.peak_gib(compiled)
-        print(row, flush=True)
-        times = []
-        for _ in range(STEPS):
-            began = time.perf_counter()
-            state, metrics = compiled(state, batch)
-            row["metrics"] = {name: float(value) for name, value in metrics.items()}
-            times.append(time.perf_counter() - began)
-            print(times[-1], row["metrics"], flush=True)
-            if times[-1] > SLOW:
-                break
-        row |= {"seconds": min(times), "tokens_per_second": length / min(times)}
+            row, times, metrics = run_steps(SLICE, phase, length, steps=STEPS)
     finally:
         layers.multihead_attention = attention
-        state = compiled = None
         gc.collect()
-    return row
+    row |= {
+        "shape": f"T {length}, {SLICE.num_hidden_layers} layers of the 671B shape",
+        "implementation": implementation,
+        "seconds": min(times),
+        "tokens_per_second": length / min(times),
+    }
+    return row | {"metrics": metrics[-1]}
+
+
+def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh | None = None) -> Any:
+    """Optimizer steps on one sequence of `length` tokens: what compiling gave, and of each its seconds and metrics."""
+    rate = OptimizerSettings(learning_rate=7.3e-6)
+    settings = PhaseSettings(phase, (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
+    graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    begin = functools.partial(initial_state, config, settings)
+    places = None if mesh is None else parameter_shardings(jax.eval_shape(begin, jax.random.key(0)), mesh)
+    state = jax.jit(begin, out_shardings=places)(jax.random.key(0))
+    batch = one_document(length, config.vocab_size)
+    batch = batch if mesh is None else place_batch(batch, mesh)
+    make_step.cache_clear()
+    began = time.perf_counter()
+    compiled: Any = make_step(graphdef, settings, mesh=mesh).lower(state, batch).compile()
+    row: dict[str, Any] = {
+        "operation": f"training step {phase}",
+        "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+        "first_call": time.perf_counter() - began,
+        "peak_gib": measure.peak_gib(compiled),
+    }
+    print(row, flush=True)
+    times, metrics = [], []
+    while len(times) < steps and not (times and times[-1] > SLOW):
+        began = time.perf_counter()
+        state, numbers = compiled(state, batch)
+        metrics.append({name: float(value) for name, value in numbers.items()})
+        times.append(time.perf_counter() - began)
+        print(f"{times[-1]:.3f} s", metrics[-1], flush=True)
+    return row, times, metrics
 
 
 def initial_state(config, settings, key):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.collectives import maximum
-from dsa_jax.grouped_ffn import check_shapes, expert_ffn, rows_ffn, rows_gradients
+from dsa_jax.grouped_ffn import check_shapes, expert_ffn, rows_ffn, rows_gradients, sum_slots, take
 
 CAPACITY = 1.5  # of even routing: five standard deviations of chance where that is a hundred slots a pair
 FEWEST = 32  # slots of a pair, where it can have so many: for less, a round costs its latency and chance is larger
@@ -117,7 +117,7 @@ def _make_plan(experts, local_experts, axis):
 def _leaving_slots(plan, index):
     """The slots [n · quota] that leave in a round; where a pair has no more, any, since no expert awaits them."""
     rank = index * plan.quota + jnp.arange(plan.quota, dtype=jnp.int32)
-    return _take(plan.order, plan.first[:, None] + rank).reshape(-1)
+    return take(plan.order, plan.first[:, None] + rank).reshape(-1)
 
 
 def _arriving_experts(plan, index):
@@ -142,16 +142,6 @@ def _exchange(rows, plan, index, axis, *, ragged, back=False):
     return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), *slices, axis_name=axis)
 
 
-def _take(array, indices):
-    """Rows of `array`, zeros where an index is past its end."""
-    return array.at[indices].get(mode="fill", fill_value=0)
-
-
-def _sum_slots(rows, place):
-    """Adds up each token's slots in float32, in their order."""
-    return _take(rows, place).astype(jnp.float32).sum(1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _exchanged_ffn(axis, ragged, x, gates, weights, experts):
     return _exchanged_ffn_fwd(axis, ragged, x, gates, weights, experts)[0]
@@ -162,12 +152,12 @@ def _exchanged_ffn_fwd(axis, ragged, x, gates, weights, experts):
 
     def round_(index, y):
         slot = _leaving_slots(plan, index)
-        rows = _exchange(_take(x, slot // gates.shape[1]), plan, index, axis, ragged=ragged)
+        rows = _exchange(take(x, slot // gates.shape[1]), plan, index, axis, ragged=ragged)
         # One number a row is too little to be worth a ragged exchange.
-        row_gates = _exchange(_take(gates.reshape(-1), slot), plan, index, axis, ragged=False)
+        row_gates = _exchange(take(gates.reshape(-1), slot), plan, index, axis, ragged=False)
         out = rows_ffn(rows, _arriving_experts(plan, index), row_gates, weights)
         out = _exchange(out, plan, index, axis, ragged=ragged, back=True)
-        return y + _sum_slots(out, _returned_rows(plan, index))
+        return y + sum_slots(out, _returned_rows(plan, index))
 
     y = jax.lax.fori_loop(0, plan.rounds, round_, jnp.zeros(x.shape, jnp.float32))
     return y.astype(x.dtype), (x, gates, weights, plan)
@@ -179,14 +169,14 @@ def _exchanged_ffn_bwd(axis, ragged, residuals, dy):
     def round_(index, sums):
         dx, dgates, dweights = sums
         slot = _leaving_slots(plan, index)
-        rows, drows = (_exchange(_take(a, slot // gates.shape[1]), plan, index, axis, ragged=ragged) for a in (x, dy))
-        row_gates = _exchange(_take(gates.reshape(-1), slot), plan, index, axis, ragged=False)
+        rows, drows = (_exchange(take(a, slot // gates.shape[1]), plan, index, axis, ragged=ragged) for a in (x, dy))
+        row_gates = _exchange(take(gates.reshape(-1), slot), plan, index, axis, ragged=False)
         ids = _arriving_experts(plan, index)
         drows, drow_gates, dweights = rows_gradients(drows, rows, ids, row_gates, weights, dweights)
         drows = _exchange(drows, plan, index, axis, ragged=ragged, back=True)
         drow_gates = _exchange(drow_gates, plan, index, axis, ragged=False)
         place = _returned_rows(plan, index)
-        return dx + _sum_slots(drows, place), dgates + _take(drow_gates, place), dweights
+        return dx + sum_slots(drows, place), dgates + take(drow_gates, place), dweights
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (x, gates, weights))
     dx, dgates, dweights = jax.lax.fori_loop(0, plan.rounds, round_, zeros)

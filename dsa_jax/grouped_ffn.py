@@ -48,7 +48,7 @@ def rows_ffn(
     """
     layout = _lay_out_rows(experts, weights)
     out, _ = _run_chunks(x, gates[:, None], weights, layout, keep=False)
-    return _sum_slots(out, layout, x)
+    return sum_slots(out, layout.row).astype(x.dtype)
 
 
 def rows_gradients(
@@ -151,7 +151,7 @@ def _over_chunks(fn, carry, chunks, layout):
     return jax.lax.fori_loop(0, layout.busy, step, (carry, results))
 
 
-def _take(array: Array, indices: Array) -> Array:
+def take(array: Array, indices: Array) -> Array:
     """Rows of `array`, zeros where an index is past its end."""
     return array.at[indices].get(mode="fill", fill_value=0)
 
@@ -163,7 +163,7 @@ def _grouped_ffn(x, gates, weights, layout):
 
 def _grouped_ffn_fwd(x, gates, weights, layout):
     out, hidden = _run_chunks(x, gates, weights, layout, keep=True)
-    return _sum_slots(out, layout, x), (x, gates, weights, layout, hidden)
+    return sum_slots(out, layout.row).astype(x.dtype), (x, gates, weights, layout, hidden)
 
 
 def _grouped_ffn_bwd(residuals, dy):
@@ -183,9 +183,9 @@ def _run_chunks(x, gates, weights, layout, *, keep):
     def forward(_, chunk):
         slot, expert = chunk
         gate_proj, up_proj, down_proj = (w[expert].astype(x.dtype) for w in weights)
-        rows = _take(x, slot // slots_per_token)
+        rows = take(x, slot // slots_per_token)
         gate, up = _project(rows, gate_proj, up_proj)
-        hidden = _activation(gate, up) * _take(gates.reshape(-1), slot)[..., None]
+        hidden = _activation(gate, up) * take(gates.reshape(-1), slot)[..., None]
         out = contract("nbf,nfd->nbd", hidden.astype(x.dtype), down_proj).astype(x.dtype)
         return None, (out, (gate, up) if keep else None)
 
@@ -198,9 +198,9 @@ def _pull_chunks(dy, x, gates, weights, layout, hidden, dweights):
     def backward(dweights, chunk):
         slot, expert, hidden = chunk
         gate_proj, up_proj, down_proj = (w[expert].astype(x.dtype) for w in weights)
-        rows, dout = (_take(array, slot // gates.shape[1]) for array in (x, dy))
+        rows, dout = (take(array, slot // gates.shape[1]) for array in (x, dy))
         gate, up = _project(rows, gate_proj, up_proj) if hidden is None else hidden
-        row_gate = _take(gates.reshape(-1), slot)[..., None]
+        row_gate = take(gates.reshape(-1), slot)[..., None]
         activation, pull = jax.vjp(_activation, gate, up)
         dhidden = contract("nbd,nfd->nbf", dout, down_proj)
         dgate, dup = pull(dhidden * row_gate)
@@ -215,7 +215,8 @@ def _pull_chunks(dy, x, gates, weights, layout, hidden, dweights):
 
     chunks = (layout.slot, layout.expert, hidden)
     dweights, (drows, dgates) = _over_chunks(backward, dweights, chunks, layout)
-    return _sum_slots(drows, layout, x), _take(dgates.reshape(-1), layout.row), dweights
+    dx = sum_slots(drows, layout.row).astype(x.dtype)
+    return dx, take(dgates.reshape(-1), layout.row), dweights
 
 
 def _project(rows, gate_proj, up_proj):
@@ -227,9 +228,12 @@ def _activation(gate, up):
     return jax.nn.silu(gate) * up
 
 
-def _sum_slots(rows, layout, like):
-    """Adds up each token's slots, in float32; reading rows where scattering them would leave the order to chance."""
-    return _take(rows.reshape(-1, like.shape[1]), layout.row).astype(jnp.float32).sum(1).astype(like.dtype)
+def sum_slots(rows: Array, row: Array) -> Array:
+    """Adds up each token's slots [M, k] of rows [blocks…, D] in float32, absent ones past the end.
+
+    It reads rows: scattering them would leave the order to chance.
+    """
+    return take(rows.reshape(-1, rows.shape[-1]), row).astype(jnp.float32).sum(1)
 
 
 def _add_by_expert(totals, products, expert):

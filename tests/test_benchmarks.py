@@ -96,7 +96,7 @@ def test_training_cases_run(small, monkeypatch):
 
 def test_a_step_is_timed(monkeypatch):
     """The step itself is held elsewhere, and takes long to compile."""
-    monkeypatch.setattr(training, "slice_config", Config.tiny)
+    monkeypatch.setattr(training, "SLICE", Config.tiny())
     monkeypatch.setattr(training, "initial_state", lambda *_: {"count": jnp.zeros(4)})
     step = jax.jit(lambda state, batch: (jax.tree.map(lambda x: x + 1, state), {"tokens": batch.valid.sum()}))
     make = mock.Mock(return_value=step)

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 from cases import FAST
+from sharded_cases import mesh_of
 from train_cases import small_config, small_phases, small_run, write_preset
 
-from dsa_jax.sharding import make_mesh, parameter_shardings, parse_mesh
+from dsa_jax.sharding import parameter_shardings
 from train import run as train_run
 from train.__main__ import main
 from train.checkpoint import checkpoint_steps
@@ -55,10 +56,6 @@ def config(folder):
     model = small_config(num_attention_heads=4)
     phases = (small_phases(Stage(STEPS, 4, 32, 2))["BASE"],)
     return small_run(folder / "text", model=model, phases=phases, checkpoint_every=2)
-
-
-def mesh_of(text):
-    return make_mesh(parse_mesh(text), jax.devices()[:4])
 
 
 def train(config, folder, mesh, *, resume=False):

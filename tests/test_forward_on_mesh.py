@@ -5,16 +5,11 @@ import jax
 import numpy as np
 import pytest
 from model_cases import forward, small_config, small_model, tokens
+from sharded_cases import mesh_of
 
-from dsa_jax import KeyRange, forward_on_mesh, make_mesh
-from dsa_jax.sharding import parse_mesh
+from dsa_jax import KeyRange, forward_on_mesh
 
 CONFIG = small_config(num_attention_heads=4, first_k_dense_replace=1, index_n_heads=16)
-
-
-def mesh_of(text):
-    sizes = parse_mesh(text)
-    return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def documents(batch, length):

@@ -17,6 +17,7 @@ from convert_cases import SMALL, random_tensors, read, same, write
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
+from sharded_cases import mesh_of
 from test_convert import FP8_CONFIG, to_fp8
 
 from dsa_jax import convert, hf_files, stacked
@@ -40,10 +41,6 @@ MOE = dataclasses.replace(
     moe_intermediate_size=32,
 )
 EIGHT = dict(data=2, expert=2, tensor=2)
-
-
-def mesh_of(sizes):
-    return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 def parameters(model):
@@ -118,7 +115,7 @@ def test_a_checkpoint_on_a_mesh_and_back(tmp_path, monkeypatch):
 def test_fp8_where_shards_split_its_blocks(tmp_path, monkeypatch):
     stored, meant = to_fp8(random_tensors(), np.float32)
     checkpoint, parts = Checkpoint(write(tmp_path / "fp8", stored, keys=FP8_CONFIG)), []
-    mesh, reading = mesh_of(dict(data=2, tensor=2)), hf_files.StoredTensor.read
+    mesh, reading = mesh_of("data=2,tensor=2"), hf_files.StoredTensor.read
     monkeypatch.setattr(hf_files.StoredTensor, "read", lambda *a: (x := reading(*a), parts.append(x.shape))[0])
     for leaf in leaves(SMALL):
         if leaf.path[-1] not in ("q_b_proj", "o_proj", "down_proj") or leaf.path[0] == "dense_layers":
@@ -133,7 +130,7 @@ def test_fp8_where_shards_split_its_blocks(tmp_path, monkeypatch):
 
 
 def test_a_drawn_indexer_on_a_mesh():
-    mesh = mesh_of(dict(data=2))
+    mesh = mesh_of("data=2")
     indexers = [leaf for leaf in leaves(SMALL) if leaf.entry.indexer]
     shardings = {
         leaf.path: NamedSharding(mesh, spec(*parameter_axes(leaf.path, len(leaf.shape(SMALL))))) for leaf in indexers
@@ -206,7 +203,7 @@ def test_placing_gathers_nothing(monkeypatch):
         return place(x, piece, index, inputs=inputs)
 
     monkeypatch.setattr(stacked, "_place", compiled)
-    sharding = NamedSharding(mesh_of(dict(data=2)), spec(None, "experts", "fsdp", "width"))
+    sharding = NamedSharding(mesh_of("data=2"), spec(None, "experts", "fsdp", "width"))
     stack = Stack((3, 4, 256, 32), jnp.bfloat16, sharding)
     stack.place((1, 2), lambda part: Piece(np.ones((32, 128), jnp.bfloat16)), inputs=1)
     scale, rows, columns = np.ones((1, 2), np.float32), np.zeros(32, np.int32), np.zeros(128, np.int32)

@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import FAST
-from jax.sharding import NamedSharding
 from train_cases import small_config, small_params, small_phases, write_preset
 
 from benchmarks import measure, tables
-from benchmarks.training import slice_config
-from dsa_jax.sharding import AXES, describe, make_mesh, parse_mesh, spec
+from dsa_jax.sharding import AXES, describe, make_mesh, parse_mesh
 from train import costs, estimate, plan, program, rates
 from train.__main__ import main
 from train.presets import RunConfig, Stage, deepseek_v32
-from train.run import abstract_params
-from train.step import init_state, make_step, place_state, state_shardings
+from train.run import abstract_params, placed
+from train.step import init_state, make_step, place_state
 
 CONFIG = small_config(
     num_hidden_layers=5, first_k_dense_replace=2, num_attention_heads=4, kv_lora_rank=8, intermediate_size=32
@@ -120,13 +118,7 @@ def test_collectives_are_those_of_the_compiled_step(as_on_cpu):
     """To the byte; all-reduces but for the gradients' norm, which XLA sums over the shards after them."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=2, first_k_dense_replace=0)
     work, mesh = job("WARMUP", config=config), make_mesh(EIGHT)
-    state, batch = program.abstract_state(config, work.settings), program.abstract_batch(8, 32)
-    rows = jax.tree.map(lambda _: NamedSharding(mesh, spec("batch", "sequence")), batch)
-    arguments = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (state, batch),
-        (state_shardings(state, mesh), rows),
-    )
+    arguments = placed(program.abstract_state(config, work.settings), mesh), program.abstract_batch(8, 32, mesh)
     step = make_step(abstract_params(config)[0], work.settings, mesh=mesh)
     compiled = sent_by_hlo(step.lower(*arguments).compile(compiler_options=FAST).as_text())
     planned = {kind: sum(parts.values()) for kind, parts in estimate.traced_plan(work, EIGHT).sent.items()}
@@ -236,10 +228,6 @@ def test_the_calibration_is_computed(monkeypatch):
     assert other.copies > found.copies and other.memory_error < found.memory_error - 0.05
 
 
-def test_the_measured_slice_is_that_of_the_benchmark():
-    assert estimate.SLICE == slice_config()
-
-
 def test_what_a_config_may_be(tmp_path):
     """A Hugging Face folder has the published recipe, computed in bfloat16; a run has its own."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
@@ -273,7 +261,7 @@ GOOD = {"--config": "deepseek_v32", "--mesh": "data=16,expert=16", "--seq-len": 
         ({"--mesh": "rows=16"}, "mesh axes must be among data, context, expert, tensor, got rows"),
         ({"--mesh": "expert=512"}, "expert=512 must divide n_routed_experts 256; nearest that does: 256"),
         ({"--mesh": "data=64"}, "data=64 must divide the batch size 480; nearest that does: 60"),
-        ({"--batch": "96", "--micro-batches": "4"}, "divide the 6 sequences of each data shard, got 4; nearest: 2"),
+        ({"--batch": "96", "--micro-batches": "4"}, "divide the 6 rows of a shard of the batch, got 4; nearest: 3"),
         ({"--batch": "0"}, "batch must be at least 1, got 0"),
         ({"--config": "nothing"}, "or a Hugging Face folder, got 'nothing'"),
         ({"--config": "none.json"}, "preset must be a readable JSON file"),

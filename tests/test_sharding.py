@@ -35,7 +35,7 @@ from dsa_jax.sharding import (
     zigzag_order,
 )
 from train.run import abstract_params
-from train.step import init_state, state_shardings
+from train.step import init_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = {"deepseek_v32": Config.deepseek_v32(), "tiny": Config.tiny()}
@@ -198,7 +198,7 @@ def test_moments_live_where_their_parameters_do(phase):
         where[path_names(path)[1:]] = x
     state = jax.eval_shape(lambda p: init_state(p, settings, jnp.zeros(2, jnp.uint32)), params)
     moments = 0
-    for path, x in tree_flatten_with_path(state_shardings(state, mesh))[0]:
+    for path, x in tree_flatten_with_path(parameter_shardings(state, mesh))[0]:
         known = [names for names in where if path_names(path)[-len(names) :] == names]
         assert x == where[known[0]] if known else not any(x.spec), path
         moments += bool(known) and "opt_state" in str(path)

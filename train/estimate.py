@@ -17,12 +17,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dsa_jax import Config
-from dsa_jax.sharding import AXES, check_batch, check_model, imbalance, parameter_specs, path_names, shards
+from dsa_jax.sharding import AXES, check_model, imbalance, parameter_specs, path_names, shards
 from train.costs import collective, executed, kept_bytes, layer_loops, peak_bytes
 from train.optimizer import OptimizerSettings
 from train.presets import PhaseSettings, RunConfig, Stage
 from train.program import abstract_mesh, abstract_state, step_program, trace_step
 from train.rates import measured_rates, network_seconds, recorded, usable_memory, work
+from train.run import check_stage
 
 GIB = 2**30
 PUBLISHED = {"WARMUP": 16, "SPARSE": 480}  # sequences a step
@@ -70,14 +71,7 @@ class Job:
         """Raises ValueError unless model and batch can be split over the mesh."""
         mesh = abstract_mesh(shape)
         check_model(mesh, self.config)
-        check_batch(mesh, batch_size=self.batch_size, seq_len=self.seq_len)
-        rows = self.batch_size // shards(mesh, "batch")
-        parts = min(self.micro_batches, rows)
-        if rows % parts:
-            raise ValueError(
-                f"micro-batches must divide the {rows} sequences of each data shard, got {self.micro_batches}; "
-                f"nearest: {math.gcd(rows, parts)}"
-            )
+        check_stage(mesh, Stage(1, self.batch_size, self.seq_len, self.micro_batches))
 
     def trace(self, shape: Shape) -> Any:
         """The step, traced for a mesh."""
@@ -219,7 +213,7 @@ SLICE = Config(
     n_group=1,
     topk_group=1,
     index_fp8=True,
-)  # the model of the measured steps, `benchmarks.training.slice_config`
+)  # four layers of the published shape, with 8 experts of half the width for 256: the model that was measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from dsa_jax import Config, dense_attention, moe, pallas_kernels
 from dsa_jax.expert_parallel import CAPACITY
 from dsa_jax.sharding import AXES, spec
 from train.data import Batch
 from train.presets import PhaseSettings
-from train.run import abstract_params
-from train.step import TrainState, init_state, make_step, state_shardings
+from train.run import abstract_params, placed
+from train.step import TrainState, init_state, make_step
 
 KERNEL = "dsa_jax_implementation"
 CUDNN = "cuDNN attention"
@@ -102,13 +102,7 @@ def trace_step(
     """The jitted step, traced for a mesh of H200s."""
     graphdef, _ = abstract_params(config)
     mesh = abstract_mesh(shape)
-    state, batch = abstract_state(config, settings), abstract_batch(batch_size, seq_len)
-    rows = jax.tree.map(lambda _: NamedSharding(mesh, spec("batch", "sequence")), batch)
-    arguments = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (state, batch),
-        (state_shardings(state, mesh), rows),
-    )
+    arguments = placed(abstract_state(config, settings), mesh), abstract_batch(batch_size, seq_len, mesh)
     # Not `make_step` itself, which would give a step that was traced for this machine.
     with _as_on_hopper():
         return make_step.__wrapped__(graphdef, settings, micro_batches=micro_batches, mesh=mesh).trace(*arguments)
@@ -133,9 +127,10 @@ def program_of(jaxpr: Jaxpr, shape: Mapping[str, int]) -> Program:
     return Program(builder.block(jaxpr), builder.sizes, shape)
 
 
-def abstract_batch(batch_size: int, seq_len: int) -> Batch:
-    """The shapes of a batch."""
-    ids, flags = (jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for dtype in (jnp.int32, jnp.bool))
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh) -> Batch:
+    """The shapes of a batch, placed on a mesh."""
+    place, shape = NamedSharding(mesh, spec("batch", "sequence")), (batch_size, seq_len)
+    ids, flags = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.bool))
     return Batch(tokens=ids, targets=ids, valid=flags, start=ids, stop=ids, positions=ids, answers=flags)
 
 

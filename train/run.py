@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsa_jax import Config, Transformer
 from dsa_jax.convert import load_hf
@@ -25,7 +25,7 @@ from train.data import Batch, Corpus
 from train.phases import PHASES, Params, merge_groups, split_groups
 from train.presets import PhaseSettings, RunConfig, Stage, differences
 from train.progress import RunProgress
-from train.step import TrainState, init_state, make_step, state_shardings
+from train.step import TrainState, init_state, make_step
 
 
 class DivergedError(RuntimeError):
@@ -240,7 +240,7 @@ class Run:
         if self.mesh is None:
             return init_state(params, settings, random)
         begin = lambda params, random: init_state(params, settings, random)  # noqa: E731
-        places = state_shardings(jax.eval_shape(begin, params, random), self.mesh)
+        places = parameter_shardings(jax.eval_shape(begin, params, random), self.mesh)
         return jax.jit(begin, out_shardings=places, donate_argnums=0)(params, np.asarray(random))
 
     def _train_phase(
@@ -300,14 +300,14 @@ def abstract_params(config: Config, mesh: Mesh | None = None) -> tuple[nnx.Graph
     return graphdef, placed(params, mesh)
 
 
-def placed(tree: Any, mesh: Mesh | None) -> Any:
-    """Shapes and dtypes, placed on a mesh, or on this process's first device."""
+def placed(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:
+    """Shapes and dtypes of parameters or of a state, placed on a mesh, or on this process's first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: first, tree) if mesh is None else state_shardings(tree, mesh)
+    places = jax.tree.map(lambda _: first, tree) if mesh is None else parameter_shardings(tree, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def check_stage(mesh: Mesh, stage: Stage) -> None:
+def check_stage(mesh: Mesh | AbstractMesh, stage: Stage) -> None:
     """ValueError unless batches of a stage can be split over the mesh, and a shard's rows into its micro-batches."""
     check_batch(mesh, batch_size=stage.batch_size, seq_len=stage.seq_len)
     rows = stage.batch_size // shards(mesh, "batch")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dsa_jax.collectives import total
@@ -78,19 +78,16 @@ def make_step(
                     lambda bias: update_bias(bias, load, settings.bias_rate), params["router_bias"]
                 )
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-        return state if mesh is None else jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), metrics
+        if mesh is not None:
+            state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Where a state, or any part of it, lives on a mesh: an optimizer's moments where their parameters do."""
-    return parameter_shardings(state, mesh)
-
-
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
     """A state on a mesh."""
-    return jax.device_put(state, state_shardings(state, mesh))
+    return jax.device_put(state, parameter_shardings(state, mesh))
 
 
 def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh) -> Callable:
