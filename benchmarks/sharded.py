@@ -19,6 +19,7 @@ from benchmarks import measure
 from benchmarks.training import run_steps
 from dsa_jax import Config, KeyRange, make_mesh, select_keys
 from dsa_jax.collectives import join, share
+from dsa_jax.expert_parallel import CAPACITY, ragged_slices
 from dsa_jax.sharding import parse_mesh, spec
 
 OUT = measure.RESULTS / "sharded.json"
@@ -93,21 +94,29 @@ def exchange_rows(size: int = 1 << 29):
     """The rates at which a GPU sends, with `size` bfloat16 numbers in each."""
     mesh, axis = mesh_of("context=2"), "context"
     split, whole = spec("sequence"), spec()
-    kinds = {
-        "all-gather": (lambda x: jax.lax.all_gather(x, axis, tiled=True), split, whole),
-        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, axis, tiled=True), whole, split),
-        "all-reduce": (lambda x: jax.lax.psum(x, axis), whole, whole),
-        "all-to-all": (lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True), split, split),
+
+    def ragged(x):
+        """Of rows like those of experts, in a buffer of which even routing fills a part."""
+        rows = x.reshape(-1, 2048)
+        quota = len(rows) // 2
+        sent = jnp.full(2, int(quota / CAPACITY), jnp.int32)
+        slices = ragged_slices(sent, sent, index=0, shard=jax.lax.axis_index(axis), quota=quota)
+        return jax.lax.ragged_all_to_all(rows, jax.lax.empty(rows.shape, rows.dtype), *slices, axis_name=axis)
+
+    kinds = {  # the exchange, what it is given and gives, and which part of the numbers a GPU sends
+        "all-gather": (lambda x: jax.lax.all_gather(x, axis, tiled=True), split, whole, 1),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, axis, tiled=True), whole, split, 1 / 2),
+        "all-reduce": (lambda x: jax.lax.psum(x, axis), whole, whole, 1),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True), split, split, 1 / 2),
+        "ragged all-to-all": (ragged, split, split, 1 / 2 / CAPACITY),
     }
-    for kind, (exchange, given, made) in kinds.items():
-        x = jax.device_put(
-            jnp.ones(size * (mesh.size if given == split else 1), jnp.bfloat16), NamedSharding(mesh, given)
-        )
+    for kind, (exchange, given, made, part) in kinds.items():
+        numbers = size * (mesh.size if given == split else 1)
+        x = jax.device_put(jnp.ones(numbers, jnp.bfloat16), NamedSharding(mesh, given))
         run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=given, out_specs=made, check_vma=False))
         row = {"operation": kind, "shape": f"{2 * size / 1e9:.2f} GB a GPU", "mesh": "context=2"}
         row |= measure.seconds_per_call(run, [(x,)])
-        sent = 2 * size * {"all-gather": 1, "all-reduce": 1}.get(kind, 1 / 2)
-        row["gb_per_s"] = sent / row["seconds"] / 1e9
+        row["gb_per_s"] = 2 * size * part / row["seconds"] / 1e9
         print(row, flush=True)
         yield row
 

@@ -101,6 +101,41 @@ def training(results: dict) -> str:
     return "\n".join(lines)
 
 
+def sharded(results: dict) -> str:
+    """The section on two GPUs, in Markdown."""
+    circumstances, rows = results["SPARSE"]["circumstances"], {name: part["timings"] for name, part in results.items()}
+    everywhere, divided, same = rows["selection"]
+    rates = ", ".join(f"{row['operation']} {row['gb_per_s']:.0f}" for row in rows["exchanges"])
+    text = (
+        f"Two {circumstances['card']}s of one host, jax {circumstances['versions']['jax']}, {circumstances['date']}, "
+        f"`python -m benchmarks.sharded`: {rows['SPARSE'][0]['shape'].removeprefix('T 131072, ')}, 32 heads, 16 "
+        "experts, bfloat16, one sequence of 131072 tokens. Efficiency is the speed over that of one GPU, divided by "
+        "two. Losses of the first step differ by rounding: over `tensor` heads and width are summed in two parts. A "
+        f"GPU sent so many GB/s: {rates}. Selecting all queries' keys takes {_time(everywhere)} where each of two GPUs "
+        f"does it for all queries, {_time(divided)} where each does it for half of them and they exchange indices; the "
+        f"bits are {'the same' if same['same_bits'] else 'not the same'}."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| one step | mesh | step | tokens/s | efficiency | peak memory a GPU | loss differs by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows["SPARSE"] + rows["WARMUP"]:
+        alone = row["gpus"] == 1
+        cells = (
+            row["operation"].removeprefix("training step "),
+            row["mesh"],
+            f"{row['seconds']:.2f} s",
+            f"{row['tokens_per_second']:,.0f}",
+            "" if alone else f"{row['efficiency']:.0%}",
+            f"{row['peak_gib']:.0f} GiB",
+            "" if alone else f"{row['relative_difference']['loss']:.0e}".replace("0e+00", "0"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plan(results: dict) -> str:
     """The section on the 671B model at 128K, in Markdown."""
     part = results["plans"]
@@ -112,8 +147,8 @@ def plan(results: dict) -> str:
         f"above ({calibration['copies']:.2f} further copies of the gradients, for what it misses), error on the WARMUP "
         f"step: {calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds are at "
         f"the rates above, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
-        f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); network at 450 GB/s a GPU within a host of eight and "
-        "50 GB/s between hosts, each way, none of it hidden behind compute."
+        f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); exchanges within a host of eight at the rates above, "
+        "between hosts at an assumed 50 GB/s a GPU each way, none of them hidden behind compute."
     )
     lines = [
         textwrap.fill(text, 120, break_on_hyphens=False),
@@ -148,7 +183,7 @@ def _planned(row):
 
 
 SECTIONS = {"forward": forward, "training": training}  # of what was measured on a GPU
-OTHERS = {"plan": plan}
+OTHERS = {"sharded": sharded, "plan": plan}
 
 
 def _time(row):

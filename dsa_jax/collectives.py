@@ -81,22 +81,64 @@ _sum_over.defvjp(lambda axes, x: (jax.lax.psum(x, axes), None), lambda axes, _, 
 def share(x: Array, name: str) -> Array:
     """This shard's share of the rows [B, T, …] that all hold alike: every n-th, so that causal work is even.
 
-    Their number must be a multiple of the shards. No gradient.
+    Their number must be a multiple of the shards. The gradient is that by all rows, again alike on all shards.
     """
-    count = size(name)
-    if count == 1:
-        return x
-    rows = jax.lax.stop_gradient(x).reshape(x.shape[0], -1, count, *x.shape[2:])
-    return jax.lax.dynamic_index_in_dim(rows, index(name), axis=2, keepdims=False)
+    axes = mesh_axes(name)
+    return _share(axes, x) if axes else x
 
 
 def join(x: Array, name: str) -> Array:
-    """All rows again from every shard's share of them: undoes `share`."""
+    """All rows again from every shard's share of them: undoes `share`. The gradient is the share of theirs."""
     axes = mesh_axes(name)
+    return _join(axes, x) if axes else x
+
+
+def heads_to_rows(x: Array) -> Array:
+    """From this shard's heads of all rows [B, T, N / n, …] to all heads of its `share` of them [B, T / n, N, …]."""
+    axes = mesh_axes("heads")
     if not axes:
         return x
-    rows = jax.lax.all_gather(jax.lax.stop_gradient(x), axes, axis=2)
+    x = x.reshape(x.shape[0], -1, jax.lax.axis_size(axes), *x.shape[2:])
+    return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=3, tiled=True)[:, :, 0]
+
+
+def rows_to_heads(x: Array) -> Array:
+    """Undoes `heads_to_rows`."""
+    axes = mesh_axes("heads")
+    if not axes:
+        return x
+    x = jax.lax.all_to_all(x[:, :, None], axes, split_axis=3, concat_axis=2, tiled=True)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def gather_heads(weight: Float[Array, "C N H"]) -> Float[Array, "C N2 H"]:
+    """A projection's weight for all heads; gradients, each of its shard's rows alone, are summed in float32."""
+    axes = mesh_axes("heads")
+    return _gather_parameter(1, axes, (), weight.dtype, weight.dtype, weight) if axes else weight
+
+
+def _share_rows(axes, x):
+    rows = x.reshape(x.shape[0], -1, jax.lax.axis_size(axes), *x.shape[2:])
+    return jax.lax.dynamic_index_in_dim(rows, jax.lax.axis_index(axes), axis=2, keepdims=False)
+
+
+def _join_rows(axes, x):
+    rows = jax.lax.all_gather(x, axes, axis=2)
     return rows.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _share(axes, x):
+    return _share_rows(axes, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _join(axes, x):
+    return _join_rows(axes, x)
+
+
+_share.defvjp(lambda axes, x: (_share_rows(axes, x), None), lambda axes, _, d: (_join_rows(axes, d),))
+_join.defvjp(lambda axes, x: (_join_rows(axes, x), None), lambda axes, _, d: (_share_rows(axes, d),))
 
 
 def gather_sequence(x: Array) -> Array:

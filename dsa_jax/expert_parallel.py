@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax import pallas_kernels
 from dsa_jax.collectives import maximum
 from dsa_jax.grouped_ffn import check_shapes, expert_ffn, rows_ffn, rows_gradients, sum_slots, take
 
 CAPACITY = 1.5  # of even routing: five standard deviations of chance where that is a hundred slots a pair
+PIECES = 1024  # of what a pair exchanges: XLA copies each by a block of threads of its own, and one alone at 8 GB/s
+GPUS = 8  # of one host: XLA's ragged exchange is a kernel that writes to its neighbours' memory
 FEWEST = 32  # slots of a pair, where it can have so many: for less, a round costs its latency and chance is larger
 
 
@@ -40,14 +43,20 @@ def expert_parallel_ffn(
 
     Args:
       axis: the mesh axis; of size 1, this is `expert_ffn`.
-      ragged: send only the rows that there are, by `jax.lax.ragged_all_to_all`, which CPUs lack; the whole quota if
-        not. The result is the same.
+      ragged: send only the rows that there are, by `jax.lax.ragged_all_to_all`, which `has_ragged` machines have; the
+        whole quota if not. The result is the same.
     """
     check_shapes(x, experts, gates, gate_proj, up_proj, down_proj)
     if jax.lax.axis_size(axis) == 1:
         return expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj)
     weights = gate_proj, up_proj, down_proj
     return _exchanged_ffn(axis, ragged, x, gates.astype(jnp.float32), weights, experts)
+
+
+def has_ragged() -> bool:
+    """Whether `jax.lax.ragged_all_to_all` can be had: in jax 0.11 XLA compiles it for GPUs of one host and process."""
+    here = jax.sharding.get_abstract_mesh().size <= GPUS and jax.process_count() == 1
+    return here and pallas_kernels.gpu_capability() is not None
 
 
 def pair_quota(tokens: int, slots: int, local_experts: int, shards: int) -> int:
@@ -58,8 +67,10 @@ def pair_quota(tokens: int, slots: int, local_experts: int, shards: int) -> int:
 
 def ragged_slices(
     sent: Int[Array, " n"], received: Int[Array, " n"], *, index: Array | int, shard: Array | int, quota: int
-) -> tuple[Int[Array, " n"], Int[Array, " n"], Int[Array, " n"], Int[Array, " n"]]:
+) -> tuple[Int[Array, " pieces"], Int[Array, " pieces"], Int[Array, " pieces"], Int[Array, " pieces"]]:
     """What `jax.lax.ragged_all_to_all` asks of shard `shard` in round `index`, where all buffers are [n · quota].
+
+    What a pair exchanges is given in up to `PIECES` pieces.
 
     Args:
       sent: slots that this shard has for each other, in all rounds.
@@ -68,9 +79,19 @@ def ragged_slices(
     Returns:
       input_offsets, send_sizes, output_offsets (in the receivers' buffers) and recv_sizes.
     """
-    send_sizes, recv_sizes = (jnp.clip(slots - index * quota, 0, quota).astype(jnp.int32) for slots in (sent, received))
-    offsets = jnp.arange(len(sent), dtype=jnp.int32) * quota
-    return offsets, send_sizes, jnp.full_like(offsets, shard * quota), recv_sizes
+    rows = -(-quota // PIECES)
+    first = jnp.arange(0, quota, rows, dtype=jnp.int32)
+    last = jnp.minimum(first + rows, quota)
+
+    def sizes(slots):
+        left = (slots[:, None] - index * quota).astype(jnp.int32)
+        return (jnp.clip(left, first, last) - first).reshape(-1)
+
+    def offsets(shard):
+        return (shard * quota + first).astype(jnp.int32)
+
+    everywhere = jax.vmap(offsets)(jnp.arange(len(sent), dtype=jnp.int32)).reshape(-1)
+    return everywhere, sizes(sent), jnp.tile(offsets(shard), len(sent)), sizes(received)
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +160,8 @@ def _exchange(rows, plan, index, axis, *, ragged, back=False):
         return jax.lax.all_to_all(rows, axis, 0, 0, tiled=True)
     counts = (plan.received.sum(1), plan.sent) if back else (plan.sent, plan.received.sum(1))
     slices = ragged_slices(*counts, index=index, shard=jax.lax.axis_index(axis), quota=plan.quota)
-    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), *slices, axis_name=axis)
+    unset = jax.lax.empty(rows.shape, rows.dtype)  # what does not arrive is never read
+    return jax.lax.ragged_all_to_all(rows, unset, *slices, axis_name=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -12,7 +12,17 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.attention import sparse_attention
 from dsa_jax.blocks import project
 from dsa_jax.cache import Cache
-from dsa_jax.collectives import enter, gather_sequence, join, mesh_axes, share, size, sum_over
+from dsa_jax.collectives import (
+    enter,
+    gather_heads,
+    gather_sequence,
+    heads_to_rows,
+    join,
+    rows_to_heads,
+    share,
+    size,
+    sum_over,
+)
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.indexer import LightningIndexer, new_weight
@@ -57,6 +67,10 @@ class SparseMLA(nnx.Module):
 
     Sparse attention runs in the multi-query form, where all heads share one latent a token; dense attention without a
     cache runs in the multi-head form. Both have the same parameters and, over the same keys, the same result.
+
+    Where heads are sharded, projections and dense attention are by head. All else is by query: a shard has all heads
+    of a share of the queries, so it selects for these alone, its kernels have no fewer heads than on one device, and
+    the sum over heads that the indexer imitates is its own.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -103,30 +117,38 @@ class SparseMLA(nnx.Module):
         q_index, k_index, weights = self.indexer(jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent), rotation)
         return Projections(q, kv, q_index, k_index, weights)
 
-    def expand(self, kv: Float[Array, "B S H"]) -> tuple[Float[Array, "B S N H2"], Float[Array, "B S N V"]]:
-        """Expands latents to each head's keys [B, S, N, P + R] and values [B, S, N, V]."""
+    def expand(
+        self, kv: Float[Array, "B S H"], weight: Float[Array, "C N H3"] | None = None
+    ) -> tuple[Float[Array, "B S N H2"], Float[Array, "B S N V"]]:
+        """Expands latents to each head's keys [B, S, N, P + R] and values [B, S, N, V], by `kv_b_proj` if None."""
+        weight = self.kv_b_proj[...] if weight is None else weight
         c_kv, k_rope = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
-        k_nope, v = jnp.split(
-            project("bsc,cnh->bsnh", c_kv, self.kv_b_proj[...]), [self.config.qk_nope_head_dim], axis=-1
-        )
+        k_nope, v = jnp.split(project("bsc,cnh->bsnh", c_kv, weight), [self.config.qk_nope_head_dim], axis=-1)
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
     def absorb(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H2"]:
         """Takes queries to latent form [B, T, N, C + R], where every head shares the keys."""
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        w_uk = self.kv_b_proj[...][..., : self.config.qk_nope_head_dim]
-        return jnp.concatenate([project("btnp,cnp->btnc", q_nope, w_uk), q_rope], axis=-1)
+        return jnp.concatenate([project("btnp,cnp->btnc", q_nope, self._key_weight()), q_rope], axis=-1)
 
     def unabsorb(self, out: Float[Array, "B T N C"]) -> Float[Array, "B T N V"]:
         """Takes the attention's output from latents to each head's values."""
-        return project("btnc,cnv->btnv", out, self.kv_b_proj[...][..., self.config.qk_nope_head_dim :])
+        return project("btnc,cnv->btnv", out, gather_heads(self.kv_b_proj[..., self.config.qk_nope_head_dim :]))
+
+    def _key_weight(self):
+        """What takes latents to the keys of all heads."""
+        return gather_heads(self.kv_b_proj[..., : self.config.qk_nope_head_dim])
 
     def _sparse(self, p, keys, selected, cache, layer):
+        p, keys = _share_queries(p, keys)
         q_select, k_select, weights, kv, k_scale, cache = self._index_keys(p, cache, layer)
         if selected is None:
             with jax.named_scope("select"):
-                selected = self._select(q_select, k_select, weights, keys, k_scale)
+                top = self.config.index_topk
+                selected = select_keys(q_select, k_select, weights, keys, k=top, k_scale=k_scale)
+        else:
+            selected = share(selected, "heads")
         selected = checkpoint_name(selected, "indices")
         q, scale = self.absorb(p.q), self.config.softmax_scale
         with jax.named_scope("sparse_attention"):
@@ -134,38 +156,31 @@ class SparseMLA(nnx.Module):
         lse = checkpoint_name(lse, "lse")
         with jax.named_scope("sparse_indexer_kl"):
             q_index, k_index = self._trainable_index(p, k_select, k_scale, cache)
-            kl = sparse_indexer_kl(
-                q_index, k_index, p.weights, q, kv, lse, selected, scale=scale, head_axis=mesh_axes("heads") or None
-            )
-        return LayerOutput(self._output(self.unabsorb(out)), kl, selected, cache)
+            kl = sparse_indexer_kl(q_index, k_index, p.weights, q, kv, lse, selected, scale=scale)
+        out = rows_to_heads(self.unabsorb(out))
+        return LayerOutput(self._output(out), join(kl, "heads"), join(selected, "heads"), cache)
 
     def _dense(self, p, keys, cache, layer):
-        _, k_select, _, kv, k_scale, new_cache = self._index_keys(p, cache, layer)
+        own, own_keys = _share_queries(p, keys)
+        _, k_select, _, kv, k_scale, new_cache = self._index_keys(own, cache, layer)
         scale = self.config.softmax_scale
         k, v = self.expand(kv)
         with jax.named_scope("dense_attention"):
             if cache is None:
                 out, lse = multihead_attention(p.q, k, v, keys, scale=scale)
             else:  # few queries: the latents are read once for all heads, and never expanded
-                out, lse = latent_attention(self.absorb(p.q), kv, keys, value_dim=self.config.kv_lora_rank, scale=scale)
-                out = self.unabsorb(out)
+                out, lse = latent_attention(
+                    self.absorb(own.q), kv, own_keys, value_dim=self.config.kv_lora_rank, scale=scale
+                )
+                out, lse = rows_to_heads(self.unabsorb(out)), rows_to_heads(lse)
         lse = checkpoint_name(lse, "lse")
         with jax.named_scope("dense_indexer_kl"):
-            q_index, k_index = self._trainable_index(p, k_select, k_scale, cache)
-            kl = dense_indexer_kl(
-                q_index, k_index, p.weights, p.q, k, lse, keys, scale=scale, head_axis=mesh_axes("heads") or None
-            )
-        return LayerOutput(self._output(out), kl, None, new_cache)
-
-    def _select(self, q_index, k_index, weights, keys, k_scale):
-        """Selects keys; shards of heads, which all know every query's index, select for a share of the queries each."""
-        queries = q_index, weights, keys
-        divided = q_index.shape[1] % size("heads") == 0
-        if divided:
-            queries = jax.tree.map(lambda x: share(x, "heads"), queries)
-        q_index, weights, keys = queries
-        selected = select_keys(q_index, k_index, weights, keys, k=self.config.index_topk, k_scale=k_scale)
-        return join(selected, "heads") if divided else selected
+            q_index, k_index = self._trainable_index(own, k_select, k_scale, cache)
+            if size("heads") > 1:
+                k, _ = self.expand(*jax.lax.stop_gradient((kv, self._key_weight())))
+            q, k, lse = jax.lax.stop_gradient((own.q, k, heads_to_rows(lse)))
+            kl = dense_indexer_kl(q_index, k_index, own.weights, q, k, lse, own_keys, scale=scale)
+        return LayerOutput(self._output(out), join(kl, "heads"), None, new_cache)
 
     def _index_keys(self, p, cache, layer):
         """What selects and what is attended to: index queries, keys, weights, then latents, key scales, the cache."""
@@ -187,15 +202,22 @@ class SparseMLA(nnx.Module):
 
         Scales are powers of two, so these make the very scores that the e4m3 numbers and their scales make.
         """
+        k_index = enter(p.k_index, "heads")
         if not self.config.index_fp8:
-            return p.q_index, gather_sequence(p.k_index) if cache is None else k_select
+            return p.q_index, gather_sequence(k_index) if cache is None else k_select
         q_index = straight_through_quantize(p.q_index)
         if cache is None:
-            return q_index, gather_sequence(straight_through_quantize(p.k_index))
+            return q_index, gather_sequence(straight_through_quantize(k_index))
         return q_index, dequantize(k_select, k_scale, q_index.dtype)
 
     def _output(self, out):
         return sum_over(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
+
+
+def _share_queries(p: Projections, keys: KeyRange) -> tuple[Projections, KeyRange]:
+    """This shard's share of the queries, with all their heads, and what they reach."""
+    q_index, weights, keys = jax.tree.map(lambda x: share(x, "heads"), (p.q_index, p.weights, keys))
+    return dataclasses.replace(p, q=heads_to_rows(p.q), q_index=q_index, weights=weights), keys
 
 
 class RMSNorm(nnx.Module):

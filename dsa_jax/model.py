@@ -206,6 +206,11 @@ class Transformer(nnx.Module):
                 "where the sequence is sharded, keys and positions must be given, and no cache: "
                 "a shard's tokens say nothing of their places"
             )
+        if length % size("heads"):
+            raise ValueError(
+                f"where heads are sharded, the tokens of a shard must be a multiple of the {size('heads')} shards that "
+                f"share them out, got {length}"
+            )
         layers = self.config.num_hidden_layers
         if selected is not None and (selected.ndim != 4 or selected.shape[:3] != (layers, batch, length)):
             raise ValueError(f"selected must be [{layers}, {batch}, {length}, K], got shape {selected.shape}")

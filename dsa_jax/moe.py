@@ -8,11 +8,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dsa_jax.blocks import contract
 from dsa_jax.collectives import enter, mesh_axes, sum_over, total
 from dsa_jax.config import Config
-from dsa_jax.expert_parallel import expert_parallel_ffn
+from dsa_jax.expert_parallel import expert_parallel_ffn, has_ragged
 from dsa_jax.grouped_ffn import expert_ffn
 from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
-from dsa_jax.pallas_kernels import gpu_capability
 
 
 def route(
@@ -91,8 +90,7 @@ class Experts(nnx.Module):
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         x, gates, axis = enter(x, "width"), enter(gates, "width"), mesh_axes("experts")
         if axis:
-            ragged = gpu_capability() is not None
-            y = expert_parallel_ffn(x, experts, gates, *weights, axis=axis[0], ragged=ragged)
+            y = expert_parallel_ffn(x, experts, gates, *weights, axis=axis[0], ragged=has_ragged())
         else:
             y = expert_ffn(x, experts, gates, *weights)
         return sum_over(y, "width")

@@ -124,13 +124,14 @@ def check_model(mesh: Mesh | AbstractMesh, config: Config) -> None:
 def check_batch(mesh: Mesh | AbstractMesh, *, batch_size: int, seq_len: int) -> None:
     """Raises ValueError unless a batch of this shape can be split over the mesh."""
     _check_divides(mesh, "batch", "the batch size", batch_size, batch_size)
-    pieces = 2 * shards(mesh, "sequence")
-    if pieces > 2 and seq_len % pieces:
-        nearest = max(pieces, round(seq_len / pieces) * pieces)
-        raise ValueError(
-            f"the sequence length must be a multiple of {pieces}, two chunks for each of the "
-            f"{_sizes(mesh, 'sequence')} shards, got {seq_len}; nearest: {nearest}"
-        )
+    count, heads = shards(mesh, "sequence"), shards(mesh, "heads")
+    unit = count * math.lcm(2 if count > 1 else 1, heads)
+    if seq_len % unit:
+        nearest = max(unit, round(seq_len / unit) * unit)
+        halves = f"two chunks for each of the {_sizes(mesh, 'sequence')} shards" if count > 1 else ""
+        parts = f"{_sizes(mesh, 'heads')} shares out a shard's tokens" if heads > 1 else ""
+        why = "; ".join(filter(None, (halves, parts)))
+        raise ValueError(f"the sequence length must be a multiple of {unit} ({why}), got {seq_len}; nearest: {nearest}")
 
 
 def _split_sizes(config: Config) -> Iterable[tuple[str, str, int]]:

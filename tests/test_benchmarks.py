@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import forward, gpu_tests, measure, tables, training
+from benchmarks import forward, gpu_tests, measure, sharded, tables, training
 from dsa_jax import Config
 
 
@@ -105,6 +105,49 @@ def test_a_step_is_timed(monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"]) and row["peak_gib"] > 0
     assert row["metrics"] == {"tokens": 16.0} and row["parameters"] == 1469952
     assert make.call_args.args[1].phase.name == "SPARSE"
+
+
+def test_selections_on_shards_are_compared(small, monkeypatch):
+    for name, value in dict(INDEX_HEADS=4, INDEX_DIM=32, TOPK=8).items():
+        monkeypatch.setattr(sharded, name, value)
+    *timed, compared = sharded.selection_rows(64, 32)
+    assert compared["same_bits"] and compared["same_on_shards"] and all(row["seconds"] > 0 for row in timed)
+    monkeypatch.setattr(sharded, "join", lambda x, _: jnp.concatenate([x, x], axis=1))  # the rows of one shard
+    *_, compared = sharded.selection_rows(64, 32)
+    assert not compared["same_bits"] and not compared["same_on_shards"]
+
+
+def test_steps_on_meshes_are_held_against_one_gpu(monkeypatch):
+    """One that fails leaves the others."""
+
+    def run_steps(config, phase, length, *, steps, mesh):
+        if mesh is not None and mesh.shape["tensor"] == 2:
+            raise jax.errors.JaxRuntimeError("out of memory")
+        times = [9.0] + [4.0 if mesh is None else 2.5] * (steps - 1)
+        return {"operation": phase}, times, [{"loss": 2.0 if mesh is None else 2.1, "kl": 1.0}] * steps
+
+    monkeypatch.setattr(sharded, "run_steps", run_steps)
+    one, context, tensor, expert = sharded.step_rows("SPARSE")
+    assert one["efficiency"] == 1 and one["seconds"] == 4 and one["mesh"] == "one GPU"
+    assert context["efficiency"] == expert["efficiency"] == pytest.approx(0.8)
+    assert context["relative_difference"] == pytest.approx({"loss": 0.05, "kl": 0})
+    assert tensor["failed"] == "out of memory" and tensor["mesh"] == "tensor=2"
+
+
+def test_the_readme_shows_the_recorded_meshes():
+    results = json.loads((measure.RESULTS / "sharded.json").read_text())
+    section, readme = tables.sharded(results), tables.README.read_text()
+    assert readme == tables.updated(readme, "sharded", section)
+    for phase in ("SPARSE", "WARMUP"):
+        one, *rows = results[phase]["timings"]
+        assert one["gpus"] == 1 and [row["mesh"] for row in rows] == list(sharded.MESHES[1:])
+        for row in rows:
+            assert row["efficiency"] > 0.5 and row["relative_difference"]["loss"] < 1e-4
+    assert results["selection"]["timings"][-1] == {
+        "operation": "select_keys",
+        "same_bits": True,
+        "same_on_shards": True,
+    }
 
 
 def test_the_outcomes_of_a_report():

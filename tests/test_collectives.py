@@ -15,11 +15,14 @@ from dsa_jax import sharding
 from dsa_jax.collectives import (
     enter,
     exchange_columns,
+    gather_heads,
     gather_parameters,
     gather_sequence,
+    heads_to_rows,
     index,
     join,
     maximum,
+    rows_to_heads,
     share,
     size,
     sum_over,
@@ -69,7 +72,7 @@ def test_copies_that_differ_are_found():
 def identities(x, state):
     """(What each function gives, what it was given.)"""
     gives = [(f(x, name), x) for f in (total, enter, sum_over, share, join) for name in sharding.RULES]
-    gives += [(gather_sequence(x), x)]
+    gives += [(f(x), x) for f in (gather_sequence, heads_to_rows, rows_to_heads, gather_heads)]
     options = [{}, {"dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16, "wide": True}, {"whole": False}]
     gives += [(leaf, state["lm_head"]) for o in options for leaf in jax.tree.leaves(gather_parameters(state, **o))]
     return [*gives, (exchange_columns(lambda _: x, jnp.zeros(x.shape[:2], jnp.int32)), x)]
@@ -212,6 +215,44 @@ def test_rows_are_shared_out_and_joined_again(dtype):
         same_bits(joined, x)
     for shard in range(4):
         same_bits(shared[shard], x[:, shard::4])
+
+
+def test_gradients_of_rows_that_are_shared_out():
+    """All rows' on every shard, whatever each did with its own."""
+
+    def loss(x, weights):
+        y = join(share(weights, "heads") * jnp.sin(share(x, "heads")), "heads")
+        return jnp.sum(jnp.cos(x + y))
+
+    x, weights = normal(0, 2, 24, 3), normal(1, 2, 24, 3)
+    rows = spec("batch")
+    run = on_mesh("data=2,tensor=4", jax.grad(loss, (0, 1)), (rows, rows), (rows, rows))
+    close(run(x, weights), jax.grad(loss, (0, 1))(x, weights))
+
+
+@pytest.mark.parametrize("name", ["data=2,tensor=4", "tensor=2"])
+def test_heads_are_exchanged_for_rows_and_back(name):
+    """Where all heads of a row meet; weights of heads come whole and get the gradients of all shards' rows."""
+
+    def loss(q, weight, out):
+        rows = heads_to_rows(q)
+        met = jnp.einsum("btnh,cnh->btnc", rows, gather_heads(weight))
+        heads = rows_to_heads(met / jnp.sqrt(1 + jnp.sum(jnp.square(met), axis=2, keepdims=True)))
+        y = sum_over(jnp.einsum("btnc,ncd->btd", heads, out), "heads")
+        return jnp.sum(jnp.sin(y)), (rows, rows_to_heads(rows))
+
+    def run(q, weight, out):
+        (d_q, d_weight, d_out), moved = jax.grad(loss, (0, 1, 2), has_aux=True)(q, weight, out)
+        batch = sharding.RULES["batch"]
+        return (d_q, jax.lax.psum(d_weight, batch), jax.lax.psum(d_out, batch)), moved
+
+    q, weight, out = normal(0, 2, 24, 8, 3), normal(1, 5, 8, 3), normal(2, 8, 5, 4)
+    split = spec("batch", None, "heads"), spec(None, "heads"), spec("heads")
+    gradients, (rows, heads) = on_mesh(name, run, split, (split, (spec("batch", "heads"), split[0])))(q, weight, out)
+    same_bits(heads, q)
+    order = np.arange(24).reshape(-1, shards(mesh_of(name), "heads")).T.ravel()  # every n-th to one shard
+    same_bits(rows, q[:, order])
+    close(gradients, jax.grad(loss, (0, 1, 2), has_aux=True)(q, weight, out)[0])
 
 
 # Parameters.

@@ -153,7 +153,7 @@ def test_bad_meshes(capsys, config, tmp_path):
     path = write_preset(longer, tmp_path / "longer.json")
     message = refused(capsys, "--preset", path, "--out", tmp_path / "out", "--mesh", "context=8")
     assert (
-        "must be a multiple of 16, two chunks for each of the context=8 × expert=1 shards, got 24; nearest: 32"
+        "must be a multiple of 16 (two chunks for each of the context=8 × expert=1 shards), got 24; nearest: 32"
         in message
     )
     assert not (tmp_path / "out").exists()

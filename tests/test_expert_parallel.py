@@ -10,7 +10,7 @@ import pytest
 from cases import FAST, INT_MAX, INT_MIN, as_numpy, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from test_moe import problem
 
 from dsa_jax import expert_parallel, grouped_ffn
@@ -22,16 +22,22 @@ BY_TOKEN, BY_EXPERT = PartitionSpec(("data", "expert")), PartitionSpec("expert")
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`jax.lax.ragged_all_to_all` by its documentation, one slice a device; NaN where it leaves the result open."""
-    everyone = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
-    shard, rows = jax.lax.axis_index(axis_name), jnp.arange(len(output))
-    for source in range(jax.lax.axis_size(axis_name)):
-        data, start, size, put = (a[source] if i == 0 else a[source, shard] for i, a in enumerate(everyone))
+    """`jax.lax.ragged_all_to_all` by its documentation; NaN where it leaves the result open."""
+    shard, count, rows = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name), jnp.arange(len(output))
+    slices = [a.reshape(count, -1) for a in (input_offsets, send_sizes, output_offsets, recv_sizes)]
+    operands, *sent = jax.lax.all_gather((operand, *slices[:3]), axis_name)
+    for source, piece in np.ndindex(count, slices[0].shape[1]):
+        start, size, put = (a[source, shard, piece] for a in sent)
         written = ((rows >= put) & (rows < put + size))[:, None]
-        received = data.at[start + rows - put].get(mode="fill", fill_value=np.nan)
-        defined = (size == recv_sizes[source]) & (put + size <= len(output))
+        received = operands[source].at[start + rows - put].get(mode="fill", fill_value=np.nan)
+        defined = (size == slices[3][source, piece]) & (put + size <= len(output))
         output = jnp.where(defined, jnp.where(written, received, output), jnp.nan)
     return output
+
+
+def unset(shape, dtype):
+    """Of what `jax.lax.empty` may give, that which shows most."""
+    return jnp.full(shape, jnp.nan, dtype)
 
 
 def over_shards(shards, function, arrays, out_specs):
@@ -73,7 +79,9 @@ def compiled(shards, ragged=False, dtype=jnp.float32):
     arrays = routed("even", dtype)
     with (
         mock.patch.object(expert_parallel, "FEWEST", 1),
+        mock.patch.object(expert_parallel, "PIECES", 3),
         mock.patch.object(jax.lax, "ragged_all_to_all", emulated),
+        mock.patch.object(jax.lax, "empty", unset),
     ):
         return sharded(shards, arrays, ragged=ragged).lower(*arrays).compile(compiler_options=FAST)
 
@@ -135,7 +143,7 @@ def test_bits_repeat():
 
 
 def test_ragged_exchange_has_the_same_bits():
-    """Against an emulation, which CPUs need; it is NaN where the sizes sent and received differ."""
+    """Against an emulation, which CPUs need; NaN where the sizes sent and received differ, or nothing arrives."""
     dense, ragged = compiled(8), compiled(8, ragged=True)
     for routing in ("skewed", "one_expert", "out_of_range"):
         arrays = routed(routing)
@@ -151,21 +159,31 @@ def test_the_emulation_gives_the_documented_example():
     np.testing.assert_array_equal(run(operand[:, None], *slices)[:, 0], [1, 3, 0, 0, 2, 2, 4, 0])
 
 
-@given(seed=st.integers(0, 1000), shards=st.sampled_from([1, 2, 5]), quota=st.sampled_from([1, 4, 9]))
+@given(
+    seed=st.integers(0, 1000),
+    shards=st.sampled_from([1, 2, 5]),
+    quota=st.sampled_from([1, 4, 9]),
+    pieces=st.sampled_from([1, 2, 4, 1024]),
+)
 @settings(max_examples=20)
-def test_every_slot_is_sent_once_to_a_place_of_its_own(seed, shards, quota):
+def test_every_slot_is_sent_once_to_a_place_of_its_own(seed, shards, quota, pieces):
     slots = np.random.default_rng(seed).integers(0, 12, (shards, shards)).astype(np.int32)  # [source, destination]
     lists = lambda i: (jnp.asarray(slots[i]), jnp.asarray(slots[:, i]))
     total = np.zeros_like(slots)
     for index in range(-(-slots.max() // quota)):
-        sides = [ragged_slices(*lists(i), index=index, shard=i, quota=quota) for i in range(shards)]
-        start, sent, put, received = (np.stack(side) for side in zip(*sides, strict=True))
-        np.testing.assert_array_equal(sent, received.T)
-        total += sent
+        with mock.patch.object(expert_parallel, "PIECES", pieces):
+            sides = [ragged_slices(*lists(i), index=index, shard=i, quota=quota) for i in range(shards)]
+        start, sent, put, received = (
+            np.stack(side).reshape(shards, shards, -1) for side in zip(*sides, strict=True)
+        )  # [source, destination, piece]
+        np.testing.assert_array_equal(sent, received.swapaxes(0, 1))
+        assert sent.shape[2] <= pieces
+        total += sent.sum(-1)
         places = np.zeros((shards, shards * quota), int)
-        for source, destination in np.ndindex(slots.shape):
-            size, first = sent[source, destination], put[source, destination]
-            assert start[source, destination] == destination * quota and first + size <= shards * quota
+        for source, destination, piece in np.ndindex(sent.shape):
+            size, first = sent[source, destination, piece], put[source, destination, piece]
+            assert first - start[source, destination, piece] == (source - destination) * quota
+            assert source * quota <= first and first + size <= (source + 1) * quota
             places[destination, first : first + size] += 1
         assert places.max() <= 1
     np.testing.assert_array_equal(total, slots)
@@ -248,6 +266,23 @@ def test_gpus_get_the_exchange_that_was_asked_for(ragged):
     assert text.count("@ragged_all_to_all") == (5 if ragged else 0)
     assert text.count('"stablehlo.all_to_all"') == (4 if ragged else 9)
     assert "stablehlo.while" in text
+
+
+@pytest.mark.parametrize(
+    ("processes", "capability", "count", "has"),
+    [
+        (1, "9.0", 8, True),
+        (1, None, 8, False),
+        (2, "9.0", 8, False),
+        (1, "9.0", 16, False),
+    ],
+)
+def test_where_the_ragged_exchange_is(monkeypatch, processes, capability, count, has):
+    """Elsewhere XLA refuses to compile it."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(expert_parallel.pallas_kernels, "gpu_capability", lambda: capability)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((count,), ("expert",), axis_types=(AxisType.Auto,))):
+        assert expert_parallel.has_ragged() == has
 
 
 def test_wrong_shapes_are_named(unchecked):

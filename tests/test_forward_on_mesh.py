@@ -8,6 +8,7 @@ from model_cases import forward, small_config, small_model, tokens
 from sharded_cases import mesh_of
 
 from dsa_jax import KeyRange, forward_on_mesh
+from dsa_jax.sharding import spec
 
 CONFIG = small_config(num_attention_heads=4, first_k_dense_replace=1, index_n_heads=16)
 
@@ -61,9 +62,12 @@ def test_bad_input(alone):
     inputs, model = alone[0], small_model(CONFIG)
     with pytest.raises(ValueError, match="data=4 must divide the batch size 2; nearest that does: 2"):
         forward_on_mesh(model, mesh_of("data=4"), inputs)
-    with pytest.raises(ValueError, match="a multiple of 8, two chunks for each of the .* got 30; nearest: 32"):
+    with pytest.raises(ValueError, match="a multiple of 8 \\(two chunks for each of the .*\\), got 30; nearest: 32"):
         forward_on_mesh(model, mesh_of("context=4"), inputs[:, :30])
     with pytest.raises(ValueError, match="tensor=8 must divide num_attention_heads 4; nearest that does: 4"):
         forward_on_mesh(model, mesh_of("tensor=8"), inputs)
+    inside = jax.shard_map(model, mesh=mesh_of("tensor=4"), in_specs=spec(), out_specs=spec(), check_vma=False)
+    with pytest.raises(ValueError, match="the tokens of a shard must be a multiple of the 4 shards .* got 30"):
+        inside(inputs[:, :30])
     with pytest.raises(ValueError, match="must have the axes"):
         forward_on_mesh(model, jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), inputs)

@@ -133,12 +133,20 @@ def test_a_batch_that_a_mesh_cannot_split():
     with pytest.raises(ValueError, match="data=4 must divide the batch size 6; nearest that does: 3"):
         check_batch(mesh, batch_size=6, seq_len=24)
     check_batch(abstract_mesh("data=3"), batch_size=6, seq_len=5)
-    for length in (1, 5, 12, 29, 100):
-        with pytest.raises(ValueError, match=rf"multiple of 8, .* context=2 × expert=2 shards, got {length};") as error:
-            check_batch(mesh, batch_size=4, seq_len=length)
-        nearest = int(re.search("nearest: ([0-9]+)$", str(error.value))[1])
-        check_batch(mesh, batch_size=4, seq_len=nearest)
-        assert abs(nearest - length) <= max(4, 8 - length)
+    chunks, rows = "two chunks for each of the context=2 × expert={} shards", "tensor={} shares out a shard's tokens"
+    for text, unit, why in (
+        ("data=4,context=2,expert=2", 8, chunks.format(2)),
+        ("tensor=8", 8, rows.format(8)),
+        ("context=2,tensor=4", 8, f"{chunks.format(1)}; {rows.format(4)}"),
+        ("context=2,tensor=3", 12, f"{chunks.format(1)}; {rows.format(3)}"),
+    ):
+        for length in (1, 5, 10, 29, 100):
+            wrong = rf"must be a multiple of {unit} \({why}\), got {length}; nearest: (\d+)$"
+            with pytest.raises(ValueError, match=wrong) as error:
+                check_batch(abstract_mesh(text), batch_size=4, seq_len=length)
+            nearest = int(re.search(wrong, str(error.value))[1])
+            check_batch(abstract_mesh(text), batch_size=4, seq_len=nearest)
+            assert abs(nearest - length) <= max(unit // 2, unit - length)
 
 
 @pytest.mark.parametrize("name", EVERY_MESH)

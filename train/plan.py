@@ -16,7 +16,7 @@ from dsa_jax.sharding import AXES, RULES, describe, parse_mesh
 from train.estimate import ELSEWHERE, GIB, ByPart, Job, Plan, Shape, calibration, make_plan, state_bytes
 from train.presets import PRESETS, PhaseSettings, RunConfig, load_preset
 from train.program import lower_step
-from train.rates import HOST, NETWORK, NVLINK, usable_memory
+from train.rates import NETWORK, usable_memory
 
 MOST_DEVICES = 1 << 15
 TRIED = 4  # meshes of a size, where several axes must grow
@@ -223,9 +223,9 @@ def show(plan: Plan, name: str, lowered: str, console: Console) -> None:
         f"overlaps: {plan.binds} binds; {plan.tokens_per_second:,.0f} tokens/s, "
         f"{plan.tokens_per_second / plan.devices:,.0f} a GPU.",
         f"The busiest sequence shard has {plan.imbalance:.2%} more than the mean to do.",
-        f"Assumed: {NVLINK / 1e9:.0f} GB/s within the {HOST} GPUs of a host, {NETWORK / 1e9:.0f} GB/s a GPU between "
-        "hosts, each way; experts chosen evenly, one round an exchange; one document a sequence; conditions as in "
-        "training; kernels and products at the rates in benchmarks/results.",
+        f"Assumed: {NETWORK / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly, one round an "
+        "exchange; one document a sequence; conditions as in training; kernels, products and exchanges within a host "
+        "at the rates in benchmarks/results.",
         f"Lowered for CUDA: {len(lowered) / 2**20:.1f} MiB of StableHLO with {lowered.count('@mosaic_gpu')} kernels.",
     ):
         console.print(line, highlight=False, soft_wrap=True)

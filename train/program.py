@@ -17,7 +17,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from dsa_jax import Config, dense_attention, moe, pallas_kernels
+from dsa_jax import Config, dense_attention, pallas_kernels
 from dsa_jax.expert_parallel import CAPACITY
 from dsa_jax.sharding import AXES, spec
 from train.data import Batch
@@ -40,7 +40,7 @@ COLLECTIVES = {
     "psum_invariant": "all-reduce",
     "pmax": "all-reduce",
     "all_to_all": "all-to-all",
-    "ragged_all_to_all": "all-to-all",
+    "ragged_all_to_all": "ragged all-to-all",
 }
 LOOPS = ("scan", "while")
 
@@ -137,9 +137,10 @@ def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh) -> 
 @contextlib.contextmanager
 def _as_on_hopper() -> Iterator[None]:
     """Traces as on a machine of Hopper GPUs; cuDNN, which must be there to be traced, is replaced by its name."""
-    instead: list[tuple[Any, str, Callable]] = [(dense_attention, "_cudnn_backward", _cudnn_backward)]
-    for module in (pallas_kernels, moe):
-        instead.append((module, "gpu_capability", lambda: pallas_kernels.CAPABILITY))
+    instead: list[tuple[Any, str, Callable]] = [
+        (dense_attention, "_cudnn_backward", _cudnn_backward),
+        (pallas_kernels, "gpu_capability", lambda: pallas_kernels.CAPABILITY),
+    ]
     before = [getattr(module, name) for module, name, _ in instead]
     for module, name, function in instead:
         setattr(module, name, function)

@@ -1,7 +1,7 @@
 """How fast an H200 does the operations of a step, by the benchmarks recorded under benchmarks/results, and its network.
 
 Kernels run at the rates recorded at the published shapes, products at that of a large bfloat16 product, everything else
-at the bandwidth of a copy.
+at the bandwidth of a copy. Exchanges within a host run at the rates recorded between two GPUs of one.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ MEMORY = 143771 * 2**20  # bytes of an H200 ("141 GB") as nvidia-smi reports the
 SHARE = 0.95  # of it that XLA may have; the rest is for the CUDA context, NCCL's buffers and the programs
 FLOAT32_FLOPS = 50e12  # products of float32, in full, do not use the tensor cores: NVIDIA's peak is 67e12
 HOST = 8  # GPUs that NVLink joins
-NVLINK = 450e9  # bytes/s that a GPU sends to the others of its host: NVLink 4, 900 GB/s both ways together
 NETWORK = 50e9  # bytes/s that a GPU sends to other hosts: one 400 Gbit/s adapter a GPU, as in NVIDIA's DGX H200
 LONG = 131072
 OTHER = "elementwise, sorting, copies"
@@ -247,6 +246,12 @@ def work(program: Program, done: Done) -> Work:
     return Work("products", flops, max(flops / (FLOAT32_FLOPS if wide else rates.product), moved))
 
 
+@functools.cache
+def nvlink_rates() -> Mapping[str, float]:
+    """Of each kind of collective, bytes/s that a GPU sends to the others of its host."""
+    return {row["operation"]: 1e9 * row["gb_per_s"] for row in recorded("sharded")["exchanges"]["timings"]}
+
+
 def network_seconds(shape: Mapping[str, int], collective: Collective) -> float:
     """Seconds of a collective with all links to itself: the slower of NVLink and the adapters.
 
@@ -259,8 +264,8 @@ def network_seconds(shape: Mapping[str, int], collective: Collective) -> float:
             count *= shape[axis]
             inside *= math.gcd(shape[axis], max(1, HOST // extent))
         extent *= shape[axis]
-    nvlink = collective.sent / NVLINK if inside > 1 else 0.0
+    nvlink = collective.sent / nvlink_rates()[collective.kind] if inside > 1 else 0.0
     if inside == count:
         return nvlink
     leaving = collective.sent * (count - inside) / (count - 1)
-    return max(nvlink, leaving / NETWORK / (1 if collective.kind == "all-to-all" else inside))
+    return max(nvlink, leaving / NETWORK / (1 if collective.kind.endswith("all-to-all") else inside))
