@@ -109,7 +109,7 @@ def circumstances() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "card": device.device_kind,
         "compute_capability": getattr(device, "compute_capability", None),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {name: version for name in names if (version := _version(name))},
         "command": " ".join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]),
     }

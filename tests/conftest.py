@@ -26,10 +26,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips what needs a GPU where there is none, and the meshes unless they are asked for."""
+    """Skips what needs a GPU where there is none, and meshes but the chosen ones unless they are asked for."""
     if "meshes" not in config.option.markexpr:
         for item in items:
-            if item.get_closest_marker("meshes") is not None:
+            marker = item.get_closest_marker("meshes")
+            if marker is not None and not marker.kwargs.get("always"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: make test-meshes"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:

@@ -41,8 +41,8 @@ def unset(shape, dtype):
 
 
 def over_shards(shards, function, arrays, out_specs):
-    """`function` on `shards` of the experts, the tokens being cut further over what is left of 8 devices, or one."""
-    others = 8 // shards if shards > 1 else 1
+    """`function` on `shards` of the experts, the tokens being cut further over what is left of the devices, or one."""
+    others = jax.device_count() // shards if shards > 1 else 1
     mesh = jax.make_mesh(
         (others, shards), ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: others * shards]
     )
@@ -148,6 +148,21 @@ def test_ragged_exchange_has_the_same_bits():
     for routing in ("skewed", "one_expert", "out_of_range"):
         arrays = routed(routing)
         jax.tree.map(same_bits, ragged(*arrays), dense(*arrays))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [1.5, 0.2])
+def test_two_gpus_exchange_the_same_bits(capacity):
+    """In one round and in several."""
+    if jax.device_count() != 2:
+        pytest.skip("needs two GPUs")
+    for routing in ("even", "skewed", "one_expert", "out_of_range"):
+        arrays = routed(routing, jnp.bfloat16)
+        with mock.patch.multiple(expert_parallel, FEWEST=1, CAPACITY=capacity):
+            ragged, dense = (sharded(2, arrays, ragged=ragged)(*arrays) for ragged in (True, False))
+        jax.tree.map(same_bits, ragged, dense)
+        y, expected = (np.asarray(x[0], np.float32) for x in (dense, one_device(jnp.bfloat16)(*arrays)))
+        np.testing.assert_allclose(y, expected, atol=0.02 * np.abs(expected).max(initial=1e-6))
 
 
 def test_the_emulation_gives_the_documented_example():
