@@ -130,6 +130,16 @@ def same_bits(actual, expected):
 
 
 @contextlib.contextmanager
+def in_a_hurry():
+    """Compiles as with `FAST`, inside the library too."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
 def unchecked():
     """Without the shape checker of the tests: what a caller meets."""
     before = jaxtyping.config.jaxtyping_disable

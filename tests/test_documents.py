@@ -4,21 +4,19 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import matplotlib
 import pytest
+from cases import in_a_hurry
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def in_a_hurry():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    with in_a_hurry():
+        yield
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 def test_the_readmes_snippets_run(capsys):
     first, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile(first, "README.md", "exec"), {})

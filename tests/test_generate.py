@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import same_bits, unchecked
+from cases import in_a_hurry, same_bits, unchecked
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import KeyRange
@@ -14,6 +14,12 @@ from dsa_jax.generate import generate, sample
 
 CONFIG = small_config(first_k_dense_replace=2)  # no experts: half the compilation, and they know nothing of caches
 PROMPTS, LENGTHS, NEW = tokens(2, 12), np.array([12, 7]), 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    with in_a_hurry():
+        yield
 
 
 @functools.cache

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import FAST
 from flax import nnx
 from safetensors.numpy import load_file
 
 from dsa_jax import Cache, Transformer
 from dsa_jax.convert import load_hf, to_hf
+
+pytestmark = pytest.mark.xdist_group("parity")  # whose fixtures are loaded and compiled once
 
 ORACLE = Path(__file__).parent / "oracle"
 FIXTURES = ["deepseek_a0", "deepseek_a1", "deepseek_b", "glm"]
@@ -32,7 +35,7 @@ def close(actual, expected, tolerance):
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
 
 
-@partial(jax.jit, static_argnames=("graph", "attention"))
+@partial(jax.jit, static_argnames=("graph", "attention"), compiler_options=FAST)
 def stage(state, tokens, *, graph, attention):
     """Gradients of a stage's loss by all parameters, logits, KL, and the selection if there is one."""
 
@@ -44,7 +47,7 @@ def stage(state, tokens, *, graph, attention):
     return jax.grad(loss, has_aux=True)(state)
 
 
-@partial(jax.jit, static_argnames="graph")
+@partial(jax.jit, static_argnames="graph", compiler_options=FAST)
 def extend(state, tokens, cache, *, graph):
     """Logits of new tokens, their selection, the cache with them."""
     model = nnx.merge(graph, state)

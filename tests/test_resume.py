@@ -13,10 +13,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from train_cases import small_params, small_phases, small_run, write_preset
+from train_cases import one_layer_run, small_params, small_phases, write_preset
 
 from train.checkpoint import Checkpoints, checkpoint_steps
 from train.presets import PhaseSettings, RunConfig, Stage
+from train.run import Run
 from train.step import TrainState, init_state
 
 TRAIN = """
@@ -34,12 +35,12 @@ PATIENCE = 300.0  # seconds that a process may take on a busy machine
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Processes compile in a hurry, and each step once for all of them."""
+    """Processes compile in a hurry, and each step once for all of them, here and in `test_train_cli`."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
@@ -92,10 +93,20 @@ def state_at(config: RunConfig, out: Path, step: int, phase: int) -> TrainState:
         return checkpoints.restore(step, like)
 
 
+def test_a_state_is_put_on_a_device_as_a_whole(tmp_path):
+    """Beside restored parameters, which are, other parts would have the step compiled again for what it gave back."""
+    run = Run(one_layer_run(tmp_path / "text"), tmp_path / "out")
+    params = jax.tree.map(jnp.asarray, small_params(run.config.model))
+    for given in (params, jax.device_put(params, jax.devices()[0])):
+        state = run._begin(given, run.config.phases[0], jnp.zeros(2, "uint32"))
+        assert all(x.committed for x in jax.tree.leaves(state))
+
+
+@pytest.mark.xdist_group("runs")
 def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path, environment):
     _, warmup, sparse = small_phases(Stage(3, 2, 16)).values()
     base = PhaseSettings("BASE", (Stage(3, 2, 16), Stage(2, 4, 8, 2)), backbone=sparse.backbone, bias_rate=1e-2)
-    config = small_run(tmp_path / "text", phases=(base, warmup, sparse), checkpoint_every=2)  # ends: 5, 8, 11
+    config = one_layer_run(tmp_path / "text", phases=(base, warmup, sparse), checkpoint_every=2)  # ends: 5, 8, 11
     preset = write_preset(config, tmp_path / "small.json")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(preset, whole, environment))

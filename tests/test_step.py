@@ -1,6 +1,7 @@
 """One step: who moves, what is computed, and that splitting a batch changes rounding alone."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -15,11 +16,19 @@ from train.presets import PhaseSettings
 from train.run import abstract_params
 from train.step import init_state, make_step
 
+pytestmark = pytest.mark.xdist_group("step")  # whose tests share compiled steps
+
+
+def settings_of(name):
+    """A phase's settings; a control has SPARSE's under another name."""
+    phases = small_phases()
+    return phases[name] if name in phases else dataclasses.replace(phases["SPARSE"], name=name)
+
 
 def start(name: str | PhaseSettings, **changes):
     """(graphdef, settings, state) of a small model at the start of a phase."""
     config = small_config(**changes)
-    settings = small_phases()[name] if isinstance(name, str) else name
+    settings = settings_of(name) if isinstance(name, str) else name
     params = jax.tree.map(jnp.array, small_params(config))
     return abstract_params(config)[0], settings, init_state(params, settings, jnp.zeros(2, jnp.uint32))
 
@@ -28,9 +37,15 @@ def copy(tree):
     return jax.tree.map(np.array, tree)
 
 
-def control(name):
-    """A control: SPARSE's settings under another name."""
-    return dataclasses.replace(small_phases()["SPARSE"], name=name)
+@functools.cache
+def first_step(name, micro_batches=1, padding_rows=0):
+    """(the parameters before, the state after, the metrics) of one step over the small batch, compiled once for all."""
+    graphdef, settings, state = start(name)
+    before, batch = copy(state.params), small_batch()
+    empty = jax.tree.map(lambda x: np.zeros((padding_rows, *x.shape[1:]), x.dtype), batch)
+    batch = jax.tree.map(lambda *rows: np.concatenate(rows), batch, empty)
+    step = compiled(make_step(graphdef, settings, micro_batches=micro_batches), state, batch)
+    return before, *copy(step(state, batch))
 
 
 def test_groups_partition_the_state_and_merge_back():
@@ -47,11 +62,10 @@ def test_groups_partition_the_state_and_merge_back():
 
 @pytest.mark.parametrize("name", ["BASE", "WARMUP", "SPARSE"])
 def test_only_the_trainable_groups_move(name):
-    graphdef, settings, state = start(name)
-    before = copy(state.params)
+    settings = settings_of(name)
+    before, state, metrics = first_step(name)
+    after = state.params
     assert set(state.opt_state) == set(settings.phase.trains)
-    state, metrics = compiled(make_step(graphdef, settings), state, small_batch())(state, small_batch())
-    after = copy(state.params)
     assert int(state.step) == 1
     for group in ("backbone", "indexer"):
         same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[group], after[group])), strict=True)]
@@ -65,10 +79,8 @@ def test_only_the_trainable_groups_move(name):
 
 @pytest.mark.parametrize("name", ["DENSE_CONTROL", "WINDOW_CONTROL"])
 def test_controls_train_the_backbone_alone(name):
-    graphdef, settings, state = start(control(name))
-    before = copy(state.params)
-    state, metrics = compiled(make_step(graphdef, settings), state, small_batch())(state, small_batch())
-    chex.assert_trees_all_equal(before["indexer"], copy(state.params["indexer"]))
+    before, state, metrics = first_step(name)
+    chex.assert_trees_all_equal(before["indexer"], state.params["indexer"])
     assert not np.array_equal(before["backbone"]["lm_head"], state.params["backbone"]["lm_head"])
     assert "kl" not in metrics
 
@@ -82,30 +94,31 @@ def test_window_selection_is_canonical():
         assert selection[row, query].tolist() == expected + [-1] * (4 - len(expected))
 
 
-@pytest.mark.parametrize("name", ["BASE", "WARMUP", "SPARSE"])
+def assert_rounding_alone(one, other):
+    """Two steps gave the same metrics and gradients; AdamW's first step is a sign: its moments are the gradient."""
+    (_, state, metrics), (_, other_state, other_metrics) = one, other
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=2e-5, atol=1e-7)
+    chex.assert_trees_all_close(other_state.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DENSE_CONTROL", "WARMUP", "SPARSE"])
 def test_micro_batches_change_rounding_alone(name):
-    """Each row has another share of padding, so means of micro-batch means would be wrong."""
-    graphdef, settings, state = start(name)
-    batch = small_batch()
-    assert len(set(np.asarray(batch.valid).sum(1))) > 1
-    results = []
-    for micro_batches in (1, 4):
-        step = compiled(make_step(graphdef, settings, micro_batches=micro_batches), state, batch)
-        results.append(step(jax.tree.map(jnp.array, state), batch))
-    (whole, metrics), (split, split_metrics) = results
-    chex.assert_trees_all_close(split_metrics, metrics, rtol=2e-5, atol=1e-7)
-    # AdamW's first step is a sign: compare its moments, which are the gradient.
-    chex.assert_trees_all_close(split.opt_state, whole.opt_state, rtol=1e-3, atol=1e-6)
+    """Each row has another share of padding, so means of micro-batch means would be wrong.
+
+    The control has the gradients of BASE, and AdamW compiles faster than Muon.
+    """
+    assert len(set(np.asarray(small_batch().valid).sum(1))) > 1
+    assert_rounding_alone(first_step(name), first_step(name, micro_batches=4))
 
 
 def test_loss_is_a_mean_over_valid_targets_and_a_sum_over_layers():
-    graphdef, settings, state = start("SPARSE")
+    graphdef, _, state = start("SPARSE")
     batch, model = small_batch(), merge_groups(graphdef, state.params)
     output = model(batch.tokens, keys=batch.keys, positions=batch.positions)
     log_p = jax.nn.log_softmax(model.unembed(output.hidden))
     nll = -np.take_along_axis(np.asarray(log_p), batch.targets[..., None], -1)[..., 0]
     kl = np.asarray(output.indexer_kl)[:, np.asarray(batch.keys.nonempty())]
-    _, metrics = compiled(make_step(graphdef, settings), state, batch)(state, batch)
+    _, _, metrics = first_step("SPARSE")
     np.testing.assert_allclose(metrics["lm_loss"], nll[batch.valid].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["kl"], kl.mean(axis=1).sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["lm_loss"] + metrics["kl"], rtol=1e-6)
@@ -114,25 +127,17 @@ def test_loss_is_a_mean_over_valid_targets_and_a_sum_over_layers():
 
 def test_padding_rows_change_nothing():
     """A row of padding added to the batch: the same losses and the same moments."""
-    graphdef, settings, state = start("SPARSE")
-    batch = small_batch(batch=2)
-    empty = jax.tree.map(lambda x: np.zeros_like(x[:1]), batch)
-    padded = jax.tree.map(lambda x, y: np.concatenate([x, y]), batch, empty)
-    step = make_step(graphdef, settings)
-    (one, metrics), (two, padded_metrics) = (
-        compiled(step, state, each)(jax.tree.map(jnp.array, state), each) for each in (batch, padded)
-    )
-    chex.assert_trees_all_close(padded_metrics, metrics, rtol=2e-5, atol=1e-7)
-    chex.assert_trees_all_close(two.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)
+    assert_rounding_alone(first_step("SPARSE"), first_step("SPARSE", padding_rows=1))
 
 
+@functools.cache
 def flops(name, **changes):
+    """FLOPs of a step as it is lowered: what nothing depends on is not even in the program that XLA gets."""
     adamw = small_phases()["SPARSE"].backbone  # Muon's FLOPs are another matter
     settings = small_phases()[name]
     settings = dataclasses.replace(settings, backbone=adamw) if settings.backbone else settings
     graphdef, settings, state = start(settings, **changes)
-    batch = small_batch(vocab=16)
-    return compiled(make_step(graphdef, settings), state, batch).cost_analysis()["flops"]
+    return make_step(graphdef, settings).lower(state, small_batch(vocab=16)).cost_analysis()["flops"]
 
 
 def test_base_does_not_compute_the_indexer():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_checkpoint import state_of
 from test_resume import environment  # noqa: F401
-from train_cases import small_batch, small_config, small_params, small_run, write_preset
+from train_cases import one_layer_run, small_batch, small_config, small_params, small_run, write_preset
 
 from dsa_jax.convert import save_hf
 from train.__main__ import Arguments, control_run, main
@@ -192,6 +192,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.xdist_group("runs")
 def test_a_full_disk_is_said_in_one_line_and_the_last_checkpoint_stays(preset, tmp_path, environment):  # noqa: F811
     """A limit on the size of files stands in for a full disk, from the second phase on."""
     tests = Path(__file__).parent
@@ -250,9 +251,11 @@ def test_controls_share_the_weights_and_batches_of_sparse(run, tmp_path):
         assert control.init == Init(tmp_path / "out", 6, "step 6 of the run that it controls")
 
 
-def test_a_small_run_from_beginning_to_report(preset, tmp_path, environment):  # noqa: F811
+@pytest.mark.xdist_group("runs")
+def test_a_small_run_from_beginning_to_report(tmp_path, environment):  # noqa: F811
     """Through the command: three phases, both controls, evaluation, report and sample."""
     out = tmp_path / "out"
+    preset = str(write_preset(one_layer_run(tmp_path / "text"), tmp_path / "small.json"))
     command = [sys.executable, "-m", "train", "--preset", preset, "--out", str(out), "--controls"]
     first = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert first.returncode == 0, first.stderr

@@ -75,6 +75,14 @@ def small_run(folder: Path, **changes) -> RunConfig:
     return dataclasses.replace(run, **changes)
 
 
+def one_layer_run(folder: Path, **changes) -> RunConfig:
+    """The same with the MoE layer and AdamW alone, for processes that train: they spend their time in the compiler."""
+    phases = small_phases()
+    phases["BASE"] = dataclasses.replace(phases["BASE"], backbone=phases["SPARSE"].backbone)
+    values = {"model": small_config(num_hidden_layers=1, first_k_dense_replace=0), "phases": tuple(phases.values())}
+    return small_run(folder, **values | changes)
+
+
 def write_preset(run: RunConfig, path: Path) -> Path:
     """A run as the file that `--preset` takes."""
     path.write_text(json.dumps(run.to_json()))

@@ -237,8 +237,8 @@ class Run:
 
     def _begin(self, params: Params, settings: PhaseSettings, random: Any) -> TrainState:
         """The state at the start of a phase, on the mesh if there is one; `params` are taken over."""
-        if self.mesh is None:
-            return init_state(params, settings, random)
+        if self.mesh is None:  # all of it put there, as restored parameters are: else the step is compiled twice
+            return jax.device_put(init_state(params, settings, random), jax.local_devices()[0])
         begin = lambda params, random: init_state(params, settings, random)  # noqa: E731
         places = parameter_shardings(jax.eval_shape(begin, params, random), self.mesh)
         return jax.jit(begin, out_shardings=places, donate_argnums=0)(params, np.asarray(random))
