@@ -4,6 +4,7 @@ No GPU is needed. Takes some minutes, for it traces the step for some hundred me
 benchmarks/results/plan.json.
 """
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -51,6 +52,8 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 def main() -> None:
     """Records the calibration and all rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # nothing but --help
     part: dict[str, Any] = {
         "calibration": dataclasses.asdict(calibration()),
         "usable_gib": usable_memory() / GIB,
