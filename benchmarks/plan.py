@@ -8,12 +8,13 @@ import argparse
 import dataclasses
 from typing import Any
 
-from benchmarks import measure
-from dsa_jax.sharding import describe
-from train.estimate import GIB, PUBLISHED, Job, Plan, calibration
+from benchmarks import measure, sharded
+from dsa_jax.sharding import describe, parse_mesh
+from train.estimate import GIB, PUBLISHED, Job, Plan, calibration, make_plan
+from train.optimizer import OptimizerSettings
 from train.plan import best_plan, least_state_bytes
-from train.presets import load_preset
-from train.rates import usable_memory
+from train.presets import PhaseSettings, Stage, load_preset
+from train.rates import recorded, usable_memory
 
 OUT = measure.RESULTS / "plan.json"
 GPUS = (64, 256, 1024)
@@ -50,10 +51,40 @@ def figures(plan: Plan) -> dict[str, Any]:
     }
 
 
+def held_against_runs() -> list[dict[str, Any]]:
+    """How far plans of the steps that `benchmarks.sharded` measured are from what they took."""
+    rate, rows = OptimizerSettings(learning_rate=7.3e-6), []
+    for phase in PUBLISHED:
+        settings = PhaseSettings(phase, (Stage(1, 1, LENGTH),), backbone=rate, indexer=rate, bias_rate=1e-3)
+        for mesh, measured in zip(sharded.MESHES, recorded("sharded")[phase]["timings"], strict=True):
+            plan = make_plan(Job(sharded.WIDTH, settings, 1, LENGTH, 1), parse_mesh(mesh))
+            rows.append(
+                {
+                    "phase": phase,
+                    "mesh": describe(plan.shape),
+                    "memory_error": plan.bytes_needed / GIB / measured["peak_gib"] - 1,
+                    "seconds_error": plan.seconds / measured["seconds"] - 1,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
-    """Records the calibration and all rows."""
+    """Records the errors on measured steps, the calibration and all rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()  # nothing but --help
+    parts = ("runs", "plans")
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, default=parts, metavar="PART", help="of " + ", ".join(parts)
+    )
+    wanted = parser.parse_args().only
+    if "runs" in wanted:
+        measure.record(OUT, {"runs": {"rows": held_against_runs()}})
+    if "plans" in wanted:
+        record_plans()
+
+
+def record_plans() -> None:
     part: dict[str, Any] = {
         "calibration": dataclasses.asdict(calibration()),
         "usable_gib": usable_memory() / GIB,

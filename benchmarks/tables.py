@@ -138,7 +138,12 @@ def sharded(results: dict) -> str:
 
 def plan(results: dict) -> str:
     """The section on the 671B model at 128K, in Markdown."""
-    part = results["plans"]
+    part, runs = results["plans"], results["runs"]["rows"]
+
+    def spread(name):
+        errors = [row[f"{name}_error"] for row in runs]
+        return f"{min(errors):+.0%} to {max(errors):+.0%}"
+
     circumstances, calibration, limit = (part[name] for name in ("circumstances", "calibration", "usable_gib"))
     text = (
         f"`python -m benchmarks.plan`, jax {circumstances['versions']['jax']}, {circumstances['date']}: of the meshes "
@@ -148,7 +153,8 @@ def plan(results: dict) -> str:
         f"step: {calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds are at "
         f"the rates above, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
         f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); exchanges within a host of eight at the rates above, "
-        "between hosts at an assumed 50 GB/s a GPU each way, none of them hidden behind compute."
+        "between hosts at an assumed 50 GB/s a GPU each way, none of them hidden behind compute. On the steps measured "
+        f"on one GPU and on two, above, it errs by {spread('memory')} in memory and {spread('seconds')} in time."
     )
     lines = [
         textwrap.fill(text, 120, break_on_hyphens=False),

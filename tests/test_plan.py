@@ -355,7 +355,8 @@ def test_the_readme_shows_the_recorded_plan():
     results = json.loads((measure.RESULTS / "plan.json").read_text())
     section, readme = tables.plan(results), tables.README.read_text()
     assert readme == tables.updated(readme, "plan", section)
-    part = results["plans"]
+    part, runs = results["plans"], results["runs"]["rows"]
+    assert len(runs) == 8 and all(abs(row["memory_error"]) < 0.25 and abs(row["seconds_error"]) < 0.25 for row in runs)
     assert [(row["phase"], row["gpus"]) for row in part["rows"]] == list(product(estimate.PUBLISHED, (64, 256, 1024)))
     for row in part["rows"]:
         assert (
