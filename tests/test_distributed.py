@@ -106,13 +106,11 @@ def in_two_processes(config, folder):
     return out
 
 
-@pytest.mark.meshes
 def test_two_processes_train_as_one_device(alone, in_two_processes):
     chex.assert_trees_all_close(numbers(in_two_processes), alone[0], rtol=1e-5)
     assert checkpoint_steps(in_two_processes) == [2, 4]
 
 
-@pytest.mark.meshes
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", None])
 def test_a_run_goes_on_on_another_mesh(config, alone, in_two_processes, tmp_path, mesh):
     """From the checkpoint that two processes left in its middle: step for step the run of one device."""
@@ -169,7 +167,6 @@ def test_bad_processes(capsys, config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.meshes
 def test_another_models_checkpoint_is_refused_on_a_mesh(config, alone, folder):
     model = small_config(num_attention_heads=4, index_topk=5)
     other = small_run(folder / "text", model=model, phases=config.phases)
@@ -186,6 +183,5 @@ def test_micro_batches_that_a_shard_cannot_have(config, tmp_path):
         Run(bad, tmp_path / "out", mesh=mesh_of("data=2,context=2"))
 
 
-@pytest.mark.meshes
 def test_each_step_of_a_mesh_takes_all_tokens(alone):
     assert [step["tokens"] for step in alone[0]] == [np.int32(4 * 32)] * STEPS
