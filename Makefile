@@ -8,8 +8,9 @@ demo:
 	@.ci/install ""
 	$(bin)/python -m train --preset tiny --resume $(ARGS)
 
+# A file's tests share what they compile, so one worker has them all.
 test: lint
-	$(bin)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-meshes:
 	@.ci/install test

@@ -27,7 +27,6 @@ from train.progress import RunProgress
 from train.run import Run
 from train.step import make_step
 
-pytestmark = pytest.mark.xdist_group("distributed")  # whose runs on one device and in two processes are made once
 PATIENCE = 300.0  # seconds that two processes may take on a busy machine
 STEPS = 4
 

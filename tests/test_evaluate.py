@@ -25,8 +25,6 @@ from train.evaluate import (
 )
 from train.phases import merge_groups, split_groups
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # whose tests share a model's compiled layers
-
 K, T = 4, 160
 CONFIG = dataclasses.replace(
     Config.tiny(),

@@ -17,8 +17,6 @@ from train.phases import split_groups
 from train.step import init_state, make_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-pytestmark = pytest.mark.xdist_group("export")  # whose tests share traces
-
 LENGTH = 4096  # long enough for several blocks of queries everywhere
 EACH = pytest.mark.parametrize("platforms", [PLATFORMS, *((p,) for p in PLATFORMS)], ids="+".join)
 CONFIG = small_config(first_k_dense_replace=1, max_position_embeddings=LENGTH, index_topk=64)

@@ -15,8 +15,6 @@ from safetensors.numpy import load_file
 from dsa_jax import Cache, Transformer
 from dsa_jax.convert import load_hf, to_hf
 
-pytestmark = pytest.mark.xdist_group("parity")  # whose fixtures are loaded and compiled once
-
 ORACLE = Path(__file__).parent / "oracle"
 FIXTURES = ["deepseek_a0", "deepseek_a1", "deepseek_b", "glm"]
 LOGITS, KL = 2e-5, 1e-5  # absolute, in float32; measured 2e-6 and 3e-6

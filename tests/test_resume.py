@@ -35,7 +35,7 @@ PATIENCE = 300.0  # seconds that a process may take on a busy machine
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Processes compile in a hurry, and each step once for all of them, here and in `test_train_cli`."""
+    """Processes compile in a hurry, and each step once: here and, on one worker, in `test_train_cli`."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -102,7 +102,6 @@ def test_a_state_is_put_on_a_device_as_a_whole(tmp_path):
         assert all(x.committed for x in jax.tree.leaves(state))
 
 
-@pytest.mark.xdist_group("runs")
 def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path, environment):
     _, warmup, sparse = small_phases(Stage(3, 2, 16)).values()
     base = PhaseSettings("BASE", (Stage(3, 2, 16), Stage(2, 4, 8, 2)), backbone=sparse.backbone, bias_rate=1e-2)

@@ -143,7 +143,7 @@ def test_losses_selections_and_routing(one, name, record_property):
     check_forward(one, name, SPARSE, record_property)
 
 
-@pytest.mark.parametrize("name", meshes())
+@pytest.mark.parametrize("name", meshes(CET))
 def test_losses_and_routing_of_dense_attention(one, name, record_property):
     check_forward(one, name, WARMUP, record_property)
 
@@ -185,7 +185,7 @@ def test_gradients_and_ten_steps_of_descent(one, name):
     check_descent(one, name, SPARSE)
 
 
-@pytest.mark.parametrize("name", meshes())
+@pytest.mark.parametrize("name", meshes(DET))
 def test_gradients_and_ten_steps_of_descent_in_warmup(one, name):
     check_descent(one, name, WARMUP)
 

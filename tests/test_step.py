@@ -16,8 +16,6 @@ from train.presets import PhaseSettings
 from train.run import abstract_params
 from train.step import init_state, make_step
 
-pytestmark = pytest.mark.xdist_group("step")  # whose tests share compiled steps
-
 
 def settings_of(name):
     """A phase's settings; a control has SPARSE's under another name."""

@@ -192,7 +192,6 @@ sys.exit(status)
 """
 
 
-@pytest.mark.xdist_group("runs")
 def test_a_full_disk_is_said_in_one_line_and_the_last_checkpoint_stays(preset, tmp_path, environment):  # noqa: F811
     """A limit on the size of files stands in for a full disk, from the second phase on."""
     tests = Path(__file__).parent
@@ -251,7 +250,6 @@ def test_controls_share_the_weights_and_batches_of_sparse(run, tmp_path):
         assert control.init == Init(tmp_path / "out", 6, "step 6 of the run that it controls")
 
 
-@pytest.mark.xdist_group("runs")
 def test_a_small_run_from_beginning_to_report(tmp_path, environment):  # noqa: F811
     """Through the command: three phases, both controls, evaluation, report and sample."""
     out = tmp_path / "out"
