@@ -129,13 +129,15 @@ def _output(*command):
         return None
 
 
-def command_line(doc: str | None, parts: Iterable[str], out: pathlib.Path) -> tuple[list[str], pathlib.Path]:
-    """Which parts of a benchmark to run and the file to record them in; ends the program where there is no GPU."""
+def command_line(
+    doc: str | None, parts: Iterable[str], out: pathlib.Path, *, on_gpu: bool = True
+) -> tuple[list[str], pathlib.Path]:
+    """Which parts of a benchmark to run and the file to record them in; ends the program where a GPU is missing."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), metavar="PART")
     parser.add_argument("--out", type=pathlib.Path, default=out, help="the JSON file to write")
     arguments = parser.parse_args()
-    if jax.default_backend() != "gpu":
+    if on_gpu and jax.default_backend() != "gpu":
         parser.error(f"needs an NVIDIA Hopper GPU, got {jax.default_backend()}")
     return arguments.only, arguments.out
 

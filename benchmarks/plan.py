@@ -4,16 +4,15 @@ No GPU is needed. Takes some minutes, for it traces the step for some hundred me
 benchmarks/results/plan.json.
 """
 
-import argparse
 import dataclasses
+import pathlib
 from typing import Any
 
 from benchmarks import measure, sharded
 from dsa_jax.sharding import describe, parse_mesh
-from train.estimate import GIB, PUBLISHED, Job, Plan, calibration, make_plan
-from train.optimizer import OptimizerSettings
+from train.estimate import GIB, PUBLISHED, Job, Plan, calibration, make_plan, measured_settings
 from train.plan import best_plan, least_state_bytes
-from train.presets import PhaseSettings, Stage, load_preset
+from train.presets import load_preset
 from train.rates import recorded, usable_memory
 
 OUT = measure.RESULTS / "plan.json"
@@ -51,40 +50,32 @@ def figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-def held_against_runs() -> list[dict[str, Any]]:
+def run_rows() -> list[dict[str, Any]]:
     """How far plans of the steps that `benchmarks.sharded` measured are from what they took."""
-    rate, rows = OptimizerSettings(learning_rate=7.3e-6), []
+    rows = []
     for phase in PUBLISHED:
-        settings = PhaseSettings(phase, (Stage(1, 1, LENGTH),), backbone=rate, indexer=rate, bias_rate=1e-3)
+        settings = measured_settings(phase, LENGTH)
         for mesh, measured in zip(sharded.MESHES, recorded("sharded")[phase]["timings"], strict=True):
             plan = make_plan(Job(sharded.WIDTH, settings, 1, LENGTH, 1), parse_mesh(mesh))
-            rows.append(
-                {
-                    "phase": phase,
-                    "mesh": describe(plan.shape),
-                    "memory_error": plan.bytes_needed / GIB / measured["peak_gib"] - 1,
-                    "seconds_error": plan.seconds / measured["seconds"] - 1,
-                }
-            )
+            errors = {
+                "memory_error": plan.bytes_needed / GIB / measured["peak_gib"] - 1,
+                "seconds_error": plan.seconds / measured["seconds"] - 1,
+            }
+            rows.append({"phase": phase, "mesh": describe(plan.shape), **errors})
             print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
     """Records the errors on measured steps, the calibration and all rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("runs", "plans")
-    parser.add_argument(
-        "--only", nargs="+", choices=parts, default=parts, metavar="PART", help="of " + ", ".join(parts)
-    )
-    wanted = parser.parse_args().only
-    if "runs" in wanted:
-        measure.record(OUT, {"runs": {"rows": held_against_runs()}})
-    if "plans" in wanted:
-        record_plans()
+    names, out = measure.command_line(__doc__, ("runs", "plans"), OUT, on_gpu=False)
+    if "runs" in names:
+        measure.record(out, {"runs": {"rows": run_rows()}})
+    if "plans" in names:
+        record_plans(out)
 
 
-def record_plans() -> None:
+def record_plans(out: pathlib.Path) -> None:
     part: dict[str, Any] = {
         "calibration": dataclasses.asdict(calibration()),
         "usable_gib": usable_memory() / GIB,
@@ -94,7 +85,7 @@ def record_plans() -> None:
         for gpus in GPUS:
             part["rows"].append(row(phase, gpus))
             print(part["rows"][-1], flush=True)
-            measure.record(OUT, {"plans": part})
+            measure.record(out, {"plans": part})
 
 
 if __name__ == "__main__":

@@ -47,10 +47,8 @@ from dsa_jax.attention import sparse_attention_backward
 from dsa_jax.dense_attention import cudnn_attention
 from dsa_jax.sharding import parameter_shardings, place_batch
 from train.data import Batch
-from train.estimate import SLICE
-from train.optimizer import OptimizerSettings
+from train.estimate import SLICE, measured_settings
 from train.phases import split_groups
-from train.presets import PhaseSettings, Stage
 from train.step import init_state, make_step
 
 OUT = measure.RESULTS / "training.json"
@@ -280,8 +278,7 @@ def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
 
 def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh | None = None) -> Any:
     """Optimizer steps on one sequence of `length` tokens: what compiling gave, and of each its seconds and metrics."""
-    rate = OptimizerSettings(learning_rate=7.3e-6)
-    settings = PhaseSettings(phase, (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
+    settings = measured_settings(phase, length, steps=steps)
     graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     begin = functools.partial(initial_state, config, settings)
     places = None if mesh is None else parameter_shardings(jax.eval_shape(begin, jax.random.key(0)), mesh)

@@ -117,28 +117,20 @@ def gather_heads(weight: Float[Array, "C N H"]) -> Float[Array, "C N2 H"]:
     return _gather_parameter(1, axes, (), weight.dtype, weight.dtype, weight) if axes else weight
 
 
-def _share_rows(axes, x):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _share(axes, x):
     rows = x.reshape(x.shape[0], -1, jax.lax.axis_size(axes), *x.shape[2:])
     return jax.lax.dynamic_index_in_dim(rows, jax.lax.axis_index(axes), axis=2, keepdims=False)
 
 
-def _join_rows(axes, x):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _join(axes, x):
     rows = jax.lax.all_gather(x, axes, axis=2)
     return rows.reshape(x.shape[0], -1, *x.shape[2:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _share(axes, x):
-    return _share_rows(axes, x)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _join(axes, x):
-    return _join_rows(axes, x)
-
-
-_share.defvjp(lambda axes, x: (_share_rows(axes, x), None), lambda axes, _, d: (_join_rows(axes, d),))
-_join.defvjp(lambda axes, x: (_join_rows(axes, x), None), lambda axes, _, d: (_share_rows(axes, d),))
+_share.defvjp(lambda axes, x: (_share(axes, x), None), lambda axes, _, d: (_join(axes, d),))
+_join.defvjp(lambda axes, x: (_join(axes, x), None), lambda axes, _, d: (_share(axes, d),))
 
 
 def gather_sequence(x: Array) -> Array:

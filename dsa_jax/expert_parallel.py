@@ -18,7 +18,7 @@ from dsa_jax.grouped_ffn import check_shapes, expert_ffn, rows_ffn, rows_gradien
 
 CAPACITY = 1.5  # of even routing: five standard deviations of chance where that is a hundred slots a pair
 PIECES = 1024  # of what a pair exchanges: XLA copies each by a block of threads of its own, and one alone at 8 GB/s
-GPUS = 8  # of one host: XLA's ragged exchange is a kernel that writes to its neighbours' memory
+HOST = 8  # GPUs that NVLink joins: XLA's ragged exchange is a kernel that writes to its neighbours' memory
 FEWEST = 32  # slots of a pair, where it can have so many: for less, a round costs its latency and chance is larger
 
 
@@ -55,7 +55,7 @@ def expert_parallel_ffn(
 
 def has_ragged() -> bool:
     """Whether `jax.lax.ragged_all_to_all` can be had: in jax 0.11 XLA compiles it for GPUs of one host and process."""
-    here = jax.sharding.get_abstract_mesh().size <= GPUS and jax.process_count() == 1
+    here = jax.sharding.get_abstract_mesh().size <= HOST and jax.process_count() == 1
     return here and pallas_kernels.gpu_capability() is not None
 
 
@@ -87,11 +87,11 @@ def ragged_slices(
         left = (slots[:, None] - index * quota).astype(jnp.int32)
         return (jnp.clip(left, first, last) - first).reshape(-1)
 
-    def offsets(shard):
-        return (shard * quota + first).astype(jnp.int32)
+    def offsets(shards):
+        return (shards[:, None] * quota + first).astype(jnp.int32).reshape(-1)
 
-    everywhere = jax.vmap(offsets)(jnp.arange(len(sent), dtype=jnp.int32)).reshape(-1)
-    return everywhere, sizes(sent), jnp.tile(offsets(shard), len(sent)), sizes(received)
+    others = jnp.arange(len(sent), dtype=jnp.int32)
+    return offsets(others), sizes(sent), offsets(jnp.full_like(others, shard)), sizes(received)
 
 
 @jax.tree_util.register_dataclass

@@ -62,6 +62,15 @@ def forget_compiled():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def in_a_hurry():
+    """Compiles a file's programs without optimisation."""
+    import cases
+
+    with cases.in_a_hurry():
+        yield
+
+
 @pytest.fixture
 def unchecked():
     """Switches the shape checks off, for tests of the errors that a user without them meets."""

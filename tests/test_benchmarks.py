@@ -8,16 +8,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import in_a_hurry
 
 from benchmarks import forward, gpu_tests, measure, sharded, tables, training
 from dsa_jax import Config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hurry():
-    with in_a_hurry():
-        yield
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture

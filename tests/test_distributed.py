@@ -1,6 +1,5 @@
 """Runs on meshes, in one process and in two: the numbers are those of one device, and a mesh may change on the way."""
 
-import functools
 import json
 import os
 import shutil
@@ -13,35 +12,20 @@ import chex
 import jax
 import numpy as np
 import pytest
-from cases import FAST
 from sharded_cases import mesh_of
 from train_cases import small_config, small_phases, small_run, write_preset
 
 from dsa_jax.sharding import parameter_shardings
-from train import run as train_run
 from train.__main__ import main
 from train.checkpoint import checkpoint_steps
 from train.data import load
 from train.presets import Stage
 from train.progress import RunProgress
 from train.run import Run
-from train.step import make_step
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 PATIENCE = 300.0  # seconds that two processes may take on a busy machine
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_a_hurry():
-    """Compiles the steps without optimisation: each runs a few times."""
-
-    def hurried(*arguments, **options):
-        step = make_step(*arguments, **options)
-        return jax.jit(step, donate_argnums=0, compiler_options=FAST)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_run, "make_step", functools.cache(hurried))
-        yield
 
 
 @pytest.fixture(scope="module")

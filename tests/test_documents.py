@@ -6,15 +6,10 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from cases import in_a_hurry
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hurry():
-    with in_a_hurry():
-        yield
 
 
 def test_the_readmes_snippets_run(capsys):

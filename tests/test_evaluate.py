@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import in_a_hurry
 from flax import nnx
 
 from dsa_jax import Config, KeyRange, Transformer, blocks, select_keys, select_topk
@@ -42,11 +41,7 @@ CONFIG = dataclasses.replace(
     moe_intermediate_size=16,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hurry():
-    with in_a_hurry():
-        yield
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import in_a_hurry, same_bits, unchecked
+from cases import same_bits, unchecked
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import KeyRange
 from dsa_jax.generate import generate, sample
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 CONFIG = small_config(first_k_dense_replace=2)  # no experts: half the compilation, and they know nothing of caches
 PROMPTS, LENGTHS, NEW = tokens(2, 12), np.array([12, 7]), 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hurry():
-    with in_a_hurry():
-        yield
 
 
 @functools.cache

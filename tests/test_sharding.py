@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AxisType
 from jax.tree_util import tree_flatten_with_path
 from sharded_cases import EVERY_MESH, LENGTH, ROWS, mesh_config, mesh_of, random_batch
 from train_cases import small_config, small_phases
@@ -34,6 +34,7 @@ from dsa_jax.sharding import (
     spec,
     zigzag_order,
 )
+from train import program
 from train.run import abstract_params
 from train.step import init_state
 
@@ -43,8 +44,7 @@ CONFIGS = {"deepseek_v32": Config.deepseek_v32(), "tiny": Config.tiny()}
 
 def abstract_mesh(text):
     """A mesh without devices."""
-    sizes = parse_mesh(text)
-    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return program.abstract_mesh(parse_mesh(text))
 
 
 def parameters(config):

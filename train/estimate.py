@@ -253,12 +253,16 @@ def calibration() -> Calibration:
     )
 
 
+def measured_settings(phase: str, length: int, *, steps: int = 1) -> PhaseSettings:
+    """The recipe of the steps that are measured, on one sequence of `length` tokens."""
+    rate = OptimizerSettings(learning_rate=7.3e-6)
+    return PhaseSettings(phase, (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
+
+
 def _measured_step(phase: str) -> Mapping[str, Any]:
     return recorded("training")[f"{phase.lower()}_step"]["timings"][0]
 
 
 def _measured_job(phase: str) -> Job:
     length = int(_measured_step(phase)["shape"].split(",")[0].removeprefix("T "))
-    rate = OptimizerSettings(learning_rate=7.3e-6)
-    settings = PhaseSettings(phase, (Stage(1, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
-    return Job(SLICE, settings, 1, length, 1)
+    return Job(SLICE, measured_settings(phase, length), 1, length, 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.expert_parallel import HOST
 from dsa_jax.sharding import AXES
 from train.costs import Collective, Done, flops_of_product, traffic
 from train.program import CUDNN, KERNEL, Op, Program
@@ -20,7 +21,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MEMORY = 143771 * 2**20  # bytes of an H200 ("141 GB") as nvidia-smi reports them
 SHARE = 0.95  # of it that XLA may have; the rest is for the CUDA context, NCCL's buffers and the programs
 FLOAT32_FLOPS = 50e12  # products of float32, in full, do not use the tensor cores: NVIDIA's peak is 67e12
-HOST = 8  # GPUs that NVLink joins
 NETWORK = 50e9  # bytes/s that a GPU sends to other hosts: one 400 Gbit/s adapter a GPU, as in NVIDIA's DGX H200
 LONG = 131072
 OTHER = "elementwise, sorting, copies"
@@ -93,11 +93,11 @@ def measured_rates() -> Rates:
         copy=peaks["copy_tb_per_s"] * 1e12,
         sparse_forward=_by_heads("forward", "sparse_attention", "sparse_attention"),
         sparse_backward=_by_heads("training", "backward", "sparse_attention backward"),
-        sparse_loss=(_target(4096 * 2048, 128, 576) + 3 * _scores(4096 * 2048, 64, 128)) / loss["seconds"],
+        sparse_loss=(_products(4096 * 2048, 128, 576) + 3 * _products(4096 * 2048, 64, 128)) / loss["seconds"],
         select_fp8=fp8,
         select=wide * fp8 / narrow,
         dense_forward=dense["tflops"] * 1e12,
-        dense_loss=(_target(pairs, 128, 192) + 4 * _scores(pairs, 64, 128)) / (layer["seconds"] - dense["seconds"]),
+        dense_loss=(_products(pairs, 128, 192) + 4 * _products(pairs, 64, 128)) / (layer["seconds"] - dense["seconds"]),
         cudnn=_cudnn_backward_rate(pairs),
     )
 
@@ -128,11 +128,7 @@ def at_heads(rates: Mapping[int, float], heads: int) -> float:
     return rates[below] + share * (rates[above] - rates[below])
 
 
-def _target(pairs: float, heads: int, width: int) -> float:
-    return 2 * pairs * heads * width
-
-
-def _scores(pairs: float, heads: int, width: int) -> float:
+def _products(pairs: float, heads: int, width: int) -> float:
     return 2 * pairs * heads * width
 
 
@@ -172,20 +168,19 @@ def _sparse_backward(op, rates):
 def _sparse_target(op, rates):
     *_, heads, width = op.shapes[0].shape
     slower = at_heads(rates.sparse_forward, heads) / max(rates.sparse_forward.values())
-    return _target(_selected(op, 3), heads, width), rates.sparse_loss * slower
+    return _products(_selected(op, 3), heads, width), rates.sparse_loss * slower
 
 
 def _sparse_loss(op, rates):
     *_, heads, width = op.shapes[1].shape
     passes = 3 if op.params["pallas"].function.__name__ == "indexer_gradients" else 1
-    return passes * _scores(_selected(op, 4), heads, width), rates.sparse_loss
+    return passes * _products(_selected(op, 4), heads, width), rates.sparse_loss
 
 
 def _select(op, rates):
     *_, heads, width = op.shapes[0].shape
-    return _scores(_reached(op, 0, 1), heads, width), rates.select_fp8 if op.shapes[
-        0
-    ].dtype.itemsize == 1 else rates.select
+    rate = rates.select_fp8 if op.shapes[0].dtype.itemsize == 1 else rates.select
+    return _products(_reached(op, 0, 1), heads, width), rate
 
 
 def _dense_forward(op, rates):
@@ -195,13 +190,13 @@ def _dense_forward(op, rates):
 
 def _dense_target(op, rates):
     *_, heads, width = op.shapes[0].shape
-    return _target(_reached(op, 0, 1), heads, width), rates.dense_loss
+    return _products(_reached(op, 0, 1), heads, width), rates.dense_loss
 
 
 def _dense_scores(op, rates):
     *_, heads, width = op.shapes[0].shape
     passes = 1 if op.params["pallas"].function.__name__ == "index_scores" else 3
-    return passes * _scores(_reached(op, 0, 1), heads, width), rates.dense_loss
+    return passes * _products(_reached(op, 0, 1), heads, width), rates.dense_loss
 
 
 def _cudnn_backward(op, rates):
