@@ -9,11 +9,11 @@ import pathlib
 from typing import Any
 
 from benchmarks import measure, sharded
-from dsa_jax.sharding import describe, parse_mesh
-from train.estimate import GIB, PUBLISHED, Job, Plan, calibration, make_plan, measured_settings
-from train.plan import best_plan, least_state_bytes
+from dsa_jax.parallel.sharding import describe, parse_mesh
+from train.planner.command import best_plan, least_state_bytes
+from train.planner.estimate import GIB, PUBLISHED, Job, Plan, calibration, make_plan, measured_settings
+from train.planner.hardware import recorded, usable_memory
 from train.presets import load_preset
-from train.rates import recorded, usable_memory
 
 OUT = measure.RESULTS / "plan.json"
 GPUS = (64, 256, 1024)

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from benchmarks import measure
 from benchmarks.training import run_steps
 from dsa_jax import Config, KeyRange, make_mesh, select_keys
-from dsa_jax.collectives import join, share
-from dsa_jax.expert_parallel import CAPACITY, ragged_slices
-from dsa_jax.sharding import parse_mesh, spec
+from dsa_jax.parallel.collectives import join, share
+from dsa_jax.parallel.expert_parallel import CAPACITY, ragged_slices
+from dsa_jax.parallel.sharding import parse_mesh, spec
 
 OUT = measure.RESULTS / "sharded.json"
 LENGTH = 131072

@@ -45,10 +45,10 @@ from dsa_jax import (
 )
 from dsa_jax.attention import sparse_attention_backward
 from dsa_jax.dense_attention import cudnn_attention
-from dsa_jax.sharding import parameter_shardings, place_batch
+from dsa_jax.parallel.sharding import parameter_shardings, place_batch
 from train.data import Batch
-from train.estimate import SLICE, measured_settings
 from train.phases import split_groups
+from train.planner.estimate import SLICE, measured_settings
 from train.step import init_state, make_step
 
 OUT = measure.RESULTS / "training.json"

@@ -3,17 +3,17 @@
 from dsa_jax.attention import attention_target, sparse_attention
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config, YaRN
-from dsa_jax.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.dense_attention import latent_attention, multihead_attention
-from dsa_jax.generate import generate
+from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
+from dsa_jax.inference.generate import generate
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import SparseMLA
 from dsa_jax.model import Output, Transformer, forward_on_mesh
+from dsa_jax.parallel.sharding import make_mesh
 from dsa_jax.quantization import hadamard, quantize, straight_through_quantize
 from dsa_jax.selection import select_keys, select_topk
-from dsa_jax.sharding import make_mesh
 
 __all__ = [
     "Cache",

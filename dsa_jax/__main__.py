@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dsa_jax.convert import MAX_SHARD_BYTES, Checkpoint, convert_hf
+from dsa_jax.hf.convert import MAX_SHARD_BYTES, Checkpoint, convert_hf
 
 PURPOSE = "DeepSeek Sparse Attention for JAX: work with checkpoints."
 

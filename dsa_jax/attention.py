@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.blocks import contract, map_queries, queries_per_block
-from dsa_jax.pallas_kernels import choose_implementation
-from dsa_jax.pallas_kernels import sparse_attention as sparse_kernel
-from dsa_jax.pallas_kernels import sparse_attention_backward as sparse_backward_kernels
-from dsa_jax.pallas_kernels import sparse_indexer_kl as sparse_kl_kernels
+from dsa_jax.blockwise import contract, map_queries, queries_per_block
+from dsa_jax.pallas_kernels.dispatch import choose_implementation
+from dsa_jax.pallas_kernels.indexer_loss import sparse_indexer_kl as sparse_kl_kernels
+from dsa_jax.pallas_kernels.sparse_attention import backward as sparse_backward_kernels
+from dsa_jax.pallas_kernels.sparse_attention import forward as sparse_kernel
 
 
 def sparse_attention(

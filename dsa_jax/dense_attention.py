@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax import pallas_kernels
 from dsa_jax.attention import (
     attend,
     attend_backward,
@@ -21,11 +20,12 @@ from dsa_jax.attention import (
     scatter_rows,
     zero_unreached,
 )
-from dsa_jax.blocks import map_queries, queries_per_block
+from dsa_jax.blockwise import map_queries, queries_per_block
 from dsa_jax.indexer import check_keys
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import check_implementation, choose_implementation
-from dsa_jax.pallas_kernels import multihead_attention as multihead_kernel
+from dsa_jax.pallas_kernels import dispatch as pallas_kernels
+from dsa_jax.pallas_kernels.dense_attention import multihead_attention as multihead_kernel
+from dsa_jax.pallas_kernels.dispatch import check_implementation, choose_implementation
 
 
 def latent_attention(

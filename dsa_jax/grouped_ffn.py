@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from dsa_jax.blocks import contract, scan
+from dsa_jax.blockwise import contract, scan
 
 FULL_BLOCK = 128  # rows: at 512 an expert a quarter of the work is padding, and a block still fills a matrix unit
 SPARED_SHARE = 16  # of an expert's rows, the most that a block larger than that has: a sixteenth more is padding

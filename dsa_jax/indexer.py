@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsa_jax.blocks import contract, join_queries, map_rows, project, split_queries
+from dsa_jax.blockwise import contract, join_queries, map_rows, project, split_queries
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import choose_implementation
-from dsa_jax.pallas_kernels import index_scores as scores_kernel
+from dsa_jax.pallas_kernels.dispatch import choose_implementation
+from dsa_jax.pallas_kernels.index_scores import forward as scores_kernel
 from dsa_jax.quantization import hadamard
 from dsa_jax.rope import rotate_half_split, rotate_interleaved
 

@@ -25,14 +25,15 @@ from dsa_jax.attention import (
     sum_shards,
     zero_unreached,
 )
-from dsa_jax.blocks import contract, join_queries, map_queries, queries_per_block, split_queries
+from dsa_jax.blockwise import contract, join_queries, map_queries, queries_per_block, split_queries
 from dsa_jax.dense_attention import check_heads
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import choose_implementation, dense_target
-from dsa_jax.pallas_kernels import index_scores as scores_kernel
-from dsa_jax.pallas_kernels import index_scores_backward as scores_backward_kernels
-from dsa_jax.pallas_kernels import sparse_indexer_kl as sparse_kernels
+from dsa_jax.pallas_kernels.dispatch import choose_implementation
+from dsa_jax.pallas_kernels.index_scores import backward as scores_backward_kernels
+from dsa_jax.pallas_kernels.index_scores import forward as scores_kernel
+from dsa_jax.pallas_kernels.indexer_loss import dense_target
+from dsa_jax.pallas_kernels.indexer_loss import sparse_indexer_kl as sparse_kernels
 
 KEY_TILE = 2048  # keys at a time where all are scored
 SELECTED_CHUNK = 2048  # queries at a time over their selections

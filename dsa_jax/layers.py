@@ -10,9 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.attention import sparse_attention
-from dsa_jax.blocks import project
+from dsa_jax.blockwise import project
 from dsa_jax.cache import Cache
-from dsa_jax.collectives import (
+from dsa_jax.config import Config
+from dsa_jax.dense_attention import latent_attention, multihead_attention
+from dsa_jax.indexer import LightningIndexer, new_weight
+from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
+from dsa_jax.key_range import KeyRange
+from dsa_jax.parallel.collectives import (
     enter,
     gather_heads,
     gather_sequence,
@@ -23,11 +28,6 @@ from dsa_jax.collectives import (
     size,
     sum_over,
 )
-from dsa_jax.config import Config
-from dsa_jax.dense_attention import latent_attention, multihead_attention
-from dsa_jax.indexer import LightningIndexer, new_weight
-from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
-from dsa_jax.key_range import KeyRange
 from dsa_jax.quantization import dequantize, quantize, straight_through_quantize
 from dsa_jax.rope import rotate_interleaved
 from dsa_jax.selection import select_keys

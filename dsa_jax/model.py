@@ -13,16 +13,16 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.blocks import contract
+from dsa_jax.blockwise import contract
 from dsa_jax.cache import Cache
-from dsa_jax.collectives import enter, exchange_columns, gather_parameters, index, size, sum_over
 from dsa_jax.config import Config
 from dsa_jax.indexer import new_weight
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import MLP, LayerOutput, RMSNorm, Rotation, SparseMLA
 from dsa_jax.moe import MoE
+from dsa_jax.parallel.collectives import enter, exchange_columns, gather_parameters, index, size, sum_over
+from dsa_jax.parallel.sharding import check_batch, check_model, parameter_specs, shards, spec, zigzag_order
 from dsa_jax.rope import rotation as rope_rotation
-from dsa_jax.sharding import check_batch, check_model, parameter_specs, shards, spec, zigzag_order
 
 
 @jax.tree_util.register_dataclass

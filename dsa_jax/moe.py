@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dsa_jax.blocks import contract
-from dsa_jax.collectives import enter, mesh_axes, sum_over, total
+from dsa_jax.blockwise import contract
 from dsa_jax.config import Config
-from dsa_jax.expert_parallel import expert_parallel_ffn, has_ragged
 from dsa_jax.grouped_ffn import expert_ffn
 from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
+from dsa_jax.parallel.collectives import enter, mesh_axes, sum_over, total
+from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, has_ragged
 
 
 def route(

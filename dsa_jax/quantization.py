@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from dsa_jax.pallas_kernels import choose_implementation
-from dsa_jax.pallas_kernels import quantize as kernels
-from dsa_jax.pallas_kernels.quantize import SMALLEST_AMAX
+from dsa_jax.pallas_kernels.dispatch import choose_implementation
+from dsa_jax.pallas_kernels.quantization import quantize as kernels
+from dsa_jax.pallas_kernels.quantization.quantize import SMALLEST_AMAX
 
 E4M3 = jnp.float8_e4m3fn
 WEIGHT_BLOCK = 128  # rows and columns of one scale in FP8 checkpoints

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.blocks import map_queries, queries_per_block
+from dsa_jax.blockwise import map_queries, queries_per_block
 from dsa_jax.indexer import check_index_inputs, check_keys, map_score_tiles
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import choose_implementation
-from dsa_jax.pallas_kernels import select_keys as keys_kernel
-from dsa_jax.pallas_kernels import select_topk as topk_kernel
+from dsa_jax.pallas_kernels.dispatch import choose_implementation
+from dsa_jax.pallas_kernels.selection import select_keys as keys_kernel
+from dsa_jax.pallas_kernels.selection import select_topk as topk_kernel
 
 
 def select_topk(

@@ -10,7 +10,8 @@ import jaxtyping
 import numpy as np
 from reference import f64, quantize
 
-from dsa_jax import KeyRange, blocks, index_scores, select_keys, select_topk
+from dsa_jax import KeyRange, index_scores, select_keys, select_topk
+from dsa_jax import blockwise as blocks
 
 INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 FP8 = "float8_e4m3fn"

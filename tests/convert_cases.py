@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dsa_jax import Config
-from dsa_jax.convert import load_hf
-from dsa_jax.hf_table import leaves
+from dsa_jax.hf.convert import load_hf
+from dsa_jax.hf.table import leaves
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
+E4M3 = np.dtype(jnp.float8_e4m3fn)
 SMALL = dataclasses.replace(
     Config.tiny(),
     vocab_size=32,
@@ -64,3 +65,29 @@ def refused(folder):
     with pytest.raises(ValueError) as caught:
         load_hf(folder)
     return str(caught.value)
+
+
+def to_fp8(tensors, scale_dtype):
+    """The tensors with their matrices in e4m3 blocks, and what these blocks mean in bfloat16."""
+    stored, meant = {}, {}
+    for name, x in tensors.items():
+        matrix = name.endswith("_proj.weight") or "indexer.w" in name
+        if not matrix or name.endswith(FLOAT32_IN_HF):
+            stored[name] = meant[name] = x
+            continue
+        rows, columns = (-(-size // 128) for size in x.shape)
+        values, scales = np.zeros(x.shape, E4M3), np.zeros((rows, columns), np.float32)
+        wide = np.zeros(x.shape, np.float32)
+        for i in range(rows):
+            for j in range(columns):
+                block = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                scale = np.abs(x[block].astype(np.float32)).max() / 448
+                scales[i, j] = 2.0 ** np.ceil(np.log2(scale)) if scale_dtype != np.float32 else scale
+                values[block] = (x[block].astype(np.float32) / scales[i, j]).astype(E4M3)
+                wide[block] = values[block].astype(np.float32) * scales[i, j]
+        stored |= {name: values, name + "_scale_inv": scales.astype(scale_dtype)}
+        meant[name] = wide.astype(BFLOAT16)
+    return stored, meant
+
+
+FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}

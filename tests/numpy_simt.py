@@ -1,4 +1,4 @@
-"""`dsa_jax.pallas_kernels.simt` in NumPy: all threads of one team in lockstep, each register an array over them.
+"""`dsa_jax.pallas_kernels.hopper.simt` in NumPy: all threads of one team in lockstep, each register an array over them.
 
 Runs a kernel's own Python where there is no GPU. What it cannot see is the PTX behind the words, and what would come of
 another order of atomic operations than any that lockstep has. It sees more than a GPU would: memory that nobody wrote

@@ -18,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from train_cases import small_batch, small_config
 
 from dsa_jax import Config, index_scores
-from dsa_jax.collectives import total
-from dsa_jax.rope import rotation as rope_rotation
-from dsa_jax.sharding import (
+from dsa_jax.parallel.collectives import total
+from dsa_jax.parallel.sharding import (
     AXES,
     describe,
     make_mesh,
@@ -33,6 +32,7 @@ from dsa_jax.sharding import (
     spec,
     zigzag_order,
 )
+from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
 from train.losses import cross_entropy, indexer_loss
 from train.phases import Params, Phase, merge_groups

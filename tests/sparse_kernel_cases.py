@@ -10,7 +10,7 @@ import numpy as np
 from cases import hostile_indices, normal, poison_unselected
 from reference import f64
 
-from dsa_jax.pallas_kernels.sparse_attention import sparse_attention
+from dsa_jax.pallas_kernels.sparse_attention.forward import sparse_attention
 
 
 def abstract(b, t, s, n, c, r, k) -> tuple[Any, Any, Any]:

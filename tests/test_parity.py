@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from dsa_jax import Cache, Transformer
-from dsa_jax.convert import load_hf, to_hf
+from dsa_jax.hf.convert import load_hf, to_hf
 
 ORACLE = Path(__file__).parent / "oracle"
 FIXTURES = ["deepseek_a0", "deepseek_a1", "deepseek_b", "glm"]

@@ -17,7 +17,7 @@ from train.optimizer import OptimizerSettings
 from train.phases import Params
 from train.presets import PhaseSettings, RunConfig, Stage
 from train.run import abstract_params
-from train.step import Step
+from train.step import Step, init_state
 
 
 def small_config(**changes) -> Config:
@@ -130,3 +130,25 @@ def small_params(config: Config) -> Params:
 def compiled(step: Step, *arguments) -> Step:
     """A step compiled for these arguments, in a hurry."""
     return step.lower(*arguments).compile(compiler_options=FAST)
+
+
+def state_of(run, phase=0):
+    params = jax.tree.map(jnp.array, small_params(run.model))
+    state = init_state(params, run.phases[phase], jnp.asarray([0, 7], jnp.uint32))
+    return dataclasses.replace(state, step=jnp.asarray(3, jnp.int32))
+
+
+def fake_step(bad_at):
+    """Stands in for `make_step`: adds one to every parameter, and reports a loss that is NaN at one step of a phase."""
+
+    def make_step(graphdef, settings, *, micro_batches=1, mesh=None):
+        def step(state, batch):
+            done = int(state.step) + 1
+            loss = np.nan if (settings.name, done) == bad_at else 1.0 / done
+            params = jax.tree.map(lambda x: x + 1, state.params)
+            state = dataclasses.replace(state, step=state.step + 1, params=params)
+            return state, {"loss": jnp.asarray(loss), "lm_loss": jnp.asarray(loss)}
+
+        return step
+
+    return make_step

@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from dsa_jax import generate
-from dsa_jax.sharding import AXES, make_mesh, parse_mesh
-from train import plan
+from dsa_jax.parallel.sharding import AXES, make_mesh, parse_mesh
 from train.data import Corpus, load
 from train.evaluate import Evaluation, HeldOut, evaluate_run
 from train.phases import CONTROLS, PHASES, Params, Phase, merge_groups
+from train.planner import command as plan
 from train.presets import PRESETS, RunConfig, load_preset
 from train.progress import RunProgress
 from train.report import Results, SeedResult, max_rss, read_curves, summary, write_report

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax import KeyRange, Transformer, select_topk
-from dsa_jax.blocks import contract, map_queries, queries_per_block
+from dsa_jax.blockwise import contract, map_queries, queries_per_block
 from dsa_jax.layers import Rotation
 from dsa_jax.model import DecoderLayer
 from dsa_jax.rope import rotation as rope_rotation

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dsa_jax.collectives import index, maximum, size, sum_over
+from dsa_jax.parallel.collectives import index, maximum, size, sum_over
 
 CHUNK = 1024  # tokens whose logits are alive at once
 

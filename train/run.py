@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh
 
 from dsa_jax import Config, Transformer
-from dsa_jax.convert import load_hf
-from dsa_jax.sharding import check_batch, check_model, parameter_shardings, place_batch, shards
+from dsa_jax.hf.convert import load_hf
+from dsa_jax.parallel.sharding import check_batch, check_model, parameter_shardings, place_batch, shards
 from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params, read_run
 from train.data import Batch, Corpus
 from train.phases import PHASES, Params, merge_groups, split_groups

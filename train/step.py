@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from dsa_jax.collectives import total
 from dsa_jax.moe import update_bias
-from dsa_jax.sharding import parameter_shardings, parameter_specs, spec
+from dsa_jax.parallel.collectives import total
+from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
 from train.data import Batch
 from train.losses import cross_entropy, indexer_loss
 from train.optimizer import make_optimizer

@@ -1,0 +1,439 @@
+"""Sparse attention forward for 16 or 32 heads, bfloat16, on Hopper: keys are the rows of wgmma, no head is padding.
+
+A persistent block of threads an SM, three roles:
+- The last warpgroup gathers: for every block of 64 selected keys, 64 rows of the latent into a ring in shared memory,
+  a few column tiles a slot, never waiting for anything but a free slot.
+- Each of the first `streams` warpgroups has a query of its own. For every block: S^T [64, N] = K Q^T, softmax down
+  the columns (keys lie along lanes and warps), then O^T [C, N] += V^T P^T, V being the first columns of the same rows.
+  O^T stays in registers (C·N/128 a thread). Streams share the ring and nothing else; they take their blocks in turn.
+What limits it is the gather: 128 (C + R) bytes a block of 64 keys from the L2 cache, however few the heads: 9.7 GB for
+4096 queries of 2048 keys of 576. The tensor cores read a block twice from shared memory, 16 cycles for 16 columns.
+On an H200 such a gather alone takes 1.07 ms at S 8192, 9.1 TB/s whatever the ring, the hint or the number of blocks an
+SM, and 1.74 ms at S 131072; with the attention of 16 heads 1.29 and 1.88 ms, of 32 heads 1.82 ms at S 8192.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from dsa_jax.pallas_kernels.hopper import ptx
+
+HEADS = (16, 32)
+BLOCK = 64  # keys of a block: the rows of one wgmma
+TILE = 64  # columns of a tile: the swizzle of 128 bytes
+BY_HEAD = plgpu.Layout.WGMMA.reduce(0)  # a vector over the columns of an accumulator
+BY_KEY = plgpu.Layout.WGMMA.reduce(1)  # a vector over its rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is cut.
+
+    Attributes:
+      streams: warpgroups that compute, each with a query of its own.
+      slot_tiles: 64-column tiles of a slot of the ring, gathered and released together.
+      slots: slots of the ring; None fills the shared memory.
+      blocks: persistent blocks of threads, one an SM; the results do not depend on it.
+    """
+
+    streams: int = 2
+    slot_tiles: int = 3
+    slots: int | None = None
+    blocks: int = ptx.MULTIPROCESSORS
+
+    def __post_init__(self):
+        if self.streams not in (1, 2):
+            raise ValueError(f"streams must be 1 or 2, got {self.streams}")
+        if not 1 <= self.slot_tiles <= 9:
+            raise ValueError(f"slot_tiles must be from 1 to 9, got {self.slot_tiles}")
+        if self.slots is not None and self.slots < 2:
+            raise ValueError(f"slots must be None or at least 2, got {self.slots}")
+        if self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The budget of one shape under one config. Shared memory is allocated in pieces of 1024 bytes."""
+
+    heads: int
+    dim: int
+    value_dim: int
+    config: Config
+
+    def __post_init__(self):
+        if self.ring_slots < len(self.slot_columns):
+            raise ValueError(
+                f"a ring of {self.ring_slots} slots cannot hold the {len(self.slot_columns)} slots of a block of keys; "
+                f"{self.config} leaves {self.ring_bytes_left} bytes of shared memory for it"
+            )
+        if self.smem_bytes > ptx.SMEM_BYTES:
+            raise ValueError(
+                f"{self.config} needs {self.smem_bytes} bytes of shared memory, there are {ptx.SMEM_BYTES}"
+            )
+
+    @property
+    def slot_tiles(self) -> int:
+        """Tiles of a slot: no more than the latent has."""
+        return min(self.config.slot_tiles, self.dim // TILE)
+
+    @property
+    def slot_columns(self) -> tuple[tuple[range, int], ...]:
+        """For each slot of a block of keys: its column tiles, and how many of them, the first, are values."""
+        tiles, values = self.dim // TILE, self.value_dim // TILE
+        cuts = [range(i, min(i + self.slot_tiles, tiles)) for i in range(0, tiles, self.slot_tiles)]
+        return tuple((cut, max(0, min(values, cut.stop) - cut.start)) for cut in cuts)
+
+    @property
+    def q_bytes(self) -> int:
+        """Q of every stream; `out` leaves through the same memory."""
+        return self.config.streams * self.heads * self.dim * 2
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the ring: Q, P [N, 64], a vector by warp [4, N], lse [N], and three pieces for the barriers."""
+        streams = self.config.streams
+        p, warps = streams * self.heads * BLOCK * 2, streams * 4 * self.heads * 4
+        return self.q_bytes + ptx.allocated(p) + ptx.allocated(warps) + 4 * ptx.SMEM_GRANULE
+
+    @property
+    def ring_bytes_left(self) -> int:
+        """What the ring may take."""
+        return ptx.SMEM_BYTES - self.fixed_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """One slot: 64 rows of some tiles."""
+        return BLOCK * self.slot_tiles * TILE * 2
+
+    @property
+    def ring_slots(self) -> int:
+        """Slots of the ring: as many as fit."""
+        if self.config.slots is not None:
+            return self.config.slots
+        return self.ring_bytes_left // self.slot_bytes
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a block of threads."""
+        return self.fixed_bytes + self.ring_slots * self.slot_bytes
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """Registers a thread of the computing warpgroups and of the gathering one; None leaves them as they start.
+
+        Computing takes C·N/128 for O^T (64 for 512 × 16, 128 for 512 × 32), N/2 each for S^T and the sums, addresses.
+        One stream has 255 of the 65536; with two they start at 168, and gathering gives away what it does not need.
+        """
+        return (216, ptx.registers_left(216)) if self.config.streams == 2 else None
+
+
+def default_config(heads: int, queries: int) -> Config:
+    """Two streams hide each other's latencies, where Q leaves room for the ring and there are queries for both."""
+    return Config(streams=2 if heads == 16 and queries > Config.blocks else 1)
+
+
+def sparse_attention_few_heads(
+    q, kv, indices, *, value_dim: int, scale: float, config: Config | None = None, interpret: bool = False
+):
+    """`sparse_attention`, which checks the arguments, for 16 or 32 heads.
+
+    Args:
+      q: [B·T, N, H] bfloat16.
+      kv: [B, S, H] bfloat16.
+      indices: [B·T, K] int32, K a multiple of `BLOCK`.
+      value_dim: C.
+      scale: of the logits.
+      config: tuning.
+      interpret: run in Pallas' interpreter, on a CPU.
+
+    Returns:
+      out [B·T, N, C] bfloat16 and lse [B·T, N] float32.
+    """
+    queries, heads, dim = q.shape
+    batch, size, _ = kv.shape
+    plan = Plan(heads, dim, value_dim, config or default_config(heads, queries))
+    kernel = _kernel(plan, batch, queries // batch, size, indices.shape[1] // BLOCK, scale, interpret)
+    return kernel(q, kv, indices)
+
+
+def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: float, interpret: bool):
+    """The kernel for q [B·T, N, H], kv [B, S, H], indices [B·T, 64·blocks]."""
+    heads, value_dim, streams = plan.heads, plan.value_dim, plan.config.streams
+    slots, cuts = plan.ring_slots, plan.slot_columns
+    queries = batch * length
+    grid = min(plan.config.blocks, queries)
+    log2_scale = scale * math.log2(math.e)  # the softmax works in powers of two
+
+    def query_of(turn, stream):
+        """The query that a stream has in a turn. It may lie behind the last one: then nothing is read or written."""
+        return lax.axis_index("block") + (turn * streams + stream) * grid
+
+    def body(
+        q_gmem, kv_gmem, indices_gmem, out_gmem, lse_gmem, q_smem, ring_smem, p_smem, warps_smem, lse_smem, *barriers
+    ):
+        # full[slot]: 128 arrivals by the gather's copies; the stream whose block it is waits.
+        # empty[slot]: one arrival by that stream when it has read the slot for the last time; the gatherer waits.
+        # q_barrier[stream]: the copy of Q arrives, the stream waits.
+        full, empty, q_barrier = barriers
+        warpgroup = lax.axis_index("warpgroup")
+        turns = pl.cdiv(queries - lax.axis_index("block"), streams * grid)
+        ptx.init_gather_barriers(full, slots, interpret)
+
+        def scores_of(first, stream):
+            """K Q^T of the block whose first slot is use `first` of the ring, each slot as it lands."""
+
+            def multiply(acc):
+                for i, (tiles, _) in enumerate(cuts):
+                    slot, columns = lax.rem(first + i, slots), TILE * len(tiles)
+                    ptx.wait_gather(full, slot, lax.rem((first + i) // slots, 2), interpret)
+                    q_part = q_smem.at[stream, :, pl.ds(TILE * tiles.start, columns)]
+                    plgpu.wgmma(acc, ring_smem.at[slot, :, pl.ds(0, columns)], q_part.transpose((1, 0)))
+                return acc[...]
+
+            scores = pl.run_scoped(multiply, ptx.ACC((BLOCK, heads), jnp.float32))
+            for i, (_, values) in enumerate(cuts):
+                if not values:
+                    plgpu.barrier_arrive(empty.at[lax.rem(first + i, slots)])
+            return scores
+
+        def add_values(outs, first, stream):
+            """V^T P^T of the block added to the parts of O^T; releases each slot when it has been read."""
+            slots_of = [(lax.rem(first + i, slots), values) for i, (_, values) in enumerate(cuts) if values]
+            p_part = p_smem.at[stream].transpose((1, 0))
+
+            def multiply(accs):
+                for acc, (slot, values) in zip(accs, slots_of, strict=True):
+                    plgpu.wgmma(acc, ring_smem.at[slot, :, pl.ds(0, TILE * values)].transpose((1, 0)), p_part)
+
+            def release():
+                for i, (slot, _) in enumerate(slots_of):
+                    plgpu.wgmma_wait(len(slots_of) - 1 - i)
+                    plgpu.barrier_arrive(empty.at[slot])
+
+            def in_place(accs):
+                multiply(accs)
+                release()
+
+            if not interpret:
+                return pl.run_state(in_place)(tuple(ptx.ACC.init(out) for out in outs))
+
+            def fresh(*accs):
+                in_place(accs)
+                return tuple(acc[...] for acc in accs)
+
+            added = pl.run_scoped(fresh, *[ptx.ACC(out.shape, jnp.float32) for out in outs])
+            return tuple(out + new for out, new in zip(outs, added, strict=True))
+
+        @pl.when(warpgroup == streams)
+        def _gather():
+            if plan.registers and not interpret:
+                plgpu.set_max_registers(plan.registers[1], action="decrease")
+
+            def place(block):
+                """Query and block within it of a block counted over all turns; streams alternate."""
+                turn = block // (streams * blocks)
+                return query_of(turn, lax.rem(block, streams)), lax.rem(block // streams, blocks)
+
+            def load_ids(block):
+                query, i = place(jnp.minimum(block, turns * (streams * blocks) - 1))
+                ids = ptx.load_row_ids(
+                    indices_gmem.at[jnp.minimum(query, queries - 1), pl.ds(i * BLOCK, BLOCK)], interpret
+                )
+                return jnp.where(query < queries, ids, -1)
+
+            def step(block, ids):
+                next_ids = load_ids(block + 1)  # ahead of the wait for the slots
+                query = place(block)[0]
+                rows_gmem = kv_gmem.at[jnp.minimum(query, queries - 1) // length]
+                for i, (tiles, _) in enumerate(cuts):
+                    use = block * len(cuts) + i
+                    slot = lax.rem(use, slots)
+                    pl.when(use >= slots)(lambda slot=slot: plgpu.barrier_wait(empty.at[slot]))
+                    ptx.gather_64_rows(rows_gmem, ids, ring_smem.at[slot], full, slot, tiles, interpret, tiles.start)
+                return next_ids
+
+            lax.fori_loop(0, turns * (streams * blocks), step, load_ids(0))
+            if interpret:  # which wants every completed phase observed
+                uses = turns * (streams * blocks * len(cuts))
+                for i in range(slots):
+
+                    @pl.when(uses - slots + i >= 0)
+                    def _(i=i):
+                        plgpu.barrier_wait(empty.at[lax.rem(uses - slots + i, slots)])
+
+        @pl.when(warpgroup < streams)
+        def _compute():
+            stream = warpgroup
+            if plan.registers and not interpret:
+                plgpu.set_max_registers(plan.registers[0], action="increase")
+
+            @pl.loop(0, turns)
+            def _(turn):
+                query = query_of(turn, stream)
+                safe_query = jnp.minimum(query, queries - 1)
+                plgpu.copy_gmem_to_smem(q_gmem.at[safe_query], q_smem.at[stream], q_barrier.at[stream])
+                plgpu.barrier_wait(q_barrier.at[stream])
+
+                def load_ids(i):
+                    ids = indices_gmem.at[safe_query, pl.ds(jnp.minimum(i, blocks - 1) * BLOCK, BLOCK)]
+                    return ids[...] if interpret else plgpu.load(ids, layout=BY_KEY, optimized=False)
+
+                def step(i, carry):
+                    outs, peak, total, ids = carry
+                    first = ((turn * blocks + i) * streams + stream) * len(cuts)
+                    zero = ptx.opaque_zero(interpret)
+                    scores = scores_of(first, stream + zero)
+                    present = (ids >= 0) & (ids < size)
+                    scores = jnp.where(_over_heads(present, heads), scores * log2_scale, -jnp.inf)
+                    new_peak = jnp.maximum(peak, _reduce_keys(scores, warps_smem.at[stream], "max", interpret))
+                    base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+                    decay = jnp.exp2(peak - base)
+                    p = jnp.exp2(scores - _over_rows(base, BLOCK))
+                    _store_transposed(p_smem.at[stream], p.astype(jnp.bfloat16), interpret)
+                    plgpu.commit_smem()
+                    next_ids = load_ids(i + 1)  # not sooner: the fences of the waits above would wait for it
+                    total = total * _over_rows(decay, BLOCK) + p
+                    outs = tuple(out * _over_rows(decay, out.shape[0]) for out in outs)
+                    return add_values(outs, first, stream + zero), new_peak, total, next_ids
+
+                outs = tuple(_zeros((TILE * values, heads), interpret) for _, values in cuts if values)
+                peak = jnp.full((heads,), -jnp.inf, jnp.float32)
+                if not interpret:
+                    peak = plgpu.layout_cast(peak, BY_HEAD)
+                carry = outs, peak, _zeros((BLOCK, heads), interpret), load_ids(0)
+                outs, peak, total, _ = lax.fori_loop(0, blocks, step, carry)
+
+                total = _reduce_keys(total, warps_smem.at[stream], "add", interpret)
+                inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
+                column = 0
+                for out in outs:
+                    out = out * _over_rows(inverse, out.shape[0])
+                    part = q_smem.at[stream, :, pl.ds(column, out.shape[0])]
+                    _store_transposed(part, out.astype(jnp.bfloat16), interpret)
+                    column += out.shape[0]
+                lse = peak * math.log(2.0) + jnp.log(total)
+                lse_smem[stream] = jnp.where(total == 0.0, -jnp.inf, lse)
+                plgpu.commit_smem()
+
+                @pl.when(query < queries)
+                def _():
+                    plgpu.copy_smem_to_gmem(lse_smem.at[stream], lse_gmem.at[safe_query])
+                    for row in range(0, heads, 8):  # what is contiguous: tiles of 8 rows
+                        part = q_smem.at[stream, pl.ds(row, 8), pl.ds(0, value_dim)]
+                        plgpu.copy_smem_to_gmem(part, out_gmem.at[safe_query, pl.ds(row, 8)])
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the next Q lands in the same memory
+
+    out_type = (
+        jax.ShapeDtypeStruct((queries, heads, value_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((queries, heads), jnp.float32),
+    )
+    swizzled = ptx.swizzled(jnp.bfloat16)
+    return ptx.persistent_kernel(
+        body,
+        out_type=out_type,
+        scratch_types=(
+            plgpu.SMEM((streams, heads, plan.dim), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((slots, BLOCK, TILE * plan.slot_tiles), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((streams, heads, BLOCK), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((streams, 4, heads), jnp.float32),
+            plgpu.SMEM((streams, heads), jnp.float32),
+            ptx.gather_barriers(slots, interpret),
+            plgpu.Barrier(num_barriers=slots),
+            plgpu.Barrier(num_barriers=streams),
+        ),
+        blocks=grid,
+        interpret=interpret,
+        warpgroups=streams + 1,
+        approx_math=True,
+    )
+
+
+def _zeros(shape, interpret):
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+
+def _over_rows(by_head, rows):
+    """[N] -> [rows, N]."""
+    return lax.broadcast_in_dim(by_head, (rows, by_head.shape[0]), [1])
+
+
+def _over_heads(by_key, heads):
+    """[64] -> [64, heads]."""
+    return lax.broadcast_in_dim(by_key, (by_key.shape[0], heads), [0])
+
+
+def _store_transposed(to_smem, x, interpret):
+    """Writes x [rows, N] of an accumulator to `to_smem` [N, rows]."""
+    if interpret:
+        to_smem[...] = x.T
+        return
+    # In this layout a thread holds two neighbours of a column, which are neighbours in `to_smem`.
+    to_smem.transpose((1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def _reduce_keys(x, warps_smem, op, interpret):
+    """The maximum or sum of x [64, N] over its keys, [N], in every thread; always in the same order.
+
+    A warp has 16 keys: two in each thread, eight along its lanes. Then the four warps exchange through `warps_smem`
+    [4, N], which may be written again once the warpgroup has met at another barrier.
+    """
+    if interpret:
+        return jnp.max(x, axis=0) if op == "max" else jnp.sum(x, axis=0)
+    heads = x.shape[1]
+    combine = {"max": arith.maximumf, "add": arith.addf}[op]
+
+    @ptx.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=ptx.Result((heads,), jnp.float32, BY_HEAD),
+    )
+    def reduce(ctx, x, warps):
+        f32, pair = ir.F32Type.get(), ir.VectorType.get((2,), ir.F32Type.get())
+        thread = arith.andi(ptx.thread_id(), ptx.i32(ptx.WARPGROUP - 1))
+        warp, lane = arith.shrui(thread, ptx.i32(5)), arith.andi(thread, ptx.i32(31))
+        # Lane l has columns 2 (l mod 4) and the next of every eight.
+        source = arith.addi(ptx.smem_address(warps), arith.shli(arith.andi(lane, ptx.i32(3)), ptx.i32(3)))
+        to = arith.addi(source, arith.muli(warp, ptx.i32(4 * heads)))
+
+        def halves(value):
+            return [vector.extract(value, [], ir.DenseI64ArrayAttr.get([i])) for i in range(2)]
+
+        columns = []
+        for upper, lower in x.registers.reshape(heads // 8, 2):
+            values = [combine(a, b) for a, b in zip(halves(upper), halves(lower), strict=True)]
+            for distance in (4, 8, 16):
+                values = [combine(value, mgpu.utils.shfl_bfly(value, distance)) for value in values]
+            columns.append(values)
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, ptx.i32(4))):
+            for i, values in enumerate(columns):
+                ptx.ptx(f"st.shared.v2.f32 [$0+{32 * i}], {{$1, $2}};", to, *values)
+        mgpu.utils.warpgroup_barrier()
+        registers = []
+        for i in range(heads // 8):
+            parts = [
+                ptx.ptx(
+                    f"ld.shared.v2.f32 {{$0, $1}}, [$2+{4 * heads * w + 32 * i}];",
+                    source,
+                    result_types=[f32, f32],
+                    has_side_effects=True,
+                )
+                for w in range(4)
+            ]
+            values = [combine(combine(a, b), combine(c, d)) for a, b, c, d in zip(*parts, strict=True)]
+            registers.append(vector.from_elements(pair, values))
+        layout = BY_HEAD.to_mgpu()
+        registers = np.array(registers, dtype=object).reshape(layout.registers_shape((heads,)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return reduce(x, warps_smem)
