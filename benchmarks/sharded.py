@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from benchmarks import measure
 from benchmarks.training import run_steps
 from dsa_jax import Config, KeyRange, make_mesh, select_keys
-from dsa_jax.parallel.collectives import join, share
+from dsa_jax.parallel.collectives import gather_tokens, slice_tokens
 from dsa_jax.parallel.expert_parallel import CAPACITY, ragged_slices
 from dsa_jax.parallel.sharding import parse_mesh, spec
 
@@ -136,8 +136,8 @@ def selection_rows(length: int = LENGTH, queries: int = LENGTH):
         return select_keys(q, k, weights, reach, k=TOPK)
 
     def divided(q, k, weights, reach):
-        q, weights, reach = jax.tree.map(lambda x: share(x, "heads"), (q, weights, reach))
-        return join(select_keys(q, k, weights, reach, k=TOPK), "heads")
+        q, weights, reach = jax.tree.map(lambda x: slice_tokens(x, "heads"), (q, weights, reach))
+        return gather_tokens(select_keys(q, k, weights, reach, k=TOPK), "heads")
 
     results = {}
     for name, select in (("on every shard", replicated), ("queries divided, indices joined", divided)):

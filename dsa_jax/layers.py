@@ -18,15 +18,15 @@ from dsa_jax.indexer import LightningIndexer, new_weight
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.parallel.collectives import (
-    enter,
-    gather_heads,
+    gather_head_weights,
     gather_sequence,
-    heads_to_rows,
-    join,
-    rows_to_heads,
-    share,
-    size,
-    sum_over,
+    gather_tokens,
+    heads_to_tokens,
+    num_shards,
+    slice_tokens,
+    sum_gradients,
+    sum_shards,
+    tokens_to_heads,
 )
 from dsa_jax.quantization import dequantize, quantize, straight_through_quantize
 from dsa_jax.rope import rotate_interleaved
@@ -108,7 +108,7 @@ class SparseMLA(nnx.Module):
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""
         with jax.named_scope("project"):
             q_latent = self.q_a_layernorm(project("btd,dq->btq", x, self.q_a_proj[...]))
-            q = project("btq,qnh->btnh", enter(q_latent, "heads"), self.q_b_proj[...])
+            q = project("btq,qnh->btnh", sum_gradients(q_latent, "heads"), self.q_b_proj[...])
             q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
             q = jnp.concatenate([q_nope, rotate_interleaved(q_rope, *rotation)], axis=-1)
             kv = project("btd,dh->bth", x, self.kv_a_proj_with_mqa[...])
@@ -134,11 +134,11 @@ class SparseMLA(nnx.Module):
 
     def unabsorb(self, out: Float[Array, "B T N C"]) -> Float[Array, "B T N V"]:
         """Takes the attention's output from latents to each head's values."""
-        return project("btnc,cnv->btnv", out, gather_heads(self.kv_b_proj[..., self.config.qk_nope_head_dim :]))
+        return project("btnc,cnv->btnv", out, gather_head_weights(self.kv_b_proj[..., self.config.qk_nope_head_dim :]))
 
     def _key_weight(self):
         """What takes latents to the keys of all heads."""
-        return gather_heads(self.kv_b_proj[..., : self.config.qk_nope_head_dim])
+        return gather_head_weights(self.kv_b_proj[..., : self.config.qk_nope_head_dim])
 
     def _sparse(self, p, keys, selected, cache, layer):
         p, keys = _share_queries(p, keys)
@@ -148,7 +148,7 @@ class SparseMLA(nnx.Module):
                 top = self.config.index_topk
                 selected = select_keys(q_select, k_select, weights, keys, k=top, k_scale=k_scale)
         else:
-            selected = share(selected, "heads")
+            selected = slice_tokens(selected, "heads")
         selected = checkpoint_name(selected, "indices")
         q, scale = self.absorb(p.q), self.config.softmax_scale
         with jax.named_scope("sparse_attention"):
@@ -157,8 +157,8 @@ class SparseMLA(nnx.Module):
         with jax.named_scope("sparse_indexer_kl"):
             q_index, k_index = self._trainable_index(p, k_select, k_scale, cache)
             kl = sparse_indexer_kl(q_index, k_index, p.weights, q, kv, lse, selected, scale=scale)
-        out = rows_to_heads(self.unabsorb(out))
-        return LayerOutput(self._output(out), join(kl, "heads"), join(selected, "heads"), cache)
+        out = tokens_to_heads(self.unabsorb(out))
+        return LayerOutput(self._output(out), gather_tokens(kl, "heads"), gather_tokens(selected, "heads"), cache)
 
     def _dense(self, p, keys, cache, layer):
         own, own_keys = _share_queries(p, keys)
@@ -172,15 +172,15 @@ class SparseMLA(nnx.Module):
                 out, lse = latent_attention(
                     self.absorb(own.q), kv, own_keys, value_dim=self.config.kv_lora_rank, scale=scale
                 )
-                out, lse = rows_to_heads(self.unabsorb(out)), rows_to_heads(lse)
+                out, lse = tokens_to_heads(self.unabsorb(out)), tokens_to_heads(lse)
         lse = checkpoint_name(lse, "lse")
         with jax.named_scope("dense_indexer_kl"):
             q_index, k_index = self._trainable_index(own, k_select, k_scale, cache)
-            if size("heads") > 1:
+            if num_shards("heads") > 1:
                 k, _ = self.expand(*jax.lax.stop_gradient((kv, self._key_weight())))
-            q, k, lse = jax.lax.stop_gradient((own.q, k, heads_to_rows(lse)))
+            q, k, lse = jax.lax.stop_gradient((own.q, k, heads_to_tokens(lse)))
             kl = dense_indexer_kl(q_index, k_index, own.weights, q, k, lse, own_keys, scale=scale)
-        return LayerOutput(self._output(out), join(kl, "heads"), None, new_cache)
+        return LayerOutput(self._output(out), gather_tokens(kl, "heads"), None, new_cache)
 
     def _index_keys(self, p, cache, layer):
         """What selects and what is attended to: index queries, keys, weights, then latents, key scales, the cache."""
@@ -189,7 +189,7 @@ class SparseMLA(nnx.Module):
         if self.config.index_fp8:
             (q_index, q_scale), (k_index, k_scale) = quantize(q_index), quantize(k_index)
             weights = weights * q_scale
-        kv = enter(p.kv, "heads")
+        kv = sum_gradients(p.kv, "heads")
         if cache is None:
             kv, k_index, k_scale = (gather_sequence(x) for x in (kv, k_index, k_scale))
             return q_index, k_index, weights, kv, k_scale, None
@@ -202,7 +202,7 @@ class SparseMLA(nnx.Module):
 
         Scales are powers of two, so these make the very scores that the e4m3 numbers and their scales make.
         """
-        k_index = enter(p.k_index, "heads")
+        k_index = sum_gradients(p.k_index, "heads")
         if not self.config.index_fp8:
             return p.q_index, gather_sequence(k_index) if cache is None else k_select
         q_index = straight_through_quantize(p.q_index)
@@ -211,13 +211,13 @@ class SparseMLA(nnx.Module):
         return q_index, dequantize(k_select, k_scale, q_index.dtype)
 
     def _output(self, out):
-        return sum_over(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
+        return sum_shards(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
 
 
 def _share_queries(p: Projections, keys: KeyRange) -> tuple[Projections, KeyRange]:
     """This shard's share of the queries, with all their heads, and what they reach."""
-    q_index, weights, keys = jax.tree.map(lambda x: share(x, "heads"), (p.q_index, p.weights, keys))
-    return dataclasses.replace(p, q=heads_to_rows(p.q), q_index=q_index, weights=weights), keys
+    q_index, weights, keys = jax.tree.map(lambda x: slice_tokens(x, "heads"), (p.q_index, p.weights, keys))
+    return dataclasses.replace(p, q=heads_to_tokens(p.q), q_index=q_index, weights=weights), keys
 
 
 class RMSNorm(nnx.Module):
@@ -244,6 +244,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to every token."""
-        x = enter(x, "width")
+        x = sum_gradients(x, "width")
         gate, up = (project("...d,df->...f", x, weight[...]) for weight in (self.gate_proj, self.up_proj))
-        return sum_over(project("...f,fd->...d", jax.nn.silu(gate) * up, self.down_proj[...]), "width")
+        return sum_shards(project("...f,fd->...d", jax.nn.silu(gate) * up, self.down_proj[...]), "width")

@@ -20,7 +20,14 @@ from dsa_jax.indexer import new_weight
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import MLP, LayerOutput, RMSNorm, Rotation, SparseMLA
 from dsa_jax.moe import MoE
-from dsa_jax.parallel.collectives import enter, exchange_columns, gather_parameters, index, size, sum_over
+from dsa_jax.parallel.collectives import (
+    exchange_columns,
+    gather_parameters,
+    num_shards,
+    shard_index,
+    sum_gradients,
+    sum_shards,
+)
 from dsa_jax.parallel.sharding import check_batch, check_model, parameter_specs, shards, spec, zigzag_order
 from dsa_jax.rope import rotation as rope_rotation
 
@@ -157,7 +164,7 @@ class Transformer(nnx.Module):
         weight = gathered.T if self.lm_head is None else gathered
 
         def unembed(hidden):
-            rows = enter(hidden.reshape(-1, hidden.shape[-1]), "vocabulary")
+            rows = sum_gradients(hidden.reshape(-1, hidden.shape[-1]), "vocabulary")
             return _unembed(rows, weight).reshape(*hidden.shape[:-1], -1)
 
         return unembed
@@ -173,13 +180,13 @@ class Transformer(nnx.Module):
         table = gather_parameters({"embed_tokens": self.embed_tokens[...]}, whole=False)["embed_tokens"]
 
         def look_up(tokens):
-            if size("vocabulary") == 1:
+            if num_shards("vocabulary") == 1:
                 return table[tokens].astype(self.config.dtype)
-            here = tokens - index("vocabulary") * table.shape[0]
+            here = tokens - shard_index("vocabulary") * table.shape[0]
             some = (here >= 0) & (here < table.shape[0])
             return jnp.where(some[..., None], table[jnp.where(some, here, 0)], 0.0).astype(self.config.dtype)
 
-        return sum_over(exchange_columns(look_up, tokens), "vocabulary")
+        return sum_shards(exchange_columns(look_up, tokens), "vocabulary")
 
     def _stacks(self):
         stacks = (self.dense_layers, self.config.num_dense_layers), (self.moe_layers, self.config.num_moe_layers)
@@ -201,15 +208,15 @@ class Transformer(nnx.Module):
         for name, value in shapes.items():
             if value is not None and value.shape != (batch, length):
                 raise ValueError(f"{name} must be [{batch}, {length}] like tokens, got shape {value.shape}")
-        if size("sequence") > 1 and (keys is None or positions is None or cache is not None):
+        if num_shards("sequence") > 1 and (keys is None or positions is None or cache is not None):
             raise ValueError(
                 "where the sequence is sharded, keys and positions must be given, and no cache: "
                 "a shard's tokens say nothing of their places"
             )
-        if length % size("heads"):
+        if length % num_shards("heads"):
             raise ValueError(
-                f"where heads are sharded, the tokens of a shard must be a multiple of the {size('heads')} shards that "
-                f"share them out, got {length}"
+                f"where heads are sharded, a shard's tokens must be a multiple of the {num_shards('heads')} shards "
+                f"that share them out, got {length}"
             )
         layers = self.config.num_hidden_layers
         if selected is not None and (selected.ndim != 4 or selected.shape[:3] != (layers, batch, length)):

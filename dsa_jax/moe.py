@@ -10,7 +10,7 @@ from dsa_jax.config import Config
 from dsa_jax.grouped_ffn import expert_ffn
 from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
-from dsa_jax.parallel.collectives import enter, mesh_axes, sum_over, total
+from dsa_jax.parallel.collectives import mesh_axes, sum_gradients, sum_shards, sum_statistics
 from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, has_ragged
 
 
@@ -88,12 +88,12 @@ class Experts(nnx.Module):
     ) -> Float[Array, "M D"]:
         """Runs every token on its own experts, which may be on other devices."""
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        x, gates, axis = enter(x, "width"), enter(gates, "width"), mesh_axes("experts")
+        x, gates, axis = sum_gradients(x, "width"), sum_gradients(gates, "width"), mesh_axes("experts")
         if axis:
             y = expert_parallel_ffn(x, experts, gates, *weights, axis=axis[0], ragged=has_ragged())
         else:
             y = expert_ffn(x, experts, gates, *weights)
-        return sum_over(y, "width")
+        return sum_shards(y, "width")
 
 
 class MoE(nnx.Module):
@@ -118,7 +118,7 @@ class MoE(nnx.Module):
         """
         with jax.named_scope("route"):
             experts, gates = self.gate(x, routed)
-            load = total(expert_load(experts, valid, self.gate.config.n_routed_experts), "tokens")
+            load = sum_statistics(expert_load(experts, valid, self.gate.config.n_routed_experts), "tokens")
         with jax.named_scope("experts"):
             slots = experts.shape[-1]
             y = self.experts(x.reshape(-1, x.shape[-1]), experts.reshape(-1, slots), gates.reshape(-1, slots))

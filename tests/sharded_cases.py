@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from train_cases import small_batch, small_config
 
 from dsa_jax import Config, index_scores
-from dsa_jax.parallel.collectives import total
+from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import (
     AXES,
     describe,
@@ -130,10 +130,10 @@ def _losses(model, output, batch, phase) -> dict[str, jax.Array]:
     losses = {}
     if phase.lm_loss:
         nll = cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
-        losses["lm_loss"] = nll / total(jnp.sum(batch.valid), "tokens")
+        losses["lm_loss"] = nll / sum_statistics(jnp.sum(batch.valid), "tokens")
     if phase.kl_loss:
         valid = batch.keys.nonempty()
-        losses["kl"] = indexer_loss(output.indexer_kl, valid) / total(jnp.sum(valid), "tokens")
+        losses["kl"] = indexer_loss(output.indexer_kl, valid) / sum_statistics(jnp.sum(valid), "tokens")
     return losses
 
 
@@ -152,7 +152,7 @@ class Forward:
         output = model(batch.tokens, **arguments, return_selected=sparse, return_routed=True)
         choices = {"routed": output.routed, "selected": output.selected}
         choices = {kind: chosen for kind, chosen in choices.items() if chosen is not None}
-        losses = total(_losses(model, output, batch, self.phase), "tokens")
+        losses = sum_statistics(_losses(model, output, batch, self.phase), "tokens")
         return losses | {"expert_load": output.expert_load}, choices
 
     def compile(self, mesh: Mesh | None, params: Params, batch: Batch):
@@ -180,7 +180,7 @@ class Descent:
         gradients, losses = jax.grad(loss, has_aux=True)(trained)
         sgd = optax.sgd(RATE)
         moved = optax.apply_updates(trained, sgd.update(gradients, sgd.init(trained))[0])
-        return gradients, params | moved, total(losses, "tokens")
+        return gradients, params | moved, sum_statistics(losses, "tokens")
 
     def compile(self, mesh: Mesh | None, params: Params, batch: Batch, choices: dict[str, Any]):
         """The program for these arguments, placed."""

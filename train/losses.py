@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dsa_jax.parallel.collectives import index, maximum, size, sum_over
+from dsa_jax.parallel.collectives import max_statistics, num_shards, shard_index, sum_shards
 
 CHUNK = 1024  # tokens whose logits are alive at once
 
@@ -36,8 +36,8 @@ def token_losses(
     def block_losses(block):
         hidden, targets = block
         logits = unembed(hidden).astype(jnp.float32)
-        peak = maximum(jnp.max(logits, axis=-1), "vocabulary")
-        total = sum_over(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1), "vocabulary")
+        peak = max_statistics(jnp.max(logits, axis=-1), "vocabulary")
+        total = sum_shards(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1), "vocabulary")
         return peak + jnp.log(total) - _picked(logits, targets)
 
     with jax.named_scope("cross_entropy"):
@@ -47,12 +47,12 @@ def token_losses(
 
 def _picked(logits, targets):
     """The logits of the targets, from the shard of the vocabulary that has them."""
-    if size("vocabulary") == 1:
+    if num_shards("vocabulary") == 1:
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    here = targets - index("vocabulary") * logits.shape[-1]
+    here = targets - shard_index("vocabulary") * logits.shape[-1]
     some = (here >= 0) & (here < logits.shape[-1])
     picked = jnp.take_along_axis(logits, jnp.where(some, here, 0)[..., None], axis=-1)[..., 0]
-    return sum_over(jnp.where(some, picked, 0.0), "vocabulary")
+    return sum_shards(jnp.where(some, picked, 0.0), "vocabulary")
 
 
 def cross_entropy(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dsa_jax.moe import update_bias
-from dsa_jax.parallel.collectives import total
+from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
 from train.data import Batch
 from train.losses import cross_entropy, indexer_loss
@@ -111,8 +111,8 @@ def _gradients(
 
     On a mesh `params` and `batch` are a shard's own, as are the gradients; metrics and load are of all shards.
     """
-    targets = jnp.maximum(total(jnp.sum(batch.valid), "tokens"), 1).astype(jnp.float32)
-    queries = total(jnp.sum(batch.keys.nonempty()), "tokens")
+    targets = jnp.maximum(sum_statistics(jnp.sum(batch.valid), "tokens"), 1).astype(jnp.float32)
+    queries = sum_statistics(jnp.sum(batch.keys.nonempty()), "tokens")
     micro_batches = min(micro_batches, len(batch.tokens))
     trainable = {group: params[group] for group in phase.trains}
 
@@ -132,7 +132,7 @@ def _gradients(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trainable, first))
         add = lambda total, part: (jax.tree.map(jnp.add, total, grad(trainable, part)), None)  # noqa: E731
         (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, parts)
-    return grads, {**total(metrics, "tokens"), "tokens": queries}, load
+    return grads, {**sum_statistics(metrics, "tokens"), "tokens": queries}, load
 
 
 def _losses(model: Any, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:

@@ -26,75 +26,75 @@ def mesh_axes(name: str) -> tuple[str, ...]:
     return tuple(axis for axis in RULES[name] if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
-def size(name: str) -> int:
+def num_shards(name: str) -> int:
     """The number of shards of a logical axis."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in mesh_axes(name))
 
 
-def index(name: str) -> Int[Array, ""] | int:
+def shard_index(name: str) -> Int[Array, ""] | int:
     """Which shard of a logical axis this is."""
     axes = mesh_axes(name)
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def total(x: Any, name: str) -> Any:
+def sum_statistics(x: Any, name: str) -> Any:
     """The sum of a tree over the shards, as a constant: counts and statistics."""
     axes = mesh_axes(name)
     return jax.lax.psum(jax.lax.stop_gradient(x), axes) if axes else x
 
 
-def maximum(x: Array, name: str) -> Array:
+def max_statistics(x: Array, name: str) -> Array:
     """The maximum over the shards, as a constant."""
     axes = mesh_axes(name)
     return jax.lax.pmax(jax.lax.stop_gradient(x), axes) if axes else jax.lax.stop_gradient(x)
 
 
-def enter(x: Array, name: str) -> Array:
+def sum_gradients(x: Array, name: str) -> Array:
     """Brings what all shards hold alike to where their parameters differ; the gradient is the sum of theirs."""
     axes = mesh_axes(name)
-    return _enter(axes, x) if axes else x
+    return _sum_gradients(axes, x) if axes else x
 
 
-def sum_over(x: Array, name: str) -> Array:
+def sum_shards(x: Array, name: str) -> Array:
     """The sum of the shards' parts, which all shards then hold; the gradient passes as it is."""
     axes = mesh_axes(name)
-    return _sum_over(axes, x) if axes else x
+    return _sum_shards(axes, x) if axes else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _enter(axes, x):
+def _sum_gradients(axes, x):
     return x
 
 
-_enter.defvjp(lambda axes, x: (x, None), lambda axes, _, d: (jax.lax.psum(d, axes),))
+_sum_gradients.defvjp(lambda axes, x: (x, None), lambda axes, _, d: (jax.lax.psum(d, axes),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_over(axes, x):
+def _sum_shards(axes, x):
     return jax.lax.psum(x, axes)
 
 
-_sum_over.defvjp(lambda axes, x: (jax.lax.psum(x, axes), None), lambda axes, _, d: (d,))
+_sum_shards.defvjp(lambda axes, x: (jax.lax.psum(x, axes), None), lambda axes, _, d: (d,))
 
 
-def share(x: Array, name: str) -> Array:
+def slice_tokens(x: Array, name: str) -> Array:
     """This shard's share of the rows [B, T, …] that all hold alike: every n-th, so that causal work is even.
 
     Their number must be a multiple of the shards. The gradient is that by all rows, again alike on all shards.
     """
     axes = mesh_axes(name)
-    return _share(axes, x) if axes else x
+    return _slice_tokens(axes, x) if axes else x
 
 
-def join(x: Array, name: str) -> Array:
-    """All rows again from every shard's share of them: undoes `share`. The gradient is the share of theirs."""
+def gather_tokens(x: Array, name: str) -> Array:
+    """All rows again from every shard's share of them: undoes `slice_tokens`. The gradient is the share of theirs."""
     axes = mesh_axes(name)
-    return _join(axes, x) if axes else x
+    return _gather_tokens(axes, x) if axes else x
 
 
-def heads_to_rows(x: Array) -> Array:
-    """From this shard's heads of all rows [B, T, N / n, …] to all heads of its `share` of them [B, T / n, N, …]."""
+def heads_to_tokens(x: Array) -> Array:
+    """Exchanges this shard's heads of all tokens [B, T, N / n, …] for all heads of some [B, T / n, N, …]."""
     axes = mesh_axes("heads")
     if not axes:
         return x
@@ -102,8 +102,8 @@ def heads_to_rows(x: Array) -> Array:
     return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=3, tiled=True)[:, :, 0]
 
 
-def rows_to_heads(x: Array) -> Array:
-    """Undoes `heads_to_rows`."""
+def tokens_to_heads(x: Array) -> Array:
+    """Undoes `heads_to_tokens`."""
     axes = mesh_axes("heads")
     if not axes:
         return x
@@ -111,26 +111,26 @@ def rows_to_heads(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def gather_heads(weight: Float[Array, "C N H"]) -> Float[Array, "C N2 H"]:
+def gather_head_weights(weight: Float[Array, "C N H"]) -> Float[Array, "C N2 H"]:
     """A projection's weight for all heads; gradients, each of its shard's rows alone, are summed in float32."""
     axes = mesh_axes("heads")
     return _gather_parameter(1, axes, (), weight.dtype, weight.dtype, weight) if axes else weight
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _share(axes, x):
+def _slice_tokens(axes, x):
     rows = x.reshape(x.shape[0], -1, jax.lax.axis_size(axes), *x.shape[2:])
     return jax.lax.dynamic_index_in_dim(rows, jax.lax.axis_index(axes), axis=2, keepdims=False)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _join(axes, x):
+def _gather_tokens(axes, x):
     rows = jax.lax.all_gather(x, axes, axis=2)
     return rows.reshape(x.shape[0], -1, *x.shape[2:])
 
 
-_share.defvjp(lambda axes, x: (_share(axes, x), None), lambda axes, _, d: (_join(axes, d),))
-_join.defvjp(lambda axes, x: (_join(axes, x), None), lambda axes, _, d: (_share(axes, d),))
+_slice_tokens.defvjp(lambda axes, x: (_slice_tokens(axes, x), None), lambda axes, _, d: (_gather_tokens(axes, d),))
+_gather_tokens.defvjp(lambda axes, x: (_gather_tokens(axes, x), None), lambda axes, _, d: (_slice_tokens(axes, d),))
 
 
 def gather_sequence(x: Array) -> Array:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.grouped_ffn import check_shapes, expert_ffn, rows_ffn, rows_gradients, sum_slots, take
 from dsa_jax.pallas_kernels import dispatch as pallas_kernels
-from dsa_jax.parallel.collectives import maximum
+from dsa_jax.parallel.collectives import max_statistics
 
 CAPACITY = 1.5  # of even routing: five standard deviations of chance where that is a hundred slots a pair
 PIECES = 1024  # of what a pair exchanges: XLA copies each by a block of threads of its own, and one alone at 8 GB/s
@@ -130,7 +130,7 @@ def _make_plan(experts, local_experts, axis):
         shard=shard.reshape(experts.shape),
         rank=(place - first.at[shard].get(mode="fill", fill_value=0)).reshape(experts.shape),
         # Whoever shares any collective stays in step, though only `axis` must.
-        rounds=maximum(jax.lax.pmax(-(-sent.max() // quota), axis), "tokens"),
+        rounds=max_statistics(jax.lax.pmax(-(-sent.max() // quota), axis), "tokens"),
         quota=quota,
     )
 

@@ -13,20 +13,20 @@ from sharded_cases import mesh_of, whole
 
 from dsa_jax.parallel import sharding
 from dsa_jax.parallel.collectives import (
-    enter,
     exchange_columns,
-    gather_heads,
+    gather_head_weights,
     gather_parameters,
     gather_sequence,
-    heads_to_rows,
-    index,
-    join,
-    maximum,
-    rows_to_heads,
-    share,
-    size,
-    sum_over,
-    total,
+    gather_tokens,
+    heads_to_tokens,
+    max_statistics,
+    num_shards,
+    shard_index,
+    slice_tokens,
+    sum_gradients,
+    sum_shards,
+    sum_statistics,
+    tokens_to_heads,
 )
 from dsa_jax.parallel.sharding import shards, spec, zigzag_order
 
@@ -83,17 +83,17 @@ def test_outside_a_mesh_they_give_back_what_they_got():
     for got, given in identities(x, state):
         assert got is given
     for name in sharding.RULES:
-        assert size(name) == 1 and index(name) == 0
-        same_bits(maximum(x, name), x)
-    assert not jax.grad(lambda x: jnp.sum(maximum(x, "vocabulary")))(x).any()
+        assert num_shards(name) == 1 and shard_index(name) == 0
+        same_bits(max_statistics(x, name), x)
+    assert not jax.grad(lambda x: jnp.sum(max_statistics(x, "vocabulary")))(x).any()
 
 
 @pytest.mark.parametrize("name", [ALONE, "context=8"])
 def test_over_axes_of_one_device_they_do_nothing(name):
     def run(x, state):
-        assert all(size(other) == 1 for other in ("batch", "heads", "width", "vocabulary", "fsdp", "experts"))
+        assert all(num_shards(other) == 1 for other in ("batch", "heads", "width", "vocabulary", "fsdp", "experts"))
         assert name != ALONE or all(got is given for got, given in identities(x, state))
-        return jnp.ones(()) * index("heads") + size("sequence")
+        return jnp.ones(()) * shard_index("heads") + num_shards("sequence")
 
     x, state = normal(0, 1, 16, 4), {"lm_head": normal(1, 4, 4)}
     assert on_mesh(name, run, (TOKENS, spec()), spec())(x, state) == (1 if name == ALONE else 8)
@@ -108,11 +108,11 @@ def test_over_axes_of_one_device_they_do_nothing(name):
 @pytest.mark.parametrize("name", ["data=4,expert=2", CET])
 def test_numbers_of_shards(name):
     def run(x):
-        here = [index(rule) + jnp.zeros((), jnp.int32) for rule in sharding.RULES]
-        counts = [total(jnp.ones(()), rule) for rule in sharding.RULES]
-        peaks = [maximum(i.astype(jnp.float32), rule) for i, rule in zip(here, sharding.RULES, strict=True)]
-        sizes = [jnp.asarray(size(rule)) for rule in sharding.RULES]
-        tokens = total({"sum": jnp.sum(x)}, "tokens")["sum"]
+        here = [shard_index(rule) + jnp.zeros((), jnp.int32) for rule in sharding.RULES]
+        counts = [sum_statistics(jnp.ones(()), rule) for rule in sharding.RULES]
+        peaks = [max_statistics(i.astype(jnp.float32), rule) for i, rule in zip(here, sharding.RULES, strict=True)]
+        sizes = [jnp.asarray(num_shards(rule)) for rule in sharding.RULES]
+        tokens = sum_statistics({"sum": jnp.sum(x)}, "tokens")["sum"]
         return counts, peaks, sizes, tokens, here[list(sharding.RULES).index("sequence")][None]
 
     x = normal(0, 8, 16)
@@ -130,7 +130,7 @@ def test_a_split_feed_forward(name):
     """x enters, the width is split, the parts are summed: value, and gradients by x and both weights."""
 
     def loss(x, up, down):
-        y = sum_over(jax.nn.silu(enter(x, "width") @ up) @ down, "width")
+        y = sum_shards(jax.nn.silu(sum_gradients(x, "width") @ up) @ down, "width")
         return jnp.sum(jnp.sin(y)), y
 
     def run(x, up, down):
@@ -145,7 +145,7 @@ def test_a_split_feed_forward(name):
 
 def test_counts_have_no_gradient():
     def run(x):
-        return jax.grad(lambda x: jnp.sum(x * total(x, "tokens")) + jnp.sum(maximum(x, "tokens")))(x)
+        return jax.grad(lambda x: jnp.sum(x * sum_statistics(x, "tokens")) + jnp.sum(max_statistics(x, "tokens")))(x)
 
     x = normal(0, 8, 16)
     blocks = np.asarray(x).reshape(2, 4, 4, 4).sum((0, 2))  # rows and tokens of a shard, summed over shards
@@ -205,11 +205,11 @@ def test_rows_are_shared_out_and_joined_again(dtype):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 24, 3)), dtype)
 
     def run(x):
-        mine = share(x, "heads")
-        return mine[None], join(mine, "heads")
+        mine = slice_tokens(x, "heads")
+        return mine[None], gather_tokens(mine, "heads")
 
     if dtype == FP8:  # what is joined is integers; FP8 is only ever shared out
-        shared = on_mesh("tensor=4", lambda x: share(x, "heads")[None], spec("batch"), spec("heads"))(x)
+        shared = on_mesh("tensor=4", lambda x: slice_tokens(x, "heads")[None], spec("batch"), spec("heads"))(x)
     else:
         shared, joined = on_mesh("data=2,tensor=4", run, spec("batch"), (spec("heads", "batch"), spec("batch")))(x)
         same_bits(joined, x)
@@ -221,7 +221,7 @@ def test_gradients_of_rows_that_are_shared_out():
     """All rows' on every shard, whatever each did with its own."""
 
     def loss(x, weights):
-        y = join(share(weights, "heads") * jnp.sin(share(x, "heads")), "heads")
+        y = gather_tokens(slice_tokens(weights, "heads") * jnp.sin(slice_tokens(x, "heads")), "heads")
         return jnp.sum(jnp.cos(x + y))
 
     x, weights = normal(0, 2, 24, 3), normal(1, 2, 24, 3)
@@ -235,11 +235,11 @@ def test_heads_are_exchanged_for_rows_and_back(name):
     """Where all heads of a row meet; weights of heads come whole and get the gradients of all shards' rows."""
 
     def loss(q, weight, out):
-        rows = heads_to_rows(q)
-        met = jnp.einsum("btnh,cnh->btnc", rows, gather_heads(weight))
-        heads = rows_to_heads(met / jnp.sqrt(1 + jnp.sum(jnp.square(met), axis=2, keepdims=True)))
-        y = sum_over(jnp.einsum("btnc,ncd->btd", heads, out), "heads")
-        return jnp.sum(jnp.sin(y)), (rows, rows_to_heads(rows))
+        rows = heads_to_tokens(q)
+        met = jnp.einsum("btnh,cnh->btnc", rows, gather_head_weights(weight))
+        heads = tokens_to_heads(met / jnp.sqrt(1 + jnp.sum(jnp.square(met), axis=2, keepdims=True)))
+        y = sum_shards(jnp.einsum("btnc,ncd->btd", heads, out), "heads")
+        return jnp.sum(jnp.sin(y)), (rows, tokens_to_heads(rows))
 
     def run(q, weight, out):
         (d_q, d_weight, d_out), moved = jax.grad(loss, (0, 1, 2), has_aux=True)(q, weight, out)
@@ -272,7 +272,7 @@ def state_of(seed):
 
 def gathered_loss(state, x, **options):
     """Every token has its say in each parameter's gradient; experts meet the tokens of all shards of experts."""
-    mine = {False: jnp.sum(x), True: total(jnp.sum(x), "experts")}
+    mine = {False: jnp.sum(x), True: sum_statistics(jnp.sum(x), "experts")}
     gathered = gather_parameters(state, **options)
     leaves = jax.tree_util.tree_flatten_with_path(gathered)[0]
     terms = [mine["experts" in str(path)] * jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for path, leaf in leaves]
