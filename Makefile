@@ -1,16 +1,20 @@
 # Each command does its own set-up: see .ci/install.
-.PHONY: demo test test-meshes test-gpu lint format clean
+.PHONY: demo test test-slow test-meshes test-gpu docs lint format clean
 
 ARGS ?=
 bin := .venv/bin
 
 demo:
 	@.ci/install ""
-	$(bin)/python -m train --preset tiny --resume $(ARGS)
+	$(bin)/python -m studies.tiny --resume $(ARGS)
 
 # A file's tests share what they compile, so one worker has them all.
 test: lint
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-slow:
+	@.ci/install test,docs
+	$(bin)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(ARGS)
 
 test-meshes:
 	@.ci/install test
@@ -19,6 +23,11 @@ test-meshes:
 test-gpu:
 	@.ci/install test,cuda
 	$(bin)/python -m benchmarks.gpu_tests $(ARGS)
+
+docs:
+	@.ci/install docs
+	$(bin)/python -m zensical build --strict --clean
+	@echo "The site begins at build/site/index.html"
 
 lint:
 	@.ci/install test
@@ -32,5 +41,5 @@ format:
 	$(bin)/ruff format
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,9 @@
-"""DeepSeek Sparse Attention for JAX."""
+"""DeepSeek Sparse Attention for JAX.
+
+The mechanism is a handful of functions: `index_scores`, `select_topk`, `select_keys`, `sparse_attention`, and the
+indexer's losses. The model around it, its checkpoints and generation are `Transformer`, `load_hf`, `save_hf` and
+`generate`; `train` trains it.
+"""
 
 from dsa_jax.attention import attention_target, sparse_attention
 from dsa_jax.cache import Cache
@@ -8,18 +13,27 @@ from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.inference.generate import generate
+from dsa_jax.inference.sampling import sample
 from dsa_jax.key_range import KeyRange
-from dsa_jax.layers import SparseMLA
-from dsa_jax.model import Output, Transformer, forward_on_mesh
-from dsa_jax.parallel.sharding import make_mesh
-from dsa_jax.quantization import hadamard, quantize, straight_through_quantize
+from dsa_jax.layers import Attention, SparseMLA
+from dsa_jax.mesh_forward import forward_on_mesh
+from dsa_jax.model import Output, Transformer
+from dsa_jax.moe import MoE
+from dsa_jax.pallas_kernels import Implementation, implementation
+from dsa_jax.parallel.sharding import make_mesh, parameter_shardings
+from dsa_jax.quantization import dequantize, hadamard, quantize, straight_through_quantize
 from dsa_jax.selection import select_keys, select_topk
 
+__version__ = "0.2.0"
+
 __all__ = [
+    "Attention",
     "Cache",
     "Config",
+    "Implementation",
     "KeyRange",
     "LightningIndexer",
+    "MoE",
     "Output",
     "SparseMLA",
     "Transformer",
@@ -27,15 +41,19 @@ __all__ = [
     "attention_target",
     "convert_hf",
     "dense_indexer_kl",
+    "dequantize",
     "forward_on_mesh",
     "generate",
     "hadamard",
+    "implementation",
     "index_scores",
     "latent_attention",
     "load_hf",
     "make_mesh",
     "multihead_attention",
+    "parameter_shardings",
     "quantize",
+    "sample",
     "save_hf",
     "select_keys",
     "select_topk",

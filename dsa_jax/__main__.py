@@ -1,4 +1,7 @@
-"""The command `python -m dsa_jax`: each subcommand is a function, whose arguments and docstring are its help."""
+"""Runs the command `dsa-jax`, which is `python -m dsa_jax`.
+
+Each subcommand is a function of this file; its arguments and docstring are the subcommand's help.
+"""
 
 import dataclasses
 import math
@@ -11,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dsa_jax.hf.convert import MAX_SHARD_BYTES, Checkpoint, convert_hf
+from dsa_jax.hf import MAX_SHARD_BYTES, Checkpoint, convert_hf
 
 PURPOSE = "DeepSeek Sparse Attention for JAX: work with checkpoints."
 
-# Where a parameter counts, by the first of these that its path holds.
+# The group in which `info` counts a parameter, by the first of these parts that its path holds.
 GROUPS = {
     "indexer": "indexer",
     "norm.": "norms",
@@ -78,6 +81,8 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
 
 
 class _Row(NamedTuple):
+    """What `info` says of a group."""
+
     tensors: int = 0
     parameters: int = 0
     nbytes: int = 0
@@ -85,7 +90,7 @@ class _Row(NamedTuple):
 
 
 def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
-    """Tensors, parameters, bytes and dtypes of each group; the bytes of FP8 weights include their scales."""
+    """Counts tensors, parameters, bytes and dtypes of each group; the bytes of FP8 weights include their scales."""
     rows: dict[str, _Row] = {}
     for name, entry in checkpoint.expected.items():
         stored, scale = checkpoint.stored[name], checkpoint.stored.get(name + "_scale_inv")
@@ -101,9 +106,17 @@ COMMANDS = {"convert": convert, "info": info}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand; what is wrong with the input becomes one line on stderr and exit status 2."""
+    """Runs a subcommand.
+
+    Args:
+      arguments: the command line without the program's name, that of this process if None.
+
+    Returns:
+      The exit status: 0, 2 after one line on stderr that says what is wrong with the input, 130 if interrupted.
+    """
+    program = "dsa-jax" if Path(sys.argv[0]).stem == "dsa-jax" else "python -m dsa_jax"
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m dsa_jax", args=arguments, description=PURPOSE)
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program, args=arguments, description=PURPOSE)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

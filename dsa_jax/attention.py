@@ -1,4 +1,4 @@
-"""Attention over selected keys (Eq. 2), and the distribution the indexer learns to imitate.
+"""Attention over selected keys (Eq. 2), and the distribution that the indexer learns to imitate.
 
 Each operation returns `out` and `lse`, the natural log of the softmax's denominator, and takes gradients from both.
 The backward recomputes the probabilities of one block of queries at a time from `lse`; gradients by keys, which many
@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import contract, map_queries, queries_per_block
-from dsa_jax.pallas_kernels.dispatch import choose_implementation
-from dsa_jax.pallas_kernels.indexer_loss import sparse_indexer_kl as sparse_kl_kernels
-from dsa_jax.pallas_kernels.sparse_attention import backward as sparse_backward_kernels
-from dsa_jax.pallas_kernels.sparse_attention import forward as sparse_kernel
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
+from dsa_jax.pallas_kernels import indexer_loss as loss_kernels
+from dsa_jax.pallas_kernels import sparse_attention as sparse_kernels
 
 
 def sparse_attention(
@@ -26,7 +25,7 @@ def sparse_attention(
     *,
     value_dim: int,
     scale: float,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attends to the selected latents alone, in MLA's multi-query form: H = C + R, values are the first C columns.
 
@@ -38,13 +37,19 @@ def sparse_attention(
     Args:
       q: queries in latent form, float32 or bfloat16.
       kv: latents, in the dtype of `q`.
-      indices: the selection of each query.
+      indices: the selection of each query, positions of `kv`.
       value_dim: C.
-      scale: the softmax scale.
+      scale: the softmax scale, a number and no traced value.
       implementation: None, "xla" or "pallas", of the forward and the backward.
 
     Returns:
       out [B, T, N, value_dim] in the dtype of `q`, lse [B, T, N] float32; softmax and sums in float32.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
+
+    References:
+      DeepSeek-V3.2-Exp, section 1, Eq. 2; the multi-query form of MLA in its appendix A.
     """
     q, kv, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(indices)
     check_latents(q, kv, indices)
@@ -59,32 +64,39 @@ def attention_target(
     indices: Int[Array, "B T K"],
     *,
     scale: float,
-    head_axis: str | tuple[str, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T K"]:
-    """Returns what the indexer imitates: attention probabilities summed over heads, L1-normalised over the selection.
+    """Computes the indexer's target: attention probabilities summed over heads, L1-normalised over the selection.
 
     p[t,k] = Σ_n exp(scale · q[t,n] · kv[indices[t,k]] - lse[t,n]) / Σ_k (the same);  0 where there is no key.
 
-    Arguments as `sparse_attention` took and returned them. Where heads are sharded, `head_axis` names the mesh axis to
-    sum over before normalising. The result is a constant: no gradient flows through it.
+    Args:
+      q, kv, indices, scale: as `sparse_attention` took them, with all heads of the layer.
+      lse: as it returned them for these very arguments.
+      implementation: None, "xla" or "pallas".
+
+    Returns:
+      float32 probabilities, a constant: no gradient flows through them.
+
+    References:
+      DeepSeek-V3.2-Exp, section 2.1, the target of Eqs. 3 and 4.
     """
     q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
     check_latents(q, kv, indices)
     check_lse(lse, q)
     constants = jax.lax.stop_gradient((q, kv, lse, indices))
     sums = attention_sums(*constants, scale=scale, implementation=implementation)
-    return normalise_target(sum_shards(sums, head_axis))
+    return normalise_target(sums)
 
 
 def attention_sums(q, kv, lse, indices, *, scale, implementation=None):
-    """Attention probabilities [B, T, K] of selected keys summed over the heads at hand; arguments are not checked."""
+    """Sums the attention probabilities [B, T, K] of selected keys over heads; arguments are not checked."""
     add_up = choose_implementation(
         "attention_target",
         implementation,
-        sparse_kl_kernels.why_not_sums(q, kv, lse, indices),
+        loss_kernels.why_not_sums(q, kv, lse, indices),
         xla=partial(_gathered_sums, scale=scale),
-        pallas=partial(sparse_kl_kernels.head_sums, scale=scale),
+        pallas=partial(loss_kernels.head_sums, scale=scale),
     )
     return add_up(q, kv, lse, indices)
 
@@ -100,15 +112,10 @@ def _gathered_sums(q, kv, lse, indices, *, scale):
 
 
 def sum_heads(q, k, lse, mask, *, scale, dims):
-    """Attention probabilities [t, s] of one block summed over its heads; `dims` names the axes of `k`."""
+    """Sums the attention probabilities [t, s] of one block over its heads; `dims` names the axes of `k`."""
     logits = contract(f"tnh,{dims}->tns", q, k) * scale
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
     return jnp.sum(jnp.where(mask[:, None], jnp.exp(logits - lse), 0.0), axis=1)
-
-
-def sum_shards(total, head_axis):
-    """Head sums over all heads, those too that other shards of the mesh axis hold."""
-    return total if head_axis is None else jax.lax.psum(total, head_axis)
 
 
 def normalise_target(total):
@@ -118,14 +125,14 @@ def normalise_target(total):
 
 
 def gather_rows(x, indices):
-    """Rows of `x` [S, …] at `indices` [t, K], zero where there is no key, and the mask of those that are keys."""
+    """Gathers rows of `x` [S, …] at `indices` [t, K], zero where there is no key, and the mask of those that are."""
     present = (indices >= 0) & (indices < x.shape[0])
     rows = x.at[jnp.where(present, indices, 0)].get(mode="promise_in_bounds")
     return jnp.where(present.reshape(present.shape + (1,) * (x.ndim - 1)), rows, 0), present
 
 
 def scatter_rows(total, indices, rows):
-    """Adds `rows` [t, K, …] to `total` [S, …] at `indices`; what is no key adds nothing."""
+    """Adds `rows` [t, K, …] to `total` [S, …] at `indices`; an index that is no key adds nothing."""
     present = (indices >= 0) & (indices < total.shape[0])
     return total.at[jnp.where(present, indices, total.shape[0])].add(rows, mode="drop")
 
@@ -141,7 +148,7 @@ def zero_unreached(x, keys):
 
 
 def attend(q, k, v, bias, *, scale, dims):
-    """`out` and `lse` of one block."""
+    """Computes `out` and `lse` of one block."""
     logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
     peak = jnp.max(logits, axis=-1)
     empty = peak == -jnp.inf
@@ -152,7 +159,7 @@ def attend(q, k, v, bias, *, scale, dims):
 
 
 def attend_backward(q, k, v, bias, lse, d_out, d_lse, *, scale, dims):
-    """Gradients of `attend` by q, k and v; the last two float32."""
+    """Computes the gradients of `attend` by q, k and v; the last two in float32."""
     logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
     weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
     d_weights = contract(f"tnv,{_values(dims)}->tns", d_out, v)
@@ -174,9 +181,9 @@ def _sparse_attention(value_dim, scale, implementation, q, kv, indices):
     forward = choose_implementation(
         "sparse_attention",
         implementation,
-        sparse_kernel.why_not(q, kv, indices, value_dim),
+        sparse_kernels.why_not(q, kv, indices, value_dim),
         xla=partial(_gathered_attention, value_dim=value_dim, scale=scale),
-        pallas=partial(sparse_kernel.sparse_attention, value_dim=value_dim, scale=scale),
+        pallas=partial(sparse_kernels.sparse_attention, value_dim=value_dim, scale=scale),
     )
     return forward(q, kv, indices)
 
@@ -206,14 +213,14 @@ def _sparse_backward(value_dim, scale, implementation, residuals, cotangents):
 
 
 def sparse_attention_backward(q, kv, indices, out, lse, d_out, d_lse, *, value_dim, scale, implementation=None):
-    """Gradients of `sparse_attention` by q and kv from what it took and returned; arguments are not checked."""
+    """Computes the gradients of `sparse_attention` by q and kv; its arguments and results are not checked."""
     backward = choose_implementation(
         "the backward of sparse_attention",
         implementation,
-        sparse_backward_kernels.why_not(q, kv, indices, value_dim),
+        sparse_kernels.why_not_backward(q, kv, indices, value_dim),
         xla=partial(_gathered_backward, value_dim=value_dim, scale=scale),
         pallas=partial(
-            sparse_backward_kernels.sparse_attention_backward,
+            sparse_kernels.sparse_attention_backward,
             value_dim=value_dim,
             scale=scale,
         ),
@@ -242,7 +249,7 @@ _sparse_attention.defvjp(_sparse_forward, _sparse_backward)
 
 
 def no_gradient(x):
-    """The cotangent of a constant: zeros, or what stands for them beside integers."""
+    """Makes the cotangent of a constant: zeros, of integers in `float0`, as JAX wants them."""
     return np.zeros(x.shape, jax.dtypes.float0) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.zeros_like(x)
 
 

@@ -1,4 +1,8 @@
-"""How the plain definitions are evaluated: float32 contractions, and blocks of queries so that nothing is quadratic."""
+"""The evaluation of the plain definitions: float32 contractions over blocks of queries, so that nothing is quadratic.
+
+Every operation of the mechanism is row-wise in its queries. So a definition is written for a few queries and mapped
+over blocks of them, which bounds memory without changing a bit of a row.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,17 +16,15 @@ BLOCK_ELEMENTS = 1 << 24  # elements of the widest intermediate of a block: 64 M
 
 
 def contract(dims: str, *operands: Array) -> Float[Array, "..."]:
-    """`einsum` accumulated and returned in float32; float32 operands are multiplied in full float32, never TF32."""
+    """Contracts like `einsum`, accumulated and returned in float32.
+
+    Operands of float32 are multiplied in full float32, never in TF32.
+    """
     return jnp.einsum(dims, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def project(dims: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`einsum` of activations with a parameter, in and out in the dtype of `x`; float32 is multiplied in full."""
-    return jnp.einsum(dims, x, weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
-
-
 def queries_per_block(elements_per_query: int) -> int:
-    """How many queries a block may hold when each makes `elements_per_query` elements."""
+    """Returns the number of queries in a block where each makes `elements_per_query` elements; at least 1."""
     return max(1, BLOCK_ELEMENTS // max(1, elements_per_query))
 
 
@@ -42,12 +44,12 @@ def split_queries(queries: Any, block: int) -> Any:
 
 
 def join_queries(blocks: Any, length: int) -> Any:
-    """Undoes `split_queries`."""
+    """Joins blocks [blocks, block, …] to [T, …] without the queries that filled the last: undoes `split_queries`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], blocks)
 
 
 def scan(fn: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan`, but a single step is spared the loop, whose buffers would be copies of it."""
+    """Scans like `lax.scan`, but runs a single step without a loop, whose buffers would be copies."""
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return jax.lax.scan(fn, carry, xs)
     carry, out = fn(carry, jax.tree.map(lambda x: x[0], xs))
@@ -55,7 +57,7 @@ def scan(fn: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
 
 
 def map_rows(fn: Callable, arguments: Any) -> Any:
-    """`lax.map` over the batch, through `scan`."""
+    """Maps a function over the leading axis, one row after the other."""
     return scan(lambda _, row: (None, fn(row)), None, arguments)[1]
 
 

@@ -1,4 +1,4 @@
-"""What decoding keeps of earlier tokens: one latent and one index key a token and layer."""
+"""The cache of decoding: one latent and one index key a token and layer, for all heads."""
 
 import dataclasses
 from typing import Self
@@ -13,10 +13,17 @@ from dsa_jax.config import Config
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Latents, index keys and lengths; never mutated: the model returns a new one.
+    """Holds latents, index keys and lengths of a batch of sequences; never mutated: the model returns a new one.
 
-    kv [layers, B, S, C + R] and k_index [layers, B, S, E] hold the first `lengths[b]` tokens of row b. With `index_fp8`
-    index keys are e4m3 and `k_scale` [layers, B, S] float32 is their scale; else it is 1.
+    Attributes:
+      kv: latents [layers, B, S, C + R], of which row b holds the first `lengths[b]` tokens.
+      k_index: index keys [layers, B, S, E]; e4m3 under `index_fp8`.
+      k_scale: float32 [layers, B, S], the scale of each index key; 1 without `index_fp8`.
+      lengths: int32 [B], the tokens that each row holds.
+
+    Example:
+      >>> cache = Cache.empty(model.config, batch=1, size=64)
+      >>> cache = model(tokens, cache=cache).cache
     """
 
     kv: Array
@@ -26,7 +33,11 @@ class Cache:
 
     @classmethod
     def empty(cls, config: Config, batch: int, size: int) -> Self:
-        """A cache for `batch` sequences of at most `size` tokens."""
+        """Makes an empty cache for `batch` sequences of at most `size` tokens.
+
+        Raises:
+          ValueError: if a size is below 1, or `size` exceeds the model's positions.
+        """
         if batch < 1 or size < 1:
             raise ValueError(f"a cache needs at least one row and one token, got batch {batch} and size {size}")
         if size > config.max_position_embeddings:
@@ -43,7 +54,7 @@ class Cache:
 
     @property
     def size(self) -> int:
-        """The most tokens a row can hold."""
+        """The number of tokens that a row can hold."""
         return self.kv.shape[2]
 
     def write(
@@ -53,7 +64,7 @@ class Cache:
         k_index: Float[Array, "B T E"],
         k_scale: Float[Array, "B T"],
     ) -> Self:
-        """Puts the entries of T new tokens behind the `lengths` of one layer; what does not fit is dropped."""
+        """Writes the entries of T new tokens behind the `lengths` of one layer; what does not fit is dropped."""
         rows = jnp.arange(kv.shape[0])[:, None]
         at = self.lengths[:, None] + jnp.arange(kv.shape[1])
         return dataclasses.replace(
@@ -66,7 +77,7 @@ class Cache:
     def read(
         self, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B S E"], Float[Array, "B S"]]:
-        """The latents, index keys and key scales of one layer."""
+        """Reads the latents, index keys and key scales of one layer."""
         return self.kv[layer], self.k_index[layer], self.k_scale[layer]
 
     def advance(self, tokens: Int[Array, " B"]) -> Self:

@@ -1,4 +1,4 @@
-"""The model's configuration, and the letters that name every dimension.
+"""Holds the model's configuration, its Hugging Face spelling, and the letters that name every dimension.
 
 Letter table, used in every signature, einsum and comment:
 
@@ -9,6 +9,7 @@ Letter table, used in every signature, einsum and comment:
 """
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -18,38 +19,45 @@ from typing import Any, Self
 
 @dataclasses.dataclass(frozen=True)
 class YaRN:
-    """How rotary frequencies stretch past the length they were trained on (arXiv:2309.00071).
+    """YaRN: how rotary frequencies stretch past the length that they were trained on.
 
-    `mscale_all_dim` multiplies the softmax scale by `attention_scale ** 2`; `mscale` over `mscale_all_dim` multiplies
-    cosines and sines (1 in every published DSA model).
+    The softmax scale is multiplied by `magnitude(mscale_all_dim) ** 2`; cosines and sines are multiplied by
+    `magnitude(mscale) / magnitude(mscale_all_dim)`, which is 1 in every published DSA model.
+
+    References:
+      Peng et al., arXiv:2309.00071.
     """
 
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: float  # new length over trained length, at least 1
+    original_max_position_embeddings: int  # tokens
+    beta_fast: float = 32.0  # rotations over the trained length, above which a frequency is left as it is
+    beta_slow: float = 1.0  # rotations over the trained length, below which a frequency is divided by `factor`
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling factor must be at least 1, got {self.factor}")
-        if self.original_max_position_embeddings < 1:
-            raise ValueError(
-                f"original_max_position_embeddings must be at least 1, got {self.original_max_position_embeddings}"
-            )
+        for name in ("factor", "original_max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rope_scaling {name} must be at least 1, got {getattr(self, name)}")
 
     def magnitude(self, mscale: float) -> float:
-        """0.1 · mscale · ln(factor) + 1, the factor by which longer contexts sharpen the softmax."""
+        """Computes 0.1 · mscale · ln(factor) + 1, by whose square longer contexts sharpen the softmax."""
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A DSA transformer. Fields are named as in Hugging Face's `config.json`; defaults are the published 671B model.
+    """The sizes and choices of a DSA transformer.
 
-    `dtype` is that of the computation and `param_dtype` that of the parameters; normalisations, softmax, router, index
-    weights and losses are float32 whatever they say.
+    Fields are named as in Hugging Face's `config.json`; defaults are the published 671B model. Normalisations, softmax,
+    router, index weights and losses are float32 whatever `dtype` and `param_dtype` say.
+
+    Raises:
+      ValueError: if sizes are out of range or do not fit each other, naming the field.
+
+    Example:
+      >>> Config.tiny(index_topk=8).index_topk
+      8
     """
 
     vocab_size: int = 129280
@@ -70,38 +78,33 @@ class Config:
     n_routed_experts: int = 256  # X
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
+    n_group: int = 8  # groups of experts
+    topk_group: int = 4  # groups that a token's experts may come from
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: YaRN | None = YaRN(40.0, 4096)
-    max_position_embeddings: int = 163840
-    initializer_range: float = 0.02
+    max_position_embeddings: int = 163840  # tokens of a sequence, at most
+    initializer_range: float = 0.02  # standard deviation of new parameters
     tie_word_embeddings: bool = False
     index_rope_interleave: bool = False  # True in GLM-5, whose indexer pairs neighbouring columns
     index_fp8: bool = False  # Hadamard transform and e4m3 index queries and keys
-    dtype: str = "bfloat16"
-    param_dtype: str = "float32"
+    dtype: str = "bfloat16"  # of the computation
+    param_dtype: str = "float32"  # of the parameters
 
     def __post_init__(self):
-        positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim "
-            "qk_rope_head_dim v_head_dim index_n_heads index_head_dim index_topk intermediate_size "
-            "moe_intermediate_size n_routed_experts num_experts_per_tok n_group topk_group max_position_embeddings"
-        )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_values()
+        self._check_experts()
+
+    def _check_values(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
-        if self.n_shared_experts < 0 or self.first_k_dense_replace < 0:
-            raise ValueError(
-                "n_shared_experts and first_k_dense_replace must be at least 0, "
-                f"got {self.n_shared_experts} and {self.first_k_dense_replace}"
-            )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if self.index_head_dim < self.qk_rope_head_dim:
@@ -110,6 +113,8 @@ class Config:
             )
         if self.index_fp8 and self.index_head_dim & (self.index_head_dim - 1):
             raise ValueError(f"index_fp8 needs index_head_dim a power of two, got {self.index_head_dim}")
+
+    def _check_experts(self):
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
             raise ValueError(
                 "n_routed_experts must be a multiple of n_group with at least two experts a group, "
@@ -126,34 +131,44 @@ class Config:
 
     @property
     def num_dense_layers(self) -> int:
-        """Layers with a dense feed-forward; the others route to experts."""
+        """Counts the layers with a dense feed-forward, which come first; the others route to experts."""
         return min(self.first_k_dense_replace, self.num_hidden_layers)
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers whose feed-forward routes to experts."""
+        """Counts the layers whose feed-forward routes to experts."""
         return self.num_hidden_layers - self.num_dense_layers
 
     @property
     def latent_dim(self) -> int:
-        """C + R, the width of one cached key/value entry."""
+        """Computes C + R, the width of one cached key/value entry."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """(P + R)^-0.5, times the square of YaRN's magnitude."""
+        """Computes (P + R)^-0.5, times the square of YaRN's magnitude."""
         scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
         yarn = self.rope_scaling
         return scale if yarn is None else scale * yarn.magnitude(yarn.mscale_all_dim) ** 2
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> Self:
-        """Reads Hugging Face's configuration: a folder with a `config.json`, that file, or its contents.
+        """Reads Hugging Face's configuration.
 
         Absent keys take the defaults that transformers gives the `model_type`: "deepseek_v32", "glm_moe_dsa", or
         "deepseek_v3", a dense model whose indexer is sized as DeepSeek-V3.2's unless the index keys are there. The
-        compute and parameter dtypes are not read: `load_hf` sets them. Raises one ValueError that names every key which
-        changes the model and is unknown, or holds a value that this library does not implement.
+        compute and parameter dtypes are not read: `load_hf` sets them.
+
+        Args:
+          source: a folder with a `config.json`, that file, or its contents.
+
+        Raises:
+          ValueError: one that names every key which changes the model and is unknown, or holds a value that this
+            library does not implement.
+
+        Example:
+          >>> Config.from_hf({"model_type": "deepseek_v32", "num_hidden_layers": 5}).num_moe_layers
+          2
         """
         data = dict(source) if isinstance(source, Mapping) else read_json(Path(source))
         fields, problems = _translate(data)
@@ -162,7 +177,7 @@ class Config:
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a `config.json` that transformers reads back to the same model.
+        """Gives the contents of a `config.json` that transformers reads back to the same model.
 
         `index_fp8` and the compute dtype have no key there; `torch_dtype` is the parameters'.
         """
@@ -188,14 +203,17 @@ class Config:
         }
 
     @classmethod
-    def deepseek_v32(cls) -> Self:
-        """DeepSeek-V3.2-Exp, 671B parameters."""
-        return cls()
+    def deepseek_v32(cls, **overrides: Any) -> Self:
+        """Gives the sizes of DeepSeek-V3.2-Exp, 671B parameters; `overrides` replace fields, as in `tiny`."""
+        return _replace_fields(cls(), overrides)
 
     @classmethod
-    def tiny(cls) -> Self:
-        """A model of about a million parameters that trains on a laptop; bytes are its tokens."""
-        return cls(
+    def tiny(cls, **overrides: Any) -> Self:
+        """Gives the sizes of a model of 1.5 million parameters that trains on a laptop; bytes are its tokens.
+
+        `overrides` replace fields; for one that is unknown, TypeError names those that are spelled alike.
+        """
+        config = cls(
             vocab_size=256,
             hidden_size=128,
             num_hidden_layers=3,
@@ -220,6 +238,22 @@ class Config:
             initializer_range=128**-0.5,  # at 0.02 it does not learn to recall in the few hundred steps of the demo
             dtype="float32",
         )
+        return _replace_fields(config, overrides)
+
+
+_MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts")  # all other integers are at least 1
+
+
+def _replace_fields[C: Config](config: C, overrides: Mapping[str, Any]) -> C:
+    """Replaces fields of a config; raises TypeError for names that are none, with the names nearest to them."""
+    names = [field.name for field in dataclasses.fields(config)]
+    problems = []
+    for name in overrides.keys() - set(names):
+        close = difflib.get_close_matches(name, names, cutoff=0.7)
+        problems.append(f"{name!r}" + (f" (did you mean {' or '.join(close)}?)" if close else ""))
+    if problems:
+        raise TypeError(f"Config has no field {', '.join(sorted(problems))}")
+    return dataclasses.replace(config, **overrides)
 
 
 _ARCHITECTURES = {
@@ -228,8 +262,9 @@ _ARCHITECTURES = {
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
 }
 
-# Fields that `config.json` spells as we do.
+# Fields that `config.json` lacks, or spells otherwise.
 _OURS = {"rope_theta", "rope_scaling", "index_rope_interleave", "index_fp8", "dtype", "param_dtype"}
+# Fields that `config.json` spells as we do, and their types.
 _HF_FIELDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in _OURS}
 
 # What transformers assumes for absent keys where it differs from DeepSeek-V3.2, whose values are Config's own.
@@ -301,7 +336,7 @@ _YARN_KEYS = "factor original_max_position_embeddings beta_fast beta_slow mscale
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a `config.json`, given itself or its folder; raises ValueError if it is not there or not an object."""
+    """Reads a `config.json`, given itself or its folder; raises ValueError if it is not there or no JSON object."""
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"expected a folder with a config.json, or such a file, got {path}")
@@ -315,7 +350,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Config's arguments, and what is wrong with the keys of a `config.json`."""
+    """Translates the keys of a `config.json` into Config's arguments, and lists what is wrong with them."""
     model_type = data.get("model_type")
     if model_type not in _ARCHITECTURES:
         return {}, [f"model_type must be one of {sorted(_ARCHITECTURES)}, got {model_type!r}"]
@@ -341,17 +376,19 @@ def _translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
+    """Tells whether a JSON value is of a type; integers pass as floats, booleans as themselves alone."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _field(fields: dict[str, Any], name: str) -> Any:
+    """Looks up a field, Config's default where the file does not give it."""
     return fields.get(name, getattr(Config, name))
 
 
 def _read_rope(data, fields) -> tuple[float, YaRN | None, list[str]]:
-    """Both spellings: `rope_scaling` beside `rope_theta`, or `rope_parameters` with the base inside."""
+    """Reads theta, YaRN and their problems: from `rope_theta` and `rope_scaling`, or `rope_parameters` with both."""
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", data.get("rope_theta") or 10000.0)
@@ -375,10 +412,10 @@ def _read_rope(data, fields) -> tuple[float, YaRN | None, list[str]]:
 
 
 def _read_yarn(rope: dict[str, Any], max_position_embeddings: int) -> tuple[YaRN | None, list[str]]:
-    """YaRN as transformers reads it, where cosines and sines are stretched by `attention_factor`.
+    """Reads YaRN as transformers does, where `attention_factor` multiplies cosines and sines.
 
-    Absent, that is the ratio of both magnitudes if `mscale` and `mscale_all_dim` are given and not 0, and else the
-    magnitude of 1; an absent `mscale_all_dim` leaves the softmax scale alone. Both are cast into our two numbers.
+    Absent, it is the ratio of both magnitudes if `mscale` and `mscale_all_dim` are given and not 0, and else the
+    magnitude of 1; an absent `mscale_all_dim` leaves the softmax scale alone. Our two numbers can say all of these.
     """
     original = rope.get("original_max_position_embeddings") or max_position_embeddings
     factor = rope.get("factor") or max_position_embeddings / original
@@ -401,7 +438,7 @@ def _read_yarn(rope: dict[str, Any], max_position_embeddings: int) -> tuple[YaRN
 
 
 def _yarn_to_hf(yarn: YaRN) -> dict[str, float]:
-    """The keys of `rope_scaling`; `attention_factor` only where transformers would infer another."""
+    """Gives the keys of `rope_scaling`; `attention_factor` only where transformers would infer another."""
     keys = dataclasses.asdict(yarn)
     stretch = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)
     inferred = stretch if yarn.mscale and yarn.mscale_all_dim else yarn.magnitude(1.0)
@@ -409,7 +446,7 @@ def _yarn_to_hf(yarn: YaRN) -> dict[str, float]:
 
 
 def _read_layers(data, fields) -> tuple[int, list[str]]:
-    """How many dense layers precede the MoE layers, which `mlp_layer_types` says if it is there."""
+    """Counts the dense layers before the MoE layers, by `mlp_layer_types` if it is there, and lists the problems."""
     layers, dense = _field(fields, "num_hidden_layers"), _field(fields, "first_k_dense_replace")
     problems = []
     types = data.get("mlp_layer_types")
@@ -432,17 +469,18 @@ def _read_layers(data, fields) -> tuple[int, list[str]]:
 
 
 def _indexer_types(data: dict[str, Any], layers: int) -> list[str]:
-    """Whether each layer has an indexer ("full") or takes an earlier layer's selection ("shared")."""
+    """Lists whether each layer has an indexer ("full") or takes an earlier layer's selection ("shared")."""
     if data.get("indexer_types") is not None:
         return list(data["indexer_types"])
     if data.get("index_topk_pattern") is not None:
         letters = {"F": "full", "S": "shared"}
-        return [letters.get(each) or each for each in data["index_topk_pattern"]]
+        return [letters.get(letter) or letter for letter in data["index_topk_pattern"]]
     every, offset = max(data.get("index_topk_freq") or 1, 1), data.get("index_skip_topk_offset", 2)
     return ["shared" if max(layer - offset + 1, 0) % every else "full" for layer in range(layers)]
 
 
 def _check_heads_and_blocks(data, fields) -> list[str]:
+    """Lists what is wrong with keys that must agree with others, and with the blocks of an FP8 checkpoint."""
     problems = []
     heads = _field(fields, "num_attention_heads")
     if data.get("num_key_value_heads") not in (None, heads):

@@ -1,4 +1,4 @@
-"""Attention over every key that a query reaches, dense: in latent form, and in each head's own keys and values.
+"""Dense attention over every key that a query reaches: in latent form, and in each head's own keys and values.
 
 Results and gradients as in `dsa_jax.attention`, whose softmax over a block is used here.
 """
@@ -21,11 +21,20 @@ from dsa_jax.attention import (
     zero_unreached,
 )
 from dsa_jax.blockwise import map_queries, queries_per_block
-from dsa_jax.indexer import check_keys
-from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels import dispatch as pallas_kernels
-from dsa_jax.pallas_kernels.dense_attention import multihead_attention as multihead_kernel
-from dsa_jax.pallas_kernels.dispatch import check_implementation, choose_implementation
+from dsa_jax.key_range import KeyRange, check_keys
+from dsa_jax.pallas_kernels import (
+    CAPABILITY,
+    Implementation,
+    check_implementation,
+    choose_implementation,
+    gpu_capability,
+    is_gpu_assumed,
+    resolve,
+    stand_in,
+)
+from dsa_jax.pallas_kernels import dense_attention as dense_kernels
+
+CUDNN_BACKWARD = "cuDNN attention"  # what a trace calls it
 
 
 def latent_attention(
@@ -35,11 +44,23 @@ def latent_attention(
     *,
     value_dim: int,
     scale: float,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """Attends to every reachable latent in MLA's multi-query form; arguments and results as in `sparse_attention`.
+    """Attends to every reachable latent in MLA's multi-query form, H = C + R.
 
-    Latents that no query of their row reaches may be NaN.
+    Args:
+      q: queries in latent form, float32 or bfloat16.
+      kv: latents, in the dtype of `q`. Those that no query of their row reaches may be NaN.
+      keys: the keys that each query may reach.
+      value_dim: C, the first columns of `kv`, which are the values.
+      scale: the softmax scale, a number and no traced value.
+      implementation: None or "xla": there is no kernel.
+
+    Returns:
+      out and lse as in `sparse_attention`.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or for "pallas".
     """
     q, kv = jnp.asarray(q), jnp.asarray(kv)
     check_latents(q, kv)
@@ -58,12 +79,24 @@ def multihead_attention(
     *,
     scale: float,
     indices: Int[Array, "B T K"] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attends with keys and values of each head's own (H = P + R): 3.4 times fewer FLOPs a pair than the latent form.
 
-    With `indices` only the reachable keys among them are attended to, under `sparse_attention`'s rules for indices.
-    Keys that no query of their row reaches may be NaN. Results as in `sparse_attention`.
+    Args:
+      q: queries, float32 or bfloat16.
+      k: keys, in the dtype of `q`. Those that no query of their row reaches may be NaN.
+      v: values, likewise.
+      keys: the keys that each query may reach.
+      scale: the softmax scale, a number and no traced value.
+      indices: a selection, under `sparse_attention`'s rules: then only the reachable keys among them are attended to.
+      implementation: None, "xla" or "pallas"; a selection has no kernel.
+
+    Returns:
+      out and lse as in `sparse_attention`.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_heads(q, k)
@@ -87,9 +120,9 @@ def _dense_attention(scale, dims, implementation, q, k, v, keys, indices):
     forward = choose_implementation(
         "multihead_attention",
         implementation,
-        multihead_kernel.why_not(q, k, v, keys.start, keys.stop),
+        dense_kernels.why_not(q, k, v, keys.start, keys.stop),
         xla=forward,
-        pallas=partial(multihead_kernel.multihead_attention, scale=scale),
+        pallas=partial(dense_kernels.multihead_attention, scale=scale),
     )
     return forward(q, k, v, keys.start, keys.stop)
 
@@ -107,7 +140,7 @@ def _dense_block(q, k):
 
 
 def _reach(start, stop, indices, size):
-    """The bias of `attend` over all keys: log multiplicity in the selection if there is one, -inf out of reach."""
+    """Computes the bias of `attend` over all keys: the log of their multiplicity in a selection, -inf out of reach."""
     reach = KeyRange(start, stop).contains(jnp.arange(size))
     if indices is None:
         return jnp.where(reach, 0.0, -jnp.inf)
@@ -125,9 +158,10 @@ def _dense_backward(scale, dims, implementation, residuals, cotangents):
     (q, k, v, keys, indices, lse), (d_out, d_lse) = residuals, cotangents
     arrays = q, k, v, keys.start, keys.stop, lse, d_out, d_lse
     backward = partial(_reached_backward, scale=scale, dims=dims)
-    if indices is None and dims == "snh" and implementation != "xla" and _cudnn_takes(q, k, v):
+    if indices is None and dims == "snh" and resolve(implementation) != "xla" and _cudnn_takes(q, k, v):
         # Not `choose_implementation`: JAX must see beforehand that cuDNN's part wants to know the devices.
-        gradients = jax.lax.platform_dependent(*arrays, cuda=partial(_cudnn_backward, scale=scale), default=backward)
+        cudnn = _cudnn_stand_in if is_gpu_assumed() else _cudnn_backward
+        gradients = jax.lax.platform_dependent(*arrays, cuda=partial(cudnn, scale=scale), default=backward)
     else:
         gradients = backward(*arrays, indices)
     return *gradients, *jax.tree.map(no_gradient, (keys, indices))
@@ -147,27 +181,41 @@ def _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, indices=None, *, 
 
 
 def _cudnn_takes(q, k, v) -> bool:
-    """Whether this process's GPUs are Hopper's and cuDNN's attention takes such arrays, values padded."""
+    """Tells whether this process's GPUs are Hopper's and cuDNN's attention takes such arrays, values padded."""
     dim, fits = q.shape[3], q.dtype == jnp.bfloat16 and q.shape[:2] == k.shape[:2]
-    hopper = pallas_kernels.gpu_capability() == pallas_kernels.CAPABILITY
+    hopper = gpu_capability() == CAPABILITY
     return hopper and fits and dim % 8 == 0 and v.shape[3] <= dim <= 256
 
 
 def cudnn_attention(q, k, v, *, scale):
-    """Causal attention by cuDNN through JAX's public function, which wants values as wide as keys; `out` alone."""
+    """Attends causally by cuDNN through JAX's public function, which wants values as wide as keys; `out` alone."""
     v_padded = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])])
     out = jax.nn.dot_product_attention(q, k, v_padded, scale=scale, is_causal=True, implementation="cudnn")
     return out[..., : v.shape[3]]
 
 
 def _cudnn_backward(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
-    """cuDNN's backward where the ranges are causal, as in training on unpacked documents; else the definition's."""
+    """Runs cuDNN's backward where the ranges are causal, as in training on unpacked documents, else XLA's."""
     causal = KeyRange.causal(*q.shape[:2])
     return jax.lax.cond(
         jnp.all((start <= 0) & (stop == causal.stop)) & jnp.all(d_lse == 0),
         lambda: jax.vjp(partial(cudnn_attention, scale=scale), q, k, v)[1](d_out),
         lambda: _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, scale=scale, dims="snh"),
     )
+
+
+def _cudnn_stand_in(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
+    """Stands for cuDNN's backward in a trace on a machine without it, with the arrays that it reads and makes."""
+    del start, stop, d_lse, scale, lse
+    padded = [jnp.pad(x, [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]) for x in (v, d_out)]
+    d_q, d_k, d_v = stand_in(CUDNN_BACKWARD, _cudnn_arrays)(q, k, *padded)
+    return d_q, d_k, d_v[..., : v.shape[3]]
+
+
+def _cudnn_arrays(q, k, v, d_out):
+    """Makes the gradients' arrays, and beside them the float32 sums of the queries' gradients that cuDNN needs."""
+    sums = jnp.sort(q.astype(jnp.float32))
+    return jnp.sort(sums).astype(q.dtype), jnp.sort(k), jnp.sort(v + d_out)
 
 
 _dense_attention.defvjp(_dense_forward, _dense_backward)

@@ -1,7 +1,12 @@
-"""The grouped product: every row runs on its own experts alone.
+"""Computes a mixture's feed-forward as a grouped product: every row runs on its own experts alone.
 
-Rows are sorted by expert into blocks that belong to one expert each, so that the work is a batched product of
-[rows, D] blocks with [D, F] weights. `jax.lax.ragged_dot` would run every expert on every row.
+A slot is a pair of a token and one of its experts. Slots are sorted by expert into blocks of rows that belong to one
+expert each, the last of an expert padded, so that the work is a batched product of [rows, D] blocks with [D, F]
+weights. `jax.lax.ragged_dot` would run every expert on every row: 8, 64 and 258 times the ideal FLOPs were measured
+with 8, 64 and 256 experts. Blocks run a chunk at a time, since each reads a copy of its expert's weights.
+
+`expert_ffn` is the layer, with gradients; `rows_ffn` and `rows_gradients` are its two halves for rows that another
+shard has sent (`dsa_jax.parallel.expert_parallel`).
 """
 
 import dataclasses
@@ -13,11 +18,23 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dsa_jax.blockwise import contract, scan
 
-FULL_BLOCK = 128  # rows: at 512 an expert a quarter of the work is padding, and a block still fills a matrix unit
-SPARED_SHARE = 16  # of an expert's rows, the most that a block larger than that has: a sixteenth more is padding
-CHUNK_BYTES = 1 << 30  # of float32 weights (or their gradients), gathered block by block, that exist at a time
-SUMMED_BLOCKS = 32  # whose weight gradients are summed in one product, for a quarter of what computing them took
-SPARED_CHUNKS = 8  # about, where rows may be missing: half a chunk, on average, is then multiplied in vain
+# Rows of a block that fills a matrix unit. Shapes are static, so every expert is allotted a block's worth of padding: a
+# quarter more work at 512 rows an expert. Smaller blocks would pad less and read weights more often.
+FULL_BLOCK_ROWS = 128
+
+# Blocks of an expert with many rows, at least. Beyond 2048 rows an expert (16 of the above) blocks grow with the rows,
+# so that weights are read no more often, and padding stays below a sixteenth of the work.
+BLOCKS_PER_LARGE_EXPERT = 16
+
+# Bytes of float32 weights (or of their gradients), gathered block by block, that exist at a time.
+CHUNK_BYTES = 1 << 30
+
+# Blocks whose weight gradients one product sums. The sum then takes about a quarter of what computing them took.
+BLOCKS_PER_SUM = 32
+
+# Chunks into which a buffer is cut that may lack rows, at least about so many. Chunks without a row are skipped, and
+# half a chunk, on average, is multiplied in vain.
+CHUNKS_PER_PARTIAL_BUFFER = 8
 
 
 def expert_ffn(
@@ -28,11 +45,31 @@ def expert_ffn(
     up_proj: Float[Array, "X D F"],
     down_proj: Float[Array, "X F D"],
 ) -> Float[Array, "M D"]:
-    """y = sum over a token's experts e of gate_e · down_e(silu(gate_proj_e x) · up_proj_e x); no token is dropped.
+    """Computes y_m = sum_k gates_mk · down_e(silu(gate_e x_m) · (up_e x_m)), e = experts_mk; no token is dropped.
 
     Products are in the dtype of `x`, accumulated in float32; gradients by the weights accumulate in float32 over all
-    rows, in a fixed order. A slot whose expert lies outside [0, X) contributes nothing, so a shard that holds some of
-    the experts may pass the numbers of all. Memory grows with rows and weights, never with rows × weights.
+    rows, in a fixed order, so bits repeat. Memory grows with rows and weights, never with rows × weights.
+
+    Args:
+      x: the tokens.
+      experts: the experts of each token. A slot outside [0, X) contributes nothing, so a shard that holds a part of the
+        experts may pass the numbers of all.
+      gates: what each expert's result is multiplied by.
+      gate_proj: the experts' weights, as are the next two; cast to the dtype of `x`.
+      up_proj: see `gate_proj`.
+      down_proj: see `gate_proj`.
+
+    Returns:
+      y in the dtype of `x`, with gradients by everything but `experts`.
+
+    Raises:
+      ValueError: if an array's shape does not fit the others.
+
+    Example:
+      >>> x, weight = jnp.ones((3, 4)), jnp.ones((2, 4, 8))
+      >>> experts, gates = jnp.array([[0], [1], [1]]), jnp.ones((3, 1))
+      >>> expert_ffn(x, experts, gates, weight, weight, jnp.ones((2, 8, 4))).shape
+      (3, 4)
     """
     check_shapes(x, experts, gates, gate_proj, up_proj, down_proj)
     layout = _lay_out(experts, gate_proj.shape[0], chunk_blocks(*gate_proj.shape[1:]))
@@ -42,9 +79,17 @@ def expert_ffn(
 def rows_ffn(
     x: Float[Array, "R D"], experts: Int[Array, " R"], gates: Float32[Array, " R"], weights: tuple[Array, Array, Array]
 ) -> Float[Array, "R D"]:
-    """`expert_ffn` of rows with one expert each, for buffers that are seldom full; without a gradient.
+    """Computes `expert_ffn` of rows with one expert each, for buffers that are seldom full; without a gradient.
 
-    Rows whose expert lies outside [0, X) are zeros and, as far as they fill chunks of blocks, cost no product.
+    Args:
+      x: the rows.
+      experts: one expert a row. Rows outside [0, X) come out zero and, as far as they fill chunks of blocks, cost no
+        product.
+      gates: one gate a row.
+      weights: gate_proj, up_proj [X, D, F] and down_proj [X, F, D].
+
+    Returns:
+      The rows' results in the dtype of `x`.
     """
     layout = _lay_out_rows(experts, weights)
     out, _ = _run_chunks(x, gates[:, None], weights, layout, keep=False)
@@ -59,9 +104,18 @@ def rows_gradients(
     weights: tuple[Array, Array, Array],
     dweights: tuple[Array, Array, Array],
 ) -> tuple[Float[Array, "R D"], Float32[Array, " R"], tuple[Array, Array, Array]]:
-    """The gradients of `rows_ffn` by x, gates and weights, from its arguments alone.
+    """Computes the gradients of `rows_ffn` by x, gates and weights, from its arguments alone.
 
-    Those by the weights are added to `dweights`, float32 sums of the weights' shapes.
+    Args:
+      dy: the gradient by the rows' results.
+      x: the rows, as the next three given to `rows_ffn`.
+      experts: see `x`.
+      gates: see `x`.
+      weights: see `x`.
+      dweights: float32 sums of the weights' shapes, to which the weights' gradients are added.
+
+    Returns:
+      Gradients by `x` (in its dtype) and by `gates`, and the new sums.
     """
     layout = _lay_out_rows(experts, weights)
     dx, dgates, dweights = _pull_chunks(dy, x, gates[:, None], weights, layout, None, dweights)
@@ -69,42 +123,51 @@ def rows_gradients(
 
 
 def block_rows(slots: int, num_experts: int) -> int:
-    """Rows of a block, a power of two: up to 128, but no more than an expert fills on average: decoding pads nothing.
+    """Computes the rows of a block, a power of two and no more than an expert fills on average: decoding pads nothing.
 
     Every block reads its expert's weights and writes their gradients, so experts with many rows have larger blocks.
+
+    Example:
+      >>> [block_rows(slots, 256) for slots in (256, 1 << 16, 1 << 20)]  # 1, 256 and 4096 slots an expert
+      [1, 128, 256]
     """
-    each = max(slots // num_experts, 1)
-    return 1 << min(each, max(FULL_BLOCK, each // SPARED_SHARE)).bit_length() - 1
+    rows_per_expert = max(slots // num_experts, 1)
+    most = max(FULL_BLOCK_ROWS, rows_per_expert // BLOCKS_PER_LARGE_EXPERT)
+    return 1 << min(rows_per_expert, most).bit_length() - 1
 
 
 def chunk_blocks(model_dim: int, width: int) -> int:
-    """How many blocks run at a time: as many as may have their own copy of an expert's three weights."""
+    """Computes how many blocks run at a time, each with its own float32 copy of an expert's three weights."""
     return max(1, CHUNK_BYTES // (3 * 4 * model_dim * width))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where the M · k slots stand among the rows of the blocks, themselves [chunks, blocks, rows], empty ones last."""
+    """Where the M · k slots stand among the rows of blocks [chunks, blocks, rows]; blocks without a slot are last."""
 
     slot: Array  # int32 [chunks, blocks, rows]: the slot in each row, M · k in padding
     expert: Array  # int32 [chunks, blocks]: whose weights a block multiplies, ascending
-    row: Array  # int32 [M, k]: the row of each slot, past the end where the slot has no expert here
-    busy: Array | None  # int32: how many chunks, the first ones, are to run; None for all
+    row: Array  # int32 [M, k]: the row of each slot, past the end where the slot's expert is outside [0, X)
+    busy_chunks: Array | None  # int32: how many chunks, the first ones, hold a slot and run; None if all run
 
 
 def _lay_out_rows(experts: Array, weights: tuple[Array, Array, Array]) -> _Layout:
+    """Lays out rows with one expert each, of which many may have none."""
     num_experts, *dims = weights[0].shape
     return _lay_out(experts[:, None], num_experts, chunk_blocks(*dims), skip=True)
 
 
-def _lay_out(experts: Array, num_experts: int, chunk: int, *, skip: bool = False) -> _Layout:
+def _lay_out(experts: Array, num_experts: int, max_chunk_blocks: int, *, skip: bool = False) -> _Layout:
+    """Sorts slots into blocks, and cuts these into chunks; with `skip`, chunks without a slot are not to run."""
     slots = experts.size
     rows = block_rows(slots, num_experts)
-    busy = min(num_experts, slots)
-    blocks = (slots + busy * (rows - 1)) // rows  # every expert that is busy pads at most rows - 1
-    chunks = math.ceil(blocks / min(chunk, math.ceil(blocks / SPARED_CHUNKS)) if skip else blocks / chunk)
-    blocks = chunks * math.ceil(blocks / chunks)
+    used_experts = min(num_experts, slots)  # at most
+    blocks = (slots + used_experts * (rows - 1)) // rows  # every expert that is used pads at most rows - 1
+    if skip:
+        max_chunk_blocks = min(max_chunk_blocks, math.ceil(blocks / CHUNKS_PER_PARTIAL_BUFFER))
+    chunks = math.ceil(blocks / max_chunk_blocks)
+    blocks = chunks * math.ceil(blocks / chunks)  # chunks of one size
 
     flat = experts.reshape(-1).astype(jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -123,36 +186,41 @@ def _lay_out(experts: Array, num_experts: int, chunk: int, *, skip: bool = False
         .reshape(chunks, -1, rows),
         expert=jnp.minimum(expert, num_experts - 1).astype(jnp.int32).reshape(chunks, -1),
         row=jnp.zeros(slots, jnp.int32).at[order].set(row, unique_indices=True).reshape(experts.shape),
-        busy=-(-last_block[-1] // (blocks // chunks)) if skip else None,
+        busy_chunks=-(-last_block[-1] // (blocks // chunks)) if skip else None,
     )
 
 
 def _over_chunks(fn, carry, chunks, layout):
-    """`scan`, of the busy chunks alone where the layout counts them: in the results of the others are zeros.
+    """Scans `fn(carry, chunk) -> (carry, result)` over the chunks that are to run; the others' results are zeros.
 
-    A loop of that many steps updates the carry in place; a condition in each step may copy it.
+    A loop of as many steps as run updates the carry in place; a condition in each step of all might copy it.
     """
-    if layout.busy is None:
+    if layout.busy_chunks is None:
         return scan(fn, carry, chunks)
 
-    def at(index):
+    def chunk_at(index):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks)
 
-    def put(index, results, result):
+    def write_at(index, results, result):
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), results, result)
 
     def step(index, state):
         carry, results = state
-        carry, result = fn(carry, at(index))
-        return carry, put(index, results, result)
+        carry, result = fn(carry, chunk_at(index))
+        return carry, write_at(index, results, result)
 
-    shapes = jax.eval_shape(lambda: fn(carry, at(0))[1])
+    shapes = jax.eval_shape(lambda: fn(carry, chunk_at(0))[1])
     results = jax.tree.map(lambda s: jnp.zeros((len(layout.slot), *s.shape), s.dtype), shapes)
-    return jax.lax.fori_loop(0, layout.busy, step, (carry, results))
+    return jax.lax.fori_loop(0, layout.busy_chunks, step, (carry, results))
 
 
 def take(array: Array, indices: Array) -> Array:
-    """Rows of `array`, zeros where an index is past its end."""
+    """Takes rows of `array`, zeros where an index is past its end.
+
+    Example:
+      >>> take(jnp.array([5, 6]), jnp.array([1, 2])).tolist()
+      [6, 0]
+    """
     return array.at[indices].get(mode="fill", fill_value=0)
 
 
@@ -177,7 +245,7 @@ _grouped_ffn.defvjp(_grouped_ffn_fwd, _grouped_ffn_bwd)
 
 
 def _run_chunks(x, gates, weights, layout, *, keep):
-    """The rows of all blocks and, to `keep` for the gradients, their products with gate_proj and up_proj."""
+    """Computes the results of all blocks' rows and, to `keep` for the gradients, their products with gate and up."""
     slots_per_token = gates.shape[1]
 
     def forward(_, chunk):
@@ -193,7 +261,10 @@ def _run_chunks(x, gates, weights, layout, *, keep):
 
 
 def _pull_chunks(dy, x, gates, weights, layout, hidden, dweights):
-    """Gradients by x and gates, and those by the weights added to `dweights`; what was not kept is computed again."""
+    """Computes gradients by x and gates, and adds those by the weights to `dweights`.
+
+    `hidden` is what `_run_chunks` kept, or None: then it is computed again.
+    """
 
     def backward(dweights, chunk):
         slot, expert, hidden = chunk
@@ -229,9 +300,16 @@ def _activation(gate, up):
 
 
 def sum_slots(rows: Array, row: Array) -> Array:
-    """Adds up each token's slots [M, k] of rows [blocks…, D] in float32, absent ones past the end.
+    """Adds up each token's slots in float32; a slot whose row is past the end counts nothing.
 
-    It reads rows: scattering them would leave the order to chance.
+    It reads rows and adds a token's in their order: a scatter would add them in whatever order it runs.
+
+    Args:
+      rows: [blocks…, D] results.
+      row: [M, k], the row of each slot.
+
+    Returns:
+      float32 [M, D].
     """
     return take(rows.reshape(-1, rows.shape[-1]), row).astype(jnp.float32).sum(1)
 
@@ -246,27 +324,31 @@ def _add_by_expert(totals, products, expert):
     def add(totals, group):
         expert, products = group
         size = expert.shape[0]
-        opens = jnp.append(True, expert[1:] != expert[:-1])
-        rank = jnp.cumsum(opens) - 1
+        is_first = jnp.append(True, expert[1:] != expert[:-1])
+        rank = jnp.cumsum(is_first) - 1  # which of the group's distinct experts a block belongs to
         distinct = min(num_experts, size)
         owner = jnp.full(distinct, num_experts).at[rank].set(expert)
-        member = (rank == jnp.arange(distinct)[:, None]).astype(jnp.float32)
-        sums = (contract("rn,n...->r...", member, p) for p in products)
+        is_member = (rank == jnp.arange(distinct)[:, None]).astype(jnp.float32)
+        sums = (contract("rn,n...->r...", is_member, p) for p in products)
         return tuple(
             t.at[owner].add(s, mode="drop", unique_indices=True) for t, s in zip(totals, sums, strict=True)
         ), None
 
-    if min(num_experts, blocks) <= SUMMED_BLOCKS:
+    if min(num_experts, blocks) <= BLOCKS_PER_SUM:
         return add(totals, (expert, products))[0]
-    pad = -blocks % SUMMED_BLOCKS
+    pad = -blocks % BLOCKS_PER_SUM
     expert = jnp.pad(expert, (0, pad), mode="edge")
     products = [jnp.pad(p, [(0, pad), (0, 0), (0, 0)]) for p in products]
-    groups = jax.tree.map(lambda a: a.reshape(-1, SUMMED_BLOCKS, *a.shape[1:]), (expert, products))
+    groups = jax.tree.map(lambda a: a.reshape(-1, BLOCKS_PER_SUM, *a.shape[1:]), (expert, products))
     return jax.lax.scan(add, totals, groups)[0]
 
 
 def check_shapes(x, experts, gates, gate_proj, up_proj, down_proj):
-    """Raises a ValueError that names the first array whose shape does not fit the others."""
+    """Checks the shapes of `expert_ffn`'s arguments.
+
+    Raises:
+      ValueError: naming the first array whose shape does not fit the others.
+    """
     num_experts, model_dim, width = gate_proj.shape
     for name, shape, expected in (
         ("x", x.shape, (x.shape[0], model_dim)),

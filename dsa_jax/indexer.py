@@ -1,4 +1,4 @@
-"""The lightning indexer: which earlier tokens matter to a query, scored cheaply (Eq. 1 of DeepSeek-V3.2-Exp)."""
+"""The lightning indexer: a cheap score of every earlier token for each query (Eq. 1 of DeepSeek-V3.2-Exp)."""
 
 from functools import partial
 
@@ -7,18 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsa_jax.blockwise import contract, join_queries, map_rows, project, split_queries
+from dsa_jax.blockwise import contract, join_queries, map_rows, split_queries
 from dsa_jax.config import Config
-from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels.dispatch import choose_implementation
-from dsa_jax.pallas_kernels.index_scores import forward as scores_kernel
+from dsa_jax.key_range import KeyRange, check_keys
+from dsa_jax.nn import LayerNorm, new_weight, project
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
+from dsa_jax.pallas_kernels import index_scores as scores_kernels
 from dsa_jax.quantization import hadamard
 from dsa_jax.rope import rotate_half_split, rotate_interleaved
 
 # A score's bits must not depend on what is computed beside it, so every product has one shape: these tiles, padded.
 QUERY_TILE = 16
 KEY_TILE = 512
-NORM_EPS = 1e-6
+KEY_NORM_EPS = 1e-6  # of the index key's norm, whatever the config says of the others
 INDEX_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn)
 
 
@@ -29,7 +30,7 @@ def index_scores(
     keys: KeyRange,
     *,
     k_scale: Float[Array, "B S"] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T S"]:
     """Scores every reachable key for every query: I[t,s] = k_scale[s] · Σ_j w[t,j] · relu(q[t,j] · k[s])  (Eq. 1).
 
@@ -37,23 +38,30 @@ def index_scores(
 
     Args:
       q_index: index queries, float32, bfloat16 or e4m3.
-      k_index: index keys, one a token, shared by the J heads.
+      k_index: index keys, one a token, shared by the J heads, in the dtype of `q_index`.
       weights: float32 head weights, the scale of an e4m3 query included.
-      keys: which keys each query may reach; the others score -inf. Keys that no query of their row reaches may be NaN.
-      k_scale: the scale of e4m3 keys.
+      keys: the keys that each query may reach; the others score -inf. Keys that no query of their row reaches may be
+        NaN.
+      k_scale: the scale of e4m3 keys, 1 if None.
       implementation: None, "xla" or "pallas".
 
     Returns:
       float32 scores, products and sums in float32. The bits of a score depend on its own query, key and weights alone.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
+
+    References:
+      DeepSeek-V3.2-Exp, section 1, Eq. 1.
     """
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     arrays = q_index, k_index, weights, keys.start, keys.stop, k_scale
     score = choose_implementation(
         "index_scores",
         implementation,
-        scores_kernel.why_not(*arrays),
+        scores_kernels.why_not(*arrays),
         xla=_tiled_scores,
-        pallas=scores_kernel.index_scores,
+        pallas=scores_kernels.index_scores,
     )
     return score(*arrays) if score is _tiled_scores else _with_gradient(score, *arrays)
 
@@ -64,7 +72,7 @@ def _tiled_scores(q_index, k_index, weights, start, stop, k_scale):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_gradient(score, *arrays):
-    """Scores by a function that knows no gradient; the definition's is taken."""
+    """Scores by a function without a gradient, for which the definition's is taken."""
     return score(*arrays)
 
 
@@ -75,7 +83,7 @@ _with_gradient.defvjp(
 
 
 def check_index_inputs(q_index, k_index, weights, keys, k_scale):
-    """Compares shapes before any work and fills in a missing `k_scale`; NumPy arrays become JAX arrays."""
+    """Checks shapes and dtypes before any work and fills in a missing `k_scale`; NumPy arrays become JAX arrays."""
     q_index, k_index, weights = jnp.asarray(q_index), jnp.asarray(k_index), jnp.asarray(weights)
     if q_index.ndim != 4:
         raise ValueError(f"q_index must be [B, T, J, E], got shape {q_index.shape}")
@@ -101,17 +109,8 @@ def check_index_inputs(q_index, k_index, weights, keys, k_scale):
     return q_index, k_index, weights.astype(jnp.float32), k_scale.astype(jnp.float32)
 
 
-def check_keys(keys: KeyRange, batch: int, length: int) -> None:
-    """Raises ValueError unless the key range has one interval for each of `batch` × `length` queries."""
-    if keys.start.shape != (batch, length) or keys.stop.shape != (batch, length):
-        raise ValueError(
-            f"keys must hold start and stop of shape [{batch}, {length}], one for each query, "
-            f"got {keys.start.shape} and {keys.stop.shape}"
-        )
-
-
 def map_score_tiles(fn, q_index, k_index, weights, keys, k_scale):
-    """Scores a tile of queries at a time and applies `fn` to its scores [QUERY_TILE, S]: [B, T, …]."""
+    """Scores a tile of queries at a time and applies `fn` to its scores [QUERY_TILE, S]; the results are [B, T, …]."""
     size = k_index.shape[1]
 
     def row(arguments):
@@ -144,44 +143,29 @@ def _score_tile(queries, key_tiles, size):
 
 
 def head_sum(q_index, k_index, weights):
-    """Σ_j w[t,j] · relu(q[t,j] · k) in float32; `k_index` is [s, E], or [t, s, E] where each query has its own keys."""
+    """Sums over index heads, Σ_j w[t,j] · relu(q[t,j] · k), in float32.
+
+    `k_index` is [s, E], or [t, s, E] where each query has keys of its own.
+    """
     logits = contract("tje,se->tjs" if k_index.ndim == 2 else "tje,tse->tjs", widen(q_index), widen(k_index))
     return jnp.sum(relu(logits) * weights[..., None], axis=1)
 
 
 def relu(x):
-    """max(x, 0) that keeps NaN everywhere: XLA's own maximum may drop it, and hide that a run has diverged."""
+    """Computes max(x, 0) and keeps NaN: XLA's own maximum may drop it, and hide that a run has diverged."""
     return jnp.where(x <= 0, 0.0, x)
 
 
 def widen(x):
-    """FP8 as float32, where the product of two e4m3 numbers is exact; other types as they are."""
+    """Casts FP8 to float32, where the product of two e4m3 numbers is exact; leaves other types as they are."""
     return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
 
 
-def new_weight(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:
-    """A parameter drawn from a normal distribution of the configured width."""
-    return nnx.Param(jax.nn.initializers.normal(config.initializer_range)(rngs.params(), shape, config.param_dtype))
-
-
-class LayerNorm(nnx.Module):
-    """Layer normalisation with weight and bias, computed in float32."""
-
-    def __init__(self, dim: int, dtype: str):
-        self.weight = nnx.Param(jnp.ones(dim, dtype))
-        self.bias = nnx.Param(jnp.zeros(dim, dtype))
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis; the result has the dtype of `x`."""
-        centred = x.astype(jnp.float32) - jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32)
-        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + NORM_EPS)
-        return (normal * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
-
-
 class LightningIndexer(nnx.Module):
-    """Makes the index queries, keys and head weights of one layer (the corrected indexer of November 2025).
+    """Makes the index queries, keys and head weights of one layer, as the indexer was corrected in November 2025.
 
-    The rotary columns come first here and last in the attention; they are half-split here and interleaved there.
+    The rotary columns come first here and last in the attention. Here the two columns of a rotary pair stand half the
+    width apart, there side by side: a wrong layout goes unnoticed while all keys are selected, and ruins retrieval.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -189,7 +173,7 @@ class LightningIndexer(nnx.Module):
         self.config = config
         self.wq_b = new_weight(config, rngs, config.q_lora_rank, heads, dim)
         self.wk = new_weight(config, rngs, config.hidden_size, dim)
-        self.k_norm = LayerNorm(dim, config.param_dtype)
+        self.k_norm = LayerNorm(dim, KEY_NORM_EPS, config.param_dtype)
         self.weights_proj = new_weight(config, rngs, config.hidden_size, heads)
 
     def __call__(
@@ -198,9 +182,16 @@ class LightningIndexer(nnx.Module):
         q_latent: Float[Array, "B T Q"],
         rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     ) -> tuple[Float[Array, "B T J E"], Float[Array, "B T E"], Float[Array, "B T J"]]:
-        """Returns `q_index`, `k_index` in the dtype of `x` and float32 `weights` (J^-0.5 · E^-0.5 included).
+        """Projects hidden states and query latents to the indexer's inputs.
 
-        With `index_fp8` queries and keys are Hadamard-transformed, ready to be quantised.
+        Args:
+          x: normalised hidden states, detached by the caller.
+          q_latent: MLA's query latent after its norm, detached by the caller.
+          rotation: cosines and sines, from `rope.rotation`.
+
+        Returns:
+          q_index and k_index in the dtype of `x`, Hadamard-transformed and so ready to be quantised under `index_fp8`;
+          float32 weights, J^-0.5 · E^-0.5 included.
         """
         with jax.named_scope("indexer"):
             q_index = project("btq,qje->btje", q_latent, self.wq_b[...])

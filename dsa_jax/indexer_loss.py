@@ -22,18 +22,15 @@ from dsa_jax.attention import (
     normalise_target,
     scatter_rows,
     sum_heads,
-    sum_shards,
     zero_unreached,
 )
 from dsa_jax.blockwise import contract, join_queries, map_queries, queries_per_block, split_queries
 from dsa_jax.dense_attention import check_heads
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels.dispatch import choose_implementation
-from dsa_jax.pallas_kernels.index_scores import backward as scores_backward_kernels
-from dsa_jax.pallas_kernels.index_scores import forward as scores_kernel
-from dsa_jax.pallas_kernels.indexer_loss import dense_target
-from dsa_jax.pallas_kernels.indexer_loss import sparse_indexer_kl as sparse_kernels
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
+from dsa_jax.pallas_kernels import index_scores as scores_kernels
+from dsa_jax.pallas_kernels import indexer_loss as loss_kernels
 
 KEY_TILE = 2048  # keys at a time where all are scored
 SELECTED_CHUNK = 2048  # queries at a time over their selections
@@ -51,17 +48,26 @@ def sparse_indexer_kl(
     *,
     scale: float,
     k_scale: Float[Array, "B S"] | None = None,
-    head_axis: str | tuple[str, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
-    """Returns KL(p[t,S_t] ‖ softmax(I[t,S_t])) over each query's selection S_t  (Eq. 4); 0 where it is empty.
+    """Computes KL(p[t,S_t] ‖ softmax(I[t,S_t])) over each query's selection S_t  (Eq. 4); 0 where it is empty.
 
     Args:
       q_index, k_index, weights, k_scale: as in `index_scores`; the first three alone have gradients. For gradients
         through FP8 pass `straight_through_quantize` of queries and keys: an e4m3 array cannot hold its own.
-      q, kv, lse, indices: as `sparse_attention` took and returned them; constants here.
+      q, kv, indices: as `sparse_attention` took them, with all heads of the layer; constants here.
+      lse: as it returned them for these very arguments; a constant here.
       scale: the softmax scale of the attention.
-      head_axis: mesh axis that shards the heads of `q`, over which p is summed before it is normalised.
+      implementation: None, "xla" or "pallas".
+
+    Returns:
+      float32 divergences, for the caller to average over valid queries and to sum over layers.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
+
+    References:
+      DeepSeek-V3.2-Exp, section 2.1, Eq. 4.
     """
     q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
     attention.check_latents(q, kv, indices)
@@ -70,7 +76,7 @@ def sparse_indexer_kl(
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, everywhere, k_scale)
     _check_same_keys(k_index, kv, "kv")
     constants = jax.lax.stop_gradient((q, kv, lse, indices, k_scale))
-    return _kl(_sparse_kl, (scale, head_axis, implementation), (q_index, k_index, weights), constants)
+    return _kl(_sparse_kl, (scale, implementation), (q_index, k_index, weights), constants)
 
 
 def dense_indexer_kl(
@@ -84,13 +90,27 @@ def dense_indexer_kl(
     *,
     scale: float,
     k_scale: Float[Array, "B S"] | None = None,
-    head_axis: str | tuple[str, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
-    """Returns KL(p[t,:] ‖ softmax(I[t,:])) over every key a query reaches  (Eq. 3); 0 where there is none.
+    """Computes KL(p[t,:] ‖ softmax(I[t,:])) over every key that a query reaches  (Eq. 3); 0 where there is none.
 
-    `q`, `k` and `lse` as `multihead_attention` took and returned them without a selection; the rest as in
-    `sparse_indexer_kl`. Keys that no query of their row reaches may be NaN.
+    Args:
+      q_index, k_index, weights, k_scale: as in `sparse_indexer_kl`.
+      q, k: as `multihead_attention` took them without a selection, with all heads of the layer; constants here. Keys
+        that no query of their row reaches may be NaN.
+      lse: as it returned them for these very arguments; a constant here.
+      keys: the keys that each query may reach.
+      scale: the softmax scale of the attention.
+      implementation: None, "xla" or "pallas".
+
+    Returns:
+      float32 divergences, as `sparse_indexer_kl`.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
+
+    References:
+      DeepSeek-V3.2-Exp, section 2.1, Eq. 3.
     """
     q, k, lse = jnp.asarray(q), jnp.asarray(k), jnp.asarray(lse)
     check_heads(q, k)
@@ -99,7 +119,7 @@ def dense_indexer_kl(
     _check_same_keys(k_index, k, "k")
     k_index, k_scale, k = (zero_unreached(x, keys) for x in (k_index, k_scale, k))
     constants = jax.lax.stop_gradient((q, k, lse, keys, k_scale))
-    return _kl(_dense_kl, (scale, head_axis, implementation), (q_index, k_index, weights), constants)
+    return _kl(_dense_kl, (scale, implementation), (q_index, k_index, weights), constants)
 
 
 def _check_same_keys(k_index, k, name):
@@ -124,11 +144,11 @@ def _kl_forward(evaluate, static, index, constants):
 
 def _kl_backward(evaluate, static, residuals, d_kl):
     index, constants, gradients = residuals
-    *_, which, k_scale = constants
-    some = _has_keys(which, k_scale.shape[1])
-    shared = d_kl.ravel()[jnp.argmax(some)]  # of the first query that has keys
+    *_, keys_or_indices, k_scale = constants
+    has_keys = _has_keys(keys_or_indices, k_scale.shape[1])
+    shared = d_kl.ravel()[jnp.argmax(has_keys)]  # the cotangent of the first query that has keys
     gradients = jax.lax.cond(
-        jnp.all((d_kl == shared) | ~some),
+        jnp.all((d_kl == shared) | ~has_keys),
         lambda: jax.tree.map(lambda x: (x * shared).astype(x.dtype), gradients),
         lambda: evaluate(static, index, constants, d_kl)[1],
     )
@@ -139,27 +159,26 @@ def _kl_backward(evaluate, static, residuals, d_kl):
 _kl.defvjp(_kl_forward, _kl_backward)
 
 
-def _has_keys(which, size):
-    """Which queries [B, T] have a key at all: the others have no gradient, whatever their cotangent."""
-    if isinstance(which, KeyRange):
-        return jnp.maximum(which.start, 0) < jnp.minimum(which.stop, size)
-    return jnp.any((which >= 0) & (which < size), axis=-1)
+def _has_keys(keys_or_indices, size):
+    """Tells which queries [B, T] have a key at all: the others have no gradient, whatever their cotangent."""
+    if isinstance(keys_or_indices, KeyRange):
+        return jnp.maximum(keys_or_indices.start, 0) < jnp.minimum(keys_or_indices.stop, size)
+    return jnp.any((keys_or_indices >= 0) & (keys_or_indices < size), axis=-1)
 
 
 def _sparse_kl(static, index, constants, d_kl):
-    scale, head_axis, implementation = static
+    scale, implementation = static
     (q_index, k_index, weights), (q, kv, lse, indices, k_scale) = index, constants
 
     def chunk(queries, keys, d_k):
         q_index, weights, q, lse, indices, d_kl = jax.tree.map(lambda x: x[None], queries)
         k_index, kv, k_scale = jax.tree.map(lambda x: x[None], keys)
         sums = attention_sums(q, kv, lse, indices, scale=scale, implementation=implementation)
-        sums = sum_shards(sums, head_axis)
         arrays = sums, q_index, k_index, weights, indices, k_scale
-        choose = partial(choose_implementation, "sparse_indexer_kl", implementation, sparse_kernels.why_not(*arrays))
+        choose = partial(choose_implementation, "sparse_indexer_kl", implementation, loss_kernels.why_not_kl(*arrays))
         if d_kl is None:
-            return choose(xla=_selected_kl, pallas=sparse_kernels.indexer_kl)(*arrays)[0], d_k
-        evaluate = choose(xla=_selected_gradients, pallas=sparse_kernels.indexer_gradients)
+            return choose(xla=_selected_kl, pallas=loss_kernels.indexer_kl)(*arrays)[0], d_k
+        evaluate = choose(xla=_selected_gradients, pallas=loss_kernels.indexer_gradients)
         kl, d_q, d_weights, d_k = evaluate(*arrays, d_kl, d_k[None])
         return (kl[0], d_q[0], d_weights[0]), d_k[0]
 
@@ -168,8 +187,8 @@ def _sparse_kl(static, index, constants, d_kl):
 
 
 def _dense_kl(static, index, constants, d_kl):
-    scale, head_axis, implementation = static
-    (q_index, k_index, weights), (q, k, lse, which, k_scale) = index, constants
+    scale, implementation = static
+    (q_index, k_index, weights), (q, k, lse, reach, k_scale) = index, constants
     size = k.shape[1]
 
     def chunk(queries, keys, d_k):
@@ -177,16 +196,16 @@ def _dense_kl(static, index, constants, d_kl):
         k_index, k, k_scale = jax.tree.map(lambda x: x[None], keys)
         choose = partial(choose_implementation, "dense_indexer_kl", implementation)
         sums = choose(
-            dense_target.why_not(q, k, lse, start, stop),
+            loss_kernels.why_not_dense_target(q, k, lse, start, stop),
             xla=partial(_reached_sums, scale=scale),
-            pallas=partial(dense_target.dense_target, scale=scale),
+            pallas=partial(loss_kernels.dense_target, scale=scale),
         )
-        target = normalise_target(sum_shards(sums(q, k, lse, start, stop)[0], head_axis))
+        target = normalise_target(sums(q, k, lse, start, stop)[0])
         arrays = q_index, k_index, weights, start, stop, k_scale
         scores = choose(
-            scores_kernel.why_not(*arrays),
+            scores_kernels.why_not(*arrays),
             xla=_reached_scores,
-            pallas=partial(scores_kernel.index_scores, fill=False),
+            pallas=partial(scores_kernels.index_scores, fill=False),
         )(*arrays)[0]
         mask = KeyRange(start[0], stop[0]).contains(jnp.arange(size))
         kl = _kl_terms(target, scores, mask)
@@ -195,19 +214,19 @@ def _dense_kl(static, index, constants, d_kl):
         d_scores = _score_gradient(target, scores, mask, d_kl[0])[None]
         arrays = q_index, k_index, weights, d_scores, start, stop, k_scale, d_k[None]
         backward = choose(
-            scores_backward_kernels.why_not(*arrays),
+            scores_kernels.why_not_backward(*arrays),
             xla=_scores_backward,
             pallas=_scores_backward_kernel,
         )
         d_q, d_k, d_weights = backward(*arrays)
         return (kl, d_q[0], d_weights[0]), d_k[0]
 
-    queries, keys = (q_index, weights, q, lse, which.start, which.stop, d_kl), (k_index, k, k_scale)
+    queries, keys = (q_index, weights, q, lse, reach.start, reach.stop, d_kl), (k_index, k, k_scale)
     return _in_chunks(chunk, queries, keys, d_kl, max(1, REACHED_CHUNK // size))
 
 
 def _in_chunks(chunk, queries, keys, d_kl, block):
-    """The KL and None, or the KL and its gradients, of `chunk`, the gradient by keys summed in float32."""
+    """Maps `chunk` over queries: the KL and None, or the KL and its gradients, that by keys summed in float32."""
     if d_kl is None:
         return map_queries(chunk, queries, keys, block=block)[0], None
     d_k = jnp.zeros(keys[0].shape, jnp.float32)
@@ -236,7 +255,7 @@ def _log_softmax(scores, mask):
 
 
 def _head_sum_gradient(q_index, k_index, weights, d_scores):
-    """Gradients of `head_sum` by q_index, k_index and weights; by logits it is dI · w where relu passes."""
+    """Computes the gradients of `head_sum` by its inputs; by the logits it is dI · w where relu passes."""
     q_index, k_index = widen(q_index), widen(k_index)
     keys = "se" if k_index.ndim == 2 else "tse"
     active = relu(contract(f"tje,{keys}->tjs", q_index, k_index))
@@ -249,7 +268,7 @@ def _head_sum_gradient(q_index, k_index, weights, d_scores):
 
 
 def _selected_rows(sums, q_index, k_index, weights, indices, k_scale):
-    """Target, scores and mask of a block of queries, with their index keys and the scales of these."""
+    """Gathers a block of queries' targets, scores and mask, with their index keys and the scales of these."""
     rows, present = gather_rows(k_index, indices)
     row_scale = gather_rows(k_scale, indices)[0]
     return normalise_target(sums), head_sum(q_index, rows, weights) * row_scale, present, rows, row_scale
@@ -284,7 +303,7 @@ def _selected_gradients(sums, q_index, k_index, weights, indices, k_scale, d_kl,
 
 
 def _rounded(gradient, x):
-    """In the dtype of `x`, though not in FP8, which a factor would still take out of range."""
+    """Rounds to the dtype of `x`, though not to FP8, which a factor would still take out of range."""
     return gradient.astype(jnp.bfloat16 if x.dtype.itemsize == 1 else x.dtype)
 
 
@@ -344,7 +363,7 @@ def _scores_backward(q_index, k_index, weights, d_scores, start, stop, k_scale, 
 
 def _scores_backward_kernel(*arrays):
     *arrays, total = arrays
-    return scores_backward_kernels.index_scores_backward(*arrays, total=total)
+    return scores_kernels.index_scores_backward(*arrays, total=total)
 
 
 def _key_tiles(*keys):
@@ -352,5 +371,5 @@ def _key_tiles(*keys):
 
 
 def _join_tiles(tiles):
-    """[tiles, t, s] as [t, tiles · s]."""
+    """Joins tiles of keys [tiles, t, s] to [t, tiles · s]."""
     return jnp.moveaxis(tiles, 0, 1).reshape(tiles.shape[1], -1)

@@ -1,7 +1,7 @@
-"""The transformer's layers: sparse multi-head latent attention first, then norms and feed-forward."""
+"""The transformer's layers: sparse multi-head latent attention first, then the gated feed-forward."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.attention import sparse_attention
-from dsa_jax.blockwise import project
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention, multihead_attention
-from dsa_jax.indexer import LightningIndexer, new_weight
+from dsa_jax.indexer import LightningIndexer
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
+from dsa_jax.nn import RMSNorm, new_weight, project
 from dsa_jax.parallel.collectives import (
     gather_head_weights,
     gather_sequence,
@@ -34,13 +34,14 @@ from dsa_jax.selection import select_keys
 
 LATENT_NORM_EPS = 1e-6  # of the norms inside the attention, whatever the config says of the others
 
+Attention = Literal["sparse", "dense"]  # over the indexer's selection, or over all keys in reach
 Rotation = tuple[Array, Array]  # cosines and sines, float32 [B, T, R / 2]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projections:
-    """What one layer's attention is made of: q [B, T, N, P + R], latents kv [B, T, C + R], and the indexer's three."""
+    """Holds one layer's projections: q [B, T, N, P + R], latents kv [B, T, C + R], and the indexer's three arrays."""
 
     q: Array
     kv: Array
@@ -52,14 +53,31 @@ class Projections:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerOutput:
-    """x [B, T, D], indexer_kl [B, T], selected [B, T, K] or None, the cache or None; of MoE layers load and routing."""
+    """Holds a layer's results.
+
+    x [B, T, D]; indexer_kl [B, T]; selected [B, T, K] of sparse attention; the new cache if there was one; of MoE
+    layers the load of each expert and the experts of each token.
+    """
 
     x: Array
     indexer_kl: Array
     selected: Array | None
     cache: Cache | None
-    expert_load: Array | None = None  # [X]
+    expert_load: Array | None = None  # float32 [X]
     routed: Array | None = None  # int32 [B, T, k]
+
+
+class _Shard(NamedTuple):
+    """The queries of one shard with all their heads, every key that they may reach, and the cache written to."""
+
+    q: Array  # [B, T, N, P + R]
+    keys: KeyRange
+    kv: Array  # [B, S, C + R]
+    index: tuple[Array, Array, Array]  # what the selection scores: q_index, k_index, weights
+    k_scale: Array  # [B, S], the scale of the index keys
+    trained_index: tuple[Array, Array, Array]  # what the indexer's loss scores: the same values, with gradients
+    selected: Array | None  # a selection imposed from outside
+    cache: Cache | None
 
 
 class SparseMLA(nnx.Module):
@@ -68,9 +86,9 @@ class SparseMLA(nnx.Module):
     Sparse attention runs in the multi-query form, where all heads share one latent a token; dense attention without a
     cache runs in the multi-head form. Both have the same parameters and, over the same keys, the same result.
 
-    Where heads are sharded, projections and dense attention are by head. All else is by query: a shard has all heads
-    of a share of the queries, so it selects for these alone, its kernels have no fewer heads than on one device, and
-    the sum over heads that the indexer imitates is its own.
+    On a mesh that shards heads, projections and dense attention run by head and all else runs by query: a shard takes
+    all heads of a share of the queries. So it selects for these alone, its kernels have as many heads as on one device,
+    and the sum over heads that the indexer imitates is its own. `_to_shard` goes there, `_from_shard` comes back.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -93,16 +111,62 @@ class SparseMLA(nnx.Module):
         rotation: Rotation,
         keys: KeyRange,
         *,
-        attention: str = "sparse",
+        attention: Attention = "sparse",
         selected: Int[Array, "B T K"] | None = None,
         cache: Cache | None = None,
         layer: Any = 0,
     ) -> LayerOutput:
-        """Attends with the T tokens of `x`; with a cache, after writing them to its layer number `layer`."""
+        """Attends with the T tokens of `x`.
+
+        Args:
+          x: normalised hidden states.
+          rotation: cosines and sines of the tokens' positions, from `rope.rotation`.
+          keys: the keys that each token may reach; positions of the cache when there is one.
+          attention: "sparse" or "dense".
+          selected: a selection to attend to instead of the indexer's own.
+          cache: earlier tokens; the new ones are written to its layer number `layer` before they attend.
+          layer: this layer's number.
+
+        Returns:
+          a `LayerOutput`, `x` before the residual sum.
+        """
         projections = self.project(x, rotation)
         if attention == "dense":
             return self._dense(projections, keys, cache, layer)
         return self._sparse(projections, keys, selected, cache, layer)
+
+    def _sparse(self, p: Projections, keys, selected, cache, layer) -> LayerOutput:
+        shard = self._to_shard(p, keys, selected, cache, layer)
+        scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
+        selected = shard.selected
+        if selected is None:
+            with jax.named_scope("select"):
+                selected = select_keys(*shard.index, shard.keys, k=self.config.index_topk, k_scale=shard.k_scale)
+        selected = checkpoint_name(selected, "indices")
+        q = self.absorb(shard.q)
+        with jax.named_scope("sparse_attention"):
+            out, lse = sparse_attention(q, shard.kv, selected, value_dim=value_dim, scale=scale)
+        lse = checkpoint_name(lse, "lse")
+        with jax.named_scope("sparse_indexer_kl"):
+            kl = sparse_indexer_kl(*shard.trained_index, q, shard.kv, lse, selected, scale=scale)
+        return self._from_shard(self._head_values(out), kl, selected, shard.cache)
+
+    def _dense(self, p: Projections, keys, cache, layer) -> LayerOutput:
+        shard = self._to_shard(p, keys, None, cache, layer)
+        scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
+        k, v = self.expand(shard.kv)
+        with jax.named_scope("dense_attention"):
+            if cache is None:
+                out, lse = multihead_attention(p.q, k, v, keys, scale=scale)
+            else:  # few queries: the latents are read once for all heads, and never expanded
+                q = self.absorb(shard.q)
+                out, lse = latent_attention(q, shard.kv, shard.keys, value_dim=value_dim, scale=scale)
+                out, lse = self._head_values(out), tokens_to_heads(lse)
+        lse = checkpoint_name(lse, "lse")
+        with jax.named_scope("dense_indexer_kl"):
+            constants = jax.lax.stop_gradient((shard.q, self._keys_of_all_heads(shard.kv, k), heads_to_tokens(lse)))
+            kl = dense_indexer_kl(*shard.trained_index, *constants, shard.keys, scale=scale)
+        return self._from_shard(out, kl, None, shard.cache)
 
     def project(self, x: Float[Array, "B T D"], rotation: Rotation) -> Projections:
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""
@@ -137,105 +201,55 @@ class SparseMLA(nnx.Module):
         return project("btnc,cnv->btnv", out, gather_head_weights(self.kv_b_proj[..., self.config.qk_nope_head_dim :]))
 
     def _key_weight(self):
-        """What takes latents to the keys of all heads."""
+        """Returns the weight that takes latents to the keys of all heads."""
         return gather_head_weights(self.kv_b_proj[..., : self.config.qk_nope_head_dim])
 
-    def _sparse(self, p, keys, selected, cache, layer):
-        p, keys = _share_queries(p, keys)
-        q_select, k_select, weights, kv, k_scale, cache = self._index_keys(p, cache, layer)
-        if selected is None:
-            with jax.named_scope("select"):
-                top = self.config.index_topk
-                selected = select_keys(q_select, k_select, weights, keys, k=top, k_scale=k_scale)
-        else:
-            selected = slice_tokens(selected, "heads")
-        selected = checkpoint_name(selected, "indices")
-        q, scale = self.absorb(p.q), self.config.softmax_scale
-        with jax.named_scope("sparse_attention"):
-            out, lse = sparse_attention(q, kv, selected, value_dim=self.config.kv_lora_rank, scale=scale)
-        lse = checkpoint_name(lse, "lse")
-        with jax.named_scope("sparse_indexer_kl"):
-            q_index, k_index = self._trainable_index(p, k_select, k_scale, cache)
-            kl = sparse_indexer_kl(q_index, k_index, p.weights, q, kv, lse, selected, scale=scale)
-        out = tokens_to_heads(self.unabsorb(out))
-        return LayerOutput(self._output(out), gather_tokens(kl, "heads"), gather_tokens(selected, "heads"), cache)
+    # The way into a shard and out of it. Where no axis is sharded, every collective is the identity, and what is left
+    # is the FP8 of the index and the cache.
 
-    def _dense(self, p, keys, cache, layer):
-        own, own_keys = _share_queries(p, keys)
-        _, k_select, _, kv, k_scale, new_cache = self._index_keys(own, cache, layer)
-        scale = self.config.softmax_scale
-        k, v = self.expand(kv)
-        with jax.named_scope("dense_attention"):
-            if cache is None:
-                out, lse = multihead_attention(p.q, k, v, keys, scale=scale)
-            else:  # few queries: the latents are read once for all heads, and never expanded
-                out, lse = latent_attention(
-                    self.absorb(own.q), kv, own_keys, value_dim=self.config.kv_lora_rank, scale=scale
-                )
-                out, lse = tokens_to_heads(self.unabsorb(out)), tokens_to_heads(lse)
-        lse = checkpoint_name(lse, "lse")
-        with jax.named_scope("dense_indexer_kl"):
-            q_index, k_index = self._trainable_index(own, k_select, k_scale, cache)
-            if num_shards("heads") > 1:
-                k, _ = self.expand(*jax.lax.stop_gradient((kv, self._key_weight())))
-            q, k, lse = jax.lax.stop_gradient((own.q, k, heads_to_tokens(lse)))
-            kl = dense_indexer_kl(q_index, k_index, own.weights, q, k, lse, own_keys, scale=scale)
-        return LayerOutput(self._output(out), gather_tokens(kl, "heads"), None, new_cache)
-
-    def _index_keys(self, p, cache, layer):
-        """What selects and what is attended to: index queries, keys, weights, then latents, key scales, the cache."""
-        q_index, k_index, weights = p.q_index, p.k_index, p.weights
+    def _to_shard(self, p: Projections, keys: KeyRange, selected, cache, layer) -> _Shard:
+        """Takes this shard's share of the queries, and gathers or reads every key that they may reach."""
+        mine = lambda x: jax.tree.map(lambda leaf: slice_tokens(leaf, "heads"), x)  # noqa: E731
+        q_index, weights, keys, selected = mine((p.q_index, p.weights, keys, selected))
+        q = heads_to_tokens(p.q)
+        kv, k_index = sum_gradients(p.kv, "heads"), sum_gradients(p.k_index, "heads")
+        q_scored, k_scored, scored_weights = q_index, p.k_index, weights
         k_scale = jnp.ones(k_index.shape[:2], jnp.float32)
         if self.config.index_fp8:
-            (q_index, q_scale), (k_index, k_scale) = quantize(q_index), quantize(k_index)
-            weights = weights * q_scale
-        kv = sum_gradients(p.kv, "heads")
+            (q_scored, q_scale), (k_scored, k_scale) = quantize(q_index), quantize(p.k_index)
+            scored_weights = weights * q_scale
+            # The loss sees the rounded values with gradients straight through. Scales are powers of two, so these make
+            # the very scores that the e4m3 numbers and their scales make.
+            q_index, k_index = straight_through_quantize(q_index), straight_through_quantize(k_index)
         if cache is None:
-            kv, k_index, k_scale = (gather_sequence(x) for x in (kv, k_index, k_scale))
-            return q_index, k_index, weights, kv, k_scale, None
-        cache = cache.write(layer, kv, k_index, k_scale)
-        kv, k_index, k_scale = cache.read(layer)
-        return q_index, k_index, weights, kv, k_scale, cache
+            kv, k_scored, k_scale, k_index = (gather_sequence(x) for x in (kv, k_scored, k_scale, k_index))
+        else:
+            cache = cache.write(layer, kv, k_scored, k_scale)
+            kv, k_scored, k_scale = cache.read(layer)
+            k_index = dequantize(k_scored, k_scale, q_index.dtype) if self.config.index_fp8 else k_scored
+        scored, trained = (q_scored, k_scored, scored_weights), (q_index, k_index, weights)
+        return _Shard(q, keys, kv, scored, k_scale, trained, selected, cache)
 
-    def _trainable_index(self, p, k_select, k_scale, cache):
-        """Index queries and keys as the loss sees them: with FP8 their rounded values, with gradients straight through.
+    def _from_shard(self, out, kl, selected, cache) -> LayerOutput:
+        """Projects this shard's heads to the output, summed over shards, and joins what it found for its queries."""
+        with jax.named_scope("project_output"):
+            x = sum_shards(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
+        kl, selected = jax.tree.map(lambda x: gather_tokens(x, "heads"), (kl, selected))
+        return LayerOutput(x, kl, selected, cache)
 
-        Scales are powers of two, so these make the very scores that the e4m3 numbers and their scales make.
-        """
-        k_index = sum_gradients(p.k_index, "heads")
-        if not self.config.index_fp8:
-            return p.q_index, gather_sequence(k_index) if cache is None else k_select
-        q_index = straight_through_quantize(p.q_index)
-        if cache is None:
-            return q_index, gather_sequence(straight_through_quantize(k_index))
-        return q_index, dequantize(k_select, k_scale, q_index.dtype)
+    def _head_values(self, out: Float[Array, "B T N C"]) -> Float[Array, "B T2 N2 V"]:
+        """Takes the latents found for a share of the queries to values, of this shard's heads for all queries."""
+        return tokens_to_heads(self.unabsorb(out))
 
-    def _output(self, out):
-        return sum_shards(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
-
-
-def _share_queries(p: Projections, keys: KeyRange) -> tuple[Projections, KeyRange]:
-    """This shard's share of the queries, with all their heads, and what they reach."""
-    q_index, weights, keys = jax.tree.map(lambda x: slice_tokens(x, "heads"), (p.q_index, p.weights, keys))
-    return dataclasses.replace(p, q=heads_to_tokens(p.q), q_index=q_index, weights=weights), keys
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) · weight, computed in float32."""
-
-    def __init__(self, dim: int, eps: float, dtype: str):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones(dim, dtype))
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis; the result has the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normal * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+    def _keys_of_all_heads(self, kv, k):
+        """Expands the keys of all heads, which the sum over heads needs, where `k` has those of this shard alone."""
+        if num_shards("heads") == 1:
+            return k
+        return self.expand(*jax.lax.stop_gradient((kv, self._key_weight())))[0]
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward: down(silu(gate(x)) · up(x))."""
+    """The gated feed-forward: down(silu(gate(x)) · up(x))  (SwiGLU, arXiv:2002.05202)."""
 
     def __init__(self, config: Config, width: int, *, rngs: nnx.Rngs):
         self.gate_proj = new_weight(config, rngs, config.hidden_size, width)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,16 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import contract
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
-from dsa_jax.indexer import new_weight
 from dsa_jax.key_range import KeyRange
-from dsa_jax.layers import MLP, LayerOutput, RMSNorm, Rotation, SparseMLA
+from dsa_jax.layers import MLP, Attention, LayerOutput, Rotation, SparseMLA
 from dsa_jax.moe import MoE
+from dsa_jax.nn import RMSNorm, new_weight
 from dsa_jax.parallel.collectives import (
     exchange_columns,
     gather_parameters,
@@ -28,18 +26,21 @@ from dsa_jax.parallel.collectives import (
     sum_gradients,
     sum_shards,
 )
-from dsa_jax.parallel.sharding import check_batch, check_model, parameter_specs, shards, spec, zigzag_order
 from dsa_jax.rope import rotation as rope_rotation
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a forward pass returns.
+    """Holds the results of a forward pass.
 
-    hidden [B, T, D] after the last norm, for `unembed`; indexer_kl float32 [layers, B, T]; expert_load float32
-    [moe_layers, X], how many valid token slots an expert got; selected int32 [layers, B, T, K] and routed int32
-    [moe_layers, B, T, k], each token's experts, if they were asked for; the new cache if one was given.
+    Attributes:
+      hidden: [B, T, D] after the last norm, for `Transformer.unembed`.
+      indexer_kl: float32 [layers, B, T], the divergence of the indexer from the attention (Eq. 4, or Eq. 3 if dense).
+      expert_load: float32 [moe_layers, X], the number of (token, slot) pairs that each expert got.
+      selected: int32 [layers, B, T, K], the selections, if they were asked for.
+      cache: the new cache, if one was given.
+      routed: int32 [moe_layers, B, T, k], each token's experts, if they were asked for.
     """
 
     hidden: Array
@@ -81,7 +82,14 @@ class DecoderLayer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised."""
+    """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised.
+
+    Example:
+      >>> model = Transformer(Config.tiny(), rngs=nnx.Rngs(0))
+      >>> output = model(jnp.zeros((1, 8), jnp.int32))
+      >>> model.unembed(output.hidden).shape
+      (1, 8, 256)
+    """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         vocab, dim = config.vocab_size, config.hidden_size
@@ -98,7 +106,7 @@ class Transformer(nnx.Module):
         *,
         keys: KeyRange | None = None,
         positions: Int[Array, "B T"] | None = None,
-        attention: str = "sparse",
+        attention: Attention = "sparse",
         selected: Int[Array, "layers B T K"] | None = None,
         return_selected: bool = False,
         routed: Int[Array, "moe_layers B T k"] | None = None,
@@ -109,8 +117,8 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: ids in [0, vocab); under `jit`, where values are unknown, check them before.
-          keys: which keys each query may reach, causal if None; positions of the cache when there is one. A query with
-            an empty range is padding: it does not count in `expert_load`, nor in the cache's lengths if it stands last.
+          keys: the keys that each query may reach, causal if None; positions of the cache when there is one. A query
+            with an empty range is padding: it does not count in `expert_load`, nor, if last, in the cache's lengths.
           positions: rotary positions, counted from 0 (or from the cache's lengths) if None.
           attention: "sparse" over the selection, or "dense" over all reachable keys.
           selected: a selection to attend to instead of the indexer's own (sparse attention only).
@@ -118,6 +126,9 @@ class Transformer(nnx.Module):
           routed: the experts that tokens go to instead of the routers' own choice; the gates are still the routers'.
           return_routed: whether `Output.routed` is wanted.
           cache: keys of earlier tokens; the new ones are appended.
+
+        Raises:
+          ValueError: if shapes, options or, outside `jit`, token ids are wrong, or the tokens do not fit.
         """
         self._check(tokens, keys, positions, attention, selected, return_selected, routed, cache)
         batch, length = tokens.shape
@@ -151,14 +162,14 @@ class Transformer(nnx.Module):
         )
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
-        """Float32 logits of the next token; at training lengths take them a chunk of tokens at a time.
+        """Computes float32 logits of the next token; at training lengths take them a chunk of tokens at a time.
 
         Where the vocabulary is sharded they are those of this shard's part of it.
         """
         return self.unembedding()(hidden)
 
     def unembedding(self) -> Callable[[Float[Array, "*B D"]], Float[Array, "*B vocab"]]:
-        """The function `unembed`, its weight gathered once: to be called for one chunk of tokens after another."""
+        """Returns `unembed` with its weight gathered once, to be called for one chunk of tokens after another."""
         name = "embed_tokens" if self.lm_head is None else "lm_head"
         gathered = gather_parameters({name: getattr(self, name)[...]}, dtype=self.config.dtype, wide=True)[name]
         weight = gathered.T if self.lm_head is None else gathered
@@ -182,9 +193,9 @@ class Transformer(nnx.Module):
         def look_up(tokens):
             if num_shards("vocabulary") == 1:
                 return table[tokens].astype(self.config.dtype)
-            here = tokens - shard_index("vocabulary") * table.shape[0]
-            some = (here >= 0) & (here < table.shape[0])
-            return jnp.where(some[..., None], table[jnp.where(some, here, 0)], 0.0).astype(self.config.dtype)
+            row = tokens - shard_index("vocabulary") * table.shape[0]
+            is_local = (row >= 0) & (row < table.shape[0])
+            return jnp.where(is_local[..., None], table[jnp.where(is_local, row, 0)], 0.0).astype(self.config.dtype)
 
         return sum_shards(exchange_columns(look_up, tokens), "vocabulary")
 
@@ -228,7 +239,7 @@ class Transformer(nnx.Module):
             _check_cache(cache, jax.eval_shape(lambda: Cache.empty(self.config, batch, cache.size)))
 
     def _check_values(self, tokens, keys, cache):
-        """Checks what only values tell, where they are known: outside `jit`, on one host."""
+        """Checks token ids and the cache's room where values are known: outside `jit`, on one host."""
         ids = _known(tokens)
         if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
             raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {ids.min()} … {ids.max()}")
@@ -237,58 +248,6 @@ class Transformer(nnx.Module):
         lengths, real = _known(cache.lengths), _known(keys.nonempty())
         if lengths is not None and real is not None and (lengths + real.sum(1)).max(initial=0) > cache.size:
             raise ValueError(f"the cache holds {cache.size} tokens a row, got {lengths} and {real.sum(1)} more")
-
-
-def forward_on_mesh(
-    model: Transformer,
-    mesh: Mesh,
-    tokens: Int[Array, "B T"],
-    *,
-    keys: KeyRange | None = None,
-    positions: Int[Array, "B T"] | None = None,
-    attention: str = "sparse",
-    selected: Int[Array, "layers B T K"] | None = None,
-    return_selected: bool = False,
-    routed: Int[Array, "moe_layers B T k"] | None = None,
-    return_routed: bool = False,
-) -> Output:
-    """`model(tokens, …)`, compiled for and run by all devices of a mesh; arguments and results in natural order.
-
-    For inference: training differentiates inside, see `train.step`. The parameters should live where
-    `sharding.parameter_shardings` says, as `load_hf(mesh=…)` leaves them; others are moved there first.
-
-    Raises:
-      ValueError: if the model, the batch or the sequence cannot be split over the mesh.
-    """
-    tokens = jnp.asarray(tokens)
-    model._check(tokens, keys, positions, attention, selected, return_selected, routed, None)
-    check_model(mesh, model.config)
-    check_batch(mesh, batch_size=tokens.shape[0], seq_len=tokens.shape[1])
-    graph, state = nnx.split(model)
-    keys = KeyRange.causal(*tokens.shape) if keys is None else keys
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
-    options = dict(attention=attention, return_selected=return_selected, return_routed=return_routed)
-    return _forward_on_mesh(graph, mesh, tuple(options.items()), state, (tokens, keys, positions), (selected, routed))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward_on_mesh(graph, mesh, options, state, inputs, imposed):
-    order = zigzag_order(inputs[0].shape[1], shards(mesh, "sequence"))
-    token, layer = spec("batch", "sequence"), spec(None, "batch", "sequence")
-
-    def run(state, inputs, imposed):
-        (tokens, keys, positions), (selected, routed) = inputs, imposed
-        model = nnx.merge(graph, state)
-        return model(tokens, keys=keys, positions=positions, selected=selected, routed=routed, **dict(options))
-
-    arguments = state, jax.tree.map(lambda x: x[:, order], inputs), jax.tree.map(lambda x: x[:, :, order], imposed)
-    results: Any = dict(hidden=token, indexer_kl=layer, expert_load=spec(), selected=layer, cache=None, routed=layer)
-    specs = parameter_specs(state), token, layer
-    out = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Output(**results), check_vma=False)(*arguments)
-    natural = np.argsort(order)
-    per_layer = {name: getattr(out, name) for name in ("indexer_kl", "selected", "routed")}
-    per_layer = {name: None if x is None else x[:, :, natural] for name, x in per_layer.items()}
-    return dataclasses.replace(out, hidden=out.hidden[:, natural], **per_layer)
 
 
 @jax.custom_vjp
@@ -319,13 +278,13 @@ def _check_cache(cache, expected):
 
 
 def _gathered(module):
-    """The module with its parameters whole."""
+    """Returns the module with its parameters gathered."""
     graph, state = nnx.split(module)
     return nnx.merge(graph, gather_parameters(state))
 
 
 def _known(x):
-    """The value of an array on the host, None where it is traced or spread over hosts."""
+    """Returns an array's value on the host, None where it is traced or spread over hosts."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)

@@ -1,4 +1,11 @@
-"""Mixture of experts: the group-limited router, and the layer whose rows run on their own experts alone."""
+"""Mixture of experts: the group-limited router, and the feed-forward whose tokens run on their own experts alone.
+
+`route` and `update_bias` are the router's functions, `MoE` the layer. The products are in `dsa_jax.grouped_ffn`, the
+exchange between shards of experts in `dsa_jax.parallel.expert_parallel`.
+
+References:
+  DeepSeek-V3, arXiv:2412.19437, section 2.1.2 (the router, and balance without an auxiliary loss).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dsa_jax.blockwise import contract
 from dsa_jax.config import Config
 from dsa_jax.grouped_ffn import expert_ffn
-from dsa_jax.indexer import new_weight
 from dsa_jax.layers import MLP
+from dsa_jax.nn import new_weight
 from dsa_jax.parallel.collectives import mesh_axes, sum_gradients, sum_shards, sum_statistics
-from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, has_ragged
+from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, has_ragged_exchange
 
 
 def route(
@@ -22,12 +29,30 @@ def route(
     config: Config,
     experts: Int[Array, "*B k"] | None = None,
 ) -> tuple[Int[Array, "*B k"], Float32[Array, "*B k"]]:
-    """Chooses each token's experts and their gates, all in float32.
+    """Chooses each token's experts and gates: s = sigmoid(x · weight), g_i = f · s_i / sum_j s_j over the chosen.
 
-    Scores are sigmoid(x · weight). The biased scores choose: the `topk_group` groups whose two best experts sum
-    highest, then the `num_experts_per_tok` best experts in them; ties go to the lowest index. The unbiased scores of
-    the chosen are the gates, renormalised if `norm_topk_prob`, times `routed_scaling_factor`. `experts`, if given, are
-    the choice.
+    The biased scores s + bias choose: the `topk_group` groups whose two best experts sum highest, then the
+    `num_experts_per_tok` best experts in these; ties go to the lowest index. The unbiased scores of the chosen are the
+    gates, divided by their sum if `norm_topk_prob`, times f = `routed_scaling_factor`. All in float32.
+
+    Args:
+      x: the tokens, in any dtype.
+      weight: the router's.
+      bias: the router's, which chooses and has no gradient.
+      config: for its groups, counts and factors.
+      experts: the choice, if it is made already; the gates are still computed.
+
+    Returns:
+      The experts of every token, and their gates.
+
+    References:
+      DeepSeek-V3, arXiv:2412.19437, Eqs. 12–16.
+
+    Example:
+      >>> config = Config.tiny()
+      >>> experts, gates = route(jnp.zeros(4), jnp.zeros((4, 8)), jnp.arange(8.0), config=config)
+      >>> experts.tolist(), gates.tolist()
+      ([7, 6], [1.25, 1.25])
     """
     scores = jax.nn.sigmoid(contract("...d,dx->...x", x.astype(jnp.float32), weight.astype(jnp.float32)))
     experts = _choose(scores + bias, config) if experts is None else experts
@@ -38,6 +63,7 @@ def route(
 
 
 def _choose(biased, config):
+    """Chooses the experts of every token by their biased scores [*B, X]."""
     grouped = biased.reshape(*biased.shape[:-1], config.n_group, -1)
     group_scores = jax.lax.top_k(grouped, 2)[0].sum(-1)
     groups = jax.lax.top_k(group_scores, config.topk_group)[1]
@@ -47,7 +73,12 @@ def _choose(biased, config):
 
 
 def expert_load(experts: Int[Array, "*B k"], valid: Bool[Array, "*B"] | None, num_experts: int) -> Float32[Array, " X"]:
-    """How many (token, slot) pairs each expert got, over the tokens that are `valid`."""
+    """Counts the (token, slot) pairs that each expert got, over the tokens that are `valid`, or all if None.
+
+    Example:
+      >>> expert_load(jnp.array([[0, 1], [1, 3]]), jnp.array([True, True]), 4).tolist()
+      [1.0, 2.0, 0.0, 1.0]
+    """
     if valid is not None:
         experts = jnp.where(valid[..., None], experts, num_experts)
     counts = jnp.zeros(num_experts, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
@@ -55,12 +86,20 @@ def expert_load(experts: Int[Array, "*B k"], valid: Bool[Array, "*B"] | None, nu
 
 
 def update_bias(bias: Float[Array, "*L X"], load: Float[Array, "*L X"], rate: float) -> Float[Array, "*L X"]:
-    """Moves each expert's selection bias by `rate`: up where its load is under the mean, down where it is over."""
+    """Moves each expert's selection bias by `rate`: up where its load is under the mean, down where it is over.
+
+    References:
+      Wang et al., arXiv:2408.15664; DeepSeek-V3, section 2.1.2.
+
+    Example:
+      >>> update_bias(jnp.zeros(3), jnp.array([4.0, 0.0, 2.0]), 0.5).tolist()
+      [-0.5, 0.5, 0.0]
+    """
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
 class Router(nnx.Module):
-    """The router's weight, and the bias that evens the load: it has a say in the choice and no gradient."""
+    """The router: its weight, and the bias that evens the load, which has a say in the choice and no gradient."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -70,12 +109,12 @@ class Router(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B D"], experts: Int[Array, "*B k"] | None = None
     ) -> tuple[Int[Array, "*B k"], Float32[Array, "*B k"]]:
-        """Chooses experts, if they are not given, and gates for every token."""
+        """Chooses every token's experts, unless they are given, and computes their gates: see `route`."""
         return route(x, self.weight[...], self.e_score_correction_bias[...], config=self.config, experts=experts)
 
 
 class Experts(nnx.Module):
-    """The routed experts' weights, stacked."""
+    """The routed experts: their weights, stacked; on a mesh, this shard's experts and its part of their width."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         experts, model_dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -90,14 +129,22 @@ class Experts(nnx.Module):
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         x, gates, axis = sum_gradients(x, "width"), sum_gradients(gates, "width"), mesh_axes("experts")
         if axis:
-            y = expert_parallel_ffn(x, experts, gates, *weights, axis=axis[0], ragged=has_ragged())
+            y = expert_parallel_ffn(x, experts, gates, *weights, axis=axis[0], ragged=has_ragged_exchange())
         else:
             y = expert_ffn(x, experts, gates, *weights)
         return sum_shards(y, "width")
 
 
 class MoE(nnx.Module):
-    """The feed-forward of most layers: routed experts, and shared ones that every token passes through."""
+    """The feed-forward of most layers: routed experts, and shared ones that every token passes through.
+
+    Example:
+      >>> config = Config.tiny()
+      >>> moe = MoE(config, rngs=nnx.Rngs(0))
+      >>> y, load, experts = moe(jnp.ones((1, 3, config.hidden_size)))
+      >>> y.shape, load.sum().item(), experts.shape
+      ((1, 3, 128), 6.0, (1, 3, 2))
+    """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.gate = Router(config, rngs=rngs)
@@ -112,9 +159,15 @@ class MoE(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         routed: Int[Array, "B T k"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float32[Array, " X"], Int[Array, "B T k"]]:
-        """Returns y, how many (token, slot) pairs each expert got, and every token's experts, `routed` if given.
+        """Runs every token through its experts and the shared ones.
 
-        Tokens that are not `valid` do not count in the load.
+        Args:
+          x: the tokens.
+          valid: which tokens count in the load, all if None; padding should not.
+          routed: the experts that tokens go to, the router's choice if None.
+
+        Returns:
+          The result, the (token, slot) pairs that each expert got on all shards, and every token's experts.
         """
         with jax.named_scope("route"):
             experts, gates = self.gate(x, routed)

@@ -1,4 +1,4 @@
-"""The indexer's FP8: e4m3 blocks with one power-of-two scale each, and the Hadamard transform that precedes them."""
+"""The indexer's FP8: e4m3 rows with one power-of-two scale each, and the Hadamard transform that precedes them."""
 
 from functools import partial
 
@@ -7,21 +7,32 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from dsa_jax.pallas_kernels.dispatch import choose_implementation
-from dsa_jax.pallas_kernels.quantization import quantize as kernels
-from dsa_jax.pallas_kernels.quantization.quantize import SMALLEST_AMAX
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
+from dsa_jax.pallas_kernels import quantization as kernels
 
 E4M3 = jnp.float8_e4m3fn
 WEIGHT_BLOCK = 128  # rows and columns of one scale in FP8 checkpoints
 
 
 def quantize(
-    x: Float[Array, "*rows E"], *, implementation: str | None = None
+    x: Float[Array, "*rows E"], *, implementation: Implementation | None = None
 ) -> tuple[Float[Array, "*rows E"], Float32[Array, "*rows"]]:
     """Rounds each row to e4m3 and returns its scale s = 2^ceil(log2(max(amax, 1e-4) / 448)), so that x ≈ values · s.
 
     Rounding the scale up means that nothing saturates; a power of two means that scaling itself is exact. The results
     are constants: gradients flow through `straight_through_quantize`.
+
+    Args:
+      x: rows, float32 or bfloat16.
+      implementation: None, "xla" or "pallas".
+
+    Returns:
+      e4m3 values of the shape of `x`, and a float32 scale for each row.
+
+    Example:
+      >>> values, scale = quantize(jnp.array([[448.0, -1.0], [900.0, 3.0]]))
+      >>> scale.tolist(), dequantize(values, scale).tolist()
+      ([1.0, 4.0], [[448.0, -1.0], [896.0, 3.0]])
     """
     x = jax.lax.stop_gradient(jnp.asarray(x))
     round_rows = choose_implementation(
@@ -37,12 +48,12 @@ def _round_rows(x):
 
 
 def _power_of_two_scale(amax: Array) -> Array:
-    """2^ceil(log2(amax / 448)) from the bits of `amax`: XLA's log2 and exp2 are not exact at integers.
+    """Computes 2^ceil(log2(amax / 448)) from the bits of `amax`: XLA's log2 and exp2 are not exact at integers.
 
     448 = 1.75 · 2^8, so the exponent is that of `amax` less 8, plus one where the mantissa exceeds 1.75; adding what
     lies between 1.75 and 2 carries into the exponent in exactly that case.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, SMALLEST_AMAX), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, kernels.SMALLEST_AMAX), jnp.int32)
     above_mantissa = (1 << 21) - 1
     exponent = ((bits + above_mantissa) >> 23) - 8
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
@@ -51,7 +62,11 @@ def _power_of_two_scale(amax: Array) -> Array:
 def dequantize(
     values: Float[Array, "*rows E"], scale: Float32[Array, "*rows"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*rows E"]:
-    """values · scale; exact in float32 and in bfloat16, for the scale is a power of two."""
+    """Computes values · scale; exact in float32 and in bfloat16, for the scale is a power of two.
+
+    Raises:
+      ValueError: unless there is one scale a row.
+    """
     if values.shape[:-1] != scale.shape:
         raise ValueError(f"values {values.shape} need a scale of shape {values.shape[:-1]}, got {scale.shape}")
     return (values.astype(jnp.float32) * scale[..., None]).astype(dtype)
@@ -59,7 +74,7 @@ def dequantize(
 
 @jax.custom_jvp
 def straight_through_quantize(x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
-    """`x` rounded to e4m3 with a scale a row, in the dtype of `x`; its gradient is that of the identity."""
+    """Rounds each row to e4m3 with a scale of its own, in the dtype of `x`; the gradient is that of the identity."""
     return dequantize(*quantize(x), dtype=x.dtype)
 
 
@@ -68,11 +83,21 @@ def _straight_through_jvp(primals, tangents):
     return straight_through_quantize(*primals), tangents[0]
 
 
-def hadamard(x: Float[Array, "*rows E"], *, implementation: str | None = None) -> Float[Array, "*rows E"]:
-    """The orthonormal Walsh-Hadamard transform of each row (natural order), in float32, returned in the dtype of `x`.
+def hadamard(x: Float[Array, "*rows E"], *, implementation: Implementation | None = None) -> Float[Array, "*rows E"]:
+    """Computes the orthonormal Walsh-Hadamard transform of each row (natural order), in float32.
 
     It is its own inverse and leaves dot products as they are, and spreads outliers over all columns before FP8 rounds
     them. A butterfly of sums, so that the bits of a row do not depend on how many rows are transformed with it.
+
+    Args:
+      x: rows whose length is a power of two.
+      implementation: None, "xla" or "pallas".
+
+    Returns:
+      the transform in the dtype of `x`.
+
+    Raises:
+      ValueError: if the length is no power of two, or "pallas" has no kernel for `x`.
     """
     x = jnp.asarray(x)
     size = x.shape[-1]
@@ -86,7 +111,7 @@ def hadamard(x: Float[Array, "*rows E"], *, implementation: str | None = None) -
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _symmetric(transform, x):
-    """A transform that is its own transpose, as the kernel knows no gradient of its own."""
+    """Applies a transform that is its own transpose: its gradient is the transform of the cotangent."""
     return transform(x)
 
 
@@ -107,7 +132,11 @@ def _butterfly(x):
 def dequantize_blocks(
     weight: Float[Array, "rows columns"], scale_inv: Float[Array, "A B"]
 ) -> Float32[Array, "rows columns"]:
-    """The float32 weight of an FP8 checkpoint, whose `scale_inv` multiplies each block of 128 × 128 values."""
+    """Computes the float32 weight of an FP8 checkpoint, whose `scale_inv` multiplies each block of 128 × 128 values.
+
+    Raises:
+      ValueError: unless the weight is a matrix with one scale a block.
+    """
     if weight.ndim != 2:
         raise ValueError(f"an FP8 weight must have two dimensions, got shape {weight.shape}")
     rows, columns = weight.shape

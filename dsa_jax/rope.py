@@ -14,10 +14,13 @@ from dsa_jax.config import Config, YaRN
 
 
 def inv_frequencies(config: Config) -> np.ndarray:
-    """Radians a position of each of the R/2 rotary pairs, float32: theta^(-2i/R), stretched by YaRN where configured.
+    """Computes the radians a position of each of the R/2 rotary pairs, float32: theta^(-2i/R), stretched by YaRN.
 
     YaRN leaves pairs that turn more than `beta_fast` times over the original length as they are, divides those that
     turn less than `beta_slow` times by `factor`, and blends linearly between, the bounds rounded outwards to pairs.
+
+    References:
+      arXiv:2104.09864 (rotary embeddings), arXiv:2309.00071 (YaRN).
     """
     dim, yarn = config.qk_rope_head_dim, config.rope_scaling
     frequencies = config.rope_theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -29,7 +32,7 @@ def inv_frequencies(config: Config) -> np.ndarray:
 
 
 def _blended_pairs(config: Config, yarn: YaRN) -> tuple[float, float]:
-    """The last pair that keeps its frequency and the first that is fully stretched."""
+    """Returns the last pair that keeps its frequency and the first that is fully stretched."""
     dim = config.qk_rope_head_dim
 
     def pair_turning(times: float) -> float:
@@ -45,7 +48,11 @@ def _blended_pairs(config: Config, yarn: YaRN) -> tuple[float, float]:
 def rotation(
     positions: Int[Array, "B T"], config: Config
 ) -> tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]]:
-    """Cosine and sine of every position's angle in each rotary pair, times YaRN's magnitude ratio, in float32."""
+    """Computes the cosine and sine of every position's angle in each rotary pair, times YaRN's magnitude ratio.
+
+    Returns:
+      both in float32, for `rotate_interleaved` and `rotate_half_split`.
+    """
     angles = jnp.asarray(positions)[..., None].astype(jnp.float32) * inv_frequencies(config)
     magnitude = _magnitude(config.rope_scaling)
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude

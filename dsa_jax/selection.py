@@ -1,4 +1,4 @@
-"""The top-k of Eq. 2: which keys each query keeps."""
+"""The top-k of Eq. 2: each query keeps the k keys with the highest index scores."""
 
 from functools import partial
 
@@ -7,20 +7,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import map_queries, queries_per_block
-from dsa_jax.indexer import check_index_inputs, check_keys, map_score_tiles
-from dsa_jax.key_range import KeyRange
-from dsa_jax.pallas_kernels.dispatch import choose_implementation
-from dsa_jax.pallas_kernels.selection import select_keys as keys_kernel
-from dsa_jax.pallas_kernels.selection import select_topk as topk_kernel
+from dsa_jax.indexer import check_index_inputs, map_score_tiles
+from dsa_jax.key_range import KeyRange, check_keys
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
+from dsa_jax.pallas_kernels import selection as selection_kernels
 
 
 def select_topk(
-    scores: Float[Array, "B T S"], k: int, *, keys: KeyRange | None = None, implementation: str | None = None
+    scores: Float[Array, "B T S"], k: int, *, keys: KeyRange | None = None, implementation: Implementation | None = None
 ) -> Int[Array, "B T K"]:
     """Selects the positions of the k highest scores of each query, exactly.
 
-    Canonical: strictly increasing positions, then -1. Of equal scores the lowest position wins, and -0.0 equals +0.0.
-    -inf, NaN and keys outside `keys` are never selected, +inf may be; `k` may exceed S.
+    Selections are canonical: strictly increasing positions, then -1. Of equal scores the lowest position wins, and -0.0
+    equals +0.0. -inf, NaN and keys out of reach are never selected, +inf may be.
+
+    Args:
+      scores: float32 scores.
+      k: how many keys each query keeps; may exceed S.
+      keys: the keys that each query may reach, all if None.
+      implementation: None, "xla" or "pallas".
+
+    Returns:
+      int32 positions. No gradient flows through them.
+
+    Raises:
+      ValueError: if shapes, dtypes or k are wrong, or "pallas" has no kernel for them.
+
+    Example:
+      >>> select_topk(jnp.array([[[0.5, 2.0, 0.5, -jnp.inf]]]), 3).tolist()
+      [[[0, 1, 2]]]
     """
     scores = jnp.asarray(scores)
     if scores.ndim != 3:
@@ -35,7 +50,7 @@ def select_topk(
     select = choose_implementation(
         "select_topk",
         implementation,
-        topk_kernel.why_not(scores, k, start=keys.start, stop=keys.stop),
+        selection_kernels.why_not_topk(scores, k, start=keys.start, stop=keys.stop),
         xla=partial(_sorted_topk, k=k),
         pallas=partial(_kernel_topk, k=k),
     )
@@ -52,7 +67,7 @@ def _sorted_topk(scores, start, stop, *, k):
 
 
 def _kernel_topk(scores, start, stop, *, k):
-    return topk_kernel.select_topk(scores, k, start=start, stop=stop)
+    return selection_kernels.select_topk(scores, k, start=start, stop=stop)
 
 
 def select_keys(
@@ -63,12 +78,22 @@ def select_keys(
     *,
     k: int,
     k_scale: Float[Array, "B S"] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Int[Array, "B T K"]:
     """Scores the reachable keys (Eq. 1) and selects the k best of each query: `select_topk(index_scores(…))`, bitwise.
 
-    No more than a block of queries' scores is alive at a time. Arguments as in `index_scores`, the result as in
-    `select_topk`. No gradient: the indexer learns from `sparse_indexer_kl` and `dense_indexer_kl`.
+    No more than a block of queries' scores is alive at a time. No gradient flows through a selection: the indexer
+    learns from `sparse_indexer_kl` and `dense_indexer_kl`.
+
+    Args:
+      q_index, k_index, weights, keys, k_scale, implementation: as in `index_scores`.
+      k: how many keys each query keeps; may exceed S.
+
+    Returns:
+      int32 positions, canonical as in `select_topk`.
+
+    References:
+      DeepSeek-V3.2-Exp, section 1, Eqs. 1 and 2.
     """
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_k(k)
@@ -76,9 +101,9 @@ def select_keys(
     select = choose_implementation(
         "select_keys",
         implementation,
-        keys_kernel.why_not(*arrays, k=k),
+        selection_kernels.why_not_keys(*arrays, k=k),
         xla=partial(_tiled_keys, k=k),
-        pallas=partial(keys_kernel.select_keys, k=k),
+        pallas=partial(selection_kernels.select_keys, k=k),
     )
     return select(*jax.lax.stop_gradient(arrays))
 
@@ -94,7 +119,7 @@ def _check_k(k):
 
 
 def _top_positions(scores, k):
-    """`select_topk` for [t, S] scores that hold -inf where a key is out of reach."""
+    """Selects the top k of [t, S] scores that hold -inf where a key is out of reach."""
     size = scores.shape[-1]
     # lax.top_k ranks NaN highest and -0.0 below +0.0; of equal values it keeps the lowest position. -0.0 is told by its
     # bits, since a comparison with zero may flush subnormal scores.

@@ -22,11 +22,15 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}".strip()
     # What is tested bitwise must be compiled here and now, never taken from a cache that another version has written.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    jaxtyping.install_import_hook(["dsa_jax", "train"], "shape_checks.checked")
+    jaxtyping.install_import_hook(["dsa_jax", "train", "studies"], "shape_checks.checked")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips what needs a GPU where there is none, and meshes but the chosen ones unless they are asked for."""
+    """Skips what needs a GPU where there is none, and slow tests and most meshes unless they are asked for."""
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slow"))
     if "meshes" not in config.option.markexpr:
         for item in items:
             marker = item.get_closest_marker("meshes")

@@ -34,9 +34,8 @@ from dsa_jax.parallel.sharding import (
 )
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
-from train.losses import cross_entropy, indexer_loss
 from train.phases import Params, Phase, merge_groups
-from train.run import abstract_params
+from train.state import abstract_params
 
 SEED_VARIABLE = "MESHES_SEED"
 SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(3)))  # none is picked
@@ -127,14 +126,10 @@ def compile_on(mesh: Mesh | None, function, *arguments, out=None):
 
 def _losses(model, output, batch, phase) -> dict[str, jax.Array]:
     """This shard's part of the losses of a batch."""
-    losses = {}
-    if phase.lm_loss:
-        nll = cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
-        losses["lm_loss"] = nll / sum_statistics(jnp.sum(batch.valid), "tokens")
-    if phase.kl_loss:
-        valid = batch.keys.nonempty()
-        losses["kl"] = indexer_loss(output.indexer_kl, valid) / sum_statistics(jnp.sum(valid), "tokens")
-    return losses
+    return {
+        name: loss.total(model, output, batch) / sum_statistics(loss.count(batch), "tokens")
+        for name, loss in phase.losses
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from cases import (
     many_blocks,
     poison,
 )
-from jax.sharding import AxisType, PartitionSpec
 
 from dsa_jax import (
     KeyRange,
@@ -53,29 +52,3 @@ def test_target_in_bfloat16_is_float32_and_ignores_nan_in_unselected_keys():
     target = attention_target(q, poison(kv, absent), lse, indices, scale=SCALE)
     assert target.dtype == jnp.float32
     close(target, reference.attention_target(q, kv, lse, indices, SCALE), 2e-5)
-
-
-def test_target_of_heads_apart_equals_all_heads_at_once():
-    """`head_axis` sums over the shards of heads before normalising."""
-    q, kv, indices = inputs((2, 9, 17, 4, 8, 4, 6))
-    lse = sparse(8, indices)(q, kv)[1]
-    whole = attention_target(q, kv, lse, indices, scale=SCALE)
-    partial = functools.partial(attention_target, scale=SCALE, head_axis="tensor")
-    apart = jax.vmap(partial, (2, None, 2, None), axis_name="tensor")(
-        q.reshape(2, 9, 2, 2, 12), kv, lse.reshape(2, 9, 2, 2), indices
-    )
-    for shard in apart:
-        close(shard, whole, 1e-6)
-
-
-def test_target_of_heads_sharded_over_devices():
-    if jax.device_count() < 2:
-        pytest.skip("needs two (virtual) devices")
-    q, kv, indices = inputs((2, 9, 17, 4, 8, 4, 6))
-    lse = sparse(8, indices)(q, kv)[1]
-    mesh = jax.make_mesh((2,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:2])
-    spec, everywhere = PartitionSpec(None, None, "tensor"), PartitionSpec()
-    partial = functools.partial(attention_target, scale=SCALE, head_axis="tensor")
-    specs = (spec, everywhere, spec, everywhere)
-    sharded = jax.jit(jax.shard_map(partial, mesh=mesh, in_specs=specs, out_specs=everywhere))
-    close(sharded(q, kv, lse, indices), attention_target(q, kv, lse, indices, scale=SCALE), 1e-6)

@@ -14,7 +14,8 @@ from train_cases import small_batch, small_phases
 
 from dsa_jax import Cache
 from train.phases import split_groups
-from train.step import init_state, make_step
+from train.state import init_state
+from train.step import make_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LENGTH = 4096  # long enough for several blocks of queries everywhere

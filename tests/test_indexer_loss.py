@@ -22,7 +22,6 @@ from cases import (
     same_bits,
     unchecked,
 )
-from jax.sharding import AxisType, PartitionSpec
 
 from dsa_jax import (
     KeyRange,
@@ -324,49 +323,6 @@ def test_padding_queries_and_keys_changes_nothing(kl, make):
     dq, dk, dw = padded_gradients
     for a, b in zip((dq[:, 4:13], dk[:, :17], dw[:, 4:13]), gradients, strict=True):
         close(a, b, 1e-5)
-
-
-@FORMS
-def test_heads_apart_equal_all_heads_at_once(kl, make):
-    """`head_axis` under vmap: every shard of heads gives the whole KL and the whole gradient."""
-    inputs = make((2, 9, 17, 4, 2, 6))
-    *index, q, k, lse, which = inputs
-    sparse = k.ndim == 3
-    apart = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], 2, 2, *x.shape[3:]), 2, 0)
-
-    def loss(index, q, k, lse):
-        value = kl(*index, q, k, lse, which, head_axis="tensor")
-        return value.sum(), value
-
-    step = jax.vmap(jax.grad(loss, has_aux=True), (None, 0, None if sparse else 0, 0), axis_name="tensor")
-    gradients, value = jax.jit(step)(index, apart(q), k if sparse else apart(k), apart(lse))
-    whole, expected = index_gradients(kl, inputs, jnp.ones((2, 9)))
-    for shard in range(2):
-        close(value[shard], whole, 1e-5)
-        for a, b in zip(gradients, expected, strict=True):
-            close(a[shard], b, 1e-5)
-
-
-@FORMS
-def test_heads_sharded_over_devices(kl, make):
-    if jax.device_count() < 2:
-        pytest.skip("needs two (virtual) devices")
-    inputs = make((2, 9, 17, 4, 2, 6))
-    *index, q, k, lse, which = inputs
-    heads, everywhere = PartitionSpec(None, None, "tensor"), PartitionSpec()
-    mesh = jax.make_mesh((2,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:2])
-    sharded = jax.shard_map(
-        lambda *x: kl(*x, head_axis="tensor"),
-        mesh=mesh,
-        in_specs=(*[everywhere] * 3, heads, heads if k.ndim == 4 else everywhere, heads, everywhere),
-        out_specs=everywhere,
-    )
-    cotangent = normal(9, 2, 9)
-    jax.tree.map(
-        lambda a, b: close(a, b, 1e-5),
-        index_gradients(sharded, inputs, cotangent),
-        index_gradients(kl, inputs, cotangent),
-    )
 
 
 @FORMS

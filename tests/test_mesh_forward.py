@@ -67,7 +67,7 @@ def test_bad_input(alone):
     with pytest.raises(ValueError, match="tensor=8 must divide num_attention_heads 4; nearest that does: 4"):
         forward_on_mesh(model, mesh_of("tensor=8"), inputs)
     inside = jax.shard_map(model, mesh=mesh_of("tensor=4"), in_specs=spec(), out_specs=spec(), check_vma=False)
-    with pytest.raises(ValueError, match="the tokens of a shard must be a multiple of the 4 shards .* got 30"):
+    with pytest.raises(ValueError, match="a shard's tokens must be a multiple of the 4 shards .* got 30"):
         inside(inputs[:, :30])
     with pytest.raises(ValueError, match="must have the axes"):
         forward_on_mesh(model, jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), inputs)

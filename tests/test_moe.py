@@ -232,8 +232,8 @@ def test_flops_stay_near_the_ideal_at_512_rows_an_expert(num_experts, dim):
     # The count sees a loop's body once. No product of rows and weights is in one here; the only loop sums the weight
     # gradients of the 319 blocks of 64 experts, whose products with zeros and ones are added to the count by hand.
     blocks = (rows * num_experts + num_experts * 127) // 128
-    if num_experts > grouped_ffn.SUMMED_BLOCKS:
-        both += 3 * 2 * grouped_ffn.SUMMED_BLOCKS * blocks * dim * dim / (3 * ideal)
+    if num_experts > grouped_ffn.BLOCKS_PER_SUM:
+        both += 3 * 2 * grouped_ffn.BLOCKS_PER_SUM * blocks * dim * dim / (3 * ideal)
     assert 1 <= forward <= 1.5 and 1 <= both <= 1.5, (forward, both)
     assert flops(ragged, *arrays) / ideal > 1.5
 

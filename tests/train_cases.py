@@ -14,10 +14,27 @@ from cases import FAST
 from dsa_jax import Config, KeyRange
 from train.data import Batch, DataConfig
 from train.optimizer import OptimizerSettings
-from train.phases import Params
-from train.presets import PhaseSettings, RunConfig, Stage
-from train.run import abstract_params
-from train.step import Step, init_state
+from train.phases import BASE, SPARSE, WARMUP, Params
+from train.settings import PhaseSettings, RunConfig, Stage
+from train.state import abstract_params, init_state
+from train.step import Step
+
+DOCUMENTS = 40
+
+
+def write_documents(folder: Path) -> Path:
+    """Writes files of which every line names its file, some of them not ASCII."""
+    for i in range(DOCUMENTS):
+        lines = [f"file{i:02d} = value_{i:02d}_{j:03d}  # naïve\n" for j in range(5 + 3 * i)]
+        (folder / f"f{i:02d}.txt").write_text("".join(lines))
+    return folder
+
+
+def batch_at(dataset, index: int) -> Batch:
+    """Takes a batch by random access."""
+    batch = dataset[index]
+    assert batch is not None
+    return batch
 
 
 def small_config(**changes) -> Config:
@@ -56,9 +73,9 @@ def small_phases(*stages: Stage) -> dict[str, PhaseSettings]:
     muon = OptimizerSettings(4e-3, muon_learning_rate=0.02, schedule="cosine")
     adamw = OptimizerSettings(1e-3)
     phases = (
-        PhaseSettings("BASE", stages, backbone=muon, bias_rate=1e-2),
-        PhaseSettings("WARMUP", stages, indexer=adamw),
-        PhaseSettings("SPARSE", stages, backbone=adamw, indexer=adamw, bias_rate=1e-2),
+        PhaseSettings(BASE, stages, backbone=muon, bias_rate=1e-2),
+        PhaseSettings(WARMUP, stages, indexer=adamw),
+        PhaseSettings(SPARSE, stages, backbone=adamw, indexer=adamw, bias_rate=1e-2),
     )
     return {phase.name: phase for phase in phases}
 
@@ -108,7 +125,6 @@ def small_batch(batch: int = 4, length: int = 16, *, seed: int = 0, vocab: int =
         start=start,
         stop=stop,
         positions=np.arange(length, dtype=np.int32) - start,
-        answers=np.zeros((batch, length), bool),
     )
 
 

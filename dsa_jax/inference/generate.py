@@ -1,4 +1,4 @@
-"""Text generation: the prompt in chunks through the model (prefill), then a token at a time (decode)."""
+"""Generation: the prompt in chunks through the model (prefill), then a token at a time (decode)."""
 
 from functools import partial
 
@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dsa_jax.cache import Cache
+from dsa_jax.inference.sampling import check_sampling, sample
 from dsa_jax.key_range import KeyRange
+from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 
 PREFILL_CHUNK = 4096  # tokens of a prompt at a time: bounds the memory of activations
@@ -26,7 +28,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     stop_token: int | None = None,
-    attention: str = "sparse",
+    attention: Attention = "sparse",
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Int[Array, "B max_new_tokens"]:
     """Continues each prompt by `max_new_tokens` tokens.
@@ -44,13 +46,20 @@ def generate(
       attention: "sparse" or "dense".
       prefill_chunk: tokens of the prompt that go through the model at a time.
 
+    Returns:
+      the new tokens, without the prompts.
+
+    Example:
+      >>> generate(model, jnp.array([[1, 2, 3]]), max_new_tokens=4, temperature=0.0).shape
+      (1, 4)
+
     Raises:
       ValueError: for ids outside the vocabulary, lengths outside [1, T], or a total longer than the model's positions.
     """
     prompts = np.asarray(tokens)
     real = np.full(prompts.shape[:1], prompts.shape[-1]) if lengths is None else np.asarray(lengths)
     _check(model.config, prompts, real, max_new_tokens, prefill_chunk, stop_token)
-    _check_sampling(key, temperature, top_k, top_p)
+    check_sampling(key, temperature, top_k, top_p)
     graph, state = nnx.split(model)
     cache = Cache.empty(model.config, prompts.shape[0], prompts.shape[1] + max_new_tokens)
 
@@ -65,27 +74,6 @@ def generate(
     options = dict(count=max_new_tokens, stop_token=stop_token, attention=attention)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     return _decode(graph, state, last, cache, key, **options, **sampling)
-
-
-def sample(
-    logits: Float[Array, "B vocab"],
-    key: Array,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Int[Array, " B"]:
-    """Draws a token a row from softmax(logits / temperature), of the `top_k` likeliest that hold `top_p` of it."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
-    probabilities = jax.nn.softmax(ranked)
-    keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the likeliest always stays
-    if top_k is not None:
-        keep &= jnp.arange(logits.shape[-1]) < top_k
-    rank = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="attention", donate_argnums=4)
@@ -138,12 +126,3 @@ def _check(config, tokens, lengths, max_new_tokens, prefill_chunk, stop_token):
         )
     if stop_token is not None and not 0 <= stop_token < config.vocab_size:
         raise ValueError(f"stop_token must lie in [0, {config.vocab_size}), got {stop_token}")
-
-
-def _check_sampling(key, temperature, top_k, top_p):
-    if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"temperature must be at least 0, top_p in (0, 1], top_k at least 1, got {temperature}, {top_p}, {top_k}"
-        )
-    if key is None and temperature > 0:
-        raise ValueError("sampling needs a random key: pass key=jax.random.key(…), or temperature=0")

@@ -1,50 +1,121 @@
-"""Pallas kernels for NVIDIA Hopper (sm_90), one file a kernel, and the choice between them and plain XLA."""
+"""The choice between a Pallas kernel and plain XLA, made for each operation when it is lowered.
 
+An operation's `implementation` is None, "xla" or "pallas". None takes the kernel when lowering for a Hopper GPU alone,
+where shape and dtype allow it, and XLA elsewhere. `implementation(…)` says for a block of code what None means there.
+"""
+
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+Implementation = Literal["xla", "pallas"]
+
 CAPABILITY = "9.0"  # the compute capability that the kernels are written for: H100, H200, GH200
 
+# Both are part of the key of JAX's caches: what was compiled under one value is not used under another.
+_default_implementation = jax.make_user_context(None)
+_assumed_capability = jax.make_user_context(None)  # a tuple of one, for None is a capability too: that of no GPU
 
-def check_implementation(operation: str, implementation: str | None) -> None:
-    """Raises ValueError unless an operation that has no kernel is left the choice or told "xla"."""
+
+def implementation(name: Implementation | None) -> contextlib.AbstractContextManager[None]:
+    """Says what operations run that leave their `implementation` open, inside a `with` block.
+
+    What is compiled inside keeps to it, also functions that were compiled before under another choice.
+
+    Args:
+      name: "xla" takes the plain definitions; "pallas" insists on kernels, and an operation that cannot have one
+        raises ValueError; None leaves the choice to each operation, as outside.
+
+    Example:
+      >>> with dsa_jax.implementation("xla"):
+      ...     output = jax.jit(model)(tokens)
+
+    Raises:
+      ValueError: for any other name.
+    """
+    _check_name(name)
+    return _default_implementation(name)
+
+
+def assume_gpu(capability: str | None) -> contextlib.AbstractContextManager[None]:
+    """Traces as on a machine whose GPUs have this compute capability, "9.0" for Hopper's; None has no GPU.
+
+    For planning and tests: what is traced inside can be lowered for such a machine, and run on one alone.
+    """
+    return _assumed_capability((capability,))
+
+
+def is_gpu_assumed() -> bool:
+    """Tells whether the GPUs are those of `assume_gpu`, so that nothing may ask the real ones."""
+    return _assumed_capability.value is not None
+
+
+def gpu_capability() -> str | None:
+    """Returns the compute capability of this process's NVIDIA GPUs, the lowest if they differ; None without one."""
+    assumed = _assumed_capability.value
+    return _present_capability() if assumed is None else assumed[0]
+
+
+@functools.cache
+def _present_capability() -> str | None:
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return None
+    return min((device.compute_capability for device in devices), key=float, default=None)
+
+
+def resolve(implementation: Implementation | None) -> Implementation | None:
+    """Returns the implementation that an operation is told, by its own argument or else by the block around it.
+
+    Raises:
+      ValueError: for a name that is none.
+    """
     _check_name(implementation)
-    if implementation == "pallas":
+    return _default_implementation.value if implementation is None else implementation
+
+
+def check_implementation(operation: str, implementation: Implementation | None) -> None:
+    """Raises ValueError unless an operation that has no kernel is left the choice or told "xla"."""
+    if resolve(implementation) == "pallas":
         raise ValueError(f"implementation='pallas': {operation} has no Pallas kernel, use None or 'xla'")
 
 
 def choose_implementation(
-    operation: str, implementation: str | None, why_not: str | None, *, xla: Callable, pallas: Callable
+    operation: str, implementation: Implementation | None, why_not: str | None, *, xla: Callable, pallas: Callable
 ) -> Callable[..., Any]:
     """Returns the function to call with the arrays of one operation: `xla`, or the choice between it and `pallas`.
 
-    `None` takes the kernel when lowering for CUDA alone, on a machine whose GPUs are Hopper's, unless something speaks
-    against it. "pallas" insists: it raises ValueError here, or when it is lowered for anything but a Hopper GPU.
-
     Args:
       operation: its name, for messages.
-      implementation: None, "xla" or "pallas".
+      implementation: as the caller of the operation gave it; "pallas" insists, and raises ValueError here, or when it
+        is lowered for anything but a Hopper GPU.
       why_not: why the kernel cannot take these shapes and dtypes, or None if it can.
       xla: the plain definition, a function of arrays; functions and `functools.partial`s with keywords alone.
       pallas: the kernel, a function of the same arrays with the same results.
     """
-    _check_name(implementation)
+    told = resolve(implementation)
     capability = gpu_capability()
-    if implementation == "pallas":
+    if told == "pallas":
         if why_not:
             raise ValueError(f"implementation='pallas': {operation} has no kernel for this: {why_not}")
         if capability not in (None, CAPABILITY):
             raise ValueError(f"implementation='pallas': {_needs(operation, f'compute capability {capability}')}")
-    elif implementation == "xla" or why_not or capability != CAPABILITY:
+    elif told == "xla" or why_not or capability != CAPABILITY:
         return xla
-    return functools.partial(_bind, operation, implementation == "pallas", _Call.of(xla), _Call.of(pallas))
+    return functools.partial(_bind, operation, told == "pallas", _Call.of(xla), _Call.of(pallas))
+
+
+def stand_in(operation: str, function: Callable) -> Callable[..., Any]:
+    """Returns `function` under a name, as one operation in a trace: for what cannot be traced without its device."""
+    return functools.partial(_bind, operation, False, _Call.of(function), _Call.of(function))
 
 
 def _check_name(implementation):
@@ -56,16 +127,6 @@ def _needs(operation, got):
     return f"{operation} needs an NVIDIA Hopper GPU (compute capability {CAPABILITY}, sm_90), got {got}"
 
 
-@functools.cache
-def gpu_capability() -> str | None:
-    """The compute capability of this process's NVIDIA GPUs, the lowest if they differ; None without one."""
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return None
-    return min((device.compute_capability for device in devices), key=float, default=None)
-
-
 # For which platform a function is compiled is known only when it is lowered, so the choice is a primitive.
 # `lax.platform_dependent` would do, but for an export to several platforms at once, which Pallas refuses.
 
@@ -75,7 +136,7 @@ _choice.multiple_results = True
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A function with its keywords and vmapped axes, equal when they are: what is traced once is not traced again."""
+    """Holds a function, its keywords and vmapped axes. Equal calls compare equal, so nothing is traced twice."""
 
     function: Callable
     keywords: tuple[tuple[str, Hashable], ...] = ()

@@ -1,5 +1,6 @@
 """The choice between kernels and XLA: made when lowering, for the platform lowered for, and never silently."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsa_jax.pallas_kernels import dispatch as pallas_kernels
-from dsa_jax.pallas_kernels.dispatch import CAPABILITY, choose_implementation
+import dsa_jax
+from dsa_jax import KeyRange, latent_attention
+from dsa_jax.pallas_kernels import CAPABILITY, assume_gpu, check_implementation, choose_implementation, dispatch
 
 X = jnp.arange(128, dtype=jnp.float32)
 
@@ -37,9 +39,10 @@ def chosen(implementation, why_not=None, amount=1.0):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """Pretends that this machine's GPUs have some compute capability."""
-    return lambda capability: monkeypatch.setattr(pallas_kernels, "gpu_capability", lambda: capability)
+def gpu():
+    """Pretends for the rest of a test that this machine's GPUs have a compute capability."""
+    with contextlib.ExitStack() as stack:
+        yield lambda capability: stack.enter_context(assume_gpu(capability))
 
 
 def has_kernel(fn, *platforms, arrays=(X, X)):
@@ -89,9 +92,9 @@ def test_a_vmapped_choice_maps_what_is_mapped(gpu):
 def test_what_is_called_twice_is_compiled_once(gpu):
     gpu(CAPABILITY)
     chosen(None)(X, X)
-    before = pallas_kernels._compile._cache_size()
+    before = dispatch._compile._cache_size()
     chosen(None)(X, X)
-    assert pallas_kernels._compile._cache_size() == before
+    assert dispatch._compile._cache_size() == before
     np.testing.assert_array_equal(chosen(None, amount=5.0)(X, X)[0], 2 * X + 5)
 
 
@@ -112,4 +115,56 @@ def test_insisting_names_the_reason(gpu):
     with pytest.raises(ValueError, match="implementation must be None, 'xla' or 'pallas', got 'triton'"):
         chosen("triton")
     with pytest.raises(ValueError, match="halve has no Pallas kernel"):
-        pallas_kernels.check_implementation("halve", "pallas")
+        check_implementation("halve", "pallas")
+
+
+# The switch for a block of code.
+
+
+def test_a_block_says_what_is_taken_where_the_choice_is_open(gpu):
+    gpu(CAPABILITY)
+    with dsa_jax.implementation("xla"):
+        assert not has_kernel(chosen(None), "cuda")
+        assert has_kernel(chosen("pallas"), "cuda")  # an operation's own word counts more
+        with dsa_jax.implementation(None):
+            assert has_kernel(chosen(None), "cuda")
+        assert not has_kernel(chosen(None), "cuda")
+    assert has_kernel(chosen(None), "cuda")
+
+
+def test_a_block_that_insists_refuses_what_has_no_kernel():
+    q, kv = jnp.ones((1, 2, 1, 8)), jnp.ones((1, 2, 8))
+    attend = functools.partial(latent_attention, q, kv, KeyRange.causal(1, 2), value_dim=4, scale=1.0)
+    expected = attend()
+    with dsa_jax.implementation("pallas"):
+        assert has_kernel(chosen(None), "cuda")
+        with pytest.raises(ValueError, match="add has no kernel for this: too small"):
+            chosen(None, "too small")
+        with pytest.raises(ValueError, match="latent_attention has no Pallas kernel"):
+            attend()
+        np.testing.assert_array_equal(attend(implementation="xla")[0], expected[0])
+    np.testing.assert_array_equal(attend()[0], expected[0])
+
+
+def test_what_was_compiled_outside_a_block_is_compiled_anew_inside(gpu):
+    gpu(CAPABILITY)
+    taken = []
+
+    @jax.jit
+    def run(x):
+        taken.append(dispatch.resolve(None))
+        return chosen(None)(x, x)[0]
+
+    for _ in range(2):
+        run(X)
+        with dsa_jax.implementation("xla"):
+            run(X)
+    assert taken == [None, "xla"]
+
+
+def test_a_block_ends_with_an_error_too_and_names_are_checked():
+    with pytest.raises(RuntimeError), dsa_jax.implementation("xla"):
+        raise RuntimeError
+    assert dispatch.resolve(None) is None
+    with pytest.raises(ValueError, match="implementation must be None, 'xla' or 'pallas', got 'triton'"):
+        dsa_jax.implementation("triton")

@@ -1,0 +1,52 @@
+"""The small parts that every layer is made of: new weights, projections and normalisations."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsa_jax.config import Config
+
+
+def new_weight(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:
+    """Draws a parameter from a normal distribution of standard deviation `initializer_range`, in `param_dtype`."""
+    return nnx.Param(jax.nn.initializers.normal(config.initializer_range)(rngs.params(), shape, config.param_dtype))
+
+
+def project(dims: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Multiplies activations by a parameter: `einsum` in and out in the dtype of `x`, float32 in full precision.
+
+    Example:
+      >>> project("btd,df->btf", jnp.ones((1, 2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
+      dtype(bfloat16)
+    """
+    return jnp.einsum(dims, x, weight.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation, x / rms(x) · weight, computed in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float, dtype: str):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(dim, dtype))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result has the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normal * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with weight and bias, computed in float32 (arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, eps: float, dtype: str):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(dim, dtype))
+        self.bias = nnx.Param(jnp.zeros(dim, dtype))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result has the dtype of `x`."""
+        centred = x.astype(jnp.float32) - jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32)
+        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (normal * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
