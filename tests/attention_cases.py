@@ -28,7 +28,7 @@ def heads_inputs(b, t, s, n, p, r, v, dtype="float32"):
 
 
 def cotangents(value):
-    """Of `out` and `lse`; zero where `lse` is −inf, as a mask downstream would leave it."""
+    """Makes cotangents of `out` and `lse`; zero where `lse` is −inf, as a mask downstream would leave it."""
     out, lse = value
     d_lse = jnp.where(jnp.isfinite(lse), normal(8, *lse.shape), 0.0)
     return normal(7, *out.shape).astype(out.dtype), d_lse

@@ -1,4 +1,4 @@
-"""What the project targets: the forward pass and the training steps lower for CPU, CUDA and TPU."""
+"""The forward pass and the training steps lower for every platform: CPU, CUDA and TPU."""
 
 import functools
 

@@ -35,7 +35,7 @@ def shape(*dims, dtype="bfloat16") -> Any:
 
 
 def arguments(t, s):
-    """Of every operation, by name, as shapes."""
+    """Returns the arguments of every operation by name, as shapes."""
     edge = shape(1, t, dtype="int32")
     return dict(
         q_index=shape(1, t, J, E),

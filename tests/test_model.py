@@ -30,7 +30,7 @@ def at(out: Output, row, columns):
 
 
 def agree(actual, expected, shift=0):
-    """Of two results of `at`: the first's selection lies `shift` keys to the right."""
+    """Compares two results of `at`, of which the first's selection lies `shift` keys to the right."""
     close(actual[0], expected[0], NEAR)
     close(actual[1], expected[1], NEAR)
     if expected[2] is not None:
@@ -56,7 +56,7 @@ def test_packed_sequences_equal_separate_ones(attention):
 
 @BOTH
 def test_padding_on_either_side_changes_nothing(attention):
-    """Whatever ids it holds; its KL is zero, no expert counts it."""
+    """Padding may hold any ids; its KL is zero and no expert counts it."""
     ids, pad = tokens(2, 20), tokens(2, 12, seed=1)
     plain, _ = forward(CONFIG, ids, attention=attention)
     wide = jnp.concatenate([pad[:, :5], ids, pad[:, 5:]], 1)
@@ -83,7 +83,7 @@ def test_expert_load_counts_valid_slots():
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def chosen(ids):
-        """What the router chooses, given the input of the feed-forward."""
+        """Returns the router's choice, given the input of the feed-forward."""
         model = small_model(config)
         layer: Any = next(model.layers())
         turn = rotation(jnp.broadcast_to(jnp.arange(20), (2, 20)), config)
