@@ -1,4 +1,4 @@
-"""`dsa_jax.pallas_kernels.hopper.simt` in NumPy: all threads of one team in lockstep, each register an array over them.
+"""Runs the words of `dsa_jax.pallas_kernels.hopper.simt` in NumPy: a team in lockstep, registers as arrays.
 
 Runs a kernel's own Python where there is no GPU. What it cannot see is the PTX behind the words, and what would come of
 another order of atomic operations than any that lockstep has. It sees more than a GPU would: memory that nobody wrote
@@ -14,7 +14,7 @@ np.seterr(over="ignore")
 
 
 class Machine:
-    """The memory, and which threads are active."""
+    """Holds the memory, and which threads are active."""
 
     def __init__(self, threads, smem_words, seed):
         self.threads = threads
@@ -53,7 +53,7 @@ class Machine:
         who[words[counts > 1]] = -1
 
     def together(self):
-        """All threads are here, or none: a branch that nobody takes is walked through all the same."""
+        """Raises unless all threads have come, or none: a branch that nobody takes is walked through all the same."""
         assert self.active.all() or not self.active.any(), "not all threads have come"
 
 
@@ -68,6 +68,8 @@ def _array(x, dtype):
 
 
 class Reg:
+    """Holds a register of all threads: uint32, uint64, float32 or bool."""
+
     def __init__(self, value):
         self.value = value
 
@@ -301,7 +303,7 @@ def how_many_reach(pairs):
 
 
 def _words(memory, address, offset=0, align=4):
-    """Where the active threads' addresses are in a memory of words; 0 for the others."""
+    """Finds where the active threads' addresses are in a memory of words; 0 for the others."""
     place = np.where(machine.active, address.value.astype(np.int64) + offset, 0)
     assert (place % align == 0).all() and (place >= 0).all()
     assert (place + align <= 4 * len(memory)).all(), "outside of memory"
@@ -474,7 +476,7 @@ def warp_maximum_f32(x):
 
 
 def warp_reserve(address, count, lane):
-    """The warps come in any order."""
+    """Adds the warps' counts in a random order."""
     machine.together()
     places, counts = _words(machine.smem, address), _warps(count)
     with when(lane.equals(31)):

@@ -14,13 +14,13 @@ from dsa_jax.pallas_kernels.sparse_attention.forward import sparse_attention
 
 
 def abstract(b, t, s, n, c, r, k) -> tuple[Any, Any, Any]:
-    """q, kv and indices as shapes."""
+    """Makes q, kv and indices as shapes."""
     q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((b, t, n, c + r), (b, s, c + r)))
     return q, kv, jax.ShapeDtypeStruct((b, t, k), jnp.int32)
 
 
 def inputs(seed, b, t, s, n, c, r, k):
-    """Hostile indices (duplicates, every sort of absence, an empty row), blocks of nothing, NaN where nothing looks."""
+    """Makes arguments: hostile indices (duplicates, every absence, an empty row), empty blocks, NaN in unread rows."""
     q, kv = normal(seed, b, t, n, c + r, dtype="bfloat16"), normal(seed + 1, b, s, c + r, dtype="bfloat16")
     indices = np.array(hostile_indices(seed + 2, b, t, k, s))
     if k > 64:
@@ -31,13 +31,13 @@ def inputs(seed, b, t, s, n, c, r, k):
 
 
 def kernel(value_dim, scale=0.1, config=None, interpret=False) -> Any:
-    """The kernel as a function of arrays, compiled unless it is interpreted."""
+    """Makes the kernel a function of arrays, compiled unless it is interpreted."""
     call = functools.partial(sparse_attention, value_dim=value_dim, scale=scale, config=config, interpret=interpret)
     return call if interpret else jax.jit(call)
 
 
-def some_queries(b, t):
-    """All places (b, t) when they are few, otherwise the first, the last, the hostile ones, and some between."""
+def compared_queries(b, t):
+    """Chooses places (b, t) to compare: all of up to 16, else the first, the last, the hostile ones, and 8 between."""
     if b * t <= 16:
         return tuple(np.indices((b, t)).reshape(2, -1))
     between = np.random.default_rng(0).integers(0, (b, t), (8, 2))
@@ -51,7 +51,7 @@ def compare(results, q, kv, indices, value_dim, scale=0.1):
     chex.assert_shape(lse, q.shape[:3])
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     assert jnp.all(jnp.isfinite(out)) and not jnp.any(jnp.isnan(lse))
-    places = some_queries(*q.shape[:2])
+    places = compared_queries(*q.shape[:2])
     want_out, want_lse = _definition(places, q[places], kv, np.asarray(indices[places]), value_dim, scale)
     got_out, got_lse = f64(out[places]), f64(lse[places])
     empty = np.isneginf(want_lse)
@@ -67,7 +67,7 @@ def check(q, kv, indices, value_dim, scale=0.1, **options):
 
 
 def _definition(places, q, kv, indices, value_dim, scale):
-    """For q [P, N, H] and indices [P, K] of the queries at `places`, one at a time."""
+    """Computes out and lse in float64, for q [P, N, H] and indices [P, K] of the queries at `places`, one at a time."""
     q, kv = f64(q), np.asarray(kv)
     out, lse = np.zeros((*q.shape[:2], value_dim)), np.full(q.shape[:2], -np.inf)
     for i, (b, keys) in enumerate(zip(places[0], indices, strict=True)):

@@ -1,4 +1,4 @@
-"""On a Hopper GPU: the operations take their kernels by themselves, gradients pass, and layers agree with plain XLA."""
+"""Tests on a Hopper GPU that operations take their kernels, gradients pass, and layers agree with plain XLA."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 
 def kernels_of(fn, *arrays):
-    """How many Pallas kernels the compiled function calls."""
+    """Counts the Pallas kernels that the compiled function calls."""
     return jax.jit(fn).lower(*arrays).compile().as_text().count('custom_call_target="mosaic_gpu')
 
 

@@ -1,4 +1,4 @@
-"""The kernels of training joined as the operations use them: gradients of attention, the losses, dense attention.
+"""Tests the kernels of training joined as the operations use them: gradients of attention, the losses, dense attention.
 
 Chunks, padding and sums over keys run on a CPU with the kernels interpreted; the public functions run on the card and
 are held against float64 and, where that is out of reach, against the definition's own gradients.
@@ -31,14 +31,14 @@ BOUND = 5e-3  # relative error norm of results in bfloat16
 
 
 def error(actual, want):
-    """The norm of the difference over the norm of what is wanted."""
+    """Computes the norm of the difference over the norm of what is wanted."""
     actual, want = reference.f64(actual), reference.f64(want)
     assert np.all(np.isfinite(actual))
     return np.linalg.norm(actual - want) / np.linalg.norm(want)
 
 
 def backward_inputs(seed, b, t, s, n, c, r, k):
-    """q, kv, indices, out, lse, d_out, d_lse; kv is NaN where nobody looks, and one query has no key."""
+    """Makes q, kv, indices, out, lse, d_out, d_lse; kv is NaN where nobody looks, and one query has no key."""
     q, kv, indices = inputs(seed, b, t, s, n, c, r, k)
     out, lse = jax.jit(functools.partial(sparse_attention, value_dim=c, scale=SCALE, implementation="xla"))(
         q, kv, indices
@@ -54,7 +54,6 @@ def float64_backward(q, kv, indices, out, lse, d_out, d_lse):
 def test_backward_in_chunks(monkeypatch):
     """Heads and keys filled up, a last chunk that reaches back, two batch rows."""
     arrays = backward_inputs(0, 2, 5, 40, 16, 64, 0, 70)
-    monkeypatch.setattr(backward_kernels, "CHUNK_BYTES", 1)
     monkeypatch.setattr(backward_kernels, "queries_in_chunk", lambda *_: 3)
     got = backward_kernels.sparse_attention_backward(*arrays, value_dim=64, scale=SCALE, interpret=True)
     for actual, want in zip(got, float64_backward(*arrays), strict=True):
@@ -79,7 +78,7 @@ def test_backward_says_why_not():
 
 
 def loss_inputs(seed, b, t, s, n, k, j=64, dim=128):
-    """Index inputs in bfloat16, then q, kv, lse, indices of an attention over hostile selections."""
+    """Makes index inputs in bfloat16, then q, kv, lse, indices of an attention over hostile selections."""
     q_index, k_index, weights, k_scale = index_inputs(seed, b, t, s, j, dim, "bfloat16")
     q, kv, indices = (
         normal(seed + 4, b, t, n, 128, dtype="bfloat16"),
@@ -92,7 +91,7 @@ def loss_inputs(seed, b, t, s, n, k, j=64, dim=128):
 
 
 def test_loss_of_the_kernels_joined():
-    """Few heads filled up, K filled up, two batch rows in one sum over keys."""
+    """Too few heads filled up, K filled up, two batch rows in one sum over keys."""
     index, (q, kv, lse, indices), k_scale = loss_inputs(0, 2, 3, 40, 16, 70, j=16, dim=64)
     sums = kl_kernels.head_sums(q, kv, lse, indices, scale=SCALE, interpret=True)
     d_kl, total = normal(9, 2, 3), normal(10, 2, 40, 64)
@@ -140,7 +139,7 @@ def test_every_training_operation_lowers_to_kernels():
 
 @functools.partial(jax.jit, static_argnames=("function", "count"))
 def gradients_of(function, arrays, cotangents, count):
-    """The value of a function and its gradients by the first `count` of its arrays; none of them is a constant."""
+    """Computes a function and its gradients by the first `count` of its arrays; none of them is a constant."""
     value, pull = jax.vjp(lambda *first: function(*first, *arrays[count:]), *arrays[:count])
     return value, pull(cotangents)
 
@@ -235,10 +234,10 @@ def test_dense_stage_on_the_card(shape, causal):
     attend = functools.partial(multihead_attention, scale=SCALE, implementation="pallas")
     out, lse = jax.jit(attend)(q, k, v, keys)
     want_out, want_lse = reference.attention(q, k, v, rows, SCALE)
-    some = ~np.isneginf(want_lse)
+    has_keys = ~np.isneginf(want_lse)
     assert error(out, want_out) < BOUND
-    np.testing.assert_allclose(np.where(some, lse, 0), np.where(some, want_lse, 0), atol=1e-4)
-    assert np.all(np.isneginf(np.asarray(lse)) == ~some)
+    np.testing.assert_allclose(np.where(has_keys, lse, 0), np.where(has_keys, want_lse, 0), atol=1e-4)
+    assert np.all(np.isneginf(np.asarray(lse)) == ~has_keys)
     cotangent = normal(9, b, t)
     loss = functools.partial(dense_indexer_kl, scale=SCALE, implementation="pallas")
     value, gradients = gradients_of(loss, (*index, q, k, lse, keys), cotangent, 3)

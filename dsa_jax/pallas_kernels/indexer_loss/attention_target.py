@@ -34,44 +34,49 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import (
+    BLOCK_HEADS,
+    BLOCK_KEYS,
+    LOG2E,
+    PAIR_KEYS,
+    ROW_LAYOUT,
+    SMEM_GRANULE_BYTES,
+    SWIZZLED_COLUMNS,
+    WARPGROUP_THREADS,
+    WARPS_PER_WARPGROUP,
+    WORD_PER_THREAD,
+)
 
-HEADS = 64  # of a warpgroup: the rows of one wgmma
-BLOCK_KEYS = 64
-TILE = 64  # columns of bfloat16 in a swizzled row
 MAX_DIM = 576  # H: 144 registers a thread for Q
-WARPS = 4  # of a warpgroup
-L2_LINE = 128  # bytes
+L2_LINE_BYTES = 128
 COMPUTE_REGISTERS = 216  # of a thread: 144 hold Q of 64 heads for H 576, 32 the logits
 GATHER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
-LOG2E = math.log2(math.e)
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a head, as reducing the accumulator leaves it
-KEY_A_THREAD = plgpu.Layout.WG_STRIDED((ptx.WARPGROUP,), vec_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How 64 or 128 heads share a block's warpgroups and shared memory."""
+    """Shares a block's warpgroups and shared memory among 64 or 128 heads."""
 
     heads: int
 
     @property
     def readers(self) -> int:
         """Computing warpgroups that read a key block."""
-        return self.heads // HEADS
+        return self.heads // BLOCK_HEADS
 
     @property
     def period(self) -> int:
-        """Every which key block is a computing warpgroup's."""
+        """Key blocks from one of a computing warpgroup's to its next: 1 at 128 heads, 2 at 64."""
         return 2 // self.readers
 
     @property
     def slots(self) -> int:
-        """Key blocks in shared memory: what is being multiplied and one more."""
+        """Key blocks in shared memory: those being multiplied and one more."""
         return self.period + 1
 
     @property
     def sums(self) -> int:
-        """Key blocks whose sums by warp are in shared memory.
+        """Key blocks that have room in shared memory for their sums by warp.
 
         When a warpgroup has multiplied block j - slots, the sums of its block before that are complete, and are added
         up before block j is gathered. All blocks from there to j - 1 may have sums by then.
@@ -79,10 +84,10 @@ class Plan:
         return self.slots + self.period
 
     def smem_bytes(self, dim: int) -> int:
-        """Of a block, with two pieces for the barriers. For H 576: 152 KiB with 128 heads, 223 KiB with 64."""
+        """Counts the bytes of a block, barriers included. For H 576: 152 KiB with 128 heads, 223 KiB with 64."""
         rows = self.slots * BLOCK_KEYS * dim * 2
-        sums = self.sums * self.readers * WARPS * BLOCK_KEYS * 4
-        return rows + ptx.allocated(sums) + 2 * ptx.SMEM_GRANULE
+        sums = self.sums * self.readers * WARPS_PER_WARPGROUP * BLOCK_KEYS * 4
+        return rows + ptx.allocated(sums) + 2 * SMEM_GRANULE_BYTES
 
 
 def why_not(q, kv, lse, indices) -> str | None:
@@ -101,11 +106,11 @@ def why_not(q, kv, lse, indices) -> str | None:
         return f"no dimension may be 0, got {shapes}"
     if kv.shape[2] != dim or lse.shape != (queries, heads) or indices.shape[0] != queries or queries % kv.shape[0]:
         return f"{shapes} do not fit together"
-    if heads % HEADS:
-        return f"heads must be a multiple of {HEADS}, got {heads}"
-    if dim % TILE or dim > MAX_DIM:
-        return f"the last dimension must be a multiple of {TILE} up to {MAX_DIM}, got {dim}"
-    if queries * (pl.cdiv(indices.shape[1], 2 * BLOCK_KEYS) * 2 + 1) >= 2**31 - 2**20:  # key blocks count in int32
+    if heads % BLOCK_HEADS:
+        return f"heads must be a multiple of {BLOCK_HEADS}, got {heads}"
+    if dim % SWIZZLED_COLUMNS or dim > MAX_DIM:
+        return f"the last dimension must be a multiple of {SWIZZLED_COLUMNS} up to {MAX_DIM}, got {dim}"
+    if queries * (pl.cdiv(indices.shape[1], PAIR_KEYS) * 2 + 1) >= 2**31 - 2**20:  # key blocks count in int32
         return f"T · ⌈K / 64⌉ must be below 2³¹, got {shapes}"
     return None
 
@@ -129,12 +134,14 @@ def attention_target(q, kv, lse, indices, *, scale: float, blocks: int | None = 
     if reason is not None:
         raise ValueError(f"attention_target: {reason}")
     keys = indices.shape[1]
-    padding = -keys % (2 * BLOCK_KEYS)
+    # Pairs of key blocks: at 64 heads each computing warpgroup has one of a pair.
+    padding = -keys % PAIR_KEYS
     if padding:
         indices = jnp.pad(indices, ((0, 0), (0, padding)), constant_values=-1)
+    # A block holds Q of 128 heads; more heads take more passes, added in their order.
     sums = None
-    for first_head in range(0, q.shape[1], 2 * HEADS):
-        plan = Plan(min(2 * HEADS, q.shape[1] - first_head))
+    for first_head in range(0, q.shape[1], 2 * BLOCK_HEADS):
+        plan = Plan(min(2 * BLOCK_HEADS, q.shape[1] - first_head))
         kernel = _kernel(q.shape, kv.shape, indices.shape[1], first_head, plan, scale, blocks, interpret)
         part = kernel(q, kv, lse, indices)
         sums = part if sums is None else sums + part
@@ -143,12 +150,13 @@ def attention_target(q, kv, lse, indices, *, scale: float, blocks: int | None = 
 
 
 def _kernel(q_shape, kv_shape, keys, first_head, plan, scale, blocks, interpret):
+    """Makes the kernel for (q, kv, lse, indices) that sums over `plan.heads` heads from `first_head` on."""
     queries, _, dim = q_shape
     slots = plan.slots
     blocks = min(queries, blocks or ptx.multiprocessors())
     scratch = dict(
         k_smem=plgpu.SMEM((slots, BLOCK_KEYS, dim), jnp.bfloat16, transforms=ptx.swizzled(jnp.bfloat16)),
-        sums_smem=plgpu.SMEM((plan.sums, plan.readers * WARPS, BLOCK_KEYS), jnp.float32),
+        sums_smem=plgpu.SMEM((plan.sums, plan.readers * WARPS_PER_WARPGROUP, BLOCK_KEYS), jnp.float32),
         # A slot has been gathered: an arrival of each gathering thread; computing warpgroups wait.
         gathered_barriers=ptx.gather_barriers(slots, interpret),
         # A slot is done with: an arrival of each computing warpgroup, which has multiplied it or, where the other one
@@ -184,7 +192,7 @@ def _block(
     indices_gmem,  # [T, K] int32
     sums_gmem,  # [T, K] float32
     *,
-    k_smem,  # [slots, 64, H]
+    k_smem,  # [slots, 64, H], 144 KiB for 128 heads and H 576, 216 KiB for 64 heads
     sums_smem,  # [plan.sums, warps, 64]: over the heads of a warp
     gathered_barriers,
     free_barriers,
@@ -197,6 +205,7 @@ def _block(
     plan: Plan,
     interpret: bool,
 ):
+    """Runs one thread block: two warpgroups that compute in turns, one that gathers and adds up."""
     _, size, dim = kv_gmem.shape
     slots, period, entries = plan.slots, plan.period, plan.sums
     key_blocks = indices_gmem.shape[1] // BLOCK_KEYS
@@ -206,12 +215,13 @@ def _block(
     ptx.init_gather_barriers(gathered_barriers, slots, interpret)
 
     def place(step):
-        """The query and the keys of a step, also of one before the first or after the last."""
+        """Gives the query and the keys of a step; those of the first or last step beyond them."""
         step = jnp.clip(step, 0, steps - 1)
         item = lax.div(step, key_blocks)
         return block + item * blocks, pl.ds((step - item * key_blocks) * BLOCK_KEYS, BLOCK_KEYS)
 
     def wait_gathered(step):
+        """Waits until the rows of a step's key block have landed."""
         ptx.wait_gather(gathered_barriers, lax.rem(step, slots), lax.rem(lax.div(step, slots), 2), interpret)
 
     def see_gathered(step):
@@ -224,38 +234,43 @@ def _block(
         plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
 
         def row_ids(step):
+            """Loads the row numbers of a step, for the gather."""
             return ptx.load_row_ids(indices_gmem.at[place(step)], interpret)
 
         def key_id(step):
+            """Loads the ids of a step again, for its sums."""
             return _load_key_id(indices_gmem.at[place(step)], interpret)
 
         def add_up(step, key):
             """Writes the sums of a step. The computing warpgroups have its entry again after the next gather."""
             _add_warps(sums_smem.at[lax.rem(step, entries)], key, size, sums_gmem.at[place(step)], interpret)
 
-        def call_next_query(step):
-            """From HBM into L2: the computing warpgroups have nothing to do while they load Q."""
+        def fetch_next_query(step):
+            """Has the next Q read from HBM into L2: the computing warpgroups have nothing to do while they load it."""
             query, _ = place(step + key_blocks)
             heads = pl.ds(first_head, plan.heads)
-            _call_into_l2(q_gmem.at[query, heads], interpret)
-            _call_into_l2(lse_gmem.at[query, heads], interpret)
+            _fetch_into_l2(q_gmem.at[query, heads], interpret)
+            _fetch_into_l2(lse_gmem.at[query, heads], interpret)
 
         def gather(step, carry):
+            """Gathers a step's rows; before that, adds up the sums whose memory the computing warpgroups need next."""
             ids, key = carry
             next_ids, next_key = row_ids(step + 1), key_id(step + 1 - entries)
             slot = lax.rem(step, slots)
+            # The wait for the slot tells as well that the sums of `entries` steps ago are complete: see `Plan.sums`.
             pl.when(step >= slots)(lambda: plgpu.barrier_wait(free_barriers.at[slot]))
             pl.when(step >= entries)(lambda: add_up(step - entries, key))
-            pl.when(lax.rem(step, key_blocks) == 0)(lambda: call_next_query(step))
+            pl.when(lax.rem(step, key_blocks) == 0)(lambda: fetch_next_query(step))
             latents_gmem = kv_gmem.at[lax.div(place(step)[0], per_batch)]
             ptx.gather_64_rows(
-                latents_gmem, ids, k_smem.at[slot], gathered_barriers, slot, range(dim // TILE), interpret
+                latents_gmem, ids, k_smem.at[slot], gathered_barriers, slot, range(dim // SWIZZLED_COLUMNS), interpret
             )
             return next_ids, next_key
 
         _, key = lax.fori_loop(0, steps, gather, (row_ids(0), key_id(-entries)))
 
         def drain(i, key):
+            """Adds up the sums of the last steps, and waits for every phase of the barriers."""
             step = steps + i
             next_key = key_id(step + 1 - entries)
             last_wait = (i < slots) & (step >= slots)
@@ -269,26 +284,31 @@ def _block(
     @pl.when(warpgroup < 2)
     def _compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        own_heads = first_head + (warpgroup * HEADS if plan.readers == 2 else 0)
+        own_heads = first_head + (warpgroup * BLOCK_HEADS if plan.readers == 2 else 0)
         # The turn passes while the last tile of columns is still to be issued, so that the tensor cores do not run dry.
-        parts = [pl.ds(0, dim - TILE), pl.ds(dim - TILE, TILE)] if dim > TILE else [pl.ds(0, TILE)]
-        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn_barriers.at[0]))
+        parts = (
+            [pl.ds(0, dim - SWIZZLED_COLUMNS), pl.ds(dim - SWIZZLED_COLUMNS, SWIZZLED_COLUMNS)]
+            if dim > SWIZZLED_COLUMNS
+            else [pl.ds(0, SWIZZLED_COLUMNS)]
+        )
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn_barriers.at[0]))  # warpgroup 0 has the first turn
 
         @pl.loop(0, items)
         def _(item):
             query = block + item * blocks
-            heads = pl.ds(own_heads, HEADS)
+            heads = pl.ds(own_heads, BLOCK_HEADS)
+            # Straight from global memory into registers: 64 × 576 in bfloat16 are 144 a thread.
             q = [
                 plgpu.load(q_gmem.at[query, heads, part], layout=plgpu.Layout.WGMMA, optimized=False) for part in parts
             ]
-            lse = plgpu.load(lse_gmem.at[query, heads], layout=ROW, optimized=False)
-            # exp2(logit · scale · log2 e + offset)
+            lse = plgpu.load(lse_gmem.at[query, heads], layout=ROW_LAYOUT, optimized=False)
+            # exp2(logit · scale · log2 e + offset). A head without keys has an offset of -inf too: it gives 0, not NaN.
             offset = jnp.where(lse == -jnp.inf, -jnp.inf, lse * -LOG2E)
 
             @pl.loop(0, key_blocks // period)
             def _(i):
                 step = item * key_blocks + period * i
-                if period == 2:
+                if period == 2:  # 64 heads: the even key blocks are warpgroup 0's, the odd ones warpgroup 1's
                     step = step + warpgroup
                     pl.when(step > 0)(lambda: see_gathered(step - 1))
                 wait_gathered(step)
@@ -296,19 +316,23 @@ def _block(
                 plgpu.barrier_wait(turn_barriers.at[warpgroup])
 
                 def product(accumulator):
+                    """Multiplies Q by the key block, [64 heads, 64 keys], and passes the turn on."""
                     for i, (columns, operand) in enumerate(zip(parts, q, strict=True)):
                         accumulator = _add_product(accumulator, operand, k_smem.at[slot, :, columns], interpret)
-                        if i == 0:
+                        if i == 0:  # all but the last tile are issued
                             plgpu.barrier_arrive(turn_barriers.at[1 - warpgroup])
                     return accumulator[...]
 
                 if interpret:
-                    s = product(jnp.zeros((HEADS, BLOCK_KEYS), jnp.float32))
+                    s = product(jnp.zeros((BLOCK_HEADS, BLOCK_KEYS), jnp.float32))
                 else:
-                    s = pl.run_scoped(product, ptx.ACC((HEADS, BLOCK_KEYS), jnp.float32))
-                plgpu.barrier_arrive(free_barriers.at[slot])
-                first_warp = WARPS * warpgroup if plan.readers == 2 else 0
-                sums = sums_smem.at[lax.rem(step, entries), pl.ds(first_warp, WARPS)]
+                    s = pl.run_scoped(product, ptx.ACC((BLOCK_HEADS, BLOCK_KEYS), jnp.float32))
+                plgpu.barrier_arrive(
+                    free_barriers.at[slot]
+                )  # before the exponentials: the gather need not wait for them
+                # At 128 heads both warpgroups have sums of every key block, 8 warps in all.
+                first_warp = WARPS_PER_WARPGROUP * warpgroup if plan.readers == 2 else 0
+                sums = sums_smem.at[lax.rem(step, entries), pl.ds(first_warp, WARPS_PER_WARPGROUP)]
                 _sum_heads(s, offset, scale * LOG2E, sums, interpret)
 
         # Every completed phase is waited for.
@@ -318,18 +342,20 @@ def _block(
         plgpu.barrier_arrive(done_barrier)
 
 
-def _call_into_l2(x_gmem, interpret):
-    """Has a contiguous array read into the L2 cache, by one warpgroup; it begins at a multiple of 128 bytes."""
-    lines = pl.cdiv(math.prod(x_gmem.shape) * x_gmem.dtype.itemsize, L2_LINE)
+def _fetch_into_l2(x_gmem, interpret):
+    """Has one warpgroup read a contiguous array into the L2 cache; it begins at a multiple of 128 bytes."""
+    lines = pl.cdiv(math.prod(x_gmem.shape) * x_gmem.dtype.itemsize, L2_LINE_BYTES)
     if interpret:
         return
 
     @ptx.inline_mgpu(arg_types=(plgpu.RefType(),))
     def call(ctx, x):
-        thread = arith.andi(ptx.thread_id(), ptx.i32(ptx.WARPGROUP - 1))
-        for first in range(0, lines, ptx.WARPGROUP):
+        thread = ptx.thread_of_warpgroup()
+        for first in range(0, lines, WARPGROUP_THREADS):  # neighbouring threads ask for neighbouring lines
             line = arith.addi(thread, ptx.i32(first))
-            address = arith.addi(ptx.gmem_address(x), arith.extui(ptx.i64_type(), arith.muli(line, ptx.i32(L2_LINE))))
+            address = arith.addi(
+                ptx.gmem_address(x), arith.extui(ptx.i64_type(), arith.muli(line, ptx.i32(L2_LINE_BYTES)))
+            )
             with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, line, ptx.i32(lines))):
                 ptx.ptx("prefetch.global.L2 [$0];", address)
 
@@ -337,7 +363,7 @@ def _call_into_l2(x_gmem, interpret):
 
 
 def _add_product(accumulator, q, k_smem, interpret):
-    """accumulator + Q [64, columns] · K [64, columns] transposed, in place."""
+    """Adds Q [64, columns] · K [64, columns] transposed to the accumulator, in place; Q is in registers."""
     if not interpret:
         plgpu.wgmma(accumulator, q, k_smem.transpose((1, 0)))
         return accumulator
@@ -353,30 +379,32 @@ def _sum_heads(s, offset, scale, sums_smem, interpret):
     """
     if interpret:
         p = jnp.exp2(s * scale + lax.broadcast_in_dim(offset, s.shape, [0]))
-        sums_smem[...] = p.reshape(WARPS, HEADS // WARPS, BLOCK_KEYS).sum(1)
+        sums_smem[...] = p.reshape(WARPS_PER_WARPGROUP, BLOCK_HEADS // WARPS_PER_WARPGROUP, BLOCK_KEYS).sum(1)
         return
 
-    @ptx.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ROW, plgpu.RefType()))
+    @ptx.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ROW_LAYOUT, plgpu.RefType()))
     def reduce(ctx, s, offset, sums):
         f32 = ir.F32Type.get()
-        thread = arith.andi(ptx.thread_id(), ptx.i32(ptx.WARPGROUP - 1))
+        thread = ptx.thread_of_warpgroup()
         lane = arith.andi(thread, ptx.i32(31))
         factor = mgpu.utils.c(scale, f32)
 
         def element(value, i):
+            """Takes an element of a register that is a vector."""
             return vector.extract(value, [], ir.DenseI64ArrayAttr.get([i]))
 
         def exponential(logit, row_offset):
+            """Computes exp2(logit · scale + offset): two instructions, the second on the special function unit."""
             code = "{\n.reg .f32 x;\nfma.rn.f32 x, $1, $2, $3;\nex2.approx.ftz.f32 $0, x;\n}"
             return ptx.ptx(code, logit, factor, row_offset, result_types=f32)
 
-        offsets = [element(x, 0) for x in offset.registers.flat]
+        offsets = [element(x, 0) for x in offset.registers.flat]  # of this thread's two heads
         values = []  # of columns 8 i + 2 (lane mod 4) and the next, for i in 0 … 7
         for rows in s.registers.reshape(BLOCK_KEYS // 8, 2):
             for i in range(2):
                 upper, lower = (exponential(element(x, i), y) for x, y in zip(rows, offsets, strict=True))
                 values.append(arith.addf(upper, lower))
-        for bit in (16, 8, 4):
+        for bit in (16, 8, 4):  # 16 values, then 8, 4 and at last 2; the sums' order is the same in every run
             half = len(values) // 2
             high = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, ptx.i32(bit)), ptx.i32(0))
             kept = [arith.select(high, b, a) for a, b in zip(values[:half], values[half:], strict=True)]
@@ -389,17 +417,19 @@ def _sum_heads(s, offset, scale, sums_smem, interpret):
 
 
 def _load_key_id(indices_gmem, interpret):
-    """One of the 64 int32 at `indices_gmem` a thread, the same for thread t and t + 64, for `_add_warps`."""
+    """Loads one of the 64 int32 at `indices_gmem` a thread, the same for threads t and t + 64, for `_add_warps`."""
     if interpret:
         return indices_gmem[...]
 
-    @ptx.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=ptx.Result((ptx.WARPGROUP,), jnp.int32, KEY_A_THREAD))
+    @ptx.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=ptx.Result((WARPGROUP_THREADS,), jnp.int32, WORD_PER_THREAD)
+    )
     def load(ctx, indices):
         key = ptx.i32(BLOCK_KEYS - 1)
         offset = arith.shli(arith.andi(ptx.thread_id(), key), ptx.i32(2))
         address = arith.addi(ptx.gmem_address(indices), arith.extui(ptx.i64_type(), offset))
         value = ptx.ptx("ld.global.nc.b32 $0, [$1];", address, result_types=ptx.i32_type(), has_side_effects=True)
-        return ptx.private_values((value,), KEY_A_THREAD)
+        return ptx.private_values((value,), WORD_PER_THREAD)
 
     return load(indices_gmem)
 
@@ -412,10 +442,11 @@ def _add_warps(sums_smem, key, size, out_gmem, interpret):
         out_gmem[...] = jnp.where(present, sums_smem[...].sum(0), 0.0)
         return
 
-    @ptx.inline_mgpu(arg_types=(plgpu.RefType(), KEY_A_THREAD, plgpu.RefType()))
+    @ptx.inline_mgpu(arg_types=(plgpu.RefType(), WORD_PER_THREAD, plgpu.RefType()))
     def add(ctx, sums, key, out):
         f32 = ir.F32Type.get()
-        thread = arith.andi(ptx.thread_id(), ptx.i32(ptx.WARPGROUP - 1))
+        thread = ptx.thread_of_warpgroup()
+        # A thread a key; the other half of the warpgroup has nothing to add.
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, ptx.i32(BLOCK_KEYS))):
             offset = arith.shli(thread, ptx.i32(2))
             source = arith.addi(ptx.smem_address(sums), offset)
@@ -425,8 +456,9 @@ def _add_warps(sums_smem, key, size, out_gmem, interpret):
                 )
                 for w in range(warps)
             ]
-            while len(parts) > 1:
+            while len(parts) > 1:  # pairwise, in the same order every time
                 parts = [arith.addf(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            # The sums of an absent key are those of a row of zeros: they are replaced, not multiplied.
             absent = arith.cmpi(arith.CmpIPredicate.uge, _only(key), ptx.i32(size))  # unsigned: negative ones too
             total = arith.select(absent, mgpu.utils.c(0.0, f32), parts[0])
             to = arith.addi(ptx.gmem_address(out), arith.extui(ptx.i64_type(), offset))
@@ -436,5 +468,5 @@ def _add_warps(sums_smem, key, size, out_gmem, interpret):
 
 
 def _only(array):
-    """The one element that a thread has of an array."""
+    """Takes the one element that a thread has of an array."""
     return vector.extract(array.registers.item(), [], ir.DenseI64ArrayAttr.get([0]))

@@ -1,4 +1,4 @@
-"""The target of the dense warm-up on Hopper: attention's probabilities summed over heads, for every query and key.
+"""Sums attention's probabilities over heads for every query and key: the target of the dense warm-up (Eq. 3).
 
   sums[t,s] = Σ_n exp(scale · q[t,n] · k[s,n] − lse[t,n])
 
@@ -14,8 +14,8 @@ The exponentials of one compute warpgroup (512 clocks a piece at 16 a clock) run
 clocks): they issue the products of a piece in turn. Nothing is masked before the end, since no sum involves two keys:
 what is out of a query's range, be it NaN, is replaced by 0 where the tile is stored.
 
-Tiles that some query reaches are listed first, in an order in which those worked on together cover a square, so that
-L2 serves their heads; the clusters take every so many-th, then fill the unreached ones with zeros.
+Tiles that any query reaches are listed first, in an order in which those worked on together cover a square, so that
+L2 serves their heads; of n clusters, number i takes tiles i, i + n, …. At last they fill unreached tiles with zeros.
 
 Measured on an H200 at N 128, H 192, causal, T and S 32768: 50.0 ms, 528 TFLOP/s of the (query, key) pairs in range.
 Alternatives were slower in the same run:
@@ -39,33 +39,31 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import LOG2E, ROW_LAYOUT, SWIZZLED_COLUMNS, WGMMA_ROWS
 
 CLUSTER = 2  # thread blocks that share keys
-BLOCK_QUERIES = 128  # of a thread block, 64 a compute warpgroup
-WARPGROUP_QUERIES = 64
+WARPGROUP_QUERIES = WGMMA_ROWS
+BLOCK_QUERIES = 2 * WARPGROUP_QUERIES  # of a thread block, a half for each compute warpgroup
 TILE_QUERIES = CLUSTER * BLOCK_QUERIES
-PIECE = 128  # keys of one product
-PIECES = 2
-TILE_KEYS = PIECES * PIECE
-TILE = 64  # columns of bfloat16 in a swizzled row
-DIMS = (64, 128, 192)
-Q_STAGES = 2  # heads
+PIECE_KEYS = 128  # of one product
+PIECES = 2  # of a tile
+TILE_KEYS = PIECES * PIECE_KEYS
+DIMS = (64, 128, 192)  # H
+Q_STAGES = 2  # heads whose queries are in shared memory
 # Pieces of 128 keys × 64 columns in shared memory, 16 KiB each: as many as fit beside H 192. For every H, since with a
 # number that is no power of two the copying warpgroup may run out of registers.
 KEY_SLOTS = 8
-WIDTH = 8  # tiles along the queries that are worked on side by side
+WIDTH_TILES = 8  # along the queries, that are worked on side by side
 UNREACHED = 1 << 30  # marks the tiles of the list that only get zeros
-LOG2E = math.log2(math.e)
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a query, as reducing the accumulator leaves it
 # The sums of 64 × 256 take 128 registers of a thread, the logits of 64 × 128 take 64.
 COMPUTE_REGISTERS = 232
 COPY_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
 
 def smem_bytes(dim: int) -> int:
-    """Shared memory of a thread block, barriers aside: two heads' queries and lse, and the slots of keys."""
+    """Counts the bytes of shared memory of a thread block, barriers aside: two heads' queries and lse; keys."""
     lse = ptx.allocated(Q_STAGES * BLOCK_QUERIES * 4)
-    return Q_STAGES * BLOCK_QUERIES * dim * 2 + lse + KEY_SLOTS * PIECE * TILE * 2
+    return Q_STAGES * BLOCK_QUERIES * dim * 2 + lse + KEY_SLOTS * PIECE_KEYS * SWIZZLED_COLUMNS * 2
 
 
 def why_not(q, k, lse, start, stop) -> str | None:
@@ -100,27 +98,33 @@ def why_not(q, k, lse, start, stop) -> str | None:
 def make_order(low, count, *, size: int):
     """Lists the tiles: int32 [tiles], those to be computed first, the others with `UNREACHED` added.
 
-    A tile's number counts `WIDTH` tiles along the queries of all batch rows, then the keys, then the next `WIDTH` tiles
-    along the queries. A query of `low`, `count`, int32 [B, T], has the keys from low to low + count.
+    A tile's number counts `WIDTH_TILES` tiles along the queries of all batch rows, then the keys, then the next
+    `WIDTH_TILES` tiles along the queries.
+
+    Args:
+      low: int32 [B, T], the first key of each query.
+      count: int32 [B, T], the number of its keys.
+      size: S.
     """
-    blocks = math.ceil(size / TILE_KEYS)
+    blocks = math.ceil(size / TILE_KEYS)  # of keys
     pad = ((0, 0), (0, -low.shape[1] % TILE_QUERIES))
     first = jnp.where(count > 0, low // TILE_KEYS, blocks)
     end = jnp.where(count > 0, (low + count + (TILE_KEYS - 1)) // TILE_KEYS, 0)
     first = jnp.pad(first, pad, constant_values=blocks).reshape(-1, TILE_QUERIES).min(axis=1)
     end = jnp.pad(end, pad).reshape(-1, TILE_QUERIES).max(axis=1)
     rows = first.shape[0]
-    first, end = (jnp.pad(x, (0, -rows % WIDTH)).reshape(-1, 1, WIDTH) for x in (first, end))
+    first, end = (jnp.pad(x, (0, -rows % WIDTH_TILES)).reshape(-1, 1, WIDTH_TILES) for x in (first, end))
     block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
-    number = jnp.arange(first.size * blocks, dtype=jnp.int32).reshape(-1, blocks, WIDTH)
-    there = lax.div(number, WIDTH * blocks) * WIDTH + lax.rem(number, WIDTH) < rows
+    number = jnp.arange(first.size * blocks, dtype=jnp.int32).reshape(-1, blocks, WIDTH_TILES)
+    there = lax.div(number, WIDTH_TILES * blocks) * WIDTH_TILES + lax.rem(number, WIDTH_TILES) < rows
+    # A sort puts tiles in their order, those that nobody reaches behind all others, and those that are not there last.
     number = jnp.where((first <= block) & (block < end), number, number + UNREACHED)
     number = jnp.where(there, number, jnp.iinfo(jnp.int32).max)
     return lax.sort(number.reshape(-1), is_stable=False)[: rows * blocks]
 
 
 def dense_target(q, k, lse, start, stop, *, scale: float, clusters: int | None = None, interpret: bool = False):
-    """Probabilities summed over heads, float32 [B, T, S], of keys in [start, stop); 0 elsewhere.
+    """Sums probabilities over heads, Σ_n exp(scale · q[t,n] · k[s,n] − lse[t,n]); 0 out of [start, stop).
 
     Args:
       q: [B, T, N, H] bfloat16; H 64, 128 or 192.
@@ -132,6 +136,12 @@ def dense_target(q, k, lse, start, stop, *, scale: float, clusters: int | None =
       clusters: how many pairs of thread blocks share the work, None for one on every two multiprocessors; no result
         depends on it.
       interpret: run in Pallas' interpreter, on a CPU.
+
+    Returns:
+      float32 [B, T, S], not normalised.
+
+    Raises:
+      ValueError: if `why_not` has a reason.
     """
     reason = why_not(q, k, lse, start, stop)
     if reason is not None:
@@ -159,21 +169,24 @@ def dense_target(q, k, lse, start, stop, *, scale: float, clusters: int | None =
 
 @functools.cache
 def _kernel(batch, length, size, heads, dim, scale, clusters: int, interpret: bool):
-    """The kernel for one shape: (q, k, lse, low, count, order) -> float32 [B · T, S]."""
+    """Makes the kernel for one shape: (q, k, lse, low, count, order) -> float32 [B · T, S]."""
     swizzled = ptx.swizzled(jnp.bfloat16)
     scratch = dict(
         q_smem=plgpu.SMEM((Q_STAGES, BLOCK_QUERIES, dim), jnp.bfloat16, transforms=swizzled),
-        k_smem=plgpu.SMEM((KEY_SLOTS, PIECE, TILE), jnp.bfloat16, transforms=swizzled),
+        k_smem=plgpu.SMEM((KEY_SLOTS, PIECE_KEYS, SWIZZLED_COLUMNS), jnp.bfloat16, transforms=swizzled),
         lse_smem=plgpu.SMEM((Q_STAGES, BLOCK_QUERIES), jnp.float32),
-        # The copies of a head's queries and lse have landed; both compute warpgroups wait.
+        # A head's queries and lse have landed. An arrival of each copy; both compute warpgroups wait.
         q_full=plgpu.Barrier(num_arrivals=2, num_barriers=Q_STAGES),
-        # Both compute warpgroups, at first and when done with a head; the copying one waits.
+        # They may be replaced. An arrival of both compute warpgroups, at first and when done with a head; the copying
+        # one waits.
         q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=Q_STAGES),
-        # Both halves of 128 keys × 64 columns have landed here, one of them copied by the other block.
+        # Both halves of 128 keys × 64 columns have landed here, one of them copied by the other block. Both compute
+        # warpgroups wait.
         k_full=plgpu.Barrier(num_barriers=KEY_SLOTS),
-        # The compute warpgroups of both blocks, at first and when done with a slot, since a copy writes to both blocks.
+        # A slot may be refilled in both blocks, since a copy writes to both. An arrival of the compute warpgroups of
+        # both, at first and when done with a slot; the copying one waits.
         k_empty=plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=2, num_barriers=KEY_SLOTS),
-        # Whose turn at the tensor cores it is: one arrival, of the other compute warpgroup.
+        # It is the turn of compute warpgroup i at the tensor cores. One arrival, of the other; it waits.
         turn=plgpu.Barrier(num_barriers=2),
     )
 
@@ -196,12 +209,7 @@ def _kernel(batch, length, size, heads, dim, scale, clusters: int, interpret: bo
         num_threads=3,
         thread_name="warpgroup",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
+        compiler_params=ptx.compiler_params(approx_math=True),
     )
 
 
@@ -214,8 +222,8 @@ def _block(
     order_gmem,  # [tiles] int32
     out_gmem,  # [B · T, S] float32
     *,
-    q_smem,  # [2, 128, H]
-    k_smem,  # [8, 128, 64]
+    q_smem,  # [2, 128, H], 96 KiB for H 192
+    k_smem,  # [8, 128, 64], 128 KiB
     lse_smem,  # [2, 128]
     q_full,
     q_empty,
@@ -230,32 +238,34 @@ def _block(
     clusters: int,
     interpret: bool,
 ):
+    """Runs one thread block of a cluster: two warpgroups that compute in turns, one that copies for both blocks."""
     tiles, size = order_gmem.shape[0], out_gmem.shape[1]
     blocks = math.ceil(size / TILE_KEYS)
     tiles_of_row = math.ceil(length / TILE_QUERIES)
-    columns = dim // TILE
+    columns = dim // SWIZZLED_COLUMNS
     cluster, block, warpgroup = (lax.axis_index(name) for name in ("cluster", "block", "warpgroup"))
     items = lax.div(tiles - 1 - cluster + clusters, clusters)  # of this cluster
 
     def place(item):
-        """The batch row, first query and first key of a tile for this block, and how many heads it takes: all or none.
+        """Gives batch row, first query and first key of a tile for this block, and its number of heads: all or none.
 
         Tiles to be computed come first, so that an item of this cluster has all heads of the items before it behind it.
         """
         number = order_gmem[cluster + item * clusters]
         reached = number < UNREACHED
         number = jnp.where(reached, number, number - UNREACHED)
-        along_queries = lax.div(number, WIDTH * blocks) * WIDTH + lax.rem(number, WIDTH)
+        along_queries = lax.div(number, WIDTH_TILES * blocks) * WIDTH_TILES + lax.rem(number, WIDTH_TILES)
         batch_row = lax.div(along_queries, tiles_of_row)
         query = (along_queries - batch_row * tiles_of_row) * TILE_QUERIES + block * BLOCK_QUERIES
-        key = lax.rem(lax.div(number, WIDTH), blocks) * TILE_KEYS
+        key = lax.rem(lax.div(number, WIDTH_TILES), blocks) * TILE_KEYS
         return batch_row, query, key, jnp.where(reached, heads, 0)
 
     def slot_of(step, piece, column):
-        """Of the `step`-th head of this cluster."""
+        """Gives the slot of a piece of 128 keys × 64 columns of the `step`-th head of this cluster."""
         return lax.rem((step * PIECES + piece) * columns + column, KEY_SLOTS)
 
     def for_each_empty(call):
+        """Calls `call` with each barrier that says that memory may be refilled."""
         for barriers, count in ((q_empty, Q_STAGES), (k_empty, KEY_SLOTS)):
             for i in range(count):
                 call(barriers.at[i])
@@ -285,7 +295,10 @@ def _block(
                         slot = slot_of(step, piece, column)
                         plgpu.barrier_wait(k_empty.at[slot])
                         plgpu.copy_gmem_to_smem(
-                            k_gmem.at[pl.ds(k_row + piece * PIECE, PIECE), pl.ds(head * dim + column * TILE, TILE)],
+                            k_gmem.at[
+                                pl.ds(k_row + piece * PIECE_KEYS, PIECE_KEYS),
+                                pl.ds(head * dim + column * SWIZZLED_COLUMNS, SWIZZLED_COLUMNS),
+                            ],
                             k_smem.at[slot],
                             k_full.at[slot],
                             collective_axes=None if interpret else "block",  # the interpreter copies all for each
@@ -299,30 +312,34 @@ def _block(
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         for_each_empty(plgpu.barrier_arrive)
         mine = pl.ds(warpgroup * WARPGROUP_QUERIES, WARPGROUP_QUERIES)
-        over = functools.partial(lax.broadcast_in_dim, shape=(WARPGROUP_QUERIES, PIECE), broadcast_dimensions=[0])
+        over = functools.partial(lax.broadcast_in_dim, shape=(WARPGROUP_QUERIES, PIECE_KEYS), broadcast_dimensions=[0])
 
         def give_turn():
+            """Passes the turn at the tensor cores to the other compute warpgroup."""
             plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
         def products(step, piece):
-            """Q · K of a piece, [64, 128]."""
+            """Computes Q · K of a piece, [64 queries, 128 keys], in this warpgroup's turn."""
             plgpu.barrier_wait(turn.at[warpgroup])
 
             def multiply(accumulator):
                 for column in range(columns):
                     slot = slot_of(step, piece, column)
                     plgpu.barrier_wait(k_full.at[slot])
-                    queries = q_smem.at[lax.rem(step, Q_STAGES), mine, pl.ds(column * TILE, TILE)]
+                    queries = q_smem.at[
+                        lax.rem(step, Q_STAGES), mine, pl.ds(column * SWIZZLED_COLUMNS, SWIZZLED_COLUMNS)
+                    ]
                     plgpu.wgmma(accumulator, queries, k_smem.at[slot].transpose((1, 0)))
-                give_turn()
+                give_turn()  # all are issued: the other's products queue up behind them
                 return accumulator[...]
 
-            logits = pl.run_scoped(multiply, ptx.ACC((WARPGROUP_QUERIES, PIECE), jnp.float32))
+            logits = pl.run_scoped(multiply, ptx.ACC((WARPGROUP_QUERIES, PIECE_KEYS), jnp.float32))
             for column in range(columns):
                 plgpu.barrier_arrive(k_empty.at[slot_of(step, piece, column)])
             return logits
 
         def add_piece(total, logits, lse):
+            """Adds a head's probabilities of a piece; exp2, with scale and lse in powers of two."""
             return total + jnp.exp2(logits * (scale * LOG2E) - over(lse))
 
         pl.when(warpgroup == 1)(give_turn)
@@ -332,10 +349,11 @@ def _block(
             batch_row, query, key, heads_here = place(item)
 
             def add_head(head, sums):
+                """Adds one head's probabilities of both pieces to the sums."""
                 step = item * heads + head
                 stage = lax.rem(step, Q_STAGES)
                 plgpu.barrier_wait(q_full.at[stage])
-                lse = plgpu.load(lse_smem.at[stage, mine], layout=ROW, optimized=False)
+                lse = plgpu.load(lse_smem.at[stage, mine], layout=ROW_LAYOUT, optimized=False)
                 total = []
                 for piece in range(PIECES):
                     logits = products(step, piece)
@@ -346,13 +364,13 @@ def _block(
                     total.append(lax.cond(key >= 0, add_piece, lambda total, *_: total, sums[piece], logits, lse))
                 return tuple(total)
 
-            zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES, PIECE), jnp.float32), plgpu.Layout.WGMMA)
+            zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES, PIECE_KEYS), jnp.float32), plgpu.Layout.WGMMA)
             sums = lax.fori_loop(0, heads_here, add_head, (zeros,) * PIECES)
             query = query + warpgroup * WARPGROUP_QUERIES
             for piece in range(PIECES):
                 _store(
                     sums[piece], low_gmem, count_gmem, out_gmem,
-                    batch_row * length + query, length - query, key + piece * PIECE, interpret,
+                    batch_row * length + query, length - query, key + piece * PIECE_KEYS, interpret,
                 )  # fmt: skip
 
         pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # the turn that nobody took
@@ -372,12 +390,9 @@ def _store(sums, low_gmem, count_gmem, out_gmem, row, left, key, interpret):
     @ptx.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, gmem, gmem, gmem, ptx.SPLAT, ptx.SPLAT, ptx.SPLAT))
     def store(ctx, sums, low, count, out, row, left, key):
         # A thread has rows r and r + 8 of its warp's 16, and in each 2 neighbouring columns in every 8.
-        registers = sums.registers.reshape(PIECE // 8, 2)
-        thread = arith.andi(ptx.thread_id(), ptx.i32(ptx.WARPGROUP - 1))
-        first = arith.ori(
-            arith.shli(arith.shrui(thread, ptx.i32(5)), ptx.i32(4)),
-            arith.andi(arith.shrui(thread, ptx.i32(2)), ptx.i32(7)),
-        )
+        registers = sums.registers.reshape(PIECE_KEYS // 8, 2)
+        thread = ptx.thread_of_warpgroup()
+        first = ptx.accumulator_row(thread)
         column = arith.addi(ptx.scalar(key), arith.shli(arith.andi(thread, ptx.i32(3)), ptx.i32(1)))
         zero = arith.constant(ir.F32Type.get(), 0.0)
         for half in range(2):
@@ -395,7 +410,7 @@ def _store(sums, low_gmem, count_gmem, out_gmem, row, left, key, interpret):
             )
             address = arith.addi(ptx.gmem_address(out), arith.muli(at, ptx.i64(4 * size)))
             address = arith.addi(address, arith.shli(arith.extui(ptx.i64_type(), column), ptx.i64(2)))
-            for group in range(PIECE // 8):
+            for group in range(PIECE_KEYS // 8):
                 values, inside = [], []
                 for i in range(2):
                     position = arith.addi(column, ptx.i32(8 * group + i))
@@ -415,16 +430,17 @@ def _store(sums, low_gmem, count_gmem, out_gmem, row, left, key, interpret):
 
 
 def _interpreted_store(sums, low_gmem, count_gmem, out_gmem, first_row, left, key):
+    """Stores as `_store` does, in the interpreter."""
     size = out_gmem.shape[1]
 
     @pl.loop(0, jnp.clip(left, 0, WARPGROUP_QUERIES))
     def _(i):
         row = first_row + i
-        position = key + lax.iota(jnp.int32, PIECE)
+        position = key + lax.iota(jnp.int32, PIECE_KEYS)
         reached = (position >= low_gmem[row]) & (position < low_gmem[row] + count_gmem[row])
         values = jnp.where(reached, lax.dynamic_index_in_dim(sums, i, keepdims=False), 0.0)
-        for width in {min(PIECE, size), size % PIECE} - {0}:  # of a whole piece and of the last one
+        for width in {min(PIECE_KEYS, size), size % PIECE_KEYS} - {0}:  # of a whole piece and of the last one
 
-            @pl.when(jnp.minimum(size - key, PIECE) == width)
+            @pl.when(jnp.minimum(size - key, PIECE_KEYS) == width)
             def _(width=width):
                 out_gmem[row, pl.ds(key, width)] = values[:width]

@@ -1,4 +1,4 @@
-"""The indexer's loss over selections on Hopper, for the queries of a chunk: what it imitates, then KL and gradients.
+"""Computes the indexer's loss over selections on Hopper, for the queries of a chunk: its target, KL and gradients.
 
 Two steps, so that head sums can be added up across devices between them:
 
@@ -13,22 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.pallas_kernels.indexer_loss import attention_target, selection_kl
-from dsa_jax.pallas_kernels.sum_rows.sum_rows import sort_by_key, sum_rows
-
-KEY_STEP = 128  # the kernels take selections in multiples of it
-LEAST_HEADS = 64
+from dsa_jax.pallas_kernels.hopper.constants import BLOCK_HEADS, PAIR_KEYS
+from dsa_jax.pallas_kernels.indexer_loss.attention_target import attention_target
+from dsa_jax.pallas_kernels.indexer_loss.attention_target import why_not as why_not_target
+from dsa_jax.pallas_kernels.indexer_loss.selection_kl import selection_kl
+from dsa_jax.pallas_kernels.indexer_loss.selection_kl import why_not as why_not_selection
+from dsa_jax.pallas_kernels.sum_rows import sort_by_key, sum_rows
 
 
 def why_not_sums(q, kv, lse, indices) -> str | None:
     """Says in one sentence why `head_sums` cannot take these arguments, or None when it can."""
     if q.ndim != 4 or lse.ndim != 3 or indices.ndim != 3:
         return f"expected q [B, T, N, H], lse [B, T, N], indices [B, T, K], got {q.shape}, {lse.shape}, {indices.shape}"
-    return attention_target.why_not(*_of_sums(q, kv, lse, indices))
+    return why_not_target(*_of_sums(q, kv, lse, indices))
 
 
 def head_sums(q, kv, lse, indices, *, scale: float, interpret: bool = False):
-    """Σ_n exp(scale · q[t,n] · kv[indices[t,k]] - lse[t,n]): [B, T, K] float32, 0 where there is no key.
+    """Sums probabilities over heads: Σ_n exp(scale · q[t,n] · kv[indices[t,k]] - lse[t,n]).
 
     Args:
       q: [B, T, N, H] bfloat16.
@@ -37,20 +38,24 @@ def head_sums(q, kv, lse, indices, *, scale: float, interpret: bool = False):
       indices: [B, T, K] int32.
       scale: of the logits.
       interpret: run in Pallas' interpreter, on a CPU.
+
+    Returns:
+      [B, T, K] float32, 0 where there is no key.
     """
-    few = max(0, LEAST_HEADS - q.shape[2])
+    missing_heads = max(0, BLOCK_HEADS - q.shape[2])
     arrays = (x.reshape(-1, *x.shape[2:]) for x in (q, lse, indices))
     q, lse, flat_indices = arrays
-    q = jnp.pad(q, ((0, 0), (0, few), (0, 0)))
-    lse = jnp.pad(lse, ((0, 0), (0, few)), constant_values=-jnp.inf)
-    sums = attention_target.attention_target(q, kv, lse, flat_indices, scale=scale, interpret=interpret)
+    q = jnp.pad(q, ((0, 0), (0, missing_heads), (0, 0)))
+    # A head with an lse of -inf contributes nothing.
+    lse = jnp.pad(lse, ((0, 0), (0, missing_heads)), constant_values=-jnp.inf)
+    sums = attention_target(q, kv, lse, flat_indices, scale=scale, interpret=interpret)
     return sums.reshape(indices.shape)
 
 
 def _of_sums(q, kv, lse, indices):
-    """As shapes, what the kernel is given."""
+    """Gives the shapes of the arrays that `head_sums` hands to the kernel."""
     batch, length, heads, dim = q.shape
-    heads = max(heads, LEAST_HEADS)
+    heads = max(heads, BLOCK_HEADS)
     shape = jax.ShapeDtypeStruct
     return (
         shape((batch * length, heads, dim), q.dtype),
@@ -66,7 +71,7 @@ def why_not(sums, q_index, k_index, weights, indices, k_scale) -> str | None:
         return f"expected q_index [B, T, J, E] and indices [B, T, K], got {q_index.shape} and {indices.shape}"
     queries, selected = indices.shape[0] * indices.shape[1], _padded(indices.shape[2])
     shape = jax.ShapeDtypeStruct
-    return selection_kl.why_not(
+    return why_not_selection(
         shape((queries, selected), sums.dtype),
         shape((queries, *q_index.shape[2:]), q_index.dtype),
         k_index,
@@ -78,7 +83,7 @@ def why_not(sums, q_index, k_index, weights, indices, k_scale) -> str | None:
 
 
 def indexer_kl(sums, q_index, k_index, weights, indices, k_scale, *, interpret: bool = False):
-    """KL(p ‖ softmax(I)) of each query over its selection, [B, T] float32; p is `sums` normalised.
+    """Computes KL(p ‖ softmax(I)) of each query over its selection; p is `sums` normalised (Eq. 4).
 
     Args:
       sums: [B, T, K] float32, as `head_sums` returns them.
@@ -88,17 +93,20 @@ def indexer_kl(sums, q_index, k_index, weights, indices, k_scale, *, interpret: 
       indices: [B, T, K] int32.
       k_scale: [B, S] float32.
       interpret: run in Pallas' interpreter, on a CPU.
+
+    Returns:
+      [B, T] float32.
     """
     queries = _flat(sums, q_index, weights, indices)
     sums, q, w, at = queries
-    kl: Any = selection_kl.selection_kl(sums, q, k_index, w, at, k_scale, interpret=interpret)
+    kl: Any = selection_kl(sums, q, k_index, w, at, k_scale, interpret=interpret)
     return kl.reshape(indices.shape[:2])
 
 
 def indexer_gradients(
     sums, q_index, k_index, weights, indices, k_scale, d_kl, d_k_index, *, interpret: bool = False
 ):  # fmt: skip
-    """The KL and its gradients for a cotangent `d_kl` [B, T].
+    """Computes the KL and its gradients for a cotangent `d_kl` [B, T]; the other arguments are those of `indexer_kl`.
 
     Returns:
       kl [B, T] float32, d_q_index [B, T, J, E] bfloat16, d_weights [B, T, J] float32, and `d_k_index` [B, S, E] float32
@@ -106,9 +114,8 @@ def indexer_gradients(
     """
     batch, size = k_index.shape[:2]
     sums, q, w, at = _flat(sums, q_index, weights, indices)
-    kl, d_q, d_w, rows = selection_kl.selection_kl(
-        sums, q, k_index, w, at, k_scale, d_kl.reshape(-1), interpret=interpret
-    )
+    kl, d_q, d_w, rows = selection_kl(sums, q, k_index, w, at, k_scale, d_kl.reshape(-1), interpret=interpret)
+    # Absent keys sort behind all others, and nothing is added for them.
     # Keys of all batch rows in one line, so that one sort serves.
     at = at.reshape(batch, -1)
     present = (at >= 0) & (at < size)
@@ -124,11 +131,13 @@ def indexer_gradients(
 
 
 def _padded(selected):
-    return math.ceil(selected / KEY_STEP) * KEY_STEP
+    """Rounds K up to whole pairs of key blocks."""
+    return math.ceil(selected / PAIR_KEYS) * PAIR_KEYS
 
 
 def _flat(sums, q_index, weights, indices):
-    """Queries of all batch rows in one line, selections padded to whole steps."""
+    """Puts the queries of all batch rows in one line, and pads their selections to whole pairs of key blocks."""
+    # A padded place has index -1, no key, so its p counts for nothing.
     more = (0, _padded(indices.shape[2]) - indices.shape[2])
     sums = jnp.pad(sums, ((0, 0), (0, 0), more))
     indices = jnp.pad(indices, ((0, 0), (0, 0), more), constant_values=-1)

@@ -1,4 +1,4 @@
-"""Index scores and their top-k joined on Hopper, a block of queries at a time, so that scores stay a bounded buffer.
+"""Joins index scores and their top-k on Hopper, a block of queries at a time, so that scores stay a bounded buffer.
 
 Measured on an H200 at T 4096, S 131072, J 64, E 128 in FP8: 7.9 ms, of which 7.05 are the scores and 0.1 the rounding
 of queries and keys. The two kernels take turns every 1024 queries. They are joined, not fused: what limits the scoring
@@ -13,15 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsa_jax.pallas_kernels.index_scores.forward import index_scores
-from dsa_jax.pallas_kernels.index_scores.forward import why_not as why_not_score
+from dsa_jax.pallas_kernels.index_scores import index_scores
+from dsa_jax.pallas_kernels.index_scores import why_not as why_not_scores
 from dsa_jax.pallas_kernels.selection.select_topk import select_topk
 from dsa_jax.pallas_kernels.selection.select_topk import why_not as why_not_topk
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How many bytes of scores are alive at a time; a single query's row may exceed it."""
+    """Bounds the scores that are alive at a time.
+
+    Attributes:
+      buffer_bytes: of scores; a single query's row may exceed it.
+    """
 
     buffer_bytes: int = 512 << 20
 
@@ -30,7 +34,7 @@ class Config:
             raise ValueError(f"buffer_bytes must be positive, got {self.buffer_bytes}")
 
     def queries(self, batch: int, length: int, size: int) -> tuple[int, int]:
-        """(batch rows, queries of each) whose scores over `size` keys are alive at a time."""
+        """Chooses (batch rows, queries of each) whose scores over `size` keys are alive at a time."""
         rows = max(1, self.buffer_bytes // (4 * size))
         if rows >= batch * length:
             return batch, length
@@ -41,7 +45,7 @@ class Config:
 
 def why_not(q_index, k_index, weights, start, stop, k_scale=None, *, k: int) -> str | None:
     """Says why the kernels cannot take these arguments, or None when they can."""
-    reason = why_not_score(q_index, k_index, weights, start, stop, k_scale)
+    reason = why_not_scores(q_index, k_index, weights, start, stop, k_scale)
     if reason is not None:
         return reason
     batch, length, size = *q_index.shape[:2], k_index.shape[1]
@@ -64,6 +68,9 @@ def select_keys(q_index, k_index, weights, start, stop, k_scale=None, *, k: int,
 
     Returns:
       int32 [B, T, k]: increasing positions, then -1.
+
+    Raises:
+      ValueError: if `why_not` has a reason.
     """
     reason = why_not(q_index, k_index, weights, start, stop, k_scale, k=k)
     if reason is not None:
@@ -72,12 +79,14 @@ def select_keys(q_index, k_index, weights, start, stop, k_scale=None, *, k: int,
     rows, block = (config or Config()).queries(batch, length, size)
 
     def select(q_index, k_index, weights, start, stop, k_scale):
+        """Selects for one block of queries. Scores out of reach stay unwritten: the selection does not read them."""
         scores = index_scores(q_index, k_index, weights, start, stop, k_scale=k_scale, fill=False)
         return select_topk(scores, k, start=start, stop=stop)
 
-    if rows < batch:
+    if rows < batch:  # not even one query of every batch row fits: one batch row at a time
 
         def row(arrays):
+            """Selects for one batch row."""
             return select_keys(*jax.tree.map(lambda x: x[None], arrays), k=k, config=config)[0]
 
         return lax.map(row, (q_index, k_index, weights, start, stop, k_scale))
@@ -85,7 +94,8 @@ def select_keys(q_index, k_index, weights, start, stop, k_scale=None, *, k: int,
         return select(q_index, k_index, weights, start, stop, k_scale)
 
     def step(i, out):
-        # The last block ends with the last query: some are selected twice, alike, and nothing is padded.
+        # The last block ends with the last query: what it shares with the block before is selected twice, alike, and
+        # nothing is padded.
         first = jnp.minimum(i * block, length - block)
         q, w, low, high = (lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (q_index, weights, start, stop))
         selected = select(q, k_index, w, low, high, k_scale)

@@ -1,4 +1,4 @@
-"""The gradient of sparse attention for its queries on Hopper: d_q[t,n] = Σ_k ds[t,n,k] · kv[indices[t,k]], bfloat16.
+"""Computes the gradient of sparse attention by its queries: d_q[t,n] = Σ_k ds[t,n,k] · kv[indices[t,k]], bfloat16.
 
 A persistent grid of blocks of three warpgroups; keys go by in blocks of 64. Warpgroups 0 and 1 multiply, each with 64
 heads × at most 320 columns of d_q in float32 in its registers from an item's first key to its last; warpgroup 2 brings
@@ -31,30 +31,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import (
+    BLOCK_HEADS,
+    BLOCK_KEYS,
+    PAIR_KEYS,
+    SMEM_GRANULE_BYTES,
+    SWIZZLED_COLUMNS,
+)
 
-BLOCK_HEADS = 64  # rows of one wgmma
-BLOCK_KEYS = 64
-KEY_STEP = 128  # K is a multiple of it: at least two key blocks an item, whose ds slots d_q leaves through
-TILE = 64  # columns of bfloat16 in a swizzled row
-PART_TILES = 5  # 64 × 320 in float32 are 160 registers a thread
-SLOTS = 4  # of either ring; at 64 heads the warpgroups have two each of those for rows
+PART_TILES = 5  # of 64 columns, a warpgroup's at most: 64 × 320 in float32 are 160 registers a thread
+SLOTS = 4  # key blocks in either ring; at 64 heads each warpgroup has two of the slots for rows
 COMPUTE_REGISTERS = 208  # of a thread: 160 hold the sums
 GATHER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
 
 def column_parts(dim: int, item_heads: int) -> tuple[tuple[int, int], ...]:
-    """(first, count) of the columns of each part: of an item at 128 heads, of a compute warpgroup at 64."""
-    tiles = dim // TILE
+    """Splits the columns: (first, count) of each part, which is an item's at 128 heads, a compute warpgroup's at 64."""
+    tiles = dim // SWIZZLED_COLUMNS
     whole = item_heads == 128 and tiles <= PART_TILES or tiles == 1
-    first = (tiles if whole else pl.cdiv(tiles, 2)) * TILE
+    first = (tiles if whole else pl.cdiv(tiles, 2)) * SWIZZLED_COLUMNS
     return ((0, dim),) if whole else ((0, first), (first, dim - first))
 
 
 def smem_bytes(dim: int) -> int:
-    """Bytes of shared memory of one block: 226 KiB for H 576."""
+    """Counts the bytes of shared memory of one block: 226 KiB for H 576."""
     columns = max(column_parts(dim, heads)[0][1] for heads in (64, 128))
     ds, rows = SLOTS * 2 * BLOCK_HEADS * BLOCK_KEYS * 2, SLOTS * BLOCK_KEYS * columns * 2
-    return ds + rows + 2 * ptx.SMEM_GRANULE  # the barriers of gathers and of Pallas
+    return ds + rows + 2 * SMEM_GRANULE_BYTES  # the barriers of gathers and of Pallas
 
 
 def why_not(ds, kv, indices) -> str | None:
@@ -72,10 +75,12 @@ def why_not(ds, kv, indices) -> str | None:
         return f"{shapes} do not fit together"
     if heads % BLOCK_HEADS:
         return f"heads must be a multiple of {BLOCK_HEADS}, got {heads}"
-    if keys % KEY_STEP:
-        return f"K must be a multiple of {KEY_STEP}, got {keys}"
-    if kv.shape[2] % TILE or kv.shape[2] > 2 * PART_TILES * TILE:
-        return f"H must be a multiple of {TILE} up to {2 * PART_TILES * TILE}, got {kv.shape[2]}"
+    if keys % PAIR_KEYS:
+        return f"K must be a multiple of {PAIR_KEYS}, got {keys}"
+    if kv.shape[2] % SWIZZLED_COLUMNS or kv.shape[2] > 2 * PART_TILES * SWIZZLED_COLUMNS:
+        return (
+            f"H must be a multiple of {SWIZZLED_COLUMNS} up to {2 * PART_TILES * SWIZZLED_COLUMNS}, got {kv.shape[2]}"
+        )
     # The kernel counts the key blocks of all items in int32.
     if queries * (heads // BLOCK_HEADS) * 2 * (keys // BLOCK_KEYS) >= 2**31:
         return f"B·T · N / 64 · K / 64 must be below 2³⁰, got ds {ds.shape}"
@@ -83,7 +88,7 @@ def why_not(ds, kv, indices) -> str | None:
 
 
 def sparse_backward_queries(ds, kv, indices, *, blocks: int | None = None, interpret: bool = False):
-    """d_q of sparse attention, from the gradient of its logits times the scale.
+    """Computes d_q of sparse attention, from the gradient of its logits times the scale.
 
     Args:
       ds: [B·T, N, K] bfloat16, finite; N is a multiple of 64, K of 128.
@@ -103,6 +108,7 @@ def sparse_backward_queries(ds, kv, indices, *, blocks: int | None = None, inter
 
 
 def _kernel(ds_shape, kv_shape, blocks, interpret):
+    """Makes the kernel for (ds, kv, indices) of these shapes."""
     queries, heads, _ = ds_shape
     item_heads = 128 if heads % 128 == 0 else 64
     parts = column_parts(kv_shape[2], item_heads)
@@ -146,8 +152,8 @@ def _block(
     indices_gmem,  # [B·T, K] int32
     d_q_gmem,  # [B·T, N, H] bfloat16
     *,
-    ds_smem,  # [SLOTS, 128, 64]
-    rows_smem,  # [SLOTS, 64, columns of the larger part]
+    ds_smem,  # [SLOTS, 128, 64], 64 KiB
+    rows_smem,  # [SLOTS, 64, columns of the larger part], 160 KiB for H 576
     rows_barriers,  # a slot's rows have landed
     ds_barriers,
     rows_free_barriers,
@@ -158,30 +164,32 @@ def _block(
     parts: tuple[tuple[int, int], ...],
     interpret: bool,
 ):
+    """Runs one thread block: two warpgroups that sum in registers, one that brings ds and rows."""
     queries, heads, keys = ds_gmem.shape
     by_columns = item_heads == BLOCK_HEADS
     item_parts = 1 if by_columns else len(parts)
-    depth = SLOTS // 2 if by_columns else SLOTS  # of a ring of rows
+    depth = SLOTS // 2 if by_columns else SLOTS  # slots of a ring of rows
     key_blocks = keys // BLOCK_KEYS
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    own_items = lax.div(items - 1 - block, blocks) + 1
+    own_items = lax.div(items - 1 - block, blocks) + 1  # items block, block + blocks, …
     steps = own_items * key_blocks  # key blocks, one item's after the other's
     ptx.init_gather_barriers(rows_barriers, SLOTS, interpret)
 
     def place(item):
-        """The query, first head and part of an item of this block; at 64 heads the part is the warpgroup's."""
+        """Gives the query, first head and part of an item of this block; at 64 heads the part is the warpgroup's."""
         number = block + item * blocks
         unit = lax.div(number, item_parts)  # a query and its heads
         query = lax.div(unit, heads // item_heads)
         first_head = (unit - query * (heads // item_heads)) * item_heads
-        return query, first_head, lax.rem(number + item, item_parts)
+        return query, first_head, lax.rem(number + item, item_parts)  # another part from item to item
 
     def row_slot(step, part):
-        """The slot of a step's rows, and the parity of the phase in which they land there."""
+        """Gives the slot of a step's rows, and the parity of the phase in which they land there."""
         first = depth * part if by_columns else 0
         return first + lax.rem(step, depth), lax.rem(lax.div(step, depth), 2)
 
     def keys_of(step):
+        """Gives the places of a step's key block in a selection."""
         return pl.ds(lax.rem(step, key_blocks) * BLOCK_KEYS, BLOCK_KEYS)
 
     @pl.when(warpgroup == 2)
@@ -189,25 +197,30 @@ def _block(
         plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
 
         def row_ids(step):
+            """Loads the row numbers of a step; those of the last behind it."""
             step = jnp.minimum(step, steps - 1)
             query, _, _ = place(lax.div(step, key_blocks))
             return ptx.load_row_ids(indices_gmem.at[query, keys_of(step)], interpret)
 
         def gather_rows(step, query, ids, part):
+            """Gathers a part's columns of a step's rows."""
             first, columns = parts[part]
             slot, _ = row_slot(step, part)
-            tiles = range(first // TILE, (first + columns) // TILE)
+            tiles = range(first // SWIZZLED_COLUMNS, (first + columns) // SWIZZLED_COLUMNS)
             latents_gmem = kv_gmem.at[lax.div(query, queries // kv_gmem.shape[0])]
             ptx.gather_64_rows(
                 latents_gmem, ids, rows_smem.at[slot], rows_barriers, slot, tiles, interpret, first=tiles[0]
             )
 
         def wait_free(step, part):
+            """Waits until a step's rows may be gathered; the first of a slot at once."""
+
             @pl.when(step >= depth)
             def _():
                 plgpu.barrier_wait(rows_free_barriers.at[row_slot(step, part)[0]])
 
         def bring(step, ids):
+            """Brings the rows and ds of a step, and loads the row numbers of the next meanwhile."""
             query, first_head, item_part = place(lax.div(step, key_blocks))
             next_ids = row_ids(step + 1)
             if by_columns:
@@ -240,13 +253,15 @@ def _block(
                 pl.when(i < steps)(lambda slot=slot: plgpu.barrier_wait(rows_free_barriers.at[slot]))
 
     def free_rows(step, part):
+        """Tells the gathering warpgroup that this one has read a step's rows."""
         plgpu.barrier_arrive(rows_free_barriers.at[row_slot(step, part)[0]])
 
     def free_ds(step):
+        """Tells the gathering warpgroup that this one has read a step's ds."""
         plgpu.barrier_arrive(ds_free_barriers.at[lax.rem(step, SLOTS)])
 
     def multiply(item, part):
-        """Sums an item's products in registers and stores them; of `part`'s columns."""
+        """Sums the products of an item for the columns of `part` in registers, and stores them."""
         first, columns = parts[part]
         own_heads = 0 if by_columns else warpgroup * BLOCK_HEADS
         begin = item * key_blocks
@@ -268,7 +283,8 @@ def _block(
                         ds_smem.at[ds_slot, pl.ds(own_heads, BLOCK_HEADS)],
                         rows_smem.at[slot, :, pl.ds(start, width)],
                     )
-                plgpu.wgmma_wait(len(widths))  # those of the step before are done, these run on
+                # The products of the step before are done, these run on: the tensor cores never wait for a release.
+                plgpu.wgmma_wait(len(widths))
 
                 @pl.when(i > 0)
                 def _():
@@ -282,6 +298,8 @@ def _block(
             return [accumulator[...] for accumulator in accumulators]
 
         values = pl.run_scoped(sums, *(ptx.ACC((BLOCK_HEADS, width), jnp.float32) for width in widths))
+        # d_q leaves through two tiles in turns: at 64 heads the halves of this warpgroup's ds slots that ds does not
+        # use, at 128 heads its own heads' halves of the item's last two ds slots, which are released afterwards.
         end = begin + key_blocks
         free_rows(end - 1, part)
         if by_columns:
@@ -292,16 +310,16 @@ def _block(
         query, first_head, _ = place(item)
         target_gmem = d_q_gmem.at[query, pl.ds(first_head + own_heads, BLOCK_HEADS)]
         tiles = [
-            (first + start + column, value[:, column : column + TILE])
+            (first + start + column, value[:, column : column + SWIZZLED_COLUMNS])
             for start, width, value in zip(starts, widths, values, strict=True)
-            for column in range(0, width, TILE)
+            for column in range(0, width, SWIZZLED_COLUMNS)
         ]
         for i, (column, value) in enumerate(tiles):
             if i >= 2:
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copy before the last has read its tile
             stages[i % 2][...] = value.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(stages[i % 2], target_gmem.at[:, pl.ds(column, TILE)])
+            plgpu.copy_smem_to_gmem(stages[i % 2], target_gmem.at[:, pl.ds(column, SWIZZLED_COLUMNS)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if not by_columns:
             free_ds(end - 2)

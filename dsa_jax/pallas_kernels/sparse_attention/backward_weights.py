@@ -1,4 +1,4 @@
-"""Weights of sparse attention and the gradient of its logits on Hopper: 64 heads and their multiples, bfloat16.
+"""Computes weights of sparse attention and the gradient of its logits, for 64 heads and their multiples, bfloat16.
 
   p = exp(scale · q·k − lse)        ds = scale · p · (d_out·v − delta)
 
@@ -28,29 +28,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import (
+    BLOCK_HEADS,
+    BLOCK_KEYS,
+    LOG2E,
+    ROW_LAYOUT,
+    SMEM_GRANULE_BYTES,
+    SWIZZLED_COLUMNS,
+)
 
-BLOCK_HEADS = 64  # rows of one wgmma
-BLOCK_KEYS = 64
-TILE = 64  # columns of bfloat16 in a swizzled row
-PIECE_TILES = 3
-SLOTS = 8  # of the ring, a power of two: 64 × 192 columns each, 192 KiB
-MAX_VALUE_DIM = 512
+PIECE_TILES = 3  # of 64 columns: what is gathered and released together
+SLOTS = 8  # pieces in the ring, a power of two: 64 × 192 columns each, 192 KiB together
+MAX_VALUE_DIM = 512  # C: with R 64, Q takes 144 registers a thread
 COMPUTE_REGISTERS = 224  # of a thread: 144 hold 64 × 576 of Q, 32 the 64 × 64 products
 GATHER_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
-LOG2E = math.log2(math.e)
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a head, as reducing the accumulator leaves it
 
 
 def smem_bytes() -> int:
-    """Bytes of shared memory of one block, whatever the shapes: 226 KiB."""
-    ring = SLOTS * BLOCK_KEYS * PIECE_TILES * TILE * 2
+    """Counts the bytes of shared memory of one block, whatever the shapes: 226 KiB."""
+    ring = SLOTS * BLOCK_KEYS * PIECE_TILES * SWIZZLED_COLUMNS * 2
     tiles = 4 * BLOCK_HEADS * BLOCK_KEYS * 2  # two of p, two of ds
-    return ring + tiles + 2 * ptx.SMEM_GRANULE  # the barriers of gathers and of Pallas
+    return ring + tiles + 2 * SMEM_GRANULE_BYTES  # the barriers of gathers and of Pallas
 
 
 def pieces(columns: int) -> list[int]:
-    """How many tiles each piece of so many columns has."""
-    tiles = columns // TILE
+    """Splits columns into pieces: how many tiles each has."""
+    tiles = columns // SWIZZLED_COLUMNS
     return [min(PIECE_TILES, tiles - first) for first in range(0, tiles, PIECE_TILES)]
 
 
@@ -80,10 +83,11 @@ def why_not(q, d_out, kv, indices, lse, delta) -> str | None:
         return f"the queries must be a multiple of the batch, got {queries} and {batch}"
     if heads % BLOCK_HEADS:
         return f"heads must be a multiple of {BLOCK_HEADS}, got {heads}"
-    if value_dim not in range(TILE, MAX_VALUE_DIM + 1, TILE):
-        return f"value_dim must be a multiple of {TILE} from {TILE} to {MAX_VALUE_DIM}, got {value_dim}"
-    if dim - value_dim not in (0, TILE):
-        return f"the rotary columns must be 0 or {TILE}, got {dim} - {value_dim} = {dim - value_dim}"
+    if value_dim not in range(SWIZZLED_COLUMNS, MAX_VALUE_DIM + 1, SWIZZLED_COLUMNS):
+        step = SWIZZLED_COLUMNS
+        return f"value_dim must be a multiple of {step} from {step} to {MAX_VALUE_DIM}, got {value_dim}"
+    if dim - value_dim not in (0, SWIZZLED_COLUMNS):
+        return f"the rotary columns must be 0 or {SWIZZLED_COLUMNS}, got {dim} - {value_dim} = {dim - value_dim}"
     if topk % BLOCK_KEYS:
         return f"K must be a multiple of {BLOCK_KEYS}, got {topk}"
     if queries * (heads // BLOCK_HEADS) * (topk // BLOCK_KEYS) >= 2**27:  # times pieces, in int32
@@ -94,7 +98,7 @@ def why_not(q, d_out, kv, indices, lse, delta) -> str | None:
 def sparse_backward_weights(
     q, d_out, kv, indices, lse, delta, *, scale: float, blocks: int | None = None, interpret: bool = False
 ):
-    """p = exp(scale · q·k − lse) and ds = scale · p · (d_out·v − delta) of every head and selected key.
+    """Computes p = exp(scale · q·k − lse) and ds = scale · p · (d_out·v − delta) of every head and selected key.
 
     Both are exactly 0 where an index is outside [0, S), and in rows whose lse is -inf.
 
@@ -125,6 +129,7 @@ def sparse_backward_weights(
 
 
 def _kernel(q_shape, kv_shape, topk, scale, blocks, interpret):
+    """Makes the kernel for (q, d_out, kv, indices, lse, delta) of these shapes."""
     queries, heads, _ = q_shape
     blocks = min(queries * (heads // BLOCK_HEADS), blocks or ptx.multiprocessors())
     swizzled = ptx.swizzled(jnp.bfloat16)
@@ -136,10 +141,12 @@ def _kernel(q_shape, kv_shape, topk, scale, blocks, interpret):
     return ptx.persistent_kernel(
         body,
         out_type=(out, out),
-        scratch_types=(
-            plgpu.SMEM((SLOTS, BLOCK_KEYS, PIECE_TILES * TILE), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((2, BLOCK_HEADS, BLOCK_KEYS), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((2, BLOCK_HEADS, BLOCK_KEYS), jnp.bfloat16, transforms=swizzled),
+        scratch_types=(  # what each is for stands at the arguments of `_block`
+            plgpu.SMEM(
+                (SLOTS, BLOCK_KEYS, PIECE_TILES * SWIZZLED_COLUMNS), jnp.bfloat16, transforms=swizzled
+            ),  # 192 KiB
+            plgpu.SMEM((2, BLOCK_HEADS, BLOCK_KEYS), jnp.bfloat16, transforms=swizzled),  # p, 16 KiB
+            plgpu.SMEM((2, BLOCK_HEADS, BLOCK_KEYS), jnp.bfloat16, transforms=swizzled),  # ds, 16 KiB
             ptx.gather_barriers(SLOTS, interpret),
             plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             plgpu.Barrier(num_barriers=2),
@@ -176,6 +183,7 @@ def _block(
     scale: float,
     interpret: bool,
 ):
+    """Runs one thread block: one warpgroup for p, one for ds, one that gathers for both."""
     size = kv_gmem.shape[1]
     key_pieces, value_pieces = pieces(kv_gmem.shape[2]), pieces(d_out_gmem.shape[2])
     key_blocks = indices_gmem.shape[1] // BLOCK_KEYS
@@ -187,22 +195,25 @@ def _block(
     ptx.init_gather_barriers(gathered_barriers, SLOTS, interpret)
 
     def place(item):
-        """The query and the first head of an item of this block: neighbours have the same query and its other heads."""
+        """Gives the query and first head of an item of this block: neighbours have the same query, its other heads."""
         item = block + item * blocks
         return lax.div(item, head_blocks), lax.rem(item, head_blocks) * BLOCK_HEADS
 
     def key_block(item, i):
+        """Refers to the 64 indices of an item's key block `i`, or of its last."""
         return indices_gmem.at[place(item)[0], pl.ds(jnp.minimum(i, key_blocks - 1) * BLOCK_KEYS, BLOCK_KEYS)]
 
     def rows(ref, item):
-        """A value a head of this item."""
+        """Loads one value a head of this item."""
         query, first_head = place(item)
-        return plgpu.load(ref.at[query, pl.ds(first_head, BLOCK_HEADS)], layout=ROW, optimized=False)
+        return plgpu.load(ref.at[query, pl.ds(first_head, BLOCK_HEADS)], layout=ROW_LAYOUT, optimized=False)
 
     def over(row_values):
+        """Repeats one value a head along the keys of a block."""
         return lax.broadcast_in_dim(row_values, (BLOCK_HEADS, BLOCK_KEYS), [0])
 
     def slot_of(piece):
+        """Gives the slot of a piece, counted from the first of this block."""
         return lax.bitwise_and(piece, SLOTS - 1)
 
     def wait_piece(piece):
@@ -213,34 +224,37 @@ def _block(
         return slot
 
     def release(piece):
+        """Tells the gathering warpgroup that this one does not need a piece any more."""
         plgpu.barrier_arrive(free_barriers.at[slot_of(piece)])
 
     def release_all():
+        """Tells the gathering warpgroup that all slots are empty, at first."""
         for slot in range(SLOTS):
             plgpu.barrier_arrive(free_barriers.at[slot])
 
     def operand(item, skipped, widths):
-        """Q or d_out of an item as registers, from the pieces that stand behind `skipped` others."""
+        """Loads Q or d_out of an item into registers, from the pieces that stand behind `skipped` others."""
         loaded = []
         first = item * pieces_of_item
         for i in range(before_keys):
             slot = wait_piece(first + i)
             if skipped <= i < skipped + len(widths):
-                ref = ring_smem.at[slot, :, pl.ds(0, TILE * widths[i - skipped])]
+                ref = ring_smem.at[slot, :, pl.ds(0, SWIZZLED_COLUMNS * widths[i - skipped])]
                 loaded.append(plgpu.load(ref, layout=plgpu.Layout.WGMMA))
             release(first + i)
         return loaded
 
     def product(operand, widths, item, i):
-        """The operand times the keys of a block, or times the first of their columns."""
+        """Multiplies the operand by the keys of a block, or by the first of their columns: [64 heads, 64 keys]."""
         first = item * pieces_of_item + before_keys + i * len(key_pieces)
 
         def run(accumulator):
             for j in range(len(key_pieces)):
                 slot = wait_piece(first + j)
                 if j < len(widths):
-                    keys = ring_smem.at[slot, :, pl.ds(0, TILE * widths[j])]
+                    keys = ring_smem.at[slot, :, pl.ds(0, SWIZZLED_COLUMNS * widths[j])]
                     plgpu.wgmma(accumulator, operand[j], keys.transpose((1, 0)))
+            # Products complete in the order of their issue. d_out·v leaves out the pieces without values.
             for j in range(len(key_pieces)):
                 plgpu.wgmma_wait(max(len(widths) - 1 - j, 0))
                 release(first + j)
@@ -251,16 +265,18 @@ def _block(
         return pl.run_scoped(run, ptx.ACC((BLOCK_HEADS, BLOCK_KEYS), jnp.float32))
 
     def interpreted_product(operand, widths, first):
+        """Multiplies as `product` does, in the interpreter."""
         total = jnp.zeros((BLOCK_HEADS, BLOCK_KEYS), jnp.float32)
         for j in range(len(key_pieces)):
             slot = wait_piece(first + j)
             if j < len(widths):
-                keys = ring_smem[slot, :, pl.ds(0, TILE * widths[j])]
+                keys = ring_smem[slot, :, pl.ds(0, SWIZZLED_COLUMNS * widths[j])]
                 total += jnp.dot(operand[j], keys.T, preferred_element_type=jnp.float32)
             release(first + j)
         return total
 
     def store(tile_smem, out_gmem, item, i):
+        """Starts the copy of a tile [64 heads, 64 keys] from shared memory to its place."""
         query, first_head = place(item)
         columns = pl.ds(i * BLOCK_KEYS, BLOCK_KEYS)
         plgpu.copy_smem_to_gmem(tile_smem, out_gmem.at[query, pl.ds(first_head, BLOCK_HEADS), columns])
@@ -270,6 +286,7 @@ def _block(
         plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
 
         def gather(rows_gmem, ids, piece, widths):
+            """Gathers 64 rows in pieces, from number `piece` on, each when its slot is free."""
             for j, width in enumerate(widths):
                 slot = slot_of(piece + j)
                 plgpu.barrier_wait(free_barriers.at[slot])
@@ -282,6 +299,7 @@ def _block(
             query, first_head = place(item)
             first = item * pieces_of_item
             ids = ptx.load_row_ids(key_block(item, 0), interpret)
+            # Q and d_out of an item are gathered too: rows are its 64 heads.
             heads = ptx.consecutive_row_ids(first_head, interpret)
             gather(q_gmem.at[query], heads, first, key_pieces)
             gather(d_out_gmem.at[query], heads, first + len(key_pieces), value_pieces)
@@ -294,7 +312,7 @@ def _block(
 
             lax.fori_loop(0, key_blocks, step, ids)
 
-        for slot in range(SLOTS):
+        for slot in range(SLOTS):  # every phase is waited for, as the interpreter demands
             plgpu.barrier_wait(free_barriers.at[slot])
 
     @pl.when(lax.axis_index("warpgroup") == 0)
@@ -314,6 +332,7 @@ def _block(
                 x = product(q, key_pieces, item, i) * (scale * LOG2E) - over(log2_lse)
                 p = jnp.exp2(ptx.drop_absent_keys(x, ids, size, interpret))
                 slot = lax.bitwise_and(item * key_blocks + i, 1)
+                # The tile of two blocks ago is free: its copy has read it, and so has warpgroup 1.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 plgpu.barrier_wait(p_read_barriers.at[slot])
                 p_smem[slot] = p.astype(jnp.bfloat16)
@@ -338,6 +357,7 @@ def _block(
         @pl.loop(0, items)
         def _(item):
             d_out = operand(item, len(key_pieces), value_pieces)
+            # scale · p · (d_out·v − delta) with the scale inside, as p is read last and then multiplied once.
             scaled_delta = scale * rows(delta_gmem, item)
 
             @pl.loop(0, key_blocks)

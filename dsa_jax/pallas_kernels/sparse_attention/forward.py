@@ -1,7 +1,7 @@
-"""Sparse MLA attention forward on Hopper: rows of the latent gathered by index, online softmax, `out` and `lse`.
+"""Computes sparse MLA attention forward on Hopper: rows of the latent by index, online softmax, `out` and `lse`.
 
-Two kernels share the work by the number of heads: `sparse_attention_few_heads` has the keys for rows of wgmma, so that
-16 or 32 heads need no padding; `sparse_attention_many_heads` has 64 heads for rows.
+One of two kernels runs, by the number of heads. A wgmma has 64 rows: `sparse_attention_many_heads` has heads for rows,
+`sparse_attention_few_heads` keys, so that 16 or 32 heads need no padding.
 """
 
 import math
@@ -10,11 +10,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsa_jax.pallas_kernels.sparse_attention import forward_few_heads as few_heads
-from dsa_jax.pallas_kernels.sparse_attention import forward_many_heads as many_heads
+from dsa_jax.pallas_kernels.hopper.constants import BLOCK_HEADS, BLOCK_KEYS, PAIR_KEYS
+from dsa_jax.pallas_kernels.sparse_attention.forward_few_heads import HEADS as FEW_HEADS
+from dsa_jax.pallas_kernels.sparse_attention.forward_few_heads import Config as FewHeadsConfig
+from dsa_jax.pallas_kernels.sparse_attention.forward_few_heads import sparse_attention_few_heads
+from dsa_jax.pallas_kernels.sparse_attention.forward_many_heads import Config as ManyHeadsConfig
+from dsa_jax.pallas_kernels.sparse_attention.forward_many_heads import sparse_attention_many_heads
 
-VALUE_DIMS = range(64, 513, 64)
-ROTARY_DIMS = (0, 64)
+VALUE_DIMS = range(64, 513, 64)  # C: whole tiles of columns, as many as the accumulators have registers for
+ROTARY_DIMS = (0, 64)  # R: none, or one tile of columns
 
 
 def why_not(q, kv, indices, value_dim: int) -> str | None:
@@ -29,8 +33,8 @@ def why_not(q, kv, indices, value_dim: int) -> str | None:
         return f"q {q.shape}, kv {kv.shape} and indices {indices.shape} do not fit together"
     if 0 in q.shape or 0 in kv.shape or 0 in indices.shape:
         return f"no dimension may be 0, got q {q.shape}, kv {kv.shape} and indices {indices.shape}"
-    if heads not in few_heads.HEADS and heads % many_heads.BLOCK_HEADS:
-        return f"heads must be 16, 32 or a multiple of {many_heads.BLOCK_HEADS}, got {heads}"
+    if heads not in FEW_HEADS and heads % BLOCK_HEADS:
+        return f"heads must be 16, 32 or a multiple of {BLOCK_HEADS}, got {heads}"
     if value_dim not in VALUE_DIMS:
         return f"value_dim must be a multiple of 64 from 64 to 512, got {value_dim}"
     if dim - value_dim not in ROTARY_DIMS:
@@ -48,7 +52,7 @@ def sparse_attention(
     *,
     value_dim: int,
     scale: float,
-    config: few_heads.Config | many_heads.Config | None = None,
+    config: FewHeadsConfig | ManyHeadsConfig | None = None,
     interpret: bool = False,
 ):
     """Attends to the selected latents alone: `dsa_jax.sparse_attention` in bfloat16.
@@ -64,7 +68,10 @@ def sparse_attention(
       interpret: run in Pallas' interpreter, on a CPU.
 
     Returns:
-      out [B, T, N, C] bfloat16 and lse [B, T, N] float32.
+      out [B, T, N, C] bfloat16 and lse [B, T, N] float32; 0 and -inf for a query without keys.
+
+    Raises:
+      ValueError: if `why_not` has a reason, the scale is not finite, or the config is the other kernel's.
     """
     reason = why_not(q, kv, indices, value_dim)
     if reason is not None:
@@ -74,13 +81,13 @@ def sparse_attention(
         raise ValueError(f"scale must be finite, got {scale}")
     batch, length, heads, dim = q.shape
     attend: Callable[..., Any]
-    if heads in few_heads.HEADS:
-        attend, tuning, key_step = few_heads.sparse_attention_few_heads, few_heads.Config, few_heads.BLOCK
+    if heads in FEW_HEADS:
+        attend, tuning, key_step = sparse_attention_few_heads, FewHeadsConfig, BLOCK_KEYS
     else:
-        attend, tuning, key_step = many_heads.sparse_attention_many_heads, many_heads.Config, many_heads.PAIR_KEYS
+        attend, tuning, key_step = sparse_attention_many_heads, ManyHeadsConfig, PAIR_KEYS
     if not isinstance(config, tuning | None):
         raise ValueError(f"config must be a {tuning.__module__}.Config for {heads} heads, got {config}")
-    ragged = -indices.shape[2] % key_step
+    ragged = -indices.shape[2] % key_step  # filled up with -1, which is no key
     if ragged:
         indices = jnp.pad(indices, ((0, 0), (0, 0), (0, ragged)), constant_values=-1)
     out, lse = attend(

@@ -1,8 +1,8 @@
-"""Sparse attention forward for 16 or 32 heads, bfloat16, on Hopper: keys are the rows of wgmma, no head is padding.
+"""Computes sparse attention forward for 16 or 32 heads, bfloat16, on Hopper: keys are the rows of wgmma, no padding.
 
-A persistent block of threads an SM, three roles:
+A persistent thread block on each multiprocessor, with two roles:
 - The last warpgroup gathers: for every block of 64 selected keys, 64 rows of the latent into a ring in shared memory,
-  a few column tiles a slot, never waiting for anything but a free slot.
+  up to `slot_tiles` column tiles a slot, never waiting for anything but a free slot.
 - Each of the first `streams` warpgroups has a query of its own. For every block: S^T [64, N] = K Q^T, softmax down
   the columns (keys lie along lanes and warps), then O^T [C, N] += V^T P^T, V being the first columns of the same rows.
   O^T stays in registers (C·N/128 a thread). Streams share the ring and nothing else; they take their blocks in turn.
@@ -26,29 +26,34 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import (
+    BLOCK_KEYS,
+    COLUMN_LAYOUT,
+    MULTIPROCESSORS,
+    ROW_LAYOUT,
+    SMEM_BYTES,
+    SMEM_GRANULE_BYTES,
+    SWIZZLED_COLUMNS,
+)
 
-HEADS = (16, 32)
-BLOCK = 64  # keys of a block: the rows of one wgmma
-TILE = 64  # columns of a tile: the swizzle of 128 bytes
-BY_HEAD = plgpu.Layout.WGMMA.reduce(0)  # a vector over the columns of an accumulator
-BY_KEY = plgpu.Layout.WGMMA.reduce(1)  # a vector over its rows
+HEADS = (16, 32)  # that this kernel takes: columns of its accumulators
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernel is cut.
+    """Sets how the kernel is cut.
 
     Attributes:
       streams: warpgroups that compute, each with a query of its own.
       slot_tiles: 64-column tiles of a slot of the ring, gathered and released together.
       slots: slots of the ring; None fills the shared memory.
-      blocks: persistent blocks of threads, one an SM; the results do not depend on it.
+      blocks: persistent thread blocks, one on each multiprocessor; no result depends on it.
     """
 
     streams: int = 2
     slot_tiles: int = 3
     slots: int | None = None
-    blocks: int = ptx.MULTIPROCESSORS
+    blocks: int = MULTIPROCESSORS
 
     def __post_init__(self):
         if self.streams not in (1, 2):
@@ -63,7 +68,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The budget of one shape under one config. Shared memory is allocated in pieces of 1024 bytes."""
+    """Budgets shared memory and registers of one shape under one config."""
 
     heads: int
     dim: int
@@ -76,55 +81,53 @@ class Plan:
                 f"a ring of {self.ring_slots} slots cannot hold the {len(self.slot_columns)} slots of a block of keys; "
                 f"{self.config} leaves {self.ring_bytes_left} bytes of shared memory for it"
             )
-        if self.smem_bytes > ptx.SMEM_BYTES:
-            raise ValueError(
-                f"{self.config} needs {self.smem_bytes} bytes of shared memory, there are {ptx.SMEM_BYTES}"
-            )
+        if self.smem_bytes > SMEM_BYTES:
+            raise ValueError(f"{self.config} needs {self.smem_bytes} bytes of shared memory, there are {SMEM_BYTES}")
 
     @property
     def slot_tiles(self) -> int:
-        """Tiles of a slot: no more than the latent has."""
-        return min(self.config.slot_tiles, self.dim // TILE)
+        """Column tiles of a slot: no more than the latent has."""
+        return min(self.config.slot_tiles, self.dim // SWIZZLED_COLUMNS)
 
     @property
     def slot_columns(self) -> tuple[tuple[range, int], ...]:
-        """For each slot of a block of keys: its column tiles, and how many of them, the first, are values."""
-        tiles, values = self.dim // TILE, self.value_dim // TILE
+        """The column tiles of each slot of a block of keys, and how many of them, the first, are values."""
+        tiles, values = self.dim // SWIZZLED_COLUMNS, self.value_dim // SWIZZLED_COLUMNS
         cuts = [range(i, min(i + self.slot_tiles, tiles)) for i in range(0, tiles, self.slot_tiles)]
         return tuple((cut, max(0, min(values, cut.stop) - cut.start)) for cut in cuts)
 
     @property
     def q_bytes(self) -> int:
-        """Q of every stream; `out` leaves through the same memory."""
+        """Bytes of Q of all streams; `out` leaves through the same memory."""
         return self.config.streams * self.heads * self.dim * 2
 
     @property
     def fixed_bytes(self) -> int:
-        """All but the ring: Q, P [N, 64], a vector by warp [4, N], lse [N], and three pieces for the barriers."""
+        """Bytes of all but the ring: Q, P [N, 64], a vector by warp [4, N], lse [N], and three granules of barriers."""
         streams = self.config.streams
-        p, warps = streams * self.heads * BLOCK * 2, streams * 4 * self.heads * 4
-        return self.q_bytes + ptx.allocated(p) + ptx.allocated(warps) + 4 * ptx.SMEM_GRANULE
+        p, warps = streams * self.heads * BLOCK_KEYS * 2, streams * 4 * self.heads * 4
+        return self.q_bytes + ptx.allocated(p) + ptx.allocated(warps) + 4 * SMEM_GRANULE_BYTES
 
     @property
     def ring_bytes_left(self) -> int:
-        """What the ring may take."""
-        return ptx.SMEM_BYTES - self.fixed_bytes
+        """Bytes that the ring may take."""
+        return SMEM_BYTES - self.fixed_bytes
 
     @property
     def slot_bytes(self) -> int:
-        """One slot: 64 rows of some tiles."""
-        return BLOCK * self.slot_tiles * TILE * 2
+        """Bytes of one slot: 64 rows of `slot_tiles` tiles."""
+        return BLOCK_KEYS * self.slot_tiles * SWIZZLED_COLUMNS * 2
 
     @property
     def ring_slots(self) -> int:
-        """Slots of the ring: as many as fit."""
+        """Slots of the ring: as many as fit, or as the config says."""
         if self.config.slots is not None:
             return self.config.slots
         return self.ring_bytes_left // self.slot_bytes
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block of threads."""
+        """Bytes of shared memory of one thread block."""
         return self.fixed_bytes + self.ring_slots * self.slot_bytes
 
     @property
@@ -138,19 +141,19 @@ class Plan:
 
 
 def default_config(heads: int, queries: int) -> Config:
-    """Two streams hide each other's latencies, where Q leaves room for the ring and there are queries for both."""
+    """Chooses the streams: two hide each other's latencies, where Q leaves room for the ring and both have queries."""
     return Config(streams=2 if heads == 16 and queries > Config.blocks else 1)
 
 
 def sparse_attention_few_heads(
     q, kv, indices, *, value_dim: int, scale: float, config: Config | None = None, interpret: bool = False
 ):
-    """`sparse_attention`, which checks the arguments, for 16 or 32 heads.
+    """Computes `sparse_attention`, which has checked the arguments, for 16 or 32 heads.
 
     Args:
       q: [B·T, N, H] bfloat16.
       kv: [B, S, H] bfloat16.
-      indices: [B·T, K] int32, K a multiple of `BLOCK`.
+      indices: [B·T, K] int32, K a multiple of `BLOCK_KEYS`.
       value_dim: C.
       scale: of the logits.
       config: tuning.
@@ -162,62 +165,68 @@ def sparse_attention_few_heads(
     queries, heads, dim = q.shape
     batch, size, _ = kv.shape
     plan = Plan(heads, dim, value_dim, config or default_config(heads, queries))
-    kernel = _kernel(plan, batch, queries // batch, size, indices.shape[1] // BLOCK, scale, interpret)
+    kernel = _kernel(plan, batch, queries // batch, size, indices.shape[1] // BLOCK_KEYS, scale, interpret)
     return kernel(q, kv, indices)
 
 
 def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: float, interpret: bool):
-    """The kernel for q [B·T, N, H], kv [B, S, H], indices [B·T, 64·blocks]."""
+    """Makes the kernel for q [B·T, N, H], kv [B, S, H] and indices [B·T, 64·blocks]: `blocks` of keys a query."""
     heads, value_dim, streams = plan.heads, plan.value_dim, plan.config.streams
     slots, cuts = plan.ring_slots, plan.slot_columns
     queries = batch * length
-    grid = min(plan.config.blocks, queries)
+    grid = min(plan.config.blocks, queries)  # thread blocks
     log2_scale = scale * math.log2(math.e)  # the softmax works in powers of two
 
     def query_of(turn, stream):
-        """The query that a stream has in a turn. It may lie behind the last one: then nothing is read or written."""
+        """Gives the query of a stream in a turn. It may lie behind the last one: then nothing is read or written."""
         return lax.axis_index("block") + (turn * streams + stream) * grid
 
     def body(
         q_gmem, kv_gmem, indices_gmem, out_gmem, lse_gmem, q_smem, ring_smem, p_smem, warps_smem, lse_smem, *barriers
     ):
-        # full[slot]: 128 arrivals by the gather's copies; the stream whose block it is waits.
-        # empty[slot]: one arrival by that stream when it has read the slot for the last time; the gatherer waits.
-        # q_barrier[stream]: the copy of Q arrives, the stream waits.
+        # full[slot]: the slot's tiles have landed. 128 arrivals, by the gather's copies; the stream whose block it is
+        # waits.
+        # empty[slot]: the slot has been read for the last time. One arrival, of that stream; the gathering warpgroup
+        # waits.
+        # q_barrier[stream]: Q has landed. One arrival, of its copy; the stream waits.
         full, empty, q_barrier = barriers
         warpgroup = lax.axis_index("warpgroup")
-        turns = pl.cdiv(queries - lax.axis_index("block"), streams * grid)
+        turns = pl.cdiv(queries - lax.axis_index("block"), streams * grid)  # of this block; a turn is a query a stream
         ptx.init_gather_barriers(full, slots, interpret)
 
         def scores_of(first, stream):
-            """K Q^T of the block whose first slot is use `first` of the ring, each slot as it lands."""
+            """Computes K Q^T [64, N] of the block whose first slot is use `first` of the ring; a slot as it lands."""
 
             def multiply(acc):
+                # Slots are used in turn, over all blocks and queries: use n is in slot n mod slots, phase n // slots.
                 for i, (tiles, _) in enumerate(cuts):
-                    slot, columns = lax.rem(first + i, slots), TILE * len(tiles)
+                    slot, columns = lax.rem(first + i, slots), SWIZZLED_COLUMNS * len(tiles)
                     ptx.wait_gather(full, slot, lax.rem((first + i) // slots, 2), interpret)
-                    q_part = q_smem.at[stream, :, pl.ds(TILE * tiles.start, columns)]
+                    q_part = q_smem.at[stream, :, pl.ds(SWIZZLED_COLUMNS * tiles.start, columns)]
                     plgpu.wgmma(acc, ring_smem.at[slot, :, pl.ds(0, columns)], q_part.transpose((1, 0)))
                 return acc[...]
 
-            scores = pl.run_scoped(multiply, ptx.ACC((BLOCK, heads), jnp.float32))
+            scores = pl.run_scoped(multiply, ptx.ACC((BLOCK_KEYS, heads), jnp.float32))
+            # Slots of rotary columns alone are not read again. Those with values are, by `add_values`.
             for i, (_, values) in enumerate(cuts):
                 if not values:
                     plgpu.barrier_arrive(empty.at[lax.rem(first + i, slots)])
             return scores
 
         def add_values(outs, first, stream):
-            """V^T P^T of the block added to the parts of O^T; releases each slot when it has been read."""
+            """Adds V^T P^T of the block to the parts of O^T, and releases each slot when it has been read."""
             slots_of = [(lax.rem(first + i, slots), values) for i, (_, values) in enumerate(cuts) if values]
             p_part = p_smem.at[stream].transpose((1, 0))
 
             def multiply(accs):
                 for acc, (slot, values) in zip(accs, slots_of, strict=True):
-                    plgpu.wgmma(acc, ring_smem.at[slot, :, pl.ds(0, TILE * values)].transpose((1, 0)), p_part)
+                    plgpu.wgmma(
+                        acc, ring_smem.at[slot, :, pl.ds(0, SWIZZLED_COLUMNS * values)].transpose((1, 0)), p_part
+                    )
 
             def release():
                 for i, (slot, _) in enumerate(slots_of):
-                    plgpu.wgmma_wait(len(slots_of) - 1 - i)
+                    plgpu.wgmma_wait(len(slots_of) - 1 - i)  # products complete in the order of their issue
                     plgpu.barrier_arrive(empty.at[slot])
 
             def in_place(accs):
@@ -227,7 +236,7 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
             if not interpret:
                 return pl.run_state(in_place)(tuple(ptx.ACC.init(out) for out in outs))
 
-            def fresh(*accs):
+            def fresh(*accs):  # the interpreter has no accumulators that start from a value
                 in_place(accs)
                 return tuple(acc[...] for acc in accs)
 
@@ -240,16 +249,17 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
                 plgpu.set_max_registers(plan.registers[1], action="decrease")
 
             def place(block):
-                """Query and block within it of a block counted over all turns; streams alternate."""
+                """Gives the query, and the block within it, of a block counted over all turns; streams alternate."""
                 turn = block // (streams * blocks)
                 return query_of(turn, lax.rem(block, streams)), lax.rem(block // streams, blocks)
 
             def load_ids(block):
+                """Loads the row numbers of a block: -1, for zeros, where there is no query."""
                 query, i = place(jnp.minimum(block, turns * (streams * blocks) - 1))
                 ids = ptx.load_row_ids(
-                    indices_gmem.at[jnp.minimum(query, queries - 1), pl.ds(i * BLOCK, BLOCK)], interpret
+                    indices_gmem.at[jnp.minimum(query, queries - 1), pl.ds(i * BLOCK_KEYS, BLOCK_KEYS)], interpret
                 )
-                return jnp.where(query < queries, ids, -1)
+                return jnp.where(query < queries, ids, -1)  # the phases of the barriers go on all the same
 
             def step(block, ids):
                 next_ids = load_ids(block + 1)  # ahead of the wait for the slots
@@ -258,6 +268,7 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
                 for i, (tiles, _) in enumerate(cuts):
                     use = block * len(cuts) + i
                     slot = lax.rem(use, slots)
+                    # The first use of a slot waits for nobody.
                     pl.when(use >= slots)(lambda slot=slot: plgpu.barrier_wait(empty.at[slot]))
                     ptx.gather_64_rows(rows_gmem, ids, ring_smem.at[slot], full, slot, tiles, interpret, tiles.start)
                 return next_ids
@@ -273,55 +284,61 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
 
         @pl.when(warpgroup < streams)
         def _compute():
-            stream = warpgroup
+            stream = warpgroup  # its query, and its part of every array
             if plan.registers and not interpret:
                 plgpu.set_max_registers(plan.registers[0], action="increase")
 
             @pl.loop(0, turns)
             def _(turn):
                 query = query_of(turn, stream)
-                safe_query = jnp.minimum(query, queries - 1)
+                safe_query = jnp.minimum(query, queries - 1)  # the last one again where there is none
                 plgpu.copy_gmem_to_smem(q_gmem.at[safe_query], q_smem.at[stream], q_barrier.at[stream])
                 plgpu.barrier_wait(q_barrier.at[stream])
 
                 def load_ids(i):
-                    ids = indices_gmem.at[safe_query, pl.ds(jnp.minimum(i, blocks - 1) * BLOCK, BLOCK)]
-                    return ids[...] if interpret else plgpu.load(ids, layout=BY_KEY, optimized=False)
+                    """Loads the ids of a block, one a row of the accumulator."""
+                    ids = indices_gmem.at[safe_query, pl.ds(jnp.minimum(i, blocks - 1) * BLOCK_KEYS, BLOCK_KEYS)]
+                    return ids[...] if interpret else plgpu.load(ids, layout=ROW_LAYOUT, optimized=False)
 
                 def step(i, carry):
                     outs, peak, total, ids = carry
                     first = ((turn * blocks + i) * streams + stream) * len(cuts)
                     zero = ptx.opaque_zero(interpret)
                     scores = scores_of(first, stream + zero)
-                    present = (ids >= 0) & (ids < size)
+                    present = (ids >= 0) & (ids < size)  # rows of absent keys are zeros in the ring
+                    # Online softmax, per head: everything so far is over 2^peak, and decays when the peak rises.
                     scores = jnp.where(_over_heads(present, heads), scores * log2_scale, -jnp.inf)
                     new_peak = jnp.maximum(peak, _reduce_keys(scores, warps_smem.at[stream], "max", interpret))
-                    base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+                    base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)  # -inf - -inf would be NaN
                     decay = jnp.exp2(peak - base)
-                    p = jnp.exp2(scores - _over_rows(base, BLOCK))
+                    p = jnp.exp2(scores - _over_rows(base, BLOCK_KEYS))
                     _store_transposed(p_smem.at[stream], p.astype(jnp.bfloat16), interpret)
                     plgpu.commit_smem()
                     next_ids = load_ids(i + 1)  # not sooner: the fences of the waits above would wait for it
-                    total = total * _over_rows(decay, BLOCK) + p
+                    # Kept a key of the block, and reduced over the keys once a query: not block by block.
+                    total = total * _over_rows(decay, BLOCK_KEYS) + p
                     outs = tuple(out * _over_rows(decay, out.shape[0]) for out in outs)
                     return add_values(outs, first, stream + zero), new_peak, total, next_ids
 
-                outs = tuple(_zeros((TILE * values, heads), interpret) for _, values in cuts if values)
+                # O^T in parts, one for each slot that has values: wgmma reads a slot at a time as its left operand.
+                outs = tuple(_zeros((SWIZZLED_COLUMNS * values, heads), interpret) for _, values in cuts if values)
                 peak = jnp.full((heads,), -jnp.inf, jnp.float32)
                 if not interpret:
-                    peak = plgpu.layout_cast(peak, BY_HEAD)
-                carry = outs, peak, _zeros((BLOCK, heads), interpret), load_ids(0)
+                    peak = plgpu.layout_cast(peak, COLUMN_LAYOUT)
+                carry = outs, peak, _zeros((BLOCK_KEYS, heads), interpret), load_ids(0)
                 outs, peak, total, _ = lax.fori_loop(0, blocks, step, carry)
 
                 total = _reduce_keys(total, warps_smem.at[stream], "add", interpret)
+                # 0 for a query without keys, which then has zeros in `out`.
                 inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
+                # O leaves through the memory of Q, transposed back to [N, C].
                 column = 0
                 for out in outs:
                     out = out * _over_rows(inverse, out.shape[0])
                     part = q_smem.at[stream, :, pl.ds(column, out.shape[0])]
                     _store_transposed(part, out.astype(jnp.bfloat16), interpret)
                     column += out.shape[0]
-                lse = peak * math.log(2.0) + jnp.log(total)
+                lse = peak * math.log(2.0) + jnp.log(total)  # the natural logarithm
                 lse_smem[stream] = jnp.where(total == 0.0, -jnp.inf, lse)
                 plgpu.commit_smem()
 
@@ -342,15 +359,16 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
     return ptx.persistent_kernel(
         body,
         out_type=out_type,
-        scratch_types=(
-            plgpu.SMEM((streams, heads, plan.dim), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((slots, BLOCK, TILE * plan.slot_tiles), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((streams, heads, BLOCK), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((streams, 4, heads), jnp.float32),
-            plgpu.SMEM((streams, heads), jnp.float32),
-            ptx.gather_barriers(slots, interpret),
-            plgpu.Barrier(num_barriers=slots),
-            plgpu.Barrier(num_barriers=streams),
+        scratch_types=(  # with the KiB for 16 heads, C 512, R 64 and the default config
+            plgpu.SMEM((streams, heads, plan.dim), jnp.bfloat16, transforms=swizzled),  # q_smem, 36
+            # ring_smem, 168: 7 slots of 24
+            plgpu.SMEM((slots, BLOCK_KEYS, SWIZZLED_COLUMNS * plan.slot_tiles), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((streams, heads, BLOCK_KEYS), jnp.bfloat16, transforms=swizzled),  # p_smem, 4
+            plgpu.SMEM((streams, 4, heads), jnp.float32),  # warps_smem, 1
+            plgpu.SMEM((streams, heads), jnp.float32),  # lse_smem, 1
+            ptx.gather_barriers(slots, interpret),  # full
+            plgpu.Barrier(num_barriers=slots),  # empty
+            plgpu.Barrier(num_barriers=streams),  # q_barrier
         ),
         blocks=grid,
         interpret=interpret,
@@ -360,17 +378,18 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
 
 
 def _zeros(shape, interpret):
+    """Makes float32 zeros in the layout of an accumulator."""
     zeros = jnp.zeros(shape, jnp.float32)
     return zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
 
 def _over_rows(by_head, rows):
-    """[N] -> [rows, N]."""
+    """Repeats one value a head along rows: [N] -> [rows, N]."""
     return lax.broadcast_in_dim(by_head, (rows, by_head.shape[0]), [1])
 
 
 def _over_heads(by_key, heads):
-    """[64] -> [64, heads]."""
+    """Repeats one value a key along heads: [64] -> [64, heads]."""
     return lax.broadcast_in_dim(by_key, (by_key.shape[0], heads), [0])
 
 
@@ -384,7 +403,7 @@ def _store_transposed(to_smem, x, interpret):
 
 
 def _reduce_keys(x, warps_smem, op, interpret):
-    """The maximum or sum of x [64, N] over its keys, [N], in every thread; always in the same order.
+    """Reduces x [64, N] over its keys to the maximum or sum, [N], in every thread; always in the same order.
 
     A warp has 16 keys: two in each thread, eight along its lanes. Then the four warps exchange through `warps_smem`
     [4, N], which may be written again once the warpgroup has met at another barrier.
@@ -396,11 +415,11 @@ def _reduce_keys(x, warps_smem, op, interpret):
 
     @ptx.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=ptx.Result((heads,), jnp.float32, BY_HEAD),
+        return_type=ptx.Result((heads,), jnp.float32, COLUMN_LAYOUT),
     )
     def reduce(ctx, x, warps):
         f32, pair = ir.F32Type.get(), ir.VectorType.get((2,), ir.F32Type.get())
-        thread = arith.andi(ptx.thread_id(), ptx.i32(ptx.WARPGROUP - 1))
+        thread = ptx.thread_of_warpgroup()
         warp, lane = arith.shrui(thread, ptx.i32(5)), arith.andi(thread, ptx.i32(31))
         # Lane l has columns 2 (l mod 4) and the next of every eight.
         source = arith.addi(ptx.smem_address(warps), arith.shli(arith.andi(lane, ptx.i32(3)), ptx.i32(3)))
@@ -409,12 +428,13 @@ def _reduce_keys(x, warps_smem, op, interpret):
         def halves(value):
             return [vector.extract(value, [], ir.DenseI64ArrayAttr.get([i])) for i in range(2)]
 
-        columns = []
+        columns = []  # of every eight, this thread's two, reduced over the warp's keys
         for upper, lower in x.registers.reshape(heads // 8, 2):
             values = [combine(a, b) for a, b in zip(halves(upper), halves(lower), strict=True)]
-            for distance in (4, 8, 16):
+            for distance in (4, 8, 16):  # lanes that have the same columns and other keys
                 values = [combine(value, mgpu.utils.shfl_bfly(value, distance)) for value in values]
             columns.append(values)
+        # Four lanes of each warp have all columns between them, and write the warp's row.
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, ptx.i32(4))):
             for i, values in enumerate(columns):
                 ptx.ptx(f"st.shared.v2.f32 [$0+{32 * i}], {{$1, $2}};", to, *values)
@@ -430,9 +450,10 @@ def _reduce_keys(x, warps_smem, op, interpret):
                 )
                 for w in range(4)
             ]
+            # The same order in every thread, so that all have the same bits.
             values = [combine(combine(a, b), combine(c, d)) for a, b, c, d in zip(*parts, strict=True)]
             registers.append(vector.from_elements(pair, values))
-        layout = BY_HEAD.to_mgpu()
+        layout = COLUMN_LAYOUT.to_mgpu()
         registers = np.array(registers, dtype=object).reshape(layout.registers_shape((heads,)))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 

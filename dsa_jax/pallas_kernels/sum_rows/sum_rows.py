@@ -1,4 +1,4 @@
-"""Sums of gathered rows: total[s] + Σ_{offsets[s] ≤ i < offsets[s+1]} rows[order[i]], in that order, in float32.
+"""Sums gathered rows: total[s] + Σ_{offsets[s] ≤ i < offsets[s+1]} rows[order[i]], in that order, in float32.
 
 The last step of a deterministic scatter-add: contributions to keys are written in whatever order they arise, their
 numbers sorted by key, and each key adds up its own. The sum is the same in every run, since its order is given.
@@ -18,19 +18,20 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels.hopper import ptx, simt
+from dsa_jax.pallas_kernels.hopper.constants import WARPGROUP_THREADS
 
-VECTOR = 16  # bytes of a load
-WIDTH = 64  # elements that a row has a multiple of
+VECTOR_BYTES = 16  # bytes of a load
+WIDTH_STEP = 64  # elements of which a row has a multiple
 MINUS_ZERO = {jnp.dtype(jnp.bfloat16): 0x80008000, jnp.dtype(jnp.float32): 0x80000000}  # x + -0.0 is x for every x
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How many loads are in flight; no result depends on it.
+    """Sets how many loads are in flight; no result depends on it.
 
     Attributes:
       threads: of the one block on each multiprocessor; each has 65536 / threads registers.
-      ahead: rows in a step. A thread holds two steps, 8 registers a row.
+      ahead: rows in a step. A thread holds the rows of two steps: 8 registers for each row of one.
     """
 
     threads: int = 512
@@ -49,8 +50,8 @@ def why_not(rows, order, offsets, total) -> str | None:
         return f"rows must be [M, W] in bfloat16 or float32, got {rows.dtype}{list(rows.shape)}"
     if total.ndim != 2 or total.dtype != jnp.float32 or total.shape[1] != rows.shape[1]:
         return f"total must be float32 [S, {rows.shape[1]}] like rows, got {total.dtype}{list(total.shape)}"
-    if rows.shape[1] == 0 or rows.shape[1] % WIDTH:
-        return f"the width of rows must be a multiple of {WIDTH}, got {rows.shape[1]}"
+    if rows.shape[1] == 0 or rows.shape[1] % WIDTH_STEP:
+        return f"the width of rows must be a multiple of {WIDTH_STEP}, got {rows.shape[1]}"
     if rows.shape[0] == 0 or total.shape[0] == 0:
         return f"rows and total must not be empty, got {list(rows.shape)} and {list(total.shape)}"
     if order.shape != rows.shape[:1] or order.dtype != jnp.int32:
@@ -64,23 +65,26 @@ def why_not(rows, order, offsets, total) -> str | None:
 
 
 def vectors_of(rows) -> int:
-    """How many 16-byte vectors a row has."""
-    return rows.shape[1] * jnp.dtype(rows.dtype).itemsize // VECTOR
+    """Counts the 16-byte vectors of a row."""
+    return rows.shape[1] * jnp.dtype(rows.dtype).itemsize // VECTOR_BYTES
 
 
 def sum_rows(rows, order, offsets, total, *, config: Config | None = None, interpret: bool = False):
-    """total[s] + Σ rows[order[i]] over offsets[s] ≤ i < offsets[s+1], added in that order in float32.
+    """Adds Σ rows[order[i]] over offsets[s] ≤ i < offsets[s+1] to total[s], in that order in float32.
 
     Args:
       rows: [M, W] bfloat16 or float32, W a multiple of 64. Those that `order` does not name are not read.
       order: int32 [M], the numbers of rows; outside of [offsets[0], offsets[S]) they are not read.
       offsets: int32 [S + 1], increasing, within [0, M].
-      total: float32 [S, W]; taken over where the caller has no further use of it.
+      total: float32 [S, W]; changed in place where the caller has no further use of it.
       config: tuning.
       interpret: whether to do without a GPU. The interpreter knows no PTX, so that XLA then adds, in the same order.
 
     Returns:
       float32 [S, W].
+
+    Raises:
+      ValueError: if `why_not` has a reason.
     """
     reason = why_not(rows, order, offsets, total)
     if reason is not None:
@@ -98,15 +102,16 @@ def sum_rows(rows, order, offsets, total, *, config: Config | None = None, inter
 
         run(rows_gmem, order_gmem, offsets_gmem, total_gmem, lax.axis_index("block"))
 
-    warpgroups = config.threads // ptx.WARPGROUP
+    warpgroups = config.threads // WARPGROUP_THREADS
     kernel = ptx.persistent_kernel(sum_rows_kernel, (), (), blocks=blocks, interpret=False, warpgroups=warpgroups)
-    total_ref = jax.new_ref(total)
+    total_ref = jax.new_ref(total)  # the kernel changes it in place; XLA copies it first where it is needed again
     kernel(rows, order, offsets, total_ref)
     return jax.freeze(total_ref)
 
 
 def _scatter(rows, order, offsets, total):
-    """The definition: XLA's scatter on a CPU adds one row after another."""
+    """Sums as the definition has it: XLA's scatter on a CPU adds one row after another."""
+    # The key of each place of `order`: before the first offset and behind the last there is none.
     at = jnp.arange(order.shape[0], dtype=jnp.int32)
     key = jnp.searchsorted(offsets, at, side="right").astype(jnp.int32) - 1
     key = jnp.where(key < 0, total.shape[0], key)  # before the first: dropped, as behind the last
@@ -116,36 +121,52 @@ def _scatter(rows, order, offsets, total):
 
 
 def run_thread(rows, keys, blocks, config, block, rows_gmem, order_gmem, offsets_gmem, total_gmem):
-    """Every thread of the grid takes every so many-th 16 bytes of `total`'s keys. `rows` has shape and dtype."""
+    """Sums for one thread of the grid: number t of G takes tasks t, t + G, …, each 16 bytes of a key's rows.
+
+    Four steps overlap: while the rows of one step are added, those of the next are loaded, the numbers of the one after
+    are on their way, and for the key after next its bounds.
+
+    Args:
+      rows: anything with the shape and dtype of the rows.
+      keys: S.
+      blocks: thread blocks of the grid.
+      config: tuning.
+      block: the number of this thread's block.
+      rows_gmem: [M, W].
+      order_gmem: int32 [M].
+      offsets_gmem: int32 [S + 1].
+      total_gmem: float32 [S, W].
+    """
     vectors, ahead, stride = vectors_of(rows), config.ahead, blocks * config.threads
-    tasks = keys * vectors
-    row_bytes, total_bytes = VECTOR * vectors, 4 * rows.shape[1]
+    tasks = keys * vectors  # neighbouring threads have neighbouring 16 bytes of a row, then the next key's
+    row_bytes, total_bytes = VECTOR_BYTES * vectors, 4 * rows.shape[1]
     is_bfloat16 = rows.dtype == jnp.bfloat16
     rows_address, order_address = simt.gmem_address(rows_gmem), simt.gmem_address(order_gmem)
     offsets_address, total_address = simt.gmem_address(offsets_gmem), simt.gmem_address(total_gmem)
 
     def bounds(task):
-        """Where the key's rows begin and end; both 0 behind the last task."""
+        """Loads where the rows of a task's key begin and end; both 0 behind the last task."""
         address = offsets_address + ((task // vectors) << 2).long()
-        here = task < tasks
-        return simt.load_gmem_if(here, address), simt.load_gmem_if(here, address + 4)
+        exists = task < tasks
+        return simt.load_gmem_if(exists, address), simt.load_gmem_if(exists, address + 4)
 
     def numbers(at, end):
-        """Of the `ahead` rows from `at` on."""
+        """Loads the numbers of the `ahead` rows from `at` on; 0 behind the last."""
         address = order_address + (at << 2).long()
         return [simt.load_gmem_if(at + i < end, address + 4 * i) for i in range(ahead)]
 
     def load_rows(numbers, at, end, column):
-        """This thread's 16 bytes of these rows; zeros that change no sum behind the last."""
+        """Loads this thread's 16 bytes of these rows; behind the last, zeros that change no sum."""
         loaded = []
         for i, number in enumerate(numbers):
             address = column + number.long() * row_bytes
+            # -0.0 and not 0: a sum of -0.0 stays -0.0.
             loaded += simt.load4_gmem_if(at + i < end, address, MINUS_ZERO[jnp.dtype(rows.dtype)])
         return loaded
 
     def add(sums, words):
         """Adds rows to `sums`, one after the other."""
-        for i in range(0, len(words), 4):
+        for i in range(0, len(words), 4):  # a row's 16 bytes
             row = [
                 x for word in words[i : i + 4] for x in (simt.bfloat16_pair(word) if is_bfloat16 else [word.float()])
             ]
@@ -153,16 +174,21 @@ def run_thread(rows, keys, blocks, config, block, rows_gmem, order_gmem, offsets
         return sums
 
     def sum_key(task, begin, end, first_numbers):
+        """Sums the rows of one task onto its place in `total`."""
         key = task // vectors
         vector = task - key * vectors
         column = rows_address + (vector << 4).long()
+        # 8 bfloat16 make 32 bytes of float32, 4 float32 stay 16.
         place = total_address + key.long() * total_bytes + (vector << (5 if is_bfloat16 else 4)).long()
+        # What `total` holds is the first summand, read before the rows are.
         old = [simt.read4_gmem(place, 16 * i) for i in range(2 if is_bfloat16 else 1)]
         sums = [word.float() for words in old for word in words]
+        # Two steps of rows are in flight before the first is added.
         first = load_rows(first_numbers, begin, end, column)
         second_numbers = numbers(begin + ahead, end)
 
         def step(at, *carried):
+            """Adds the rows that were loaded; starts the loads of the next and of the numbers after these."""
             sums, loaded, next_numbers = carried[:count], carried[count:-ahead], carried[-ahead:]
             next_loaded = load_rows(next_numbers, at + ahead, end, column)
             return [*add(sums, loaded), *next_loaded, *numbers(at + 2 * ahead, end)]
@@ -173,10 +199,10 @@ def run_thread(rows, keys, blocks, config, block, rows_gmem, order_gmem, offsets
             simt.store4_gmem(place, [x.bits() for x in sums[4 * i : 4 * i + 4]], 16 * i)
 
     def take(task, begin, end, next_begin, next_end, *first_numbers):
-        """Sums the rows of one task. What the next needs is fetched first."""
+        """Sums the rows of one task, and first starts the loads of what the next one needs."""
         third = bounds(task + 2 * stride)
         next_numbers = numbers(next_begin, next_end)
-        with simt.when(begin < end):
+        with simt.when(begin < end):  # a key without rows keeps its total: nothing of it is read or written
             sum_key(task, begin, end, first_numbers)
         return next_begin, next_end, *third, *next_numbers
 
@@ -185,14 +211,20 @@ def run_thread(rows, keys, blocks, config, block, rows_gmem, order_gmem, offsets
     simt.loop(start, tasks, stride, [begin, end, *bounds(start + stride), *numbers(begin, end)], take)
 
 
-SEARCH_BITS = 3  # a digit of the place, found with 2^3 - 1 loads at once
+SEARCH_BITS = 3  # of a place, found in one round of the search with 2^3 - 1 loads at once
 
 
 def sort_by_key(indices, size: int, *, interpret: bool = False):
-    """For `sum_rows`: which of the places of `indices`, counted in one line, hold each of `size` keys.
+    """Sorts the places of `indices`, counted in one line, by the key that they hold, for `sum_rows`.
 
-    Returns order int32 [indices.size], each key's places in their own order, and offsets int32 [size + 1]; places of
-    what is no key come last, beyond the last offset.
+    Args:
+      indices: int32; what lies outside [0, size) is no key.
+      size: how many keys there are.
+      interpret: run in Pallas' interpreter, on a CPU.
+
+    Returns:
+      order int32 [indices.size], each key's places in their own order, and offsets int32 [size + 1]; places of what is
+      no key come last, beyond the last offset.
     """
     keys = indices.reshape(-1)
     # The sort is a radix sort: keys of 16 bits take half its rounds.
@@ -203,7 +235,7 @@ def sort_by_key(indices, size: int, *, interpret: bool = False):
 
 
 def offsets_of(keys, size: int, *, interpret: bool = False):
-    """How many of the sorted `keys`, uint16 or uint32 [M], are below each of 0, …, size: int32 [size + 1].
+    """Counts the sorted `keys`, uint16 or uint32 [M], that are below each of 0, …, size: int32 [size + 1].
 
     A thread searches for each: log_8 M rounds of loads, of which neighbours share most, whatever the keys are. XLA's
     search takes a kernel for each of its rounds.
@@ -220,23 +252,26 @@ def offsets_of(keys, size: int, *, interpret: bool = False):
 
         run(keys_gmem, offsets_gmem, lax.axis_index("block"))
 
-    offsets, blocks = jax.ShapeDtypeStruct((size + 1,), jnp.int32), size // ptx.WARPGROUP + 1
+    offsets, blocks = jax.ShapeDtypeStruct((size + 1,), jnp.int32), size // WARPGROUP_THREADS + 1
     return ptx.persistent_kernel(offsets_kernel, offsets, (), blocks=blocks, interpret=False, warpgroups=1)(keys)
 
 
 def search_thread(keys, size, block, keys_gmem, offsets_gmem):
-    """Every thread of the grid finds one offset. `keys` has shape and dtype."""
+    """Finds one offset, for one thread of the grid. `keys` is anything with their shape and dtype."""
     count, halves = keys.shape[0], keys.dtype == jnp.uint16
     keys_address, offsets_address = simt.gmem_address(keys_gmem), simt.gmem_address(offsets_gmem)
-    key = (simt.thread_id() & (ptx.WARPGROUP - 1)) + block * ptx.WARPGROUP
+    key = (simt.thread_id() & (WARPGROUP_THREADS - 1)) + block * WARPGROUP_THREADS  # whose offset this thread finds
 
     def is_below(at):
-        here = at < count
+        """Tells whether there is a sorted key at a place, and it is below this thread's."""
+        exists = at < count
         if not halves:
-            return here & (simt.load_gmem_if(here, keys_address + (at << 2).long()) < key)
-        pair = simt.load_gmem_if(here, keys_address + ((at >> 1) << 2).long())
-        return here & (((pair >> ((at & 1) << 4)) & 0xFFFF) < key)
+            return exists & (simt.load_gmem_if(exists, keys_address + (at << 2).long()) < key)
+        # Two keys of 16 bits are loaded together, and the half that is meant is shifted down.
+        pair = simt.load_gmem_if(exists, keys_address + ((at >> 1) << 2).long())
+        return exists & (((pair >> ((at & 1) << 4)) & 0xFFFF) < key)
 
+    # `place` keys are below for certain. A round finds, of the next 7 steps of its stride, how many are as well.
     place = simt.i32(0)
     digits = -(-count.bit_length() // SEARCH_BITS)
     for digit in reversed(range(digits)):

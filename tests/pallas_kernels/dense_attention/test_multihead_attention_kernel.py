@@ -1,4 +1,4 @@
-"""The Hopper kernel of dense attention: in the interpreter and lowered on a CPU, for real under the `gpu` marker."""
+"""Tests the Hopper kernel of dense attention: interpreted and lowered on a CPU, for real under the `gpu` marker."""
 
 import functools
 import re
@@ -23,13 +23,13 @@ from dsa_jax.pallas_kernels.dense_attention.multihead_attention import (
     smem_bytes,
     why_not,
 )
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES
 
 KINDS = ("causal", "documents", "random", "hostile", "all")
 
 
 def ranges(kind, seed, b, t, s) -> tuple[Any, Any]:
-    """start and stop [B, T]; the hostile ones are empty, reversed, and anywhere in int32."""
+    """Makes start and stop [B, T]; the hostile ones are empty, reversed, and anywhere in int32."""
     rng = np.random.default_rng(seed)
     row = np.broadcast_to(np.arange(t), (b, t))
     start, stop = np.zeros((b, t), np.int64), row + 1 + max(0, s - t)
@@ -51,14 +51,14 @@ def ranges(kind, seed, b, t, s) -> tuple[Any, Any]:
 
 
 def inputs(kind, seed, b, t, s, n, h, v):
-    """NaN in the whole blocks of keys before the first and after the last that a query of the batch row reaches."""
+    """Makes arguments with NaN in whole blocks of keys before the first and after the last that a batch row reaches."""
     start, stop = ranges(kind, seed, b, t, s)
     q = normal(seed, b, t, n, h, dtype="bfloat16")
     keys, values = (normal(seed + i, b, s, n, d, dtype="bfloat16") for i, d in ((1, h), (2, v)))
     low, high = np.maximum(start, 0), np.minimum(stop, s)
-    some = low < high
-    first = np.where(some, low, s).min(axis=1) // BLOCK_KEYS * BLOCK_KEYS
-    last = -(-np.where(some, high, 0).max(axis=1) // BLOCK_KEYS) * BLOCK_KEYS
+    has_keys = low < high
+    first = np.where(has_keys, low, s).min(axis=1) // BLOCK_KEYS * BLOCK_KEYS
+    last = -(-np.where(has_keys, high, 0).max(axis=1) // BLOCK_KEYS) * BLOCK_KEYS
     nowhere = (np.arange(s) < first[:, None]) | (np.arange(s) >= last[:, None])
     keys, values = (jnp.where(nowhere[:, :, None, None], jnp.nan, x) for x in (keys, values))
     return q, keys, values, start, stop
@@ -66,17 +66,17 @@ def inputs(kind, seed, b, t, s, n, h, v):
 
 @functools.partial(jax.jit, static_argnames="size")
 def plan_of(start, stop, size):
-    """`make_plan`, compiled once a shape."""
+    """Calls `make_plan`, compiled once a shape."""
     return make_plan(start, stop, size=size)
 
 
 def kernel(scale=0.1, blocks=None, interpret=False) -> Any:
-    """The kernel as a function of arrays."""
+    """Makes the kernel a function of arrays."""
     return jax.jit(functools.partial(multihead_attention, scale=scale, blocks=blocks, interpret=interpret))
 
 
 def definition(q, k, v, start, stop, scale):
-    """In float64, of q [P, N, H] with ranges [P] over k and v [S, N, …]: out [P, N, V] and lse [P, N]."""
+    """Computes out [P, N, V] and lse [P, N] in float64, of q [P, N, H] with ranges [P] over k and v [S, N, …]."""
     out, lse = np.zeros((*q.shape[:2], v.shape[2])), np.full(q.shape[:2], -np.inf)
     for i, (low, high) in enumerate(zip(np.maximum(start, 0), np.minimum(stop, len(k)), strict=True)):
         if low < high:
@@ -135,12 +135,12 @@ def test_the_plan_covers_what_is_reached_and_masks_what_is_not(kind):
         counts = of_row[:, 4] - of_row[:, 1]
         assert np.all(np.diff(counts) <= 0)
         for block, first, inner_first, inner_last, last in of_row:
-            here = row[block * BLOCK_QUERIES : (block + 1) * BLOCK_QUERIES]
-            keys = np.flatnonzero(here.any(axis=0))
+            reached_here = row[block * BLOCK_QUERIES : (block + 1) * BLOCK_QUERIES]
+            keys = np.flatnonzero(reached_here.any(axis=0))
             assert first < inner_first <= inner_last <= last <= -(-s // BLOCK_KEYS)
             if len(keys):
                 assert (first, last) == (keys[0] // BLOCK_KEYS, keys[-1] // BLOCK_KEYS + 1)
-            assert here[:, inner_first * BLOCK_KEYS : inner_last * BLOCK_KEYS].all()
+            assert reached_here[:, inner_first * BLOCK_KEYS : inner_last * BLOCK_KEYS].all()
 
 
 def test_the_plan_masks_nothing_that_needs_no_mask():
@@ -154,26 +154,27 @@ def test_the_plan_masks_nothing_that_needs_no_mask():
 def test_every_item_is_dealt_once(shape):
     deal = Deal.of(*shape)
     rounds, block = np.meshgrid(np.arange(deal.all_rounds), np.arange(deal.blocks), indexing="ij")
-    head, rank, some = (np.asarray(x) for x in jax.jit(deal.item)(rounds, block))
-    items = (head * deal.query_blocks + rank)[some]
+    head, rank, has_item = (np.asarray(x) for x in jax.jit(deal.item)(rounds, block))
+    items = (head * deal.query_blocks + rank)[has_item]
     np.testing.assert_array_equal(np.sort(items), np.arange(deal.query_blocks * deal.heads))
 
 
 def test_causal_work_is_dealt_evenly():
     deal = Deal.of(256, 128, 32768 * 640, 132)
     rounds, block = np.meshgrid(np.arange(deal.all_rounds), np.arange(deal.blocks), indexing="ij")
-    _, rank, some = (np.asarray(x) for x in jax.jit(deal.item)(rounds, block))
-    work = np.where(some, 256 - rank, 0).sum(axis=0)
+    _, rank, has_item = (np.asarray(x) for x in jax.jit(deal.item)(rounds, block))
+    work = np.where(has_item, 256 - rank, 0).sum(axis=0)
     assert work.max() <= 1.001 * work.mean()
 
 
 @pytest.mark.parametrize(("shape", "scale"), [({}, 0.1), ({"h": 64, "v": 64, "t": 1, "s": 1}, -0.1)])
 def test_lowers_for_the_card(shape, scale):
-    kernel(scale).trace(*abstract(**shape)).lower(lowering_platforms=("cuda",))
+    text = kernel(scale).trace(*abstract(**shape)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 def test_fits_into_shared_memory():
-    assert smem_bytes(192, 128) < ptx.SMEM_BYTES
+    assert smem_bytes(192, 128) < SMEM_BYTES
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Hopper kernels of the index scores' gradients: in the interpreter and lowered on a CPU, for real when `gpu`."""
+"""Tests the Hopper kernels of the index scores' gradients: interpreted and lowered on a CPU, for real when `gpu`."""
 
 import functools
 
@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from reference import f64
 
 from dsa_jax import KeyRange
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES, SMEM_GRANULE_BYTES
 from dsa_jax.pallas_kernels.index_scores.backward import (
-    TILE,
+    TILE_ROWS,
     index_scores_backward,
     make_key_plan,
     make_query_plan,
     make_ranges,
     why_not,
 )
-from dsa_jax.pallas_kernels.index_scores.backward_tiles import (
+from dsa_jax.pallas_kernels.index_scores.backward_pipeline import (
     COMPUTE_REGISTERS,
+    COMPUTE_WARPGROUPS,
     PRODUCER_REGISTERS,
-    WARPGROUPS,
     smem_bytes,
 )
 from dsa_jax.pallas_kernels.index_scores.forward import DIMS, HEADS
@@ -43,7 +43,7 @@ def inputs(seed, b, t, s, j, e, *, scaled=True, keys=None) -> tuple:
 
 
 def expected(q, k, w, d_scores, start, stop, k_scale=None):
-    """The gradients in float64."""
+    """Computes the gradients in float64."""
     keys = KeyRange(start, stop)
     b, t, j, e = q.shape
     size = k.shape[1]
@@ -60,7 +60,7 @@ def error(actual, expected):
 
 
 def compare(results, arguments, total=None):
-    """5e-3 is what rounding g to bfloat16 takes; d_weights is float32 throughout."""
+    """Holds results against float64: 5e-3 is what rounding g to bfloat16 takes; d_weights is float32 throughout."""
     q, k, w, *_ = arguments
     want_q, want_k, want_w = expected(*arguments)
     want_k = want_k if total is None else want_k + f64(total)
@@ -115,8 +115,8 @@ def test_lowers_for_cuda(heads, dim):
 def test_the_query_plan_has_every_group_once_the_longest_first(b, t, s, heads, seed):
     keys, queries = random_range(seed, b, t, s), 128 // heads
     plan = jax.jit(lambda start, stop: make_query_plan(make_ranges(start, stop, s, queries), queries, s))
-    reach = np.pad(np.asarray(keys.mask(s)), ((0, 0), (0, -t % queries), (0, -s % TILE)))
-    reached = reach.reshape(-1, queries, reach.shape[2] // TILE, TILE).any(axis=(1, 3))
+    reach = np.pad(np.asarray(keys.mask(s)), ((0, 0), (0, -t % queries), (0, -s % TILE_ROWS)))
+    reached = reach.reshape(-1, queries, reach.shape[2] // TILE_ROWS, TILE_ROWS).any(axis=(1, 3))
     order, first, count = map(np.asarray, plan(keys.start, keys.stop))
     np.testing.assert_array_equal(np.sort(order), np.arange(len(reached)))
     assert (np.diff(count[order]) <= 0).all()
@@ -129,7 +129,7 @@ def test_the_query_plan_has_every_group_once_the_longest_first(b, t, s, heads, s
 @settings(max_examples=4)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 900), st.integers(1, 12), st.integers(0, 99))
 def test_the_key_plan_gives_every_part_of_a_key_block_to_one_thread_block(b, t, s, blocks, seed):
-    keys, queries, rows = random_range(seed, b, t, s), 2, TILE
+    keys, queries, rows = random_range(seed, b, t, s), 2, TILE_ROWS
     plan = jax.jit(lambda start, stop: make_key_plan(make_ranges(start, stop, s, queries), b, queries, s, blocks))
     first, offset, continued = map(np.asarray, plan(keys.start, keys.stop))
     reach = np.pad(np.asarray(keys.mask(s)), ((0, 0), (0, -t % queries), (0, -s % rows)))
@@ -147,13 +147,15 @@ def test_the_key_plan_gives_every_part_of_a_key_block_to_one_thread_block(b, t, 
 
 def test_fits_the_multiprocessor():
     for heads in HEADS:
-        assert smem_bytes(heads, 128) <= ptx.SMEM_BYTES - ptx.SMEM_GRANULE
+        assert smem_bytes(heads, 128) <= SMEM_BYTES - SMEM_GRANULE_BYTES
 
 
 def test_registers_are_those_of_the_launch():
     assert COMPUTE_REGISTERS % 8 == 0 and PRODUCER_REGISTERS % 8 == 0 and PRODUCER_REGISTERS >= 24
-    threads = 128 * (WARPGROUPS + 1)
-    assert WARPGROUPS * COMPUTE_REGISTERS + PRODUCER_REGISTERS <= (WARPGROUPS + 1) * (65536 // threads // 8 * 8)
+    threads = 128 * (COMPUTE_WARPGROUPS + 1)
+    assert COMPUTE_WARPGROUPS * COMPUTE_REGISTERS + PRODUCER_REGISTERS <= (COMPUTE_WARPGROUPS + 1) * (
+        65536 // threads // 8 * 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,11 +255,13 @@ def test_a_real_size_on_the_card():
     w, d_scores = jax.random.normal(c, (1, t, 64)), jax.random.normal(d, (1, t, s))
     keys = KeyRange.causal(1, t, offset=s - t)
     d_q, d_k, d_w = compiled(q, k, w, d_scores, keys.start, keys.stop)
-    some = np.array([0, 1, 777, t - 1])
-    want = expected(q[:, some], k, w[:, some], d_scores[:, some], keys.start[:, some], keys.stop[:, some])
-    assert error(d_q[:, some], want[0]) <= 5e-3 and error(d_w[:, some], want[2]) <= 1e-5
-    some = np.array([0, 1, 65_536, s - t - 1, s - t, s - 1])
-    reach = np.asarray(keys.mask(s))[0][:, some]
-    logits = (f64(q[0]).reshape(t * 64, 128) @ f64(k[0][some]).T).reshape(t, 64, len(some))
-    d_logits = np.where(reach, f64(d_scores[0][:, some]), 0)[:, None] * f64(w[0])[..., None] * (logits > 0)
-    assert error(d_k[0][some], d_logits.reshape(t * 64, -1).T @ f64(q[0]).reshape(t * 64, 128)) <= 5e-3
+    queries = np.array([0, 1, 777, t - 1])
+    want = expected(
+        q[:, queries], k, w[:, queries], d_scores[:, queries], keys.start[:, queries], keys.stop[:, queries]
+    )
+    assert error(d_q[:, queries], want[0]) <= 5e-3 and error(d_w[:, queries], want[2]) <= 1e-5
+    positions = np.array([0, 1, 65_536, s - t - 1, s - t, s - 1])
+    reach = np.asarray(keys.mask(s))[0][:, positions]
+    logits = (f64(q[0]).reshape(t * 64, 128) @ f64(k[0][positions]).T).reshape(t, 64, len(positions))
+    d_logits = np.where(reach, f64(d_scores[0][:, positions]), 0)[:, None] * f64(w[0])[..., None] * (logits > 0)
+    assert error(d_k[0][positions], d_logits.reshape(t * 64, -1).T @ f64(q[0]).reshape(t * 64, 128)) <= 5e-3

@@ -1,4 +1,4 @@
-"""The Hopper kernel of `index_scores`: in the interpreter and lowered on a CPU, for real under the `gpu` marker."""
+"""Tests the Hopper kernel of `index_scores`: interpreted and lowered on a CPU, for real under the `gpu` marker."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dsa_jax import KeyRange
 from dsa_jax import index_scores as definition
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES
 from dsa_jax.pallas_kernels.index_scores.forward import (
     DIMS,
     HEADS,
@@ -35,7 +35,7 @@ CONFIGS = [
 
 
 def integer_inputs(seed, b, t, s, j, e, dtype) -> tuple:
-    """Every product and sum is exact, so that the kernel must be too. Scales are powers of two."""
+    """Makes arguments with exact products and sums, so that the kernel must be exact too. Scales are powers of two."""
     q, k, w = integers(seed, b, t, j, e), integers(seed + 1, b, s, e), integers(seed + 2, b, t, j)
     return q.astype(dtype), k.astype(dtype), w, jnp.exp2(integers(seed + 3, b, s))
 
@@ -164,8 +164,8 @@ def test_the_plan_halves_a_causal_prefill():
 
 def test_many_groups_are_summed_alike():
     keys = random_range(8, 1, 2050 * 8, 500)
-    few, many = (plan(KeyRange(keys.start[:, :n], keys.stop[:, :n]), 500) for n in (2048 * 8, 2050 * 8))
-    np.testing.assert_array_equal(many.offset[:2049], few.offset)
+    fewer, more = (plan(KeyRange(keys.start[:, :n], keys.stop[:, :n]), 500) for n in (2048 * 8, 2050 * 8))
+    np.testing.assert_array_equal(more.offset[:2049], fewer.offset)
 
 
 def test_a_plan_refuses_what_int32_cannot_count():
@@ -188,7 +188,7 @@ def test_no_array_is_copied_where_nothing_is_ragged(length, size, copies):
 @pytest.mark.parametrize("dim", DIMS)
 def test_the_default_fits_the_multiprocessor(dtype, dim):
     config = default_config(dtype, dim)
-    assert config.smem_bytes(dtype, dim, True) <= ptx.SMEM_BYTES - 2048
+    assert config.smem_bytes(dtype, dim, True) <= SMEM_BYTES - 2048
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
@@ -349,5 +349,5 @@ def test_real_sizes_on_the_card(shape, dtype):
     whole = on_card(q, k, w, reach)
     for row in (0, 1, t // 2, t - 1):
         one = slice(row, row + 1)
-        here = KeyRange(reach.start[:, one], reach.stop[:, one])
-        same_bits(whole[:, one], expected(q[:, one], k, w[:, one], here).astype(np.float32))
+        range_of_row = KeyRange(reach.start[:, one], reach.stop[:, one])
+        same_bits(whole[:, one], expected(q[:, one], k, w[:, one], range_of_row).astype(np.float32))

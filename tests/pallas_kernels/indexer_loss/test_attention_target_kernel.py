@@ -1,4 +1,4 @@
-"""The Hopper kernel of the head-summed target: plan and errors anywhere, interpreted on a CPU, real on the card."""
+"""Tests the Hopper kernel of the head-summed target: plan and errors, interpreted on a CPU, real on the card."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from cases import INT_MAX, INT_MIN, hostile_indices, normal, poison_unselected, 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES
 from dsa_jax.pallas_kernels.indexer_loss.attention_target import (
     COMPUTE_REGISTERS,
     GATHER_REGISTERS,
@@ -24,7 +24,7 @@ ABSENT = [-1, -2, INT_MIN, INT_MAX, 77]
 
 
 def inputs(seed, b, t, s, n, h, k):
-    """Hostile indices, NaN in every row that nobody selects, and heads that count for nothing."""
+    """Makes arguments: hostile indices, NaN in every row that nobody selects, and heads that count for nothing."""
     q, kv = normal(seed, b * t, n, h, dtype="bfloat16"), normal(seed + 1, b, s, h, dtype="bfloat16")
     indices = np.array(hostile_indices(seed + 2, b, t, k, s))
     lse = np.array(normal(seed + 3, b * t, n)) + 2.0
@@ -34,13 +34,13 @@ def inputs(seed, b, t, s, n, h, k):
 
 
 def kernel(scale=0.1, blocks=None, interpret=False) -> Any:
-    """The kernel as a function of arrays, compiled unless it is interpreted."""
+    """Makes the kernel a function of arrays, compiled unless it is interpreted."""
     call = functools.partial(attention_target, scale=scale, blocks=blocks, interpret=interpret)
     return call if interpret else jax.jit(call)
 
 
 def definition(q, kv, lse, indices, scale, queries):
-    """Of some queries, [P, K], one at a time, in float64."""
+    """Computes the sums of the given queries, [P, K], one at a time, in float64."""
     per_batch = len(q) // len(kv)
     out = np.zeros((len(queries), indices.shape[1]))
     kv, lse, indices = np.asarray(kv), f64(lse), np.asarray(indices)
@@ -54,7 +54,7 @@ def definition(q, kv, lse, indices, scale, queries):
 
 
 def compare(sums, q, kv, lse, indices, scale):
-    """Holds the sums of some queries against float64, and at 0 where there is nothing.
+    """Holds the sums of up to 16 queries against float64, and at 0 where there is nothing.
 
     The tensor cores cut off what a float32 sum has no room for, which takes up to 2e-6 of a logit, and some logits here
     are 10: the exponential has as much of itself.
@@ -75,7 +75,7 @@ def check(q, kv, lse, indices, scale=0.1, **options):
 
 
 def abstract(t, s, n, h, k, b=1) -> tuple[Any, Any, Any, Any]:
-    """The arguments as shapes."""
+    """Makes the arguments as shapes."""
     q, kv = jax.ShapeDtypeStruct((t, n, h), jnp.bfloat16), jax.ShapeDtypeStruct((b, s, h), jnp.bfloat16)
     return q, kv, jax.ShapeDtypeStruct((t, n), jnp.float32), jax.ShapeDtypeStruct((t, k), jnp.int32)
 
@@ -109,7 +109,7 @@ def test_a_ragged_selection_is_padded():
 
 def test_fits_the_multiprocessor():
     sizes = [Plan(heads).smem_bytes(576) for heads in (128, 64)]
-    assert sizes == [152 * 1024, 223 * 1024] and max(sizes) < ptx.SMEM_BYTES
+    assert sizes == [152 * 1024, 223 * 1024] and max(sizes) < SMEM_BYTES
 
 
 def test_registers_are_those_of_the_launch():

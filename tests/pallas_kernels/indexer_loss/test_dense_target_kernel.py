@@ -1,4 +1,4 @@
-"""The Hopper kernel of the dense target: in the interpreter and lowered on a CPU, for real under the `gpu` marker."""
+"""Tests the Hopper kernel of the dense target: interpreted and lowered on a CPU, for real under the `gpu` marker."""
 
 import functools
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import f64
 
 from dsa_jax import KeyRange
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES, SMEM_GRANULE_BYTES
 from dsa_jax.pallas_kernels.indexer_loss.dense_target import (
     COMPUTE_REGISTERS,
     COPY_REGISTERS,
@@ -22,7 +22,7 @@ from dsa_jax.pallas_kernels.indexer_loss.dense_target import (
     TILE_KEYS,
     TILE_QUERIES,
     UNREACHED,
-    WIDTH,
+    WIDTH_TILES,
     dense_target,
     make_order,
     smem_bytes,
@@ -33,14 +33,14 @@ SCALE = 0.06
 
 
 def inputs(seed, b, t, s, n, h) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k and lse, where the first query has no keys and the middle one none for head 0."""
+    """Makes q, k and lse, where the first query has no keys and the middle one none for head 0."""
     q, k = normal(seed, b, t, n, h, dtype="bfloat16"), normal(seed + 1, b, s, n, h, dtype="bfloat16")
     lse = (3 + normal(seed + 2, b, t, n)).at[0, 0].set(-jnp.inf).at[:, t // 2, 0].set(-jnp.inf)
     return q, k, lse
 
 
 def expected(q, k, lse, keys, scale=SCALE):
-    """In float64, a head at a time."""
+    """Computes the sums in float64, a head at a time."""
     q, k, lse = np.asarray(q), np.asarray(k), f64(lse)
     lse = np.where(lse == -np.inf, np.inf, lse)
     total = np.zeros((q.shape[0], q.shape[1], k.shape[1]))
@@ -51,7 +51,7 @@ def expected(q, k, lse, keys, scale=SCALE):
 
 
 def check(actual, q, k, lse, keys, scale=SCALE):
-    """Relative error norm at most 1e-5, and exact zeros where the definition has them."""
+    """Holds the sums against float64: 1e-5 in the norm, and exact zeros where the definition has them."""
     wanted = expected(q, k, lse, keys, scale)
     chex.assert_shape(actual, wanted.shape)
     actual = np.asarray(actual)
@@ -96,7 +96,7 @@ def test_lowers_for_cuda(dim):
 @pytest.mark.parametrize("dim", DIMS)
 def test_fits_the_multiprocessor(dim):
     assert KEY_SLOTS >= 2 * dim // 64  # two products
-    assert smem_bytes(dim) <= ptx.SMEM_BYTES - ptx.SMEM_GRANULE
+    assert smem_bytes(dim) <= SMEM_BYTES - SMEM_GRANULE_BYTES
 
 
 def test_registers_are_those_of_the_launch():
@@ -113,8 +113,8 @@ def test_every_tile_is_listed_once_and_those_reached_first(b, t, s, seed):
     numbers = np.asarray(jax.jit(functools.partial(make_order, size=s))(low, count))
     rows, blocks = b * -(-t // TILE_QUERIES), -(-s // TILE_KEYS)
     reached, numbers = numbers < UNREACHED, numbers % UNREACHED
-    along_queries = numbers // (WIDTH * blocks) * WIDTH + numbers % WIDTH
-    block = numbers // WIDTH % blocks
+    along_queries = numbers // (WIDTH_TILES * blocks) * WIDTH_TILES + numbers % WIDTH_TILES
+    block = numbers // WIDTH_TILES % blocks
     assert sorted(zip(along_queries, block, strict=True)) == [(i, j) for i in range(rows) for j in range(blocks)]
     assert np.all(reached[:-1] >= reached[1:])
     row = along_queries // (rows // b)
@@ -166,7 +166,7 @@ def test_refuses_mismatched_arrays(position, shape, dtype, message):
 
 
 def hostile_range(seed, b, t, s):
-    """Ranges of every kind, some as far out of bounds as int32 goes."""
+    """Makes ranges of every kind, some as far out of bounds as int32 goes."""
     keys = random_range(seed, b, t, s)
     far = [(INT_MIN, INT_MAX), (INT_MAX, INT_MIN), (0, s), (s - 1, INT_MAX), (-7, 1)][:t]
     start, stop = keys.start, keys.stop
@@ -219,7 +219,7 @@ def test_no_result_depends_on_the_clusters_on_the_card():
 
 @pytest.mark.gpu
 def test_the_real_size_on_the_card():
-    """Some rows of T 2048, S 16384, N 128, causal; all of it zero where it must be, and the same every time."""
+    """Compares four rows of T 2048, S 16384, N 128, causal; the whole is zero where it must be, and repeats."""
     t, s, n, h = 2048, 16_384, 128, 192
     random = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(random[0], (1, t, n, h), jnp.bfloat16)

@@ -1,5 +1,6 @@
-"""The sparse KL's kernel: its softmax on NumPy threads, all of it interpreted, its lowering; on the card the rest."""
+"""Tests the sparse KL's kernel: its softmax on NumPy threads, all of it interpreted, lowered, and on the card."""
 
+import importlib
 from typing import Any
 
 import chex
@@ -11,22 +12,24 @@ import pytest
 from cases import hostile_indices, normal, poison_unselected, same_bits
 from reference import f64
 
-from dsa_jax.pallas_kernels.hopper import ptx
-from dsa_jax.pallas_kernels.indexer_loss import selection_kl_statistics as kernel
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES, WARPGROUP_THREADS
 from dsa_jax.pallas_kernels.indexer_loss.selection_kl import (
     GATHER_REGISTERS,
     MATH_REGISTERS,
     TEAMS,
+    masked,
     selection_kl,
+    signs,
     smem_bytes,
     stages_of,
     why_not,
 )
-from dsa_jax.pallas_kernels.indexer_loss.selection_kl_signs import masked, signs
+
+kernel = importlib.import_module("dsa_jax.pallas_kernels.indexer_loss.selection_kl")  # to be patched
 
 
 def inputs(seed, b, t, s, k, j, e, scale=0.02) -> tuple[Any, ...]:
-    """Hostile indices, a row of nothing, one whose p is 0, NaN where nobody looks, p where there is no key."""
+    """Makes arguments: hostile indices, an empty row, one whose p is 0, NaN in unread rows, p where there is no key."""
     random = np.random.default_rng(seed)
     indices = np.array(hostile_indices(seed, b, t, k, s))
     if k > 200:
@@ -41,7 +44,7 @@ def inputs(seed, b, t, s, k, j, e, scale=0.02) -> tuple[Any, ...]:
 
 
 def definition(sums, q_index, k_index, weights, indices, k_scale, d_kl):
-    """One query after another, in float64: kl, d_q, d_weights, contributions [T', K, E]."""
+    """Computes one query after another, in float64: kl, d_q, d_weights, contributions [T', K, E]."""
     sums, q_index, weights, d_kl, indices = f64(sums), f64(q_index), f64(weights), f64(d_kl), np.asarray(indices)
     (queries, keys), size, dim = indices.shape, k_index.shape[1], k_index.shape[2]
     kl, d_q, d_weights = np.zeros(queries), np.zeros_like(q_index), np.zeros_like(weights)
@@ -55,8 +58,8 @@ def definition(sums, q_index, k_index, weights, indices, k_scale, d_kl):
         scores = scale * (weights[i] @ np.maximum(logits, 0))
         target = sums[i, there] / (sums[i, there].sum() or 1)
         log_softmax = scores - np.logaddexp.reduce(scores)
-        some = target > 0
-        kl[i] = target[some] @ (np.log(target[some]) - log_softmax[some])
+        counts = target > 0
+        kl[i] = target[counts] @ (np.log(target[counts]) - log_softmax[counts])
         d_scores = (np.exp(log_softmax) - target) * d_kl[i] * scale
         d_logits = np.where(logits > 0, d_scores * weights[i][:, None], 0)
         d_q[i], contributions[i, there] = d_logits @ rows, d_logits.T @ q_index[i]
@@ -109,7 +112,7 @@ def test_statistics(k, backward, kind):
     spread, shift = {"far apart": (300, 0), "low": (1, -500)}.get(kind, (2, 0))
     weighted = (spread * random.standard_normal(k) + shift).astype(np.float32)
     scale, d_kl = random.uniform(0.5, 2, size).astype(np.float32), random.standard_normal(5).astype(np.float32)
-    machine = numpy_simt.Machine(ptx.WARPGROUP, k + 16, 0)
+    machine = numpy_simt.Machine(WARPGROUP_THREADS, k + 16, 0)
     machine.smem[:k] = weighted.view(np.uint32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "simt", numpy_simt)
@@ -156,12 +159,12 @@ def abstract(t, b, s, k, j, e) -> list[Any]:
 def test_budget():
     assert stages_of(2048, 128, True) == stages_of(8192, 128, False) == 3
     assert stages_of(8192, 128, True) == 2 and stages_of(1 << 15, 128, False) == 0
-    assert smem_bytes(2048, 128, 3, True) == 211 * 1024 < ptx.SMEM_BYTES < smem_bytes(2048, 128, 4, True)
+    assert smem_bytes(2048, 128, 3, True) == 211 * 1024 < SMEM_BYTES < smem_bytes(2048, 128, 4, True)
     assert TEAMS * (MATH_REGISTERS + GATHER_REGISTERS) == 512 and GATHER_REGISTERS % 8 == 0
 
 
 def test_signs_and_masks():
-    """What the interpreter has for bits and masks, of zeros of either sign as well; the kernel's own on the card."""
+    """Tests the interpreter's bits and masks, of zeros of either sign as well; the kernel's own run on the card."""
     logits = normal(0, 64, 64).at[3].set(0.0).at[5].set(-0.0)
     values = normal(1, 64)
     total = sum(x.astype(jnp.float32) for x in masked(signs(logits, True), values, True))
@@ -239,7 +242,7 @@ def test_real_size_repeats():
     first = call(*arguments)
     for _ in range(2):  # 2 GiB of contributions each, on a card that other tests use as well
         assert all(bool(jnp.array_equal(x, y)) for x, y in zip(first, call(*arguments), strict=True))
-    some = np.array([0, 7, 1000, 2047, 4095])
-    rows = (k * some[:, None] + np.arange(k)).ravel()
-    results = [x[some] for x in first[:3]] + [first[3][rows]]
-    compare(results, *(x[some] if i not in (2, 5) else x for i, x in enumerate(arguments)))
+    queries = np.array([0, 7, 1000, 2047, 4095])
+    rows = (k * queries[:, None] + np.arange(k)).ravel()
+    results = [x[queries] for x in first[:3]] + [first[3][rows]]
+    compare(results, *(x[queries] if i not in (2, 5) else x for i, x in enumerate(arguments)))

@@ -1,4 +1,4 @@
-"""The quantisation kernels: they lower for Hopper, refuse what they cannot take, and on the card agree bit for bit."""
+"""Tests the quantisation kernels: lowered for Hopper, their refusals, and on the card bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from cases import normal
 
 from dsa_jax import quantize
-from dsa_jax.pallas_kernels.quantization import quantize as kernels
+from dsa_jax.pallas_kernels import quantization as kernels
 from dsa_jax.quantization import hadamard
 
 SHAPES = [(1, 128), (3, 37, 5, 64), (2, 1000, 64, 128), (131072, 128)]

@@ -1,4 +1,4 @@
-"""Scores and top-k joined on Hopper: how queries are cut into blocks, and on the card the selections themselves."""
+"""Tests scores and top-k joined on Hopper: how queries are cut into blocks, and on the card the selections."""
 
 import functools
 
@@ -11,7 +11,7 @@ from cases import FP8, index_inputs, integers, random_range
 from hypothesis import strategies as st
 
 from dsa_jax import KeyRange, index_scores, select_keys, select_topk
-from dsa_jax.pallas_kernels.selection import select_keys as kernel
+from dsa_jax.pallas_kernels.selection import select_keys as select_keys_kernel
 from dsa_jax.pallas_kernels.selection.select_keys import Config
 
 SMALL = Config(buffer_bytes=1 << 20)
@@ -76,7 +76,7 @@ def test_what_the_kernels_cannot_take_is_named(arrays, k, match):
         select_keys(*arrays, KeyRange.causal(1, 4), k=k, implementation="pallas")
     keys = KeyRange.causal(1, 4)
     with pytest.raises(ValueError, match=match):
-        kernel.select_keys(*arrays, keys.start, keys.stop, k=k)
+        select_keys_kernel(*arrays, keys.start, keys.stop, k=k)
 
 
 def whole_numbers(seed, b, t, s, j, e, dtype):
@@ -89,7 +89,7 @@ def whole_numbers(seed, b, t, s, j, e, dtype):
 def selected(arrays, keys, k, implementation="pallas", config=None):
     *arrays, scale = arrays
     if config is not None:
-        call = functools.partial(kernel.select_keys, k=k, config=config)
+        call = functools.partial(select_keys_kernel, k=k, config=config)
         return np.asarray(jax.jit(call)(*arrays, keys.start, keys.stop, scale))
     call = functools.partial(select_keys, k=k, implementation=implementation)
     return np.asarray(jax.jit(call)(*arrays, keys, k_scale=scale))

@@ -1,6 +1,7 @@
-"""The top-k kernel: its own Python on NumPy threads, its plans and its lowering here; the real thing on the card."""
+"""Tests the top-k kernel: its own Python on NumPy threads, its plans and its lowering anywhere; itself on the card."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,16 @@ from hypothesis import strategies as st
 
 import dsa_jax
 from dsa_jax import KeyRange
-from dsa_jax.pallas_kernels.selection import select_topk as kernel
-from dsa_jax.pallas_kernels.selection import topk_row as select_topk_row
-from dsa_jax.pallas_kernels.selection.select_topk import Config, Plan, plan, why_not
-from dsa_jax.pallas_kernels.selection.topk_row import BINS, CONTROL_WORDS, EDGE_SCORES
+from dsa_jax.pallas_kernels.selection.select_topk import BINS, CONTROL_WORDS, EDGE_SCORES, Config, Plan, plan, why_not
 
+kernel = importlib.import_module("dsa_jax.pallas_kernels.selection.select_topk")  # the door has a function of this name
 INF, NAN = np.inf, np.nan
 TINY = np.float32(1e-45)  # the least subnormal
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallPlan(Plan):
-    """A plan whose buffer is so small that short rows make it prune."""
+    """Holds a plan whose buffer is so small that short rows make it prune."""
 
     room: int = 0  # beyond what the buffer needs at least
 
@@ -40,7 +39,7 @@ class SmallPlan(Plan):
 
 
 def run(p, scores, start=None, stop=None, *, blocks=1, seed=0, offset=0, count=None):
-    """What the kernel's Python makes of rows [rows, S] that lie `offset` words off the alignment of a vector."""
+    """Runs the kernel's Python on NumPy threads, on rows [rows, S] that lie `offset` words off a vector's alignment."""
     rows, size = scores.shape
     start = np.zeros(rows, np.int32) if start is None else np.asarray(start, np.int32)
     stop = np.full(rows, size, np.int32) if stop is None else np.asarray(stop, np.int32)
@@ -49,15 +48,15 @@ def run(p, scores, start=None, stop=None, *, blocks=1, seed=0, offset=0, count=N
     arrays = machine.put(scores, offset), machine.put(start), machine.put(stop)
     out = machine.put(np.full((rows, p.k), 77, np.int32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select_topk_row, "simt", numpy_simt)
+        patch.setattr(kernel, "simt", numpy_simt)
         patch.setattr(numpy_simt, "machine", machine, raising=False)
         for name in () if count is None else ("_prune", "_stream"):
-            patch.setattr(select_topk_row, name, counted(getattr(select_topk_row, name), count, machine))
+            patch.setattr(kernel, name, counted(getattr(kernel, name), count, machine))
         for block in range(blocks):
             for team in range(p.config.teams):
                 machine.first_thread = team * p.config.threads
                 machine.barriers += 1  # nothing is shared with the team before, nor with the block before
-                select_topk_row.run_team(p, rows, blocks, block, *arrays, out, 0)
+                kernel.run_team(p, rows, blocks, block, *arrays, out, 0)
     return machine.gmem[out // 4 : out // 4 + rows * p.k].view(np.int32).reshape(rows, p.k)
 
 
@@ -85,7 +84,7 @@ def small(size, k, room=100, **config):
 
 
 def row_of(kind, size, seed):
-    """Rows that are easy to get wrong, by name."""
+    """Makes rows that are easy to get wrong, by name."""
     random = np.random.default_rng(seed)
     x = random.standard_normal(size).astype(np.float32)
     choice = lambda *values: random.choice(np.array(values, np.float32), size)
@@ -220,9 +219,9 @@ def test_equal_scores_do_not_prune_without_end():
 @pytest.mark.parametrize("skipped", range(5))
 def test_races_are_seen(skipped, monkeypatch):
     """The NumPy threads are a test of the barriers, too."""
-    plain, calls = select_topk_row._Team.barrier, iter(range(10**9))
+    plain, calls = kernel._Team.barrier, iter(range(10**9))
     skip_one = lambda team: None if next(calls) == skipped else plain(team)
-    monkeypatch.setattr(select_topk_row._Team, "barrier", skip_one)
+    monkeypatch.setattr(kernel._Team, "barrier", skip_one)
     with pytest.raises(AssertionError, match="race"):
         run(small(9001, 100), noise(5, 2, 9001))
 
@@ -231,7 +230,7 @@ def test_races_are_seen(skipped, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [1, 64, 2048, 4096, 5000, 8192])
-@pytest.mark.parametrize("size", [1, 63, 32768, 131072, 1 << 20, kernel.MAX_SIZE])
+@pytest.mark.parametrize("size", [1, 63, 32768, 131072, 1 << 20, kernel.MAX_ROW_SCORES])
 def test_plans_fit_the_shared_memory(size, k):
     p = plan(size, k)
     assert p.fits()
@@ -327,7 +326,7 @@ def _with_bits(bits):
 
 
 def on_card(scores, k, start=None, stop=None, config=None):
-    """Both implementations; scores are handed over as bits, so that nothing on the way flushes or quiets them."""
+    """Compares both implementations; scores go there as bits, so that nothing on the way flushes or quiets them."""
     if isinstance(scores, np.ndarray):
         scores = _with_bits(jnp.asarray(scores.view(np.uint32)))
     batch, length, size = scores.shape

@@ -1,4 +1,4 @@
-"""The kernel for 16 and 32 heads: plan and errors anywhere, in the interpreter at small shapes, on the card in full."""
+"""Tests the kernel for 16 and 32 heads: plan and errors, small shapes interpreted, on the card in full."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import f64
 from sparse_kernel_cases import abstract, check, inputs, kernel
 
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES, WARPGROUP_THREADS
 from dsa_jax.pallas_kernels.sparse_attention.forward_few_heads import Config, Plan, default_config
 
 ABSENT = np.array([-1, -2, INT_MIN, INT_MAX], np.int32)
@@ -73,9 +73,9 @@ def test_plan_fits_the_chip(heads, values, rotary, streams, slot_tiles):
     assert tiles == list(range(dim // 64))
     assert sum(count for _, count in plan.slot_columns) == values
     assert plan.ring_slots >= len(plan.slot_columns)
-    assert plan.smem_bytes <= ptx.SMEM_BYTES
+    assert plan.smem_bytes <= SMEM_BYTES
     compute, gather = plan.registers or (255, 255)
-    assert (streams * compute + gather) * ptx.WARPGROUP <= 65536
+    assert (streams * compute + gather) * WARPGROUP_THREADS <= 65536
     assert compute >= values * 64 * heads // 128 + heads + 24  # O, S, the sums, and room for addresses
 
 

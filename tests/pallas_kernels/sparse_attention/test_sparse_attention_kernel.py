@@ -1,4 +1,4 @@
-"""The Hopper kernels of `sparse_attention`: what they refuse, and that for 64 heads and more.
+"""Tests the Hopper kernels of `sparse_attention`: what both refuse, and the one for 64 heads and more.
 
 Interpreted and lowered on a CPU, real on the card. The kernel for 16 and 32 heads has further tests of its own.
 """
@@ -15,8 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparse_kernel_cases import abstract, check, compare, inputs, kernel
 
 from dsa_jax.pallas_kernels.hopper import ptx
-from dsa_jax.pallas_kernels.sparse_attention import forward_few_heads as few_heads
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES
 from dsa_jax.pallas_kernels.sparse_attention.forward import sparse_attention, why_not
+from dsa_jax.pallas_kernels.sparse_attention.forward_few_heads import Config as FewHeadsConfig
 from dsa_jax.pallas_kernels.sparse_attention.forward_many_heads import Config, column_halves, smem_bytes
 
 # B, T, S, N, C, R, K: both halves of the columns even, odd, and the right one empty; K in the first pair of key blocks,
@@ -57,7 +58,7 @@ def test_absent_blocks_and_empty_rows():
 
 
 def huge_logits(dim):
-    """Far above zero for half of the heads, far below for the others: neither overflows or counts as absent."""
+    """Makes logits far above zero for half of the heads, far below for the others: none overflows or is absent."""
     q = jnp.full((1, 1, 64, dim), 1e12, jnp.bfloat16).at[:, :, 1::2].multiply(-1)
     kv = jnp.ones((1, 4, dim), jnp.bfloat16).at[0, 2].set(2.0) * jnp.asarray(1e16, jnp.bfloat16)
     return q, kv, jnp.asarray([[[0, 2]]], jnp.int32)
@@ -68,7 +69,7 @@ def test_logits_of_any_size():
 
 
 def test_maxima_that_grow_by_little_and_by_much():
-    """Below the slack a maximum is left as it is, above it the accumulator is rescaled: both are exact."""
+    """Below RESCALE_LOG2 a maximum is left as it is, above it the accumulator is rescaled: both are exact."""
     q, kv = jnp.ones((1, 1, 64, 64), jnp.bfloat16), normal(0, 1, 256, 64, dtype="bfloat16")
     kv = kv + jnp.asarray([0, 1, 12, 11])[:, None].repeat(64, 0)[None].astype(kv.dtype)
     check(q, kv, jnp.arange(256, dtype=jnp.int32)[None, None], 64, 0.05, interpret=True)
@@ -106,7 +107,7 @@ def test_a_ragged_selection_is_padded(heads, padded):
 @pytest.mark.parametrize("rotary", [0, 64])
 def test_fits_the_multiprocessor(rotary):
     for value_dim in range(64, 513, 64):
-        assert smem_bytes(value_dim, value_dim + rotary) <= ptx.SMEM_BYTES
+        assert smem_bytes(value_dim, value_dim + rotary) <= SMEM_BYTES
         halves = column_halves(value_dim, value_dim + rotary)
         assert sum(count for _, count in halves) == value_dim + rotary
         assert all(count % 64 == 0 and count <= 256 + rotary for _, count in halves)
@@ -180,7 +181,7 @@ def test_says_why_it_cannot_take_other_arrays(heads):
             sparse_attention(q, kv, indices, value_dim=64, scale=scale)
 
 
-@pytest.mark.parametrize(("heads", "config"), [(16, Config()), (64, few_heads.Config())])
+@pytest.mark.parametrize(("heads", "config"), [(16, Config()), (64, FewHeadsConfig())])
 def test_refuses_the_tuning_of_the_other_kernel(heads, config):
     family = "few" if heads == 16 else "many"
     with pytest.raises(ValueError, match=f"must be a .*_{family}_heads.Config for {heads} heads, got Config"):
@@ -188,7 +189,7 @@ def test_refuses_the_tuning_of_the_other_kernel(heads, config):
 
 
 def gathered(x, indices, tiles, interpret):
-    """64 rows of x, their column tiles `tiles` alone, by the gather of the kernels."""
+    """Gathers 64 rows of x, their column tiles `tiles` alone, as the kernels do."""
     width = 64 * len(tiles)
 
     def body(x_gmem, indices_gmem, out_gmem, rows_smem, barriers):
@@ -236,7 +237,7 @@ def test_the_gather_on_the_card(tiles):
 
 
 def sweep(count):
-    """Shapes B, T, S, N, C, R, K of every kind."""
+    """Yields shapes B, T, S, N, C, R, K of every kind."""
     rng = np.random.default_rng(7)
     for _ in range(count):
         yield (
@@ -293,8 +294,8 @@ def test_a_query_depends_on_nothing_else_on_the_card():
     first = jax.device_get(kernel(512)(q, kv, indices))
     for blocks in (3, 1000):
         jax.tree.map(same_bits, kernel(512, config=Config(blocks=blocks))(q, kv, indices), first)
-    some = kernel(512)(q[:, 101:108], kv, indices[:, 101:108])
-    jax.tree.map(same_bits, some, jax.tree.map(lambda x: x[:, 101:108], first))
+    seven = kernel(512)(q[:, 101:108], kv, indices[:, 101:108])
+    jax.tree.map(same_bits, seven, jax.tree.map(lambda x: x[:, 101:108], first))
     twice = kernel(512)(*(jnp.concatenate([x, x]) for x in (q, kv, indices)))
     jax.tree.map(same_bits, twice, jax.tree.map(lambda x: np.concatenate([x, x]), first))
 

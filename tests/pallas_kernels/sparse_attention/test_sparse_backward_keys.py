@@ -1,4 +1,4 @@
-"""What queries give to the gradient of their keys: the Hopper kernel that writes it.
+"""Tests the Hopper kernel of what queries give to the gradient of their keys.
 
 Interpreted and lowered on a CPU, real on the card.
 """
@@ -14,7 +14,7 @@ from cases import normal, same_bits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES
 from dsa_jax.pallas_kernels.sparse_attention.backward_keys import (
     STAGES,
     Config,
@@ -28,26 +28,26 @@ SMALL = [(3, 64, 128, 64, 64), (1, 64, 256, 192, 64), (2, 64, 256, 320, 0)]
 
 
 def inputs(seed, t, n, k, c, r) -> tuple[Any, Any, Any, Any]:
-    """p, ds, q and d_out."""
+    """Makes p, ds, q and d_out."""
     p, ds, q, d_out = (normal(seed + i, t, n, columns, dtype="bfloat16") for i, columns in enumerate((k, k, c + r, c)))
     return abs(p), ds, q, d_out
 
 
 def abstract(t, n, k, c, r) -> tuple[Any, Any, Any, Any]:
-    """The same as shapes."""
+    """Makes the same as shapes."""
     p, q, d_out = (jax.ShapeDtypeStruct((t, n, columns), jnp.bfloat16) for columns in (k, c + r, c))
     return p, p, q, d_out
 
 
 def definition(p, ds, q, d_out):
-    """[T, K, H] in float64."""
+    """Computes the contributions [T, K, H] in float64."""
     rows = np.swapaxes(f64(ds), 1, 2) @ f64(q)
     rows[..., : d_out.shape[2]] += np.swapaxes(f64(p), 1, 2) @ f64(d_out)
     return rows
 
 
 def close(actual, expected, tolerance):
-    """In the norm, and no single row far off."""
+    """Holds rows against float64: in the norm, and no single row far off."""
     actual, expected = f64(actual).reshape(-1, expected.shape[-1]), expected.reshape(-1, expected.shape[-1])
     error, size = np.linalg.norm(actual - expected, axis=1), np.linalg.norm(expected, axis=1)
     assert np.linalg.norm(error) <= tolerance * np.linalg.norm(size)
@@ -97,11 +97,11 @@ def test_lowers_for_cuda(heads, rotary):
 
 def test_fits_the_multiprocessor():
     assert smem_bytes(128, 512, 576, STAGES[128]) == 225 * 1024
-    assert smem_bytes(128, 512, 576, STAGES[128] + 1) > ptx.SMEM_BYTES - 1
+    assert smem_bytes(128, 512, 576, STAGES[128] + 1) > SMEM_BYTES - 1
     for heads, stages in STAGES.items():
         for value_dim in range(64, 1025, 64):
             for dim in (value_dim, value_dim + 64):
-                assert smem_bytes(heads, value_dim, dim, stages) <= ptx.SMEM_BYTES - 1
+                assert smem_bytes(heads, value_dim, dim, stages) <= SMEM_BYTES - 1
 
 
 @pytest.mark.parametrize("rotary", [0, 1])
@@ -184,12 +184,12 @@ def test_equals_the_definition_on_the_card(shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [64, 128])
 def test_the_published_size_on_the_card(heads):
-    """The error of some queries in 528, and 20 runs with the same bits."""
+    """The error of five queries of 528, and 20 runs with the same bits."""
     columns = zip(jax.random.split(jax.random.key(0), 4), (2048, 2048, 576, 512), strict=True)
     arguments = [jax.random.normal(key, (528, heads, count), jnp.bfloat16) for key, count in columns]
     call = kernel()
     rows = call(*arguments)
-    some = np.array([0, 43, 44, 132, 527])
-    close(rows.reshape(528, 2048, 576)[some], definition(*(x[some] for x in arguments)), 5e-3)
+    queries = np.array([0, 43, 44, 132, 527])
+    close(rows.reshape(528, 2048, 576)[queries], definition(*(x[queries] for x in arguments)), 5e-3)
     for _ in range(20):
         assert jnp.array_equal(call(*arguments), rows)

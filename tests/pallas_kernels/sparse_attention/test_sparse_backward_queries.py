@@ -1,4 +1,4 @@
-"""The Hopper kernel of d_q: interpreted and lowered on a CPU, real on the card."""
+"""Tests the Hopper kernel of d_q: interpreted and lowered on a CPU, real on the card."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from cases import hostile_indices, normal, poison_unselected, same_bits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES, SMEM_GRANULE_BYTES
 from dsa_jax.pallas_kernels.sparse_attention.backward_queries import (
     COMPUTE_REGISTERS,
     GATHER_REGISTERS,
@@ -25,13 +25,13 @@ from dsa_jax.pallas_kernels.sparse_attention.backward_queries import (
 
 
 def abstract(b, t, s, n, k, h) -> tuple[Any, Any, Any]:
-    """ds, kv and indices as shapes."""
+    """Makes ds, kv and indices as shapes."""
     ds, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((b * t, n, k), (b, s, h)))
     return ds, kv, jax.ShapeDtypeStruct((b * t, k), jnp.int32)
 
 
 def with_ds(seed, b, n, s, h, indices):
-    """Random ds, 0 where there is no key, and kv, NaN where nothing looks, for indices [B, T, K]."""
+    """Makes random ds, 0 where there is no key, and kv, NaN where nothing looks, for indices [B, T, K]."""
     indices = np.asarray(indices)
     present = (indices >= 0) & (indices < s)
     rows, keys = b * indices.shape[1], indices.shape[2]
@@ -41,7 +41,7 @@ def with_ds(seed, b, n, s, h, indices):
 
 
 def inputs(seed, b, t, s, n, k, h):
-    """Hostile indices (duplicates, every sort of absence, an empty row), blocks of nothing, NaN where nothing looks."""
+    """Makes arguments: hostile indices (duplicates, every absence, an empty row), empty blocks, NaN in unread rows."""
     indices = np.array(hostile_indices(seed + 2, b, t, k, s))
     indices[-1, -1, :64] = -1
     indices[0, 0, k - 64 :] = s
@@ -49,7 +49,7 @@ def inputs(seed, b, t, s, n, k, h):
 
 
 def kernel(blocks=None, interpret=False) -> Any:
-    """The kernel as a function of arrays, compiled unless it is interpreted."""
+    """Makes the kernel a function of arrays, compiled unless it is interpreted."""
     call = functools.partial(sparse_backward_queries, blocks=blocks, interpret=interpret)
     return call if interpret else jax.jit(call)
 
@@ -59,15 +59,15 @@ def compare(d_q, ds, kv, indices):
     chex.assert_shape(d_q, (*ds.shape[:2], kv.shape[2]))
     assert d_q.dtype == jnp.bfloat16 and jnp.all(jnp.isfinite(d_q))
     length, size, kv, indices = len(ds) // len(kv), kv.shape[1], np.asarray(kv), np.asarray(indices)
-    some = np.arange(len(ds))
+    queries = np.arange(len(ds))
     if len(ds) > 16:  # the first, the last, those that hostile_indices empties, and some between
-        some = np.unique([0, 1, length // 2, len(ds) - length, len(ds) - 1, *range(2, len(ds), len(ds) // 8)])
-    want = np.zeros((len(some), *d_q.shape[1:]))
-    for i, query in enumerate(some):
+        queries = np.unique([0, 1, length // 2, len(ds) - length, len(ds) - 1, *range(2, len(ds), len(ds) // 8)])
+    want = np.zeros((len(queries), *d_q.shape[1:]))
+    for i, query in enumerate(queries):
         present = (indices[query] >= 0) & (indices[query] < size)
         rows = f64(kv[query // length][indices[query][present]])
         want[i] = f64(ds[query])[:, present] @ rows
-    got = f64(d_q[some])
+    got = f64(d_q[queries])
     assert np.linalg.norm(got - want) <= 5e-3 * np.linalg.norm(want)
     np.testing.assert_array_equal(got[np.all(want == 0, axis=(1, 2))], 0.0)
 
@@ -101,7 +101,7 @@ def test_lowers_for_cuda(heads, dim):
 
 def test_fits_the_multiprocessor():
     for dim in range(64, 641, 64):
-        assert smem_bytes(dim) <= ptx.SMEM_BYTES - ptx.SMEM_GRANULE
+        assert smem_bytes(dim) <= SMEM_BYTES - SMEM_GRANULE_BYTES
         for heads in (64, 128):
             parts = column_parts(dim, heads)
             assert [first for first, _ in parts] == [0, parts[0][1]][: len(parts)]
@@ -151,7 +151,7 @@ def test_says_why_it_cannot_take_other_arrays():
 
 
 def sweep(count):
-    """Shapes B, T, S, N, K, H of every kind."""
+    """Yields shapes B, T, S, N, K, H of every kind."""
     rng = np.random.default_rng(7)
     for _ in range(count):
         yield (

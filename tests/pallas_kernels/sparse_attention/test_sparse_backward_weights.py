@@ -1,4 +1,4 @@
-"""The Hopper kernel of p and ds for the backward pass: interpreted and lowered on a CPU, real on the card."""
+"""Tests the Hopper kernel of p and ds for the backward pass: interpreted and lowered on a CPU, real on the card."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from cases import hostile_indices, normal, poison_unselected
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
-from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES
 from dsa_jax.pallas_kernels.sparse_attention.backward_weights import (
     COMPUTE_REGISTERS,
     GATHER_REGISTERS,
@@ -31,7 +31,7 @@ SMALL = [
 
 
 def abstract(b, t, s, n, c, r, k) -> Any:
-    """The arguments as shapes."""
+    """Makes the arguments as shapes."""
     shape = jax.ShapeDtypeStruct
     q, d_out, kv = (shape(x, jnp.bfloat16) for x in ((b * t, n, c + r), (b * t, n, c), (b, s, c + r)))
     row = shape((b * t, n), jnp.float32)
@@ -39,7 +39,7 @@ def abstract(b, t, s, n, c, r, k) -> Any:
 
 
 def inputs(seed, shape, scale) -> Any:
-    """Hostile indices (duplicates, every sort of absence, an empty row), blocks of nothing, NaN where nothing looks.
+    """Makes arguments: hostile indices (duplicates, every absence, an empty row), empty blocks, NaN in unread rows.
 
     `lse` is that of the rows, as the forward pass leaves it, but -inf for head 3; `delta` is nothing in particular.
     """
@@ -62,12 +62,12 @@ def inputs(seed, shape, scale) -> Any:
 
 
 def present_rows(kv, keys):
-    """The rows of kv [S, H] at those of `keys` that are in it."""
+    """Selects the rows of kv [S, H] at those of `keys` that are in it."""
     return kv[keys[(keys >= 0) & (keys < len(kv))]]
 
 
 def definition(place, arguments, scale):
-    """p and ds [N, K] of one query, in float64, and which keys are there."""
+    """Computes p and ds [N, K] of one query, in float64, and which keys are there."""
     q, d_out, kv, indices, lse, delta = arguments
     keys = indices[place]
     present = (keys >= 0) & (keys < kv.shape[1])
@@ -83,7 +83,7 @@ def definition(place, arguments, scale):
 
 
 def kernel(scale, blocks=None, interpret=False) -> Any:
-    """The kernel as a function of arrays, compiled unless it is interpreted."""
+    """Makes the kernel a function of arrays, compiled unless it is interpreted."""
     call = functools.partial(sparse_backward_weights, scale=scale, blocks=blocks, interpret=interpret)
     return call if interpret else jax.jit(call)
 
@@ -133,7 +133,7 @@ def test_lowers_for_cuda(value_dim, rotary):
 
 
 def test_fits_the_multiprocessor():
-    assert smem_bytes() == 226 * 1024 < ptx.SMEM_BYTES
+    assert smem_bytes() == 226 * 1024 < SMEM_BYTES
 
 
 def test_the_pieces_of_a_row():
@@ -189,7 +189,7 @@ def test_says_why_it_cannot_take_other_arrays():
 
 
 def sweep(count):
-    """Shapes B, T, S, N, C, R, K of every kind."""
+    """Yields shapes B, T, S, N, C, R, K of every kind."""
     rng = np.random.default_rng(11)
     for _ in range(count):
         yield (

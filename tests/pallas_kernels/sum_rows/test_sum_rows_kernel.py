@@ -1,7 +1,8 @@
-"""Sums of gathered rows: the kernel's own Python on NumPy threads, its lowering here; the real thing on the card."""
+"""Tests the sums of gathered rows: the kernel's own Python on NumPy threads, its lowering; itself on the card."""
 
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -11,12 +12,13 @@ import numpy_simt
 import pytest
 from cases import normal, same_bits
 
-from dsa_jax.pallas_kernels.sum_rows import sum_rows as kernel
 from dsa_jax.pallas_kernels.sum_rows.sum_rows import Config, sum_rows, why_not
+
+kernel = importlib.import_module("dsa_jax.pallas_kernels.sum_rows.sum_rows")  # the door has a function of this name
 
 
 def inputs(seed, m, w, counts, dtype="bfloat16", unsorted=3):
-    """Rows of which `unsorted` on each side of the sorted ones belong to no key, and NaN where nothing looks."""
+    """Makes rows of which `unsorted` on each side of the sorted ones belong to no key, and NaN where nothing looks."""
     random = np.random.default_rng(seed)
     offsets = np.cumsum([unsorted, *counts]).astype(np.int32)
     order = random.integers(0, m, offsets[-1] + unsorted).astype(np.int32)
@@ -31,7 +33,7 @@ def inputs(seed, m, w, counts, dtype="bfloat16", unsorted=3):
 
 
 def expected(rows, order, offsets, total):
-    """The definition in float32, one row after another."""
+    """Sums in float32, one row after another."""
     rows, out = np.asarray(rows).astype(np.float32), np.array(total)
     order, offsets = np.asarray(order), np.asarray(offsets)
     for s in range(len(out)):
@@ -41,7 +43,7 @@ def expected(rows, order, offsets, total):
 
 
 def run(rows, order, offsets, total, config, blocks):
-    """What the kernel's Python makes of these."""
+    """Runs the kernel's Python on NumPy threads."""
     machine = numpy_simt.Machine(config.threads, 0, 0)
     rows_at, order_at, offsets_at, out = (machine.put(np.asarray(x)) for x in (rows, order, offsets, total))
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +78,7 @@ def test_sign_of_zero_stays():
 
 
 def searched(keys, size):
-    """What the search's Python finds: blocks of 128 threads, one after another."""
+    """Runs the search's Python on NumPy threads: blocks of 128, one after another."""
     machine = numpy_simt.Machine(128, 0, 0)
     keys_at, out = machine.put(keys), machine.put(np.full(size + 1, 77, np.int32))
     with pytest.MonkeyPatch.context() as patch:
