@@ -31,6 +31,8 @@ STYLE = {
     "xtick.color": QUIET[0],
     "ytick.color": INK[0],
     "figure.facecolor": CARD[0],
+    "figure.constrained_layout.w_pad": 0.15,  # inches
+    "figure.constrained_layout.h_pad": 0.09,
     "axes.facecolor": CARD[0],
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -94,7 +96,7 @@ def kernels() -> Figure:
     """Our kernels beside the best of the peers', one panel an operation."""
     rows, peaks = kernel_rows(), load("forward")["sparse_attention"]["peaks"]
     counts = [sum(row["operation"] == operation for row in rows) for operation in PANELS]
-    figure = Figure(figsize=(10, 6.6), layout="constrained")
+    figure = Figure(figsize=(10, 6.9), layout="constrained")
     axes = figure.subplots(len(PANELS), 1, gridspec_kw={"height_ratios": [count + 0.35 for count in counts]})
     for axis, (operation, title) in zip(axes, PANELS.items(), strict=True):
         peak, name = _peak(operation, peaks)
@@ -166,7 +168,7 @@ def gain() -> float:
 def steps() -> Figure:
     """How many tokens a second a training step takes, in each phase and by each implementation."""
     rows = step_rows()
-    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(rows):
         axis.barh(place, row["rate"], 0.66, color=row["color"])

@@ -1,4 +1,4 @@
-"""Writes the README's tables of figures from benchmarks/results/*.json:  python -m benchmarks.tables"""
+"""Writes the tables of figures in docs/ from benchmarks/results/*.json:  python -m benchmarks.tables"""
 
 import json
 import pathlib
@@ -7,7 +7,27 @@ import textwrap
 
 from benchmarks.measure import RESULTS
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+
+
+def peers(results: dict) -> str:
+    """The section that sets our kernels beside those of others, in Markdown."""
+    kernels = results["kernels"]
+    lines = [
+        textwrap.fill(f"Each pair was {kernels['source']}.", 120, break_on_hyphens=False),
+        "",
+        "| operation | shape | dsa_jax | best peer | |",
+        "|---|---|---|---|---|",
+    ]
+    for row in kernels["rows"]:
+        unit = {"tflops": "TFLOP/s", "milliseconds": "ms"}[row["unit"]]
+        ours, theirs = row["value"], row["peer_value"]
+        gain = ours / theirs if unit == "TFLOP/s" else theirs / ours
+        cells = row["operation"], row["shape"], f"{ours} {unit}", f"{row['peer']} {theirs} {unit}", f"{gain:.2f} ×"
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| published elsewhere | figure | source |", "|---|---|---|"]
+    lines += [f"| {row['work']} | {row['figure']} | {row['source']} |" for row in results["published"]]
+    return "\n".join(lines)
 
 
 def forward(results: dict) -> str:
@@ -149,12 +169,12 @@ def plan(results: dict) -> str:
         f"`python -m benchmarks.plan`, jax {circumstances['versions']['jax']}, {circumstances['date']}: of the meshes "
         "of so many H200s, tried by descent, the one that is planned to train fastest. Nothing of it was run. State is "
         "exact; the other bytes are a walk over the traced step, calibrated on the measured peak of the SPARSE step "
-        f"above ({calibration['copies']:.2f} further copies of the gradients, for what it misses), error on the WARMUP "
-        f"step: {calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds are at "
-        f"the rates above, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
-        f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); exchanges within a host of eight at the rates above, "
-        "between hosts at an assumed 50 GB/s a GPU each way, none of them hidden behind compute. On the steps measured "
-        f"on one GPU and on two, above, it errs by {spread('memory')} in memory and {spread('seconds')} in time."
+        f"on one GPU ({calibration['copies']:.2f} further copies of the gradients, for what it misses), error on the "
+        f"WARMUP step: {calibration['memory_error']:+.1%}. {limit:.0f} GiB of a card are taken to be usable. Seconds "
+        f"are at the measured rates, for one H200 off by {calibration['sparse_seconds_error']:+.0%} (SPARSE) and "
+        f"{calibration['warmup_seconds_error']:+.0%} (WARMUP); exchanges within a host of eight are at the measured "
+        "rates, between hosts at an assumed 50 GB/s a GPU each way, none of them hidden behind compute. On the steps "
+        f"measured on one GPU and on two it errs by {spread('memory')} in memory and {spread('seconds')} in time."
     )
     lines = [
         textwrap.fill(text, 120, break_on_hyphens=False),
@@ -188,8 +208,8 @@ def _planned(row):
     )
 
 
-SECTIONS = {"forward": forward, "training": training}  # of what was measured on a GPU
-OTHERS = {"sharded": sharded, "plan": plan}
+SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan}
+DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {"plan": "many_devices.md"}  # where each stands in docs/
 
 
 def _time(row):
@@ -211,21 +231,25 @@ def _sustained(row):
     return f"{row['tflops_sustained']:.0f} TFLOP/s" if "tflops_sustained" in row else ""
 
 
-def updated(readme: str, name: str, section: str) -> str:
-    """The README with the section between the two markers of that name replaced."""
+def section(name: str) -> str:
+    """The section of that name, from what is recorded."""
+    return SECTIONS[name](json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def updated(document: str, name: str, section: str) -> str:
+    """The document with the section between the two markers of that name replaced."""
     begin, end = f"<!-- {name} figures: begin -->", f"<!-- {name} figures: end -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise ValueError(f"README.md must hold {begin} … {end} once")
-    return pattern.sub(lambda _: f"{begin}\n{section}\n{end}", readme)
+    if len(pattern.findall(document)) != 1:
+        raise ValueError(f"docs/{DOCUMENTS[name]} must hold {begin} … {end} once")
+    return pattern.sub(lambda _: f"{begin}\n{section}\n{end}", document)
 
 
 def main() -> None:
-    """Rewrites the README in place."""
-    readme = README.read_text()
-    for name, make in (SECTIONS | OTHERS).items():
-        readme = updated(readme, name, make(json.loads((RESULTS / f"{name}.json").read_text())))
-    README.write_text(readme)
+    """Rewrites the documents in place."""
+    for name, document in DOCUMENTS.items():
+        path = DOCS / document
+        path.write_text(updated(path.read_text(), name, section(name)))
 
 
 if __name__ == "__main__":
