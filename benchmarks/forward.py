@@ -1,4 +1,4 @@
-"""The forward path on one Hopper GPU: our kernels beside plain XLA, times, errors against float64, compile times.
+"""Measures the forward path on one Hopper GPU: our kernels beside plain XLA, times, errors against float64.
 
   python -m benchmarks.forward                    # everything, a few minutes; writes benchmarks/results/forward.json
   python -m benchmarks.forward --only layer       # a part alone, merged into the file
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import dsa_jax
 from benchmarks import measure
 from dsa_jax import Config, KeyRange, index_scores, quantize, select_keys, select_topk, sparse_attention
 from dsa_jax.layers import SparseMLA
@@ -25,30 +26,33 @@ from dsa_jax.quantization import hadamard
 from dsa_jax.rope import rotation
 
 OUT = measure.RESULTS / "forward.json"
+
+# The published shapes, and the sizes (N, S), S and (rows, S) that the tables show.
 IMPLEMENTATIONS = ("pallas", "xla")
 QUERIES, TOPK, LATENT, ROPE, INDEX_HEADS, INDEX_DIM = 4096, 2048, 512, 64, 64, 128
-SCALE = 576**-0.5  # the published one belongs to trained queries; these logits have the spread of theirs
-CHECKED = 48  # queries held against float64
+SCALE = 576**-0.5  # the published one belongs to trained queries; with this one random logits spread as theirs do
+CHECKED_QUERIES = 48  # held against float64
 ATTENTION = [(128, 8192), (128, 131072), (64, 8192), (64, 131072), (32, 8192), (16, 8192), (16, 131072)]
 INDEXER = [32768, 131072]
 TOPK_ROWS = [(1024, 131072), (4096, 32768)]
-XLA_TIMED = [(128, 8192), (128, 131072), (16, 8192)]  # each takes a while, and the others tell no more
+XLA_TIMED = [(128, 8192), (128, 131072), (16, 8192)]  # of ATTENTION: each takes a while, the others tell no more
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One line of the table: what is called, on what, and what a call is worth."""
+    """One operation at one shape: the call, its inputs, and the work that a call does."""
 
     operation: str
     shape: str
     fn: Callable[..., Any]
     inputs: list[tuple]
-    flops: float | None = None
-    peak: str | None = None
+    flops: float | None = None  # of a call
+    peak: str | None = None  # which of `measure.peaks` bounds it
     implementations: tuple[str, ...] | None = None  # None for all
-    bytes: float | None = None
+    bytes: float | None = None  # that a call must read and write
 
     def run(self, peaks) -> list[dict[str, Any]]:
+        """Times every implementation; gives and prints a row for each."""
         rows = []
         for implementation in self.implementations or IMPLEMENTATIONS:
             fn = jax.jit(functools.partial(self.fn, implementation=implementation))
@@ -67,6 +71,7 @@ class Case:
 
 
 def describe(row):
+    """Writes a row in one line."""
     rate = ""
     if "tflops" in row:
         rate = (
@@ -78,6 +83,7 @@ def describe(row):
 
 
 def seeds(count=measure.INPUT_SETS):
+    """Makes a key for each set of inputs."""
     return [jax.random.key(seed) for seed in range(count)]
 
 
@@ -86,6 +92,7 @@ def seeds(count=measure.INPUT_SETS):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def attention_inputs(key, heads, size):
+    """Draws q, kv and indices of sparse attention over `size` keys, all of which are selected alike."""
     parts = jax.random.split(key, 3)
     q = jax.random.normal(parts[0], (1, QUERIES, heads, LATENT + ROPE), jnp.bfloat16)
     kv = jax.random.normal(parts[1], (1, size, LATENT + ROPE), jnp.bfloat16)
@@ -93,10 +100,12 @@ def attention_inputs(key, heads, size):
 
 
 def attend(q, kv, indices, implementation):
+    """Calls sparse attention at the published value width."""
     return sparse_attention(q, kv, indices, value_dim=LATENT, scale=SCALE, implementation=implementation)
 
 
 def attention_cases():
+    """Yields sparse attention at the heads and keys of ATTENTION."""
     for heads, size in ATTENTION:
         timed = None if (heads, size) in XLA_TIMED else ("pallas",)
         yield Case(
@@ -111,11 +120,11 @@ def attention_cases():
 
 
 def attention_errors():
-    """Relative error norms of `out`, largest error of `lse`, on a few rows with absent keys among them."""
+    """Yields the relative error norm of `out` and the largest error of `lse`, on rows with absent keys among them."""
     for heads in dict.fromkeys(heads for heads, _ in ATTENTION):
         size = ATTENTION[0][1]
         q, kv, indices = attention_inputs(jax.random.key(9), heads, size)
-        q, indices = q[:, :CHECKED], indices[:, :CHECKED]
+        q, indices = q[:, :CHECKED_QUERIES], indices[:, :CHECKED_QUERIES]
         indices = jnp.where(jax.random.uniform(jax.random.key(10), indices.shape) < 0.2, -1, indices)
         want_out, want_lse = float64_attention(q[0], kv[0], indices[0], SCALE)
         for implementation in IMPLEMENTATIONS:
@@ -130,6 +139,7 @@ def attention_errors():
 
 
 def float64_attention(q, kv, indices, scale):
+    """Computes sparse attention of one sequence in float64: out [T, N, C] and lse [T, N]."""
     with jax.enable_x64(True):
 
         @jax.jit
@@ -143,6 +153,7 @@ def float64_attention(q, kv, indices, scale):
 
 
 def relative_norm(actual, want):
+    """Computes |actual − want| / |want|."""
     return float(np.linalg.norm(np.asarray(actual, np.float64) - want) / np.linalg.norm(want))
 
 
@@ -151,7 +162,7 @@ def relative_norm(actual, want):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def raw_indexer(key, queries, size):
-    """What the indexer's projections give: bfloat16 queries and keys before the Hadamard transform, and weights."""
+    """Draws what the indexer's projections give: bfloat16 queries and keys before the Hadamard transform, weights."""
     parts = jax.random.split(key, 3)
     q = jax.random.normal(parts[0], (1, queries, INDEX_HEADS, INDEX_DIM), jnp.bfloat16)
     k = jax.random.normal(parts[1], (1, size, INDEX_DIM), jnp.bfloat16)
@@ -160,7 +171,7 @@ def raw_indexer(key, queries, size):
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def to_e4m3(q, k, weights, implementation=None):
-    """The FP8 of the indexer: Hadamard, rounding, and the scale of a query moved to its weights."""
+    """Takes the indexer's inputs to FP8: Hadamard transform, rounding, and a query's scale moved to its weights."""
     (q, q_scale), (k, k_scale) = (
         quantize(hadamard(x, implementation=implementation), implementation=implementation) for x in (q, k)
     )
@@ -168,24 +179,28 @@ def to_e4m3(q, k, weights, implementation=None):
 
 
 def tail(queries, size):
-    """The causal reach of the last `queries` of `size` tokens."""
+    """Gives the causal reach of the last `queries` of `size` tokens."""
     return KeyRange.causal(1, queries, offset=size - queries)
 
 
 def pairs(queries, size):
+    """Counts the (query, key) pairs in `tail`'s reach."""
     return queries * (size - queries) + queries * (queries + 1) // 2
 
 
 def score(q, k, weights, k_scale, keys, implementation):
+    """Calls `index_scores`."""
     return index_scores(q, k, weights, keys, k_scale=k_scale, implementation=implementation)
 
 
 def select(q, k, weights, keys, implementation):
+    """Calls `select_keys` in FP8, the quantisation included."""
     q, k, weights, k_scale = to_e4m3(q, k, weights, implementation)
     return select_keys(q, k, weights, keys, k=TOPK, k_scale=k_scale, implementation=implementation)
 
 
 def indexer_cases():
+    """Yields scores, selection and quantisation at the keys of INDEXER."""
     for size in INDEXER:
         timed = None if size == INDEXER[0] else ("pallas",)
         keys = tail(QUERIES, size)
@@ -218,6 +233,7 @@ def indexer_cases():
 
 
 def topk_cases():
+    """Yields `select_topk` at the shapes of TOPK_ROWS."""
     for rows, size in TOPK_ROWS:
         inputs = [(jax.random.normal(key, (1, rows, size)),) for key in seeds(2)]
         yield Case(
@@ -230,10 +246,10 @@ def topk_cases():
 
 
 def score_errors():
-    """max |Δ| / Σ_j |w_j| relu_j, and how often sets differ from the exact ones, by queries of a causal tail."""
+    """Yields max |Δ| / Σ_j |w_j| relu_j, and how often sets differ from the exact ones, by queries of a causal tail."""
     size = 32768
-    raw = raw_indexer(jax.random.key(9), CHECKED, size)
-    keys = tail(CHECKED, size)
+    raw = raw_indexer(jax.random.key(9), CHECKED_QUERIES, size)
+    keys = tail(CHECKED_QUERIES, size)
     for dtype, arguments in (("e4m3", to_e4m3(*raw)), ("bf16", (*raw, None))):
         want, magnitude = float64_scores(*arguments)
         mask = np.asarray(keys.mask(size))[0]
@@ -244,7 +260,7 @@ def score_errors():
             chosen = np.asarray(select_topk(jnp.asarray(scores)[None], TOPK, implementation=implementation))[0]
             yield {
                 "operation": f"index_scores {dtype}",
-                "shape": f"T {CHECKED} S {size}",
+                "shape": f"T {CHECKED_QUERIES} S {size}",
                 "implementation": implementation,
                 "largest_relative_error": error,
                 "rows_whose_set_differs": float(np.mean(np.any(chosen != exact, axis=1))),
@@ -257,6 +273,7 @@ def score_errors():
 
 
 def float64_scores(q, k, weights, k_scale):
+    """Computes one sequence's scores in float64, and the sums of their terms' magnitudes: both [T, S]."""
     with jax.enable_x64(True):
         q, k, weights = (x[0].astype(jnp.float64) for x in (q, k, weights))
         scale = 1.0 if k_scale is None else k_scale[0].astype(jnp.float64)
@@ -271,7 +288,7 @@ def float64_scores(q, k, weights, k_scale):
 
 
 def worst_distance(scores, magnitude, chosen, exact):
-    """How far from the k-th score, in units of `magnitude`, a key may lie that one set has and the other lacks."""
+    """Computes how far from the k-th score, in units of `magnitude`, a key lies that only one of two sets has."""
     worst = 0.0
     for row, (mine, theirs) in enumerate(zip(chosen, exact, strict=True)):
         last = scores[row, theirs].min()
@@ -284,7 +301,7 @@ def worst_distance(scores, magnitude, chosen, exact):
 
 
 def layer_case(size: int, implementation: str) -> dict[str, Any]:
-    """Projections, indexer, selection, attention and output of the published shape over `size` tokens, in one call."""
+    """Times projections, indexer, selection, attention and output of the published shape over `size` tokens."""
     config = dataclasses.replace(Config.deepseek_v32(), param_dtype="bfloat16", index_fp8=True)
     graph, state = jax.jit(lambda key: nnx.split(SparseMLA(config, rngs=nnx.Rngs(key))))(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, size, config.hidden_size), jnp.bfloat16)
@@ -294,7 +311,7 @@ def layer_case(size: int, implementation: str) -> dict[str, Any]:
         positions = jnp.arange(size, dtype=jnp.int32)[None]
         return nnx.merge(graph, state)(x, rotation(positions, config), KeyRange.causal(1, size)).x
 
-    with measure.kernels_only_if(implementation == "pallas"):
+    with dsa_jax.implementation("xla" if implementation == "xla" else None):  # None: kernels where there are any
         began = time.perf_counter()
         compiled = layer.lower(state, x).compile()
         first = time.perf_counter() - began
@@ -310,15 +327,16 @@ def layer_case(size: int, implementation: str) -> dict[str, Any]:
 
 
 def layer_rows():
-    """Ours at 128K, then both at a length where XLA takes seconds."""
+    """Times our kernels at 128K tokens, then both at a length where XLA takes seconds."""
     return [layer_case(131072, "pallas"), layer_case(32768, "pallas"), layer_case(32768, "xla")]
 
 
 def longest_rows():
-    """Plain XLA at 128K: it fits, and takes a while."""
+    """Times plain XLA at 128K tokens: it fits, and takes a while."""
     return [layer_case(131072, "xla")]
 
 
+# The parts that can be run alone, functions of the card's peaks.
 PARTS: dict[str, Callable[[dict], dict[str, list]]] = {
     "sparse_attention": lambda peaks: {
         "timings": timings(attention_cases(), peaks),
@@ -332,10 +350,12 @@ PARTS: dict[str, Callable[[dict], dict[str, list]]] = {
 
 
 def timings(cases, peaks):
+    """Runs cases one after the other, and gives all their rows."""
     return [row for case in cases for row in case.run(peaks)]
 
 
 def main() -> None:
+    """Runs the parts that the command line names, and records each when it is done."""
     names, out = measure.command_line(__doc__, PARTS, OUT)
     peaks = measure.peaks()
     print(json.dumps({name: round(value, 1) for name, value in peaks.items()}), flush=True)

@@ -1,6 +1,6 @@
 """Runs the tests that need a Hopper GPU and records them:  python -m benchmarks.gpu_tests [arguments of pytest]
 
-The record is kept by file, so that some files can be run again without the others.
+The record is kept by file, so that some files can be run again without the others. Files that are no more leave it.
 """
 
 import argparse
@@ -16,18 +16,24 @@ from typing import Any
 
 from benchmarks import measure
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 OUT = measure.RESULTS / "gpu_tests.json"
-WORKERS = min(16, os.cpu_count() or 1)  # compiling takes most of the time
+WORKERS = min(16, os.cpu_count() or 1)  # processes of pytest; compiling takes most of the time
 
 
 def outcomes(report: str) -> dict[str, dict[str, Any]]:
-    """Of a JUnit report, by file: counts, and what did not pass."""
+    """Counts the outcomes in a JUnit report.
+
+    Returns:
+      By file, as a path from the repository's root: how many tests had each outcome, and those that did not pass.
+    """
     counts: dict[str, Counter] = {}
     bad: dict[str, list[str]] = {}
     for case in xml.fromstring(report).iter("testcase"):
-        file = case.get("classname")
-        if not file:  # what was interrupted
+        module = case.get("classname")  # pytest's: the file's path with dots, tests here being no methods
+        if not module:  # a test that was interrupted
             continue
+        file = module.replace(".", "/") + ".py"
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         counts.setdefault(file, Counter())[outcome] += 1
         if outcome != "passed":
@@ -36,7 +42,7 @@ def outcomes(report: str) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    """Returns pytest's exit status."""
+    """Runs pytest, records what ran, and returns pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, help="interrupt the tests after so long, and record those that ran")
     arguments, others = parser.parse_known_args()
@@ -56,7 +62,7 @@ def main() -> int:
             print(sum((Counter(result["counts"]) for result in results.values()), Counter()))
             ran = {file: result for file, result in results.items() if set(result["counts"]) - {"skipped"}}
             if ran:  # all are skipped where there is no GPU
-                measure.record(OUT, ran)
+                measure.record(OUT, ran, keep=lambda file: (ROOT / file).is_file())
     return status
 
 

@@ -1,7 +1,6 @@
-"""Timing and recording for the benchmarks: medians of back-to-back calls, the peaks of the card, one JSON file."""
+"""Times and records what the benchmarks call: medians of back-to-back calls, the peaks of the card, one JSON file."""
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -18,41 +17,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsa_jax.pallas_kernels import dispatch as pallas_kernels
-
 RESULTS = pathlib.Path(__file__).parent / "results"
-INPUT_SETS = 3  # rotated, so that no call finds its own inputs in the cache
-REPEATS = 7
-WINDOW, PAUSE = 0.04, 0.15  # seconds of back-to-back calls, and of rest after them
-LONG_WINDOW = 0.8
+INPUT_SETS = 3  # sets of inputs that calls rotate over, so that none finds its own in the cache
+REPEATS = 7  # windows, of which the median counts
+WINDOW_SECONDS = 0.04  # of back-to-back calls
+PAUSE_SECONDS = 0.15  # of rest before each window, in which the card cools
+LONG_WINDOW_SECONDS = 0.8  # of back-to-back calls, in which the card's power limit lowers its clock
 
 
 def seconds_per_call(fn: Callable, inputs: Sequence[tuple]) -> dict[str, float]:
-    """Times calls made back to back over rotating inputs, in seconds.
+    """Times calls made back to back over rotating inputs.
 
-    `seconds` is the median of REPEATS windows with rests between them: how published kernels are measured, before the
-    card's power limit lowers its clock. `sustained` is one long window without a rest, left out for what takes longer
-    than that in one call. Compiling and the first call
-    come before, and are timed as `first_call`.
+    Args:
+      fn: the function, compiled or jitted.
+      inputs: sets of its arguments.
+
+    Returns:
+      Seconds a call, by name. `seconds` is the median of REPEATS windows with rests between them, `least` and `most`
+      are their extremes: how published kernels are measured, before the card's power limit lowers its clock.
+      `sustained` is one long window without a rest, left out for what takes longer than that in one call. `first_call`
+      comes before them all, and compiles too.
     """
     began = time.perf_counter()
     jax.block_until_ready(fn(*inputs[0]))
     first = time.perf_counter() - began
     once = _window(fn, inputs, 1)
-    if once > LONG_WINDOW:  # a window each, which is as long as the long one
+    if once > LONG_WINDOW_SECONDS:  # a call is a window, as long as the long one
         times = [once, _window(fn, inputs, 1)]
         return {"seconds": statistics.median(times), "least": min(times), "most": max(times), "first_call": first}
-    calls = math.ceil(WINDOW / once)
+    calls = math.ceil(WINDOW_SECONDS / once)
     times = []
     for _ in range(REPEATS if calls > 1 else 3):
-        time.sleep(PAUSE)
+        time.sleep(PAUSE_SECONDS)
         times.append(_window(fn, inputs, calls))
     out = {"seconds": statistics.median(times), "least": min(times), "most": max(times), "first_call": first}
-    return out | {"sustained": _window(fn, inputs, math.ceil(LONG_WINDOW / once))}
+    return out | {"sustained": _window(fn, inputs, math.ceil(LONG_WINDOW_SECONDS / once))}
 
 
 def _window(fn, inputs, calls):
-    """Seconds a call of so many back-to-back calls."""
+    """Times a window of `calls` back-to-back calls, in seconds a call."""
     began = time.perf_counter()
     for call in range(calls):
         out = fn(*inputs[call % len(inputs)])
@@ -61,25 +64,14 @@ def _window(fn, inputs, calls):
 
 
 def peak_gib(compiled: Any) -> float:
-    """GiB of a compiled program: what goes in and out, what is donated once, and what it needs between."""
+    """Computes the GiB that a compiled program needs: what goes in and out, donated arrays once, and temporaries."""
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return (held + memory.temp_size_in_bytes) / 2**30
 
 
-@contextlib.contextmanager
-def kernels_only_if(wanted: bool):
-    """Has everything that leaves the choice compiled in plain XLA unless `wanted`; layers have no option for it."""
-    capability = pallas_kernels.gpu_capability
-    pallas_kernels.gpu_capability = capability if wanted else lambda: None
-    try:
-        yield
-    finally:
-        pallas_kernels.gpu_capability = capability
-
-
 def peaks() -> dict[str, float]:
-    """What the card reaches in this run: matrix products in TFLOP/s, a copy in TB/s (bytes read plus written)."""
+    """Measures what the card reaches: matrix products in TFLOP/s, a copy in TB/s (bytes read plus written)."""
     size = 8192
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
@@ -102,7 +94,7 @@ def peaks() -> dict[str, float]:
 
 
 def circumstances() -> dict[str, Any]:
-    """Date, card, versions, commit and command: what a figure needs beside it to be believed."""
+    """Collects date, card, versions and command: what a figure needs beside it to be believed."""
     device, spec = jax.devices()[0], sys.modules["__main__"].__spec__
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin")
     return {
@@ -116,6 +108,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def _version(name):
+    """Looks up the version of an installed distribution, None without one."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -123,6 +116,7 @@ def _version(name):
 
 
 def _output(*command):
+    """Runs a command and returns what it prints, None if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -132,7 +126,17 @@ def _output(*command):
 def command_line(
     doc: str | None, parts: Iterable[str], out: pathlib.Path, *, on_gpu: bool = True
 ) -> tuple[list[str], pathlib.Path]:
-    """Which parts of a benchmark to run and the file to record them in; ends the program where a GPU is missing."""
+    """Reads a benchmark's command line; ends the program where a GPU is missing.
+
+    Args:
+      doc: the benchmark's docstring, for `--help`.
+      parts: the names of its parts.
+      out: the file to record them in, unless the command line names another.
+      on_gpu: whether the benchmark needs a Hopper GPU.
+
+    Returns:
+      The parts to run, and the file to record them in.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), metavar="PART")
     parser.add_argument("--out", type=pathlib.Path, default=out, help="the JSON file to write")
@@ -142,10 +146,19 @@ def command_line(
     return arguments.only, arguments.out
 
 
-def record(path: pathlib.Path, parts: dict[str, dict[str, Any]]) -> None:
-    """Writes the parts, each beside its circumstances, whole or not at all; other parts that the file holds stay."""
+def record(
+    path: pathlib.Path, parts: dict[str, dict[str, Any]], *, keep: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Writes the parts of a benchmark, each beside its circumstances; the file is replaced whole or not at all.
+
+    Args:
+      path: the JSON file, which may exist.
+      parts: the new parts by name.
+      keep: which of the file's other parts stay, by name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else {}
+    old = {name: part for name, part in old.items() if keep(name)}
     new = {name: {"circumstances": circumstances()} | part for name, part in parts.items()}
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(old | new, indent=1) + "\n")

@@ -19,7 +19,7 @@ from benchmarks import measure
 from benchmarks.training import run_steps
 from dsa_jax import Config, KeyRange, make_mesh, select_keys
 from dsa_jax.parallel.collectives import gather_tokens, slice_tokens
-from dsa_jax.parallel.expert_parallel import CAPACITY, ragged_slices
+from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR, ragged_slices
 from dsa_jax.parallel.sharding import parse_mesh, spec
 
 OUT = measure.RESULTS / "sharded.json"
@@ -45,14 +45,14 @@ WIDTH = Config(
 
 
 def mesh_of(text: str) -> Mesh | None:
-    """The mesh over the first GPUs; None for one GPU without a mesh."""
+    """Makes the mesh over the first GPUs; None for one GPU without a mesh."""
     sizes = parse_mesh(text)
     count = max(sizes.values())
     return make_mesh(sizes, jax.devices()[:count]) if text else None
 
 
 def step_row(phase: str, text: str) -> dict[str, Any]:
-    """Seconds, losses and peak memory a GPU of optimizer steps on one long sequence."""
+    """Measures seconds, losses and peak memory a GPU of optimizer steps on one long sequence."""
     mesh = mesh_of(text)
     row, times, metrics = run_steps(WIDTH, phase, LENGTH, steps=STEPS, mesh=mesh)
     seconds = statistics.median(times[1:])
@@ -67,7 +67,7 @@ def step_row(phase: str, text: str) -> dict[str, Any]:
 
 
 def beside_one(row: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
-    """The row with its efficiency, and how far its first losses are from those of one GPU."""
+    """Adds to a row its efficiency, and how far its first losses are from those of one GPU."""
     differences = {
         name: abs(row["metrics"][0][name] / one["metrics"][0][name] - 1)
         for name in ("loss", "kl", "lm_loss")
@@ -91,15 +91,15 @@ def step_rows(phase: str):
 
 
 def exchange_rows(size: int = 1 << 29):
-    """The rates at which a GPU sends, with `size` bfloat16 numbers in each."""
+    """Measures the rates at which a GPU sends, with `size` bfloat16 numbers in each exchange."""
     mesh, axis = mesh_of("context=2"), "context"
     split, whole = spec("sequence"), spec()
 
     def ragged(x):
-        """Of rows like those of experts, in a buffer of which even routing fills a part."""
+        """Exchanges rows like those of experts, in a buffer of which even routing fills a part."""
         rows = x.reshape(-1, 2048)
         quota = len(rows) // 2
-        sent = jnp.full(2, int(quota / CAPACITY), jnp.int32)
+        sent = jnp.full(2, int(quota / CAPACITY_FACTOR), jnp.int32)
         slices = ragged_slices(sent, sent, index=0, shard=jax.lax.axis_index(axis), quota=quota)
         return jax.lax.ragged_all_to_all(rows, jax.lax.empty(rows.shape, rows.dtype), *slices, axis_name=axis)
 
@@ -108,7 +108,7 @@ def exchange_rows(size: int = 1 << 29):
         "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, axis, tiled=True), whole, split, 1 / 2),
         "all-reduce": (lambda x: jax.lax.psum(x, axis), whole, whole, 1),
         "all-to-all": (lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True), split, split, 1 / 2),
-        "ragged all-to-all": (ragged, split, split, 1 / 2 / CAPACITY),
+        "ragged all-to-all": (ragged, split, split, 1 / 2 / CAPACITY_FACTOR),
     }
     for kind, (exchange, given, made, part) in kinds.items():
         numbers = size * (mesh.size if given == split else 1)
@@ -122,7 +122,7 @@ def exchange_rows(size: int = 1 << 29):
 
 
 def selection_rows(length: int = LENGTH, queries: int = LENGTH):
-    """Selecting for all queries on every shard of the heads, and for a share of them each with the indices joined."""
+    """Measures selecting for all queries on every shard of the heads, and for a share each with the indices joined."""
     mesh = mesh_of("tensor=2")
     keys = jax.random.split(jax.random.key(0), 3)
     whole = jax.sharding.NamedSharding(mesh, spec())

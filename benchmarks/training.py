@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+import dsa_jax
 from benchmarks import measure
 from benchmarks.forward import (
     INDEX_HEADS,
@@ -48,8 +49,9 @@ from dsa_jax.dense_attention import cudnn_attention
 from dsa_jax.parallel.sharding import parameter_shardings, place_batch
 from train.data import Batch
 from train.phases import split_groups
-from train.planner.estimate import SLICE, measured_settings
-from train.step import init_state, make_step
+from train.planner import SLICE, measured_settings
+from train.state import init_state
+from train.step import make_step
 
 OUT = measure.RESULTS / "training.json"
 BACKWARD = [(128, 8192), (128, 131072), (64, 8192), (64, 131072), (16, 8192)]
@@ -254,7 +256,7 @@ def warmup_memory():
 
 
 def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
-    """Seconds and peak memory of one optimizer step of `phase` on one sequence of `length` tokens.
+    """Measures seconds and peak memory of one optimizer step of `phase` on one sequence of `length` tokens.
 
     `implementation` is "pallas", "xla", or "cudnn": XLA, with cuDNN for the dense attention and its gradients.
     """
@@ -262,7 +264,7 @@ def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
     try:
         if implementation == "cudnn":
             layers.multihead_attention = attend_by_cudnn
-        with measure.kernels_only_if(implementation == "pallas"):
+        with dsa_jax.implementation(None if implementation == "pallas" else "xla"):
             row, times, metrics = run_steps(SLICE, phase, length, steps=STEPS)
     finally:
         layers.multihead_attention = attention
@@ -277,7 +279,7 @@ def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
 
 
 def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh | None = None) -> Any:
-    """Optimizer steps on one sequence of `length` tokens: what compiling gave, and of each its seconds and metrics."""
+    """Takes optimizer steps on one sequence of `length` tokens; returns figures of compiling, seconds and metrics."""
     settings = measured_settings(phase, length, steps=steps)
     graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     begin = functools.partial(initial_state, config, settings)
@@ -320,7 +322,6 @@ def one_document(length, vocabulary):
         start=np.zeros((1, length), np.int32),
         stop=positions + 1,
         positions=positions,
-        answers=np.zeros((1, length), bool),
     )
 
 

@@ -81,7 +81,7 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
 
 
 class _Row(NamedTuple):
-    """What `info` says of a group."""
+    """Holds what `info` counts of a group."""
 
     tensors: int = 0
     parameters: int = 0

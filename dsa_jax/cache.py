@@ -21,7 +21,7 @@ class Cache:
       k_scale: float32 [layers, B, S], the scale of each index key; 1 without `index_fp8`.
       lengths: int32 [B], the tokens that each row holds.
 
-    Example:
+    Examples:
       >>> cache = Cache.empty(model.config, batch=1, size=64)
       >>> cache = model(tokens, cache=cache).cache
     """

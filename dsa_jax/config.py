@@ -55,7 +55,7 @@ class Config:
     Raises:
       ValueError: if sizes are out of range or do not fit each other, naming the field.
 
-    Example:
+    Examples:
       >>> Config.tiny(index_topk=8).index_topk
       8
     """
@@ -166,7 +166,7 @@ class Config:
           ValueError: one that names every key which changes the model and is unknown, or holds a value that this
             library does not implement.
 
-        Example:
+        Examples:
           >>> Config.from_hf({"model_type": "deepseek_v32", "num_hidden_layers": 5}).num_moe_layers
           2
         """
@@ -249,7 +249,7 @@ def _replace_fields[C: Config](config: C, overrides: Mapping[str, Any]) -> C:
     names = [field.name for field in dataclasses.fields(config)]
     problems = []
     for name in overrides.keys() - set(names):
-        close = difflib.get_close_matches(name, names, cutoff=0.7)
+        close = difflib.get_close_matches(name, names, cutoff=0.75)
         problems.append(f"{name!r}" + (f" (did you mean {' or '.join(close)}?)" if close else ""))
     if problems:
         raise TypeError(f"Config has no field {', '.join(sorted(problems))}")

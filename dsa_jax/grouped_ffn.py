@@ -65,7 +65,7 @@ def expert_ffn(
     Raises:
       ValueError: if an array's shape does not fit the others.
 
-    Example:
+    Examples:
       >>> x, weight = jnp.ones((3, 4)), jnp.ones((2, 4, 8))
       >>> experts, gates = jnp.array([[0], [1], [1]]), jnp.ones((3, 1))
       >>> expert_ffn(x, experts, gates, weight, weight, jnp.ones((2, 8, 4))).shape
@@ -127,7 +127,7 @@ def block_rows(slots: int, num_experts: int) -> int:
 
     Every block reads its expert's weights and writes their gradients, so experts with many rows have larger blocks.
 
-    Example:
+    Examples:
       >>> [block_rows(slots, 256) for slots in (256, 1 << 16, 1 << 20)]  # 1, 256 and 4096 slots an expert
       [1, 128, 256]
     """
@@ -144,7 +144,7 @@ def chunk_blocks(model_dim: int, width: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where the M · k slots stand among the rows of blocks [chunks, blocks, rows]; blocks without a slot are last."""
+    """Holds where the M · k slots stand among the rows of blocks [chunks, blocks, rows]; empty blocks are last."""
 
     slot: Array  # int32 [chunks, blocks, rows]: the slot in each row, M · k in padding
     expert: Array  # int32 [chunks, blocks]: whose weights a block multiplies, ascending
@@ -217,7 +217,7 @@ def _over_chunks(fn, carry, chunks, layout):
 def take(array: Array, indices: Array) -> Array:
     """Takes rows of `array`, zeros where an index is past its end.
 
-    Example:
+    Examples:
       >>> take(jnp.array([5, 6]), jnp.array([1, 2])).tolist()
       [6, 0]
     """

@@ -19,7 +19,7 @@ class KeyRange:
       start: int32 [B, T]. No shape is checked here: under `vmap` and `eval_shape` leaves are anything.
       stop: int32 [B, T].
 
-    Example:
+    Examples:
       >>> KeyRange.causal(1, 3).mask(3).astype(int)[0].tolist()
       [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
@@ -46,7 +46,7 @@ class KeyRange:
 
         A query of negative id is padding and reaches nothing.
 
-        Example:
+        Examples:
           >>> KeyRange.packed(jnp.array([[7, 7, 8, -1]])).start.tolist()
           [[0, 0, 2, 3]]
         """

@@ -84,7 +84,7 @@ class DecoderLayer(nnx.Module):
 class Transformer(nnx.Module):
     """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised.
 
-    Example:
+    Examples:
       >>> model = Transformer(Config.tiny(), rngs=nnx.Rngs(0))
       >>> output = model(jnp.zeros((1, 8), jnp.int32))
       >>> model.unembed(output.hidden).shape

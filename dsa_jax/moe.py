@@ -48,7 +48,7 @@ def route(
     References:
       DeepSeek-V3, arXiv:2412.19437, Eqs. 12–16.
 
-    Example:
+    Examples:
       >>> config = Config.tiny()
       >>> experts, gates = route(jnp.zeros(4), jnp.zeros((4, 8)), jnp.arange(8.0), config=config)
       >>> experts.tolist(), gates.tolist()
@@ -75,7 +75,7 @@ def _choose(biased, config):
 def expert_load(experts: Int[Array, "*B k"], valid: Bool[Array, "*B"] | None, num_experts: int) -> Float32[Array, " X"]:
     """Counts the (token, slot) pairs that each expert got, over the tokens that are `valid`, or all if None.
 
-    Example:
+    Examples:
       >>> expert_load(jnp.array([[0, 1], [1, 3]]), jnp.array([True, True]), 4).tolist()
       [1.0, 2.0, 0.0, 1.0]
     """
@@ -91,7 +91,7 @@ def update_bias(bias: Float[Array, "*L X"], load: Float[Array, "*L X"], rate: fl
     References:
       Wang et al., arXiv:2408.15664; DeepSeek-V3, section 2.1.2.
 
-    Example:
+    Examples:
       >>> update_bias(jnp.zeros(3), jnp.array([4.0, 0.0, 2.0]), 0.5).tolist()
       [-0.5, 0.5, 0.0]
     """
@@ -138,7 +138,7 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """The feed-forward of most layers: routed experts, and shared ones that every token passes through.
 
-    Example:
+    Examples:
       >>> config = Config.tiny()
       >>> moe = MoE(config, rngs=nnx.Rngs(0))
       >>> y, load, experts = moe(jnp.ones((1, 3, config.hidden_size)))

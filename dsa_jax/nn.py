@@ -16,7 +16,7 @@ def new_weight(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:
 def project(dims: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
     """Multiplies activations by a parameter: `einsum` in and out in the dtype of `x`, float32 in full precision.
 
-    Example:
+    Examples:
       >>> project("btd,df->btf", jnp.ones((1, 2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
       dtype(bfloat16)
     """

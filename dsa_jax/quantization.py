@@ -29,7 +29,7 @@ def quantize(
     Returns:
       e4m3 values of the shape of `x`, and a float32 scale for each row.
 
-    Example:
+    Examples:
       >>> values, scale = quantize(jnp.array([[448.0, -1.0], [900.0, 3.0]]))
       >>> scale.tolist(), dequantize(values, scale).tolist()
       ([1.0, 4.0], [[448.0, -1.0], [896.0, 3.0]])

@@ -33,7 +33,7 @@ def select_topk(
     Raises:
       ValueError: if shapes, dtypes or k are wrong, or "pallas" has no kernel for them.
 
-    Example:
+    Examples:
       >>> select_topk(jnp.array([[[0.5, 2.0, 0.5, -jnp.inf]]]), 3).tolist()
       [[[0, 1, 2]]]
     """

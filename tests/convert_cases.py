@@ -1,6 +1,5 @@
 """Small checkpoints for the tests of conversion."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from dsa_jax.hf.table import leaves
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 E4M3 = np.dtype(jnp.float8_e4m3fn)
-SMALL = dataclasses.replace(
-    Config.tiny(),
+SMALL = Config.tiny(
     vocab_size=32,
     hidden_size=160,
     num_hidden_layers=2,
@@ -31,11 +29,12 @@ FLOAT32_IN_HF = ("e_score_correction_bias", "indexer.weights_proj.weight")  # tr
 
 
 def read(folder):
-    """All tensors of a folder, by the safetensors library itself."""
+    """Reads all tensors of a folder, by the safetensors library itself."""
     return {name: x for file in sorted(Path(folder).glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
 def write(folder, tensors, config=SMALL, *, keys=None):
+    """Writes a checkpoint in one file; `keys` come on top of its `config.json`."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf() | (keys or {})))
     save_file(tensors, folder / "model.safetensors")
@@ -43,7 +42,7 @@ def write(folder, tensors, config=SMALL, *, keys=None):
 
 
 def random_tensors(config: Config = SMALL, dtype: Any = BFLOAT16):
-    """Every tensor of a checkpoint, in transformers' dtypes."""
+    """Draws every tensor of a checkpoint, in transformers' dtypes."""
     rng, tensors = np.random.default_rng(0), {}
     for leaf in leaves(config):
         for _, name in leaf.tensors():
@@ -53,7 +52,7 @@ def random_tensors(config: Config = SMALL, dtype: Any = BFLOAT16):
 
 
 def same(actual, expected):
-    """Same names, dtypes, shapes and bits."""
+    """Asserts the same names, dtypes, shapes and bits."""
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         assert (actual[name].dtype, actual[name].shape) == (x.dtype, x.shape), name
@@ -61,19 +60,19 @@ def same(actual, expected):
 
 
 def refused(folder):
-    """The message of the one error."""
+    """Gives the message of the error that `load_hf` must raise."""
     with pytest.raises(ValueError) as caught:
         load_hf(folder)
     return str(caught.value)
 
 
 def to_fp8(tensors, scale_dtype):
-    """The tensors with their matrices in e4m3 blocks, and what these blocks mean in bfloat16."""
-    stored, meant = {}, {}
+    """Rounds the matrices among tensors to e4m3 blocks; gives these with their scales, and their bfloat16 values."""
+    stored, dequantized = {}, {}
     for name, x in tensors.items():
         matrix = name.endswith("_proj.weight") or "indexer.w" in name
         if not matrix or name.endswith(FLOAT32_IN_HF):
-            stored[name] = meant[name] = x
+            stored[name] = dequantized[name] = x
             continue
         rows, columns = (-(-size // 128) for size in x.shape)
         values, scales = np.zeros(x.shape, E4M3), np.zeros((rows, columns), np.float32)
@@ -86,8 +85,8 @@ def to_fp8(tensors, scale_dtype):
                 values[block] = (x[block].astype(np.float32) / scales[i, j]).astype(E4M3)
                 wide[block] = values[block].astype(np.float32) * scales[i, j]
         stored |= {name: values, name + "_scale_inv": scales.astype(scale_dtype)}
-        meant[name] = wide.astype(BFLOAT16)
-    return stored, meant
+        dequantized[name] = wide.astype(BFLOAT16)
+    return stored, dequantized
 
 
 FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}

@@ -5,7 +5,7 @@ import numpy as np
 
 
 def problem(seed, tokens, slots, num_experts, dim=8, width=6, *, skew=0.0, dtype=jnp.float32):
-    """Random inputs; with `skew` the first experts get most tokens and the last few or none."""
+    """Draws the arguments of `expert_ffn`; with `skew` the first experts get most tokens, the last few or none."""
     rng = np.random.default_rng(seed)
     preference = rng.gumbel(size=(tokens, num_experts)) - skew * np.arange(num_experts)
     experts = np.argsort(-preference, 1)[:, :slots].astype(np.int32)
@@ -13,6 +13,5 @@ def problem(seed, tokens, slots, num_experts, dim=8, width=6, *, skew=0.0, dtype
         rng.standard_normal(shape) * 0.3 for shape in ((num_experts, dim, width),) * 2 + ((num_experts, width, dim),)
     ]
     arrays = [rng.standard_normal((tokens, dim)), experts, rng.uniform(0.1, 1, (tokens, slots)), *weights]
-    return [
-        jnp.asarray(a, jnp.int32 if a is experts else jnp.float32 if i == 2 else dtype) for i, a in enumerate(arrays)
-    ]
+    dtypes = [dtype, jnp.int32, jnp.float32, dtype, dtype, dtype]
+    return [jnp.asarray(x, x_dtype) for x, x_dtype in zip(arrays, dtypes, strict=True)]

@@ -1,4 +1,4 @@
-"""The model on a mesh of devices beside the same on one: inputs of any seed, programs, and how choices may differ."""
+"""Helpers for tests of the model on a mesh beside one device: inputs of any seed, programs, how choices may differ."""
 
 import dataclasses
 import functools
@@ -38,63 +38,63 @@ from train.phases import Params, Phase, merge_groups
 from train.state import abstract_params
 
 SEED_VARIABLE = "MESHES_SEED"
-SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(3)))  # none is picked
+SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(3)))  # another in every run
 REPEAT = f"(repeat with {SEED_VARIABLE}={SEED})"
 
-DEVICES, LAYERS, ROWS, LENGTH = 8, 3, 8, 80
-STEPS = 10
-RATE = 0.1  # of plain gradient descent
-NEAR = 1e-6  # of the last chosen score, where rounding may choose otherwise
-NEAR_KINK = 1e-5  # of 0, where relu's gradient jumps: logits are sums of up to 10
+DEVICES, LAYERS, ROWS, LENGTH = 8, 3, 8, 80  # a batch is [ROWS, LENGTH]
+STEPS = 10  # of plain gradient descent
+RATE = 0.1  # its learning rate
+NEAR = 1e-6  # the distance from the last chosen score within which rounding may choose otherwise
+NEAR_KINK = 1e-5  # the distance from 0 within which relu's gradient may jump: logits are sums of terms up to 10
 
 SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(sizes) == DEVICES]
 EVERY_MESH = [describe(dict(zip(AXES, sizes, strict=True))) for sizes in SIZES]
 
 
 def mesh_config(**changes) -> Config:
-    """Sizes that every mesh of eight devices divides; no other dimension is one of layers or of tokens."""
+    """Gives sizes that every mesh of eight devices divides; no other dimension has the number of layers or tokens."""
     sizes = dict(num_hidden_layers=LAYERS, first_k_dense_replace=0, num_attention_heads=8, n_routed_experts=8)
     sizes |= dict(max_position_embeddings=LENGTH)
     return small_config(**sizes | changes)
 
 
 def random_params(config: Config, seed: int) -> Params:
-    """NumPy parameters: activations near 1, and so scores far apart."""
+    """Draws NumPy parameters with which activations are near 1, and so scores far apart."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         names = [key.key for key in path]
-        one = names[-1] == "weight" and names[-2].endswith("norm")
+        mean = names[-1] == "weight" and names[-2].endswith("norm")
         scale = 0.01 if names[-1] == "e_score_correction_bias" else 0.1 if "norm" in names[-2] else 0.25
-        return (one + scale * rng.normal(size=leaf.shape)).astype(np.float32)
+        return (mean + scale * rng.normal(size=leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config)[1])
 
 
 def random_batch(seed: int) -> Batch:
-    """Packed documents and padding; the last row, all that one of eight shards of the batch has, is padding alone."""
+    """Draws packed documents and padding; the last row, the only one of one of eight shards, is padding alone."""
     batch = small_batch(ROWS, LENGTH, seed=seed)
     return jax.tree.map(lambda x: np.concatenate([x[:-1], np.zeros_like(x[-1:])]), batch)
 
 
 def mesh_of(name: str) -> Mesh:
-    """The mesh of that description, on as many devices as it needs."""
+    """Makes the mesh of a description, on as many devices as it needs."""
     sizes = parse_mesh(name)
     return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 def place_params(params: Any, mesh: Mesh | None) -> Any:
-    """Parameters where a mesh has them; NumPy's as they are without one."""
+    """Puts parameters where a mesh has them; without one they stay NumPy's."""
     return params if mesh is None else jax.device_put(params, parameter_shardings(params, mesh))
 
 
 def place_tokens(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch in zigzag order on its shards; as it is without a mesh."""
+    """Puts a batch in zigzag order on its shards; without a mesh it stays as it is."""
     return batch if mesh is None else place_batch(batch, mesh)
 
 
 def place_choices(choices: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Selections and routings [layers, B, T, …] in natural order, put where the shards' tokens are."""
+    """Puts selections and routings [layers, B, T, …], in natural order, where the shards' tokens are."""
     if mesh is None:
         return choices
     sharding = NamedSharding(mesh, spec(None, "batch", "sequence"))
@@ -103,13 +103,13 @@ def place_choices(choices: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str
 
 
 def natural(choices: dict[str, jax.Array], mesh: Mesh | None) -> dict[str, np.ndarray]:
-    """Selections and routings in natural order again, after every copy of them was compared."""
+    """Takes selections and routings back to natural order, after comparing every copy of them."""
     order = np.arange(LENGTH) if mesh is None else zigzag_order(LENGTH, shards(mesh, "sequence"))
     return {name: whole(x)[:, :, np.argsort(order)] for name, x in choices.items()}
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """The array; that devices which hold the same part of it hold the same bits is asserted."""
+    """Gives an array as NumPy's; asserts that devices which hold the same part of it hold the same bits."""
     copies = {}
     for shard in x.addressable_shards:
         same_bits(shard.data, copies.setdefault(str(shard.index), shard.data))
@@ -117,7 +117,7 @@ def whole(x: jax.Array) -> np.ndarray:
 
 
 def compile_on(mesh: Mesh | None, function, *arguments, out=None):
-    """A function of each shard's own part of the arguments, which were placed on the mesh; of all of them without."""
+    """Compiles a function of each shard's part of the arguments, which are on the mesh; without one, of all of them."""
     if mesh is not None:
         specs = jax.tree.map(lambda x: x.sharding.spec, arguments)
         function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
@@ -125,7 +125,7 @@ def compile_on(mesh: Mesh | None, function, *arguments, out=None):
 
 
 def _losses(model, output, batch, phase) -> dict[str, jax.Array]:
-    """This shard's part of the losses of a batch."""
+    """Computes this shard's part of the phase's losses."""
     return {
         name: loss.total(model, output, batch) / sum_statistics(loss.count(batch), "tokens")
         for name, loss in phase.losses
@@ -134,13 +134,13 @@ def _losses(model, output, batch, phase) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """Losses, expert load and all choices of one pass."""
+    """Computes the losses, expert load and all choices of one pass."""
 
     graphdef: nnx.GraphDef
     phase: Phase
 
     def __call__(self, params: Params, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """(Losses and load of all shards, what this shard's tokens selected and where they went.)"""
+        """Computes the losses and load of all shards, and the selections and routings of this shard's tokens."""
         model = merge_groups(self.graphdef, params)
         arguments = dict(keys=batch.keys, positions=batch.positions, attention=self.phase.attention)
         sparse = self.phase.attention == "sparse"
@@ -151,19 +151,19 @@ class Forward:
         return losses | {"expert_load": output.expert_load}, choices
 
     def compile(self, mesh: Mesh | None, params: Params, batch: Batch):
-        """The program for these arguments, placed."""
+        """Compiles the function for these arguments, which are on the mesh."""
         return compile_on(mesh, self, params, batch, out=(spec(), spec(None, "batch", "sequence")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """One step of plain gradient descent under imposed choices."""
+    """Takes one step of plain gradient descent under imposed choices."""
 
     graphdef: nnx.GraphDef
     phase: Phase
 
     def __call__(self, params: Params, batch: Batch, choices: dict[str, jax.Array]) -> tuple[Params, Params, dict]:
-        """(Gradients of the phase's groups, all parameters after the step, losses.)"""
+        """Computes the gradients of the phase's groups, all parameters after the step, and the losses."""
 
         def loss(trained):
             model = merge_groups(self.graphdef, params | trained)
@@ -178,7 +178,7 @@ class Descent:
         return gradients, params | moved, sum_statistics(losses, "tokens")
 
     def compile(self, mesh: Mesh | None, params: Params, batch: Batch, choices: dict[str, Any]):
-        """The program for these arguments, placed."""
+        """Compiles the function for these arguments, which are on the mesh."""
         specs = None
         if mesh is not None:
             specs = jax.tree.map(lambda x: x.sharding.spec, params)
@@ -187,8 +187,12 @@ class Descent:
 
 
 def layer_scores(graphdef: nnx.GraphDef, phase: Phase, params: Params, batch: Batch, choices: Any) -> Any:
-    """On one device, of each layer: index scores [B, T, S], the router's biased scores [B, T, X], and the smallest
-    |q_index · k_index| of all reachable pairs, where the gradient of relu jumps. `choices` are imposed."""
+    """Computes the scores of each layer on one device, under imposed choices.
+
+    Returns:
+      For each layer index scores [B, T, S], the router's biased scores [B, T, X], and the smallest |q_index · k_index|
+      of all reachable pairs, at 0 of which the gradient of relu jumps.
+    """
     model, keys = merge_groups(graphdef, params), batch.keys
     rotation = rope_rotation(batch.positions, model.config)
     x, results = model.embed_tokens[...][batch.tokens], []
@@ -209,12 +213,12 @@ def layer_scores(graphdef: nnx.GraphDef, phase: Phase, params: Params, batch: Ba
 
 
 def _members(chosen, size):
-    """Whether each of `size` candidates [*B, size] is among the chosen [*B, k]; negative ones are nobody."""
+    """Tells whether each of `size` candidates [*B, size] is among the chosen [*B, k]; negative ones are none."""
     return (chosen[..., None] == np.arange(size)).any(-2)
 
 
 def near_boundary(scores: np.ndarray, k: int, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Whether all in which two choices of the `k` highest scores [*B, S] differ is near the last of them: [*B]."""
+    """Tells of each row [*B] whether two choices of the `k` highest scores [*B, S] differ near the last alone."""
     scores = np.asarray(scores, np.float64)
     last = np.sort(scores, axis=-1)[..., -min(k, scores.shape[-1]), None]
     with np.errstate(invalid="ignore"):
@@ -224,7 +228,7 @@ def near_boundary(scores: np.ndarray, k: int, mine: np.ndarray, theirs: np.ndarr
 
 
 def near_routing(scores: np.ndarray, config: Config, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """`near_boundary` of biased router scores [*B, X]: the last chosen of the groups counts as a boundary too."""
+    """Does what `near_boundary` does for biased router scores [*B, X]; the last chosen group is a boundary too."""
     grouped = scores.reshape(*scores.shape[:-1], config.n_group, -1)
     of_groups = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
     ranked = np.sort(of_groups, axis=-1)[..., ::-1]
@@ -237,7 +241,7 @@ def near_routing(scores: np.ndarray, config: Config, mine: np.ndarray, theirs: n
 
 
 def count_flips(config: Config, batch: Batch, mine: dict, theirs: dict, scores: Any) -> tuple[int, int]:
-    """(Rows of two runs that were chosen otherwise at a boundary, rows of their documents that followed suit.)
+    """Counts the rows that two runs choose otherwise at a boundary, and later rows of their documents that follow.
 
     Raises:
       AssertionError: if a row differs that neither lies by a boundary nor has a differing token before it.
@@ -255,8 +259,9 @@ def count_flips(config: Config, batch: Batch, mine: dict, theirs: dict, scores: 
             tied = near_boundary(np.asarray(index), config.index_topk, a, b)
         else:
             tied = near_routing(np.asarray(router), config, a, b)
-        wrong = differ & clean & ~tied
-        assert not wrong.any(), f"{kind} of layer {layer} differ off the boundary at {np.argwhere(wrong)[:4]} {REPEAT}"
+        unforgiven = differ & clean & ~tied
+        where = f"{np.argwhere(unforgiven)[:4]} {REPEAT}"
+        assert not unforgiven.any(), f"{kind} of layer {layer} differ off the boundary at {where}"
         near, followed = near + int((differ & clean).sum()), followed + int((differ & ~clean).sum())
         for row, query in np.argwhere(differ):
             clean[row] &= document[row] != document[row, query]
@@ -264,7 +269,7 @@ def count_flips(config: Config, batch: Batch, mine: dict, theirs: dict, scores: 
 
 
 class OneDevice:
-    """What one device makes of a configuration: programs, compiled when they are first asked for, and ten steps."""
+    """Runs a configuration on one device: programs, compiled when first asked for, and ten steps of descent."""
 
     def __init__(self, config: Config):
         self.config, self.graphdef = config, abstract_params(config)[0]
@@ -281,24 +286,24 @@ class OneDevice:
         return jax.device_get(program(*arguments))
 
     def forward(self, phase: Phase, params: Params, batch: Batch) -> tuple[dict, dict]:
-        """(Losses and load, choices) of `Forward`."""
+        """Runs `Forward`."""
         return self._run(Forward, phase, params, batch)
 
     def descend(self, phase: Phase, params: Params, batch: Batch, choices: dict) -> tuple[Params, Params, dict]:
-        """(Gradients, parameters after the step, losses) of `Descent`."""
+        """Runs `Descent`."""
         return self._run(Descent, phase, params, batch, choices)
 
     def scores(self, phase: Phase, params: Params, batch: Batch, choices: dict) -> list[tuple]:
-        """`layer_scores` under the choices."""
+        """Runs `layer_scores`."""
         return self._run(layer_scores, phase, params, batch, choices)
 
     def descent(self, phase: Phase) -> list[tuple]:
-        """Ten steps of plain gradient descent: (parameters before it, its batch, its choices, what it gives)."""
+        """Takes ten steps of plain gradient descent; gives of each the parameters before, batch, choices and result."""
         if phase not in self._descents:
             params, steps = self.params, []
             for batch in self.batches:
-                some = phase.attention == "sparse" or self.config.num_moe_layers
-                choices = self.forward(phase, params, batch)[1] if some else {}
+                has_choices = phase.attention == "sparse" or self.config.num_moe_layers
+                choices = self.forward(phase, params, batch)[1] if has_choices else {}
                 result = self.descend(phase, params, batch, choices)
                 steps.append((params, batch, choices, result))
                 params = result[1]
@@ -306,18 +311,18 @@ class OneDevice:
         return self._descents[phase]
 
     def near_kink(self, phase: Phase) -> bool:
-        """Whether in any of these steps a logit of the indexer is so near 0 that its gradient may jump."""
+        """Tells whether in any of these steps a logit of the indexer is so near 0 that its gradient may jump."""
         scores = (self.scores(phase, params, batch, choices) for params, batch, choices, _ in self.descent(phase))
         return any(kink <= NEAR_KINK for layers in scores for _, _, kink in layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange of a compiled program: what, the shapes that come out, and whether a loop's body holds it."""
+    """One exchange of a compiled program."""
 
     kind: str
-    shapes: list[tuple[str, tuple[int, ...]]]  # dtype and dimensions
-    in_loop: bool
+    shapes: list[tuple[str, tuple[int, ...]]]  # dtype and dimensions of the results
+    in_loop: bool  # whether a loop's body holds it
 
 
 KINDS = (
@@ -326,7 +331,7 @@ KINDS = (
 
 
 def collectives_of(text: str) -> list[Collective]:
-    """All exchanges in the text of a compiled program."""
+    """Lists all exchanges in the text of a compiled program."""
     computations, name = {}, ""
     for line in text.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -360,7 +365,7 @@ def _shapes(text):
 
 
 def gathered_scores(exchanges: list[Collective], tokens: int) -> list[Collective]:
-    """Those whose results have a dimension of all keys and another of the `tokens` of a shard, or of more of them."""
+    """Picks exchanges whose results have a dimension of all keys and another of a shard's `tokens`, or more of them."""
 
     def of_scores(shape):
         pairs = itertools.permutations(shape, 2)
@@ -371,12 +376,12 @@ def gathered_scores(exchanges: list[Collective], tokens: int) -> list[Collective
 
 
 def gathered_layers(exchanges: list[Collective]) -> list[Collective]:
-    """All-gathers of what all layers have, wherever they stand."""
+    """Picks all-gathers of stacked layers, wherever they stand."""
     return [e for e in exchanges if e.kind == "all-gather" and any(LAYERS in shape for _, shape in e.shapes)]
 
 
 def parameter_gathers(config: Config, mesh: Mesh) -> set[tuple[int, ...]]:
-    """The shapes in which a layer's fully sharded parameters must come out of their gathers."""
+    """Lists the shapes in which a layer's fully sharded parameters must come out of their gathers."""
     shapes = set()
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config)[1])[0]:
         axes = parameter_axes(path_names(path), leaf.ndim)

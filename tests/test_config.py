@@ -1,8 +1,9 @@
-"""Hugging Face configurations: both RoPE spellings, what absent keys mean, and what is refused."""
+"""The configuration: its checks and overrides; Hugging Face's spellings, absent keys, and what is refused."""
 
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,60 @@ YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, 
 
 
 def deepseek(**keys):
+    """Gives a `config.json` of DeepSeek-V3.2 with these keys."""
     return {"model_type": "deepseek_v32", "rope_theta": 10000, "rope_scaling": YARN, **keys}
 
 
 def refused(data):
-    """The message of the error."""
+    """Gives the message of the error that `Config.from_hf` must raise."""
     with pytest.raises(ValueError) as caught:
         Config.from_hf(data)
     return str(caught.value)
+
+
+def test_overrides_replace_fields():
+    assert Config.tiny(index_topk=8) == dataclasses.replace(Config.tiny(), index_topk=8)
+    assert Config.deepseek_v32(rope_scaling=None) == dataclasses.replace(Config(), rope_scaling=None)
+    assert Config.deepseek_v32() == Config()
+
+
+@pytest.mark.parametrize("make", [Config.tiny, Config.deepseek_v32])
+def test_unknown_overrides_are_named_with_their_like(make):
+    with pytest.raises(TypeError, match=r"^Config has no field 'index_topkk' \(did you mean index_topk\?\), 'zzz'$"):
+        make(zzz=1, index_topk=8, index_topkk=8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", 0, "hidden_size must be at least 1, got 0"),
+        ("n_shared_experts", -1, "n_shared_experts must be at least 0, got -1"),
+        ("first_k_dense_replace", -1, "first_k_dense_replace must be at least 0, got -1"),
+        ("dtype", "float16", "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ("qk_rope_head_dim", 15, "qk_rope_head_dim must be even, got 15"),
+        ("index_head_dim", 8, "index_head_dim must be at least qk_rope_head_dim, got 8 < 16"),
+        ("n_group", 3, "got 8 experts in 3 groups"),
+        ("n_group", 8, "at least two experts a group, got 8 experts in 8 groups"),
+        ("topk_group", 5, "topk_group must be at most n_group, got 5 > 4"),
+        ("num_experts_per_tok", 5, "num_experts_per_tok must be at most the 4 experts of topk_group groups, got 5"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(field, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config.tiny(**{field: value})
+
+
+def test_limits_are_allowed():
+    assert Config.tiny(n_shared_experts=0, first_k_dense_replace=0).num_dense_layers == 0
+    with pytest.raises(ValueError, match="index_fp8 needs index_head_dim a power of two, got 24"):
+        Config.tiny(index_fp8=True, index_head_dim=24)
+    with pytest.raises(ValueError, match="rope_scaling factor must be at least 1, got 0.5"):
+        YaRN(0.5, 4096)
+    with pytest.raises(ValueError, match="rope_scaling original_max_position_embeddings must be at least 1, got 0"):
+        YaRN(4.0, 0)
+
+
+# Hugging Face's spelling.
 
 
 def test_absent_keys_take_the_published_sizes():
@@ -87,10 +134,10 @@ def test_absent_mscales_mean_what_transformers_says(given, stretch, softmax):
     [
         Config.deepseek_v32(),
         Config.tiny(),
-        dataclasses.replace(Config.tiny(), index_rope_interleave=True, rms_norm_eps=1e-5),
-        dataclasses.replace(Config.tiny(), index_rope_interleave=True, rope_scaling=YaRN(4.0, 512)),
-        dataclasses.replace(Config.tiny(), rope_scaling=YaRN(4.0, 512, mscale=0.7, mscale_all_dim=0.0)),
-        dataclasses.replace(Config.tiny(), tie_word_embeddings=True, first_k_dense_replace=9, n_shared_experts=0),
+        Config.tiny(index_rope_interleave=True, rms_norm_eps=1e-5),
+        Config.tiny(index_rope_interleave=True, rope_scaling=YaRN(4.0, 512)),
+        Config.tiny(rope_scaling=YaRN(4.0, 512, mscale=0.7, mscale_all_dim=0.0)),
+        Config.tiny(tie_word_embeddings=True, first_k_dense_replace=9, n_shared_experts=0),
     ],
 )
 def test_round_trip(config):

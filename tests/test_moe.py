@@ -20,7 +20,7 @@ WEIGHTS = (3, 4, 5)
 
 
 def reference_route(x, weight, bias, config):
-    """One token at a time, by sorting (score, index) pairs."""
+    """Routes one token at a time in float64, by sorting (score, index) pairs."""
     size = config.n_routed_experts // config.n_group
     experts, gates = [], []
     for token in np.asarray(x, np.float64):
@@ -37,6 +37,7 @@ def reference_route(x, weight, bias, config):
 
 
 def reference_ffn(x, experts, gates, gate_proj, up_proj, down_proj):
+    """Computes `expert_ffn` in float64, one slot at a time."""
     x, gates, gate_proj, up_proj, down_proj = (
         np.asarray(a, np.float64) for a in (x, gates, gate_proj, up_proj, down_proj)
     )
@@ -50,7 +51,7 @@ def reference_ffn(x, experts, gates, gate_proj, up_proj, down_proj):
 
 
 def reference_gradients(x, experts, gates, gate_proj, up_proj, down_proj, dy):
-    """Gradients of sum(dy · y) by hand, one (token, slot) at a time."""
+    """Computes the gradients of sum(dy · y) by hand in float64, one slot at a time."""
     x, gates, gate_proj, up_proj, down_proj, dy = (
         np.asarray(a, np.float64) for a in (x, gates, gate_proj, up_proj, down_proj, dy)
     )
@@ -72,7 +73,7 @@ def reference_gradients(x, experts, gates, gate_proj, up_proj, down_proj, dy):
     return dx, dgates, dgate_proj, dup_proj, ddown_proj
 
 
-SHAPES = {
+SHAPES = {  # tokens, experts of a token, experts, skew
     "demo": (96, 2, 8, 0.0),
     "one_token": (1, 4, 16, 0.0),
     "few_rows": (5, 2, 8, 0.5),
@@ -115,7 +116,7 @@ def test_every_slot_has_its_own_row(seed, tokens, num_experts, slots, skew):
     assert (np.diff(np.asarray(layout.expert).ravel()) >= 0).all()
 
 
-def test_slots_without_an_expert_here_contribute_nothing():
+def test_slots_of_experts_outside_the_range_contribute_nothing():
     """Two shards that hold half of the experts each add up to the whole, gradients included."""
     x, experts, gates, *weights = problem(2, 50, 3, 8)
     dy = jnp.ones_like(x)
@@ -196,6 +197,7 @@ def test_no_scatter_adds_to_rows_that_repeat():
 
 
 def flops(fn, *arrays):
+    """Counts the FLOPs of a compiled function."""
     analysis = jax.jit(fn).lower(*arrays).compile().cost_analysis()
     assert analysis is not None
     return analysis["flops"]
@@ -215,7 +217,7 @@ def gradients(x, experts, gates, *weights):
 
 
 def ragged(x, experts, gates, gate_proj, up_proj, down_proj):
-    """The same work by `jax.lax.ragged_dot`, to show that the count sees rows which are multiplied in vain."""
+    """Computes the same by `jax.lax.ragged_dot`, to show that the count sees rows which are multiplied in vain."""
     order = jnp.argsort(experts.reshape(-1))
     sizes = jnp.bincount(experts.reshape(-1), length=gate_proj.shape[0])
     rows = x[order // experts.shape[1]]
@@ -259,8 +261,8 @@ def test_blocks_fit_the_rows_of_an_expert(slots, num_experts, rows):
 ROUTERS = {
     "tiny": Config.tiny(),
     "published": Config.deepseek_v32(),
-    "no_groups": dataclasses.replace(Config.tiny(), n_group=1, topk_group=1, norm_topk_prob=False),
-    "two_groups": dataclasses.replace(Config.tiny(), n_group=2, topk_group=1, routed_scaling_factor=0.7),
+    "no_groups": Config.tiny(n_group=1, topk_group=1, norm_topk_prob=False),
+    "two_groups": Config.tiny(n_group=2, topk_group=1, routed_scaling_factor=0.7),
 }
 
 
@@ -278,14 +280,14 @@ def test_routing_matches_a_loop_over_tokens(config):
 
 
 def test_ties_go_to_the_lowest_expert_of_the_lowest_groups():
-    config = dataclasses.replace(Config.tiny(), num_experts_per_tok=3)
+    config = Config.tiny(num_experts_per_tok=3)
     experts, gates = route(jnp.zeros((2, 4)), jnp.zeros((4, 8)), jnp.zeros(8), config=config)
     np.testing.assert_array_equal(experts, [[0, 1, 2], [0, 1, 2]])
     np.testing.assert_allclose(gates, config.routed_scaling_factor / 3, rtol=1e-6)
 
 
 def test_the_bias_chooses_and_does_not_weigh():
-    config = dataclasses.replace(Config.tiny(), n_group=1, topk_group=1, num_experts_per_tok=1, norm_topk_prob=False)
+    config = Config.tiny(n_group=1, topk_group=1, num_experts_per_tok=1, norm_topk_prob=False)
     weight = jnp.zeros((4, 8)).at[0, 2].set(1.0)
     x = jnp.zeros((1, 4)).at[0, 0].set(1.0)
     bias = jnp.zeros(8).at[5].set(10.0)
@@ -369,7 +371,7 @@ def test_imposed_experts_get_the_routers_gates():
 
 
 def test_module_state_is_named_as_in_checkpoints():
-    config = dataclasses.replace(Config.tiny(), param_dtype="bfloat16")
+    config = Config.tiny(param_dtype="bfloat16")
     state = nnx.split(MoE(config, rngs=nnx.Rngs(0)))[1]
     shapes = {".".join(map(str, path)): (leaf.shape, str(leaf.dtype)) for path, leaf in nnx.to_flat_state(state)}
     assert shapes == {

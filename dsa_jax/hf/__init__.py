@@ -1,0 +1,22 @@
+"""Reads and writes Hugging Face checkpoints.
+
+`convert` has what users call: `load_hf` makes a model from a folder, `save_hf` a folder from a model, `convert_hf` goes
+from folder to folder (FP8 to bfloat16, another dtype, other shards), `to_hf` names the tensors of any part of a state,
+and `Checkpoint` is a folder whose files are checked before any tensor is read. `table` says which tensor is which
+parameter, `stacked` fills parameters in place and on a mesh, and `files` knows safetensors, their index, and how a
+folder appears whole or not at all.
+"""
+
+from dsa_jax.hf.convert import MAX_SHARD_BYTES, Checkpoint, convert_hf, load_hf, save_hf, to_hf
+from dsa_jax.hf.table import TABLE, leaves
+
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "TABLE",
+    "Checkpoint",
+    "convert_hf",
+    "leaves",
+    "load_hf",
+    "save_hf",
+    "to_hf",
+]

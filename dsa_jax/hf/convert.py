@@ -1,11 +1,15 @@
-"""Hugging Face safetensors to parameters and back, by the table of `dsa_jax.hf.table`.
+"""Converts Hugging Face safetensors to parameters and back, by the table of `dsa_jax.hf.table`.
 
 The files are read one tensor at a time into stacked parameters that are updated in place, on one device or on a mesh,
 and written one file at a time into a new folder that gets its name when it is complete.
+
+`load_hf` and `save_hf` are the two ways, `convert_hf` goes from folder to folder without a model, `to_hf` names the
+tensors of any part of a state, and `Checkpoint` is a folder whose files are checked.
 """
 
 import dataclasses
 import functools
+import logging
 import math
 import operator
 import re
@@ -28,10 +32,19 @@ from dsa_jax.model import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, path_names
 from dsa_jax.quantization import dequantize_blocks
 
-MAX_SHARD_BYTES = 5_000_000_000
-FP8_BLOCK = 128
+MAX_SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
+FP8_BLOCK_SIZE = 128  # rows and columns of a block of e4m3 weights that has one scale
+
 # Files that travel with the weights when a checkpoint is converted.
-COMPANIONS = ("tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+COMPANION_FILES = (
+    "tokenizer*",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+logger = logging.getLogger(__name__)
 
 
 def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, Any]]:
@@ -47,6 +60,10 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
 
     Raises:
       ValueError: if something is no parameter of a Transformer, or has shards in other processes.
+
+    Examples:
+      >>> [(name, x.shape) for name, x in to_hf({"norm": {"weight": jnp.ones(128)}})]
+      [('model.norm.weight', (128,))]
     """
     if isinstance(state, nnx.Module):
         config = config or getattr(state, "config", None)
@@ -55,8 +72,8 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
     unknown = [".".join(path) for path in arrays if path not in ROWS]
     if unknown:
         raise ValueError(f"not parameters of a Transformer: {', '.join(sorted(unknown))}")
-    dense = _count_dense_layers(arrays, config)
-    found = []
+    num_dense_layers = _count_dense_layers(arrays, config)
+    tensors = []
     for path, x in arrays.items():
         entry, stacked = ROWS[path], path[0].endswith("_layers")
         if is_sharded(x) and not x.is_fully_addressable:
@@ -68,14 +85,15 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
         if x.ndim != axes + len(entry.dims.replace("->", "").split()):
             raise ValueError(f"{'.'.join(path)} must have dimensions {entry.dims!r}, stacked, got shape {x.shape}")
         sizes = [*x.shape[:axes], None, None]
-        first = dense if path[0] == "moe_layers" else 0
+        first = num_dense_layers if path[0] == "moe_layers" else 0
         leaf = Leaf(entry, path, first, sizes[0] if stacked else None, sizes[1] if entry.experts else None)
-        found += [(name, entry, x, index) for index, name in leaf.tensors()]
-    for name, entry, x, index in sorted(found, key=lambda each: _layer_of(each[0])):
+        tensors += [(name, entry, x, index) for index, name in leaf.tensors()]
+    for name, entry, x, index in sorted(tensors, key=lambda tensor: _layer_of(tensor[0])):
         yield name, entry.to_file(tensor_at(x, index))
 
 
 def _count_dense_layers(arrays: dict[tuple[str, ...], Any], config: Config | None) -> int:
+    """Counts the dense layers of the model to which a part of its state belongs."""
     if config is not None:
         return config.num_dense_layers
     counts = {x.shape[0] for path, x in arrays.items() if path[0] == "dense_layers"}
@@ -87,20 +105,30 @@ def _count_dense_layers(arrays: dict[tuple[str, ...], Any], config: Config | Non
 
 
 def _layer_of(name: str) -> float:
-    """The number of a tensor's layer; the embedding precedes them all, the last norm and the head follow."""
+    """Reads a tensor's layer number off its name; the embedding comes before all layers, norm and head after them."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1 if name.startswith("model.embed") else math.inf
 
 
 class Checkpoint:
-    """A checkpoint's files, checked against its configuration; tensors are read one at a time.
+    """A checkpoint's folder, its files checked against its configuration; tensors are read one at a time.
 
-    A `deepseek_v3` checkpoint may be without any indexer, which one printed line says. Raises one ValueError that names
-    everything missing, unexpected, mis-shaped, of another dtype, or truncated.
+    Making one reads the configuration and every file's header, but no tensor. Two things are no errors but are logged
+    as warnings: layers past the last, which prediction layers are, and a `deepseek_v3` checkpoint without any indexer.
+
+    Attributes:
+      directory: the folder.
+      config_json: the contents of its `config.json`.
+      config: the same as a `Config`.
+      stored: the tensors that the files hold, by name.
+      expected: the table's rows of the tensors that the model needs, by name.
+      has_indexer: whether the files hold one.
+
+    Raises:
+      ValueError: one that names everything missing, unexpected, mis-shaped, of another dtype, or truncated.
     """
 
     def __init__(self, directory: str | Path):
-        """Reads the configuration and every file's header, no tensor."""
         self.directory = Path(directory)
         self.config_json = read_json(self.directory)
         self.config = Config.from_hf(self.config_json)
@@ -122,15 +150,17 @@ class Checkpoint:
         if problems:
             raise ValueError(f"{self.directory} does not hold the model of its config.json: " + "; ".join(problems))
         if not self.has_indexer:
-            print("a dense checkpoint, deepseek_v3 without an indexer: load_hf draws the indexer anew, from its seed")
+            logger.warning(
+                "a dense checkpoint, deepseek_v3 without an indexer: load_hf draws the indexer anew, from its seed"
+            )
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype in which a tensor is read: its own, bfloat16 for FP8."""
+        """Gives the dtype in which `read` returns a tensor: its own, bfloat16 for FP8."""
         dtype = DTYPES[self.stored[name].dtype]
         return BFLOAT16 if dtype == FP8 else dtype
 
     def read(self, name: str) -> np.ndarray:
-        """Reads a tensor; FP8 comes out as bfloat16."""
+        """Reads a tensor as the file has it; FP8 comes out as bfloat16."""
         stored = self.stored[name]
         if DTYPES[stored.dtype] != FP8:
             return stored.read()
@@ -138,7 +168,7 @@ class Checkpoint:
         return np.asarray(_dequantize(stored.read(), scale))
 
     def read_part(self, name: str, part: Part) -> Piece:
-        """Reads the part of a tensor that these slices of our dimensions name; FP8 stays what it is."""
+        """Reads a part of a tensor, given by slices of the parameter's dimensions; FP8 stays FP8, beside its scales."""
         entry, stored = self.expected[name], self.stored[name]
         sizes, part = entry.in_file(entry.shape(self.config)), entry.in_file(part)
         values = stored.read(sizes, part)
@@ -149,6 +179,7 @@ class Checkpoint:
         return Piece(values, scale, _blocks(sizes[:rows], part[:rows]), _blocks(sizes[rows:], part[rows:]))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> Iterator[str]:
+        """Names what is wrong with a stored tensor that should have this shape in the file."""
         stored = self.stored[name]
         if stored.shape != shape:
             yield f"{name} must have shape {list(shape)}, got {list(stored.shape)}"
@@ -157,14 +188,14 @@ class Checkpoint:
             if stored.dtype not in ("F32", "BF16"):
                 yield f"{name} must be F32, BF16 or block-scaled F8_E4M3, got {stored.dtype}"
             return
-        scale, expected = self.stored.get(name + "_scale_inv"), [-(-size // FP8_BLOCK) for size in shape]
+        scale, expected = self.stored.get(name + "_scale_inv"), [-(-size // FP8_BLOCK_SIZE) for size in shape]
         if scale is None:
             yield f"{name}_scale_inv is missing, the scales of an F8_E4M3 weight"
         elif list(scale.shape) != expected or scale.dtype not in ("F32", "BF16", "F8_E8M0"):
             yield f"{name}_scale_inv must be F32 {expected}, got {scale.dtype} {list(scale.shape)}"
 
     def _unexpected(self) -> Iterator[str]:
-        """Names what the model has no place for, and prints what is left out on purpose."""
+        """Names what the model has no place for, and logs what is left out on purpose."""
         past = []
         for name in self.stored:
             weight = name.removesuffix("_scale_inv")
@@ -177,12 +208,13 @@ class Checkpoint:
                 yield f"{name} is unexpected"
         if past:
             where = f"layer {past[0]}" if len(set(past)) == 1 else f"layers {min(past)} to {max(past)}"
-            print(f"skipped {len(past)} tensors of {where}, past num_hidden_layers = {self.config.num_hidden_layers}")
+            last = self.config.num_hidden_layers
+            logger.warning("skipped %d tensors of %s, past num_hidden_layers = %d", len(past), where, last)
 
 
 def _blocks(sizes: tuple[int, ...], part: Part) -> np.ndarray:
-    """The FP8 block in which each row, or column, of a part lies; `sizes` are the dimensions that it is made of."""
-    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)[part].reshape(-1) // FP8_BLOCK
+    """Finds the FP8 block of each row, or column, of a part; `sizes` are the dimensions that make up the rows."""
+    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)[part].reshape(-1) // FP8_BLOCK_SIZE
 
 
 @jax.jit
@@ -200,7 +232,7 @@ def load_hf(
 ) -> Transformer:
     """Loads a Hugging Face checkpoint, `deepseek_v32` or `glm_moe_dsa`, single-file or sharded, FP8 or not.
 
-    A dense `deepseek_v3` checkpoint gets a new indexer, ready for the warm-up, and one printed line says so. Beside the
+    A dense `deepseek_v3` checkpoint gets a new indexer, ready for the warm-up, and a logged warning says so. Beside the
     parameters at most one of the file's tensors is in memory, and its copy on one device. On a mesh these are the parts
     that a shard holds, and each of several processes reads what its own devices hold.
 
@@ -216,6 +248,14 @@ def load_hf(
     Raises:
       ValueError: one that names everything wrong with the files, or a mesh over which the model cannot be sharded,
         before any tensor is read.
+
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_hf(Transformer(Config.tiny(), rngs=nnx.Rngs(0)), folder)
+      ...     model = load_hf(folder, dtype="float32")
+      >>> model.config == Config.tiny()
+      True
     """
     dtypes = dict(dtype=_dtype_name(dtype), param_dtype=_dtype_name(param_dtype or dtype))
     checkpoint = Checkpoint(directory)
@@ -223,20 +263,20 @@ def load_hf(
     if mesh is not None:
         check_model(mesh, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    wanted, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    paths = [path_names(path) for path, _ in wanted]
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    paths = [path_names(path) for path, _ in with_paths]
     by_path = {leaf.path: leaf for leaf in leaves(config)}
-    shapes = {path: x.shape for path, (_, x) in zip(paths, wanted, strict=True)}
+    shapes = {path: x.shape for path, (_, x) in zip(paths, with_paths, strict=True)}
     if shapes != {path: leaf.shape(config) for path, leaf in by_path.items()}:
         raise ValueError("the table of dsa_jax.hf.table does not match the parameters of dsa_jax.Transformer")
     shardings: list[Any] = [None] * len(paths)
     if mesh is not None:
         shardings = jax.tree.leaves(parameter_shardings(abstract, mesh))
-    placed = dict(zip(paths, shardings, strict=True))
-    drawn = {} if checkpoint.has_indexer else _draw_indexers(config, seed, placed)
+    sharding_of = dict(zip(paths, shardings, strict=True))
+    drawn = {} if checkpoint.has_indexer else _draw_indexers(config, seed, sharding_of)
     parameters = [
         drawn[path] if path in drawn else _fill(by_path[path], checkpoint, config, sharding)
-        for path, sharding in placed.items()
+        for path, sharding in sharding_of.items()
     ]
     return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, parameters))
 
@@ -244,29 +284,31 @@ def load_hf(
 def _draw_indexers(
     config: Config, seed: int, shardings: dict[tuple[str, ...], Any]
 ) -> dict[tuple[str, ...], jax.Array]:
-    """The parameters of new indexers by path, a layer's as `LightningIndexer` initialises them."""
+    """Draws the parameters of new indexers, by path, a layer's as `LightningIndexer` initialises them."""
     rngs, drawn = nnx.Rngs(seed), {}
-    for stack, count in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
+    for name, count in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
         if count == 0:
             continue
         with nnx.split_rngs(rngs, splits=count):
             graph, keys = nnx.split(rngs)
-            of_layers = [nnx.merge(graph, jax.tree.map(operator.itemgetter(i), keys)) for i in range(count)]
-        for layer, layer_rngs in enumerate(of_layers):
+            rngs_of_layers = [nnx.merge(graph, jax.tree.map(operator.itemgetter(i), keys)) for i in range(count)]
+        for layer, layer_rngs in enumerate(rngs_of_layers):
             indexer = nnx.state(LightningIndexer(config, rngs=layer_rngs))
             for names, x in jax.tree_util.tree_flatten_with_path(indexer)[0]:
-                path = (stack, "self_attn", "indexer", *path_names(names))
+                path = (name, "self_attn", "indexer", *path_names(names))
                 if layer == 0:
                     drawn[path] = Stack((count, *x.shape), x.dtype, shardings[path])
                 drawn[path].place((layer,), functools.partial(_piece, np.asarray(x)))
-    return {path: each.array() for path, each in drawn.items()}
+    return {path: stack.array() for path, stack in drawn.items()}
 
 
 def _piece(x: np.ndarray, part: Part) -> Piece:
+    """Takes a part of a tensor that is in memory."""
     return Piece(x[part])
 
 
 def _dtype_name(dtype: Any) -> str:
+    """Names a dtype; what is none keeps its text, for the message of the error."""
     try:
         return np.dtype(dtype).name
     except TypeError:
@@ -302,7 +344,7 @@ def save_hf(
       directory: a folder that does not exist, or is empty.
       dtype: of the written tensors, that of each parameter if None. The router's selection bias is never rounded, nor
         are the index weights and the index key's norm.
-      max_shard_bytes: the most that one file holds, unless a single tensor is larger.
+      max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
 
     Raises:
       ValueError: if there is something at `directory`.
@@ -326,9 +368,19 @@ def convert_hf(
 ) -> None:
     """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to `dtype` if given.
 
-    One shard is in memory at a time. The tokenizer's files are copied, and `config.json` keeps every key that still
-    holds; a dense `deepseek_v3` checkpoint stays one. `track` wraps the list of names, to show progress. Raises as
-    `load_hf` and `save_hf` do.
+    One file is in memory at a time. The tokenizer's files are copied, and `config.json` keeps every key that still
+    holds; a dense `deepseek_v3` checkpoint stays one.
+
+    Args:
+      source: the folder to read.
+      target: the folder to write, which does not exist or is empty.
+      dtype: of the written tensors, as for `save_hf`; their own if None, bfloat16 for FP8.
+      max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
+      track: wraps the list of names, to show progress.
+
+    Raises:
+      ValueError: as `load_hf` and `save_hf` do.
+      OSError: as `save_hf` does.
     """
     name_of_dtype = dtype and Config(dtype=_dtype_name(dtype)).dtype
     checkpoint = Checkpoint(source)
@@ -342,14 +394,14 @@ def convert_hf(
         write_json(folder / "config.json", data)
         tensors = ((name, _cast(checkpoint.read(name), name_of_dtype, name)) for name in track(names))
         write_shards(folder, tensors, max_shard_bytes)
-        for pattern in COMPANIONS:
+        for pattern in COMPANION_FILES:
             for file in checkpoint.directory.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
 
 
 def _cast(x: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
-    """A tensor in the dtype in which it is written."""
+    """Casts a tensor to the dtype in which it is written, but for those that are never rounded."""
     if dtype is None:
         return x
     keep = dtype == "bfloat16" and any(part in name for part in (*FLOAT32_IF_STORED, ALWAYS_FLOAT32))

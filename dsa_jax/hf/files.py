@@ -1,4 +1,7 @@
-"""The files of a Hugging Face checkpoint: safetensors read one tensor at a time, and written whole or not at all."""
+"""Reads and writes the files of a Hugging Face checkpoint.
+
+Safetensors are read one tensor at a time, or a part of one; a new folder is written whole or not at all.
+"""
 
 import contextlib
 import dataclasses
@@ -16,8 +19,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+# The index of a checkpoint in several files, and the name of a single file.
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
+# NumPy's dtypes by their names in safetensors' headers.
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
@@ -29,24 +34,36 @@ FP8, BFLOAT16, FLOAT32 = DTYPES["F8_E4M3"], DTYPES["BF16"], DTYPES["F32"]
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, dtype, shape, offset of its first byte, size."""
+    """Locates a tensor in a file."""
 
     file: Path
-    dtype: str
+    dtype: str  # a name of `DTYPES`, or one that we cannot read
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # bytes from the beginning of the file
     nbytes: int
 
     def read(self, shape: tuple[int, ...] | None = None, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Reads it, or the part that slices of its bytes in another shape name, into memory of its own."""
+        """Reads the tensor, or a part of it, into memory of its own.
+
+        Args:
+          shape: the shape in which to see the tensor's values, its own if None.
+          part: slices of that shape; dimensions without one are whole.
+        """
         shape, dtype, count = shape or self.shape, DTYPES[self.dtype], math.prod(self.shape)
-        if all(each.indices(size) == (0, size, 1) for each, size in zip(part, shape, strict=False)):
+        if all(index.indices(size) == (0, size, 1) for index, size in zip(part, shape, strict=False)):
             return np.fromfile(self.file, dtype, count, offset=self.offset).reshape(shape)
         return np.array(np.memmap(self.file, dtype, "r", self.offset, shape)[part])
 
 
 def read_headers(directory: Path) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
-    """All tensors of the folder's files, the names that unreadable files should have held, and the problems."""
+    """Reads the headers of a folder's files.
+
+    Returns:
+      All tensors by name, the names that unreadable files should have held, and the problems.
+
+    Raises:
+      ValueError: if there are no such files, or the only one cannot be read.
+    """
     placed = _placement(directory)
     stored: dict[str, StoredTensor] = {}
     unread, problems = set(), []
@@ -72,7 +89,7 @@ def read_headers(directory: Path) -> tuple[dict[str, StoredTensor], set[str], li
 
 
 def _placement(directory: Path) -> dict[str, str]:
-    """Which file holds each name, by the index of a sharded checkpoint; empty for a single file."""
+    """Reads which file holds each name, by the index of a sharded checkpoint; empty for a single file."""
     if (directory / SINGLE_NAME).exists():
         return {}
     index = directory / INDEX_NAME
@@ -89,6 +106,7 @@ def _placement(directory: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Reads the tensors' places off a file's header."""
     with safe_open(file, "np"):  # checks that the header is sound and that the file is as long as it says
         pass
     with open(file, "rb") as stream:
@@ -96,15 +114,20 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     stored = {}
-    for name, each in header.items():
-        start, stop = each["data_offsets"]
-        stored[name] = StoredTensor(file, each["dtype"], tuple(each["shape"]), 8 + length + start, stop - start)
+    for name, tensor in header.items():
+        start, stop = tensor["data_offsets"]
+        stored[name] = StoredTensor(file, tensor["dtype"], tuple(tensor["shape"]), 8 + length + start, stop - start)
     return stored
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or vanishes with everything in it."""
+    """Makes a folder beside `target` that takes its name at the end, or vanishes with everything in it.
+
+    Raises:
+      ValueError: if there is something at `target` other than an empty folder.
+      OSError: if the folder cannot be made.
+    """
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target} must be an empty folder or not exist, found files in it")
     if target.exists() and not target.is_dir():
@@ -140,7 +163,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
-    """Writes tensors in the order they come, a file whenever the next would not fit, then the index."""
+    """Writes tensors in the order they come, a file whenever the next would not fit, then the index.
+
+    Raises:
+      ValueError: if `max_shard_bytes` is below 1.
+      OSError: if a file cannot be written.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     shards: list[list[str]] = []
@@ -165,7 +193,9 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
+    """Writes one file, and returns the names in it."""
     try:
+        # transformers reads a file only if its metadata says that it is PyTorch's.
         save_file(tensors, _shard(folder, number), metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write a shard of {len(tensors)} tensors: {error}") from error
@@ -173,5 +203,5 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> l
 
 
 def _shard(folder: Path, number: int) -> Path:
-    """A shard's file until it is known how many there are."""
+    """Names a shard's file until it is known how many there are."""
     return folder / f"shard-{number}.safetensors"

@@ -1,4 +1,4 @@
-"""Stacked parameters on one device or on a mesh, filled in place and read back one tensor at a time.
+"""Fills stacked parameters in place, on one device or on a mesh, and reads them back one tensor at a time.
 
 Each device is served by itself, one after the other, by programs of its own: only what it holds of a tensor goes there,
 nothing is gathered, and a process serves its own devices alone.
@@ -14,31 +14,28 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding
 
-type Part = tuple[slice, ...]
+type Part = tuple[slice, ...]  # of an array, a slice a dimension
 
 
 class Piece(NamedTuple):
-    """A part of a tensor as a file has it; FP8 comes with float32 scales [A, B] and the block of each row and column.
+    """A part of a tensor as a file has it; FP8 comes with its blocks' scales."""
 
-    The dimensions of `values` are those of the parameter, the inputs of a matrix last instead of first.
-    """
-
-    values: Any
-    scale: Any = None
-    row_blocks: Any = None
-    column_blocks: Any = None
+    values: Any  # the parameter's dimensions, the inputs of a matrix last instead of first
+    scale: Any = None  # float32 [A, B], one a block, for FP8 alone
+    row_blocks: Any = None  # int32: the block, in [0, A), of each row of `values` as a matrix
+    column_blocks: Any = None  # int32: the block, in [0, B), of each column
 
 
 class Stack:
     """A parameter that is filled in place, a tensor at a time, zero at first."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None = None):
-        """Makes room on the devices of this process among the sharding's, or on the default device."""
+        """Makes room on those devices of the sharding that are this process's; on the default device if None."""
         self.shape, self.sharding = shape, sharding
         whole = (slice(None),) * len(shape)
-        held = {None: whole} if sharding is None else sharding.addressable_devices_indices_map(shape)
-        self._held = {device: _bounded(index or (), shape) for device, index in held.items()}
-        sizes = {device: [part.stop - part.start for part in index] for device, index in self._held.items()}
+        parts = {None: whole} if sharding is None else sharding.addressable_devices_indices_map(shape)
+        self._parts = {device: _bounded(part or (), shape) for device, part in parts.items()}
+        sizes = {device: [index.stop - index.start for index in part] for device, part in self._parts.items()}
         self._arrays = {device: jnp.zeros(size, dtype, device=device) for device, size in sizes.items()}
 
     def place(self, index: tuple[int, ...], read: Callable[[Part], Piece], *, inputs: int = 0) -> None:
@@ -47,26 +44,27 @@ class Stack:
         Beside the parameter one piece is in memory, and its copy on one device.
 
         Args:
-          index: where the tensor stands.
+          index: the tensor's numbers in the leading dimensions: its layer, its expert.
           read: gives a part of the tensor, by slices of the parameter's other dimensions. Called once a part.
           inputs: how many of these dimensions are inputs of a matrix, which pieces have last.
         """
         holders: dict[Part, list[tuple[Any, tuple[int, ...]]]] = {}
-        for device, held in self._held.items():
-            found = _find(held, index)
+        for device, device_part in self._parts.items():
+            found = _find(device_part, index)
             if found is not None:
                 holders.setdefault(found[1], []).append((device, found[0]))
         for part, places in holders.items():
             self._write(read(part), places, inputs)
 
     def _write(self, piece, places, inputs):
+        """Writes a piece at (device, index) places, one device after the other."""
         for device, index in places:
             x = _place(self._arrays[device], jax.device_put(piece, device), index, inputs=inputs)
             self._arrays[device] = x
             x.block_until_ready()  # copies run ahead otherwise, and fill the memory with pieces that wait
 
     def array(self) -> jax.Array:
-        """The parameter; nothing may be placed after this."""
+        """Gives the parameter; nothing may be placed after this."""
         arrays = list(self._arrays.values())
         if self.sharding is None:
             return arrays[0]
@@ -74,12 +72,12 @@ class Stack:
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether this is an array on several devices; what a trace holds is none."""
+    """Tells whether this is an array on several devices; what a trace holds is none."""
     return isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.sharding.device_set) > 1
 
 
 def tensor_at(x: Any, index: tuple[int, ...]) -> Any:
-    """The tensor at `index` of a stacked parameter; of a sharded one it is put together on the host.
+    """Takes the tensor at `index` out of a stacked parameter; of a sharded one it is put together on the host.
 
     Every shard must be in this process. Each device slices what it holds before that is copied; nothing is gathered.
     """
@@ -94,17 +92,20 @@ def tensor_at(x: Any, index: tuple[int, ...]) -> Any:
     return tensor
 
 
-def _bounded(index: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
-    """Slices with both their bounds."""
-    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+def _bounded(part: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
+    """Gives slices both their bounds."""
+    return tuple(slice(*index.indices(size)[:2]) for index, size in zip(part, shape, strict=True))
 
 
-def _find(held: Part, index: tuple[int, ...]) -> tuple[tuple[int, ...], Part] | None:
-    """Where a shard that holds these slices has the tensor at `index`, and which part of it; None if not at all."""
-    leading, part = held[: len(index)], held[len(index) :]
-    if not all(each.start <= i < each.stop for i, each in zip(index, leading, strict=True)):
+def _find(device_part: Part, index: tuple[int, ...]) -> tuple[tuple[int, ...], Part] | None:
+    """Finds where a device that holds this part of a parameter has the tensor at `index`, and which part of it.
+
+    None if it has nothing of it.
+    """
+    leading, part = device_part[: len(index)], device_part[len(index) :]
+    if not all(layers.start <= i < layers.stop for i, layers in zip(index, leading, strict=True)):
         return None
-    return tuple(i - each.start for i, each in zip(index, leading, strict=True)), part
+    return tuple(i - layers.start for i, layers in zip(index, leading, strict=True)), part
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="inputs")

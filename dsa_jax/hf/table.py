@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter: one table, in which every name is matched once."""
+"""Says which tensor of a Hugging Face checkpoint is which parameter: one table, in which every name is matched once."""
 
 import dataclasses
 import itertools
@@ -8,26 +8,25 @@ from typing import Any
 
 from dsa_jax.config import Config
 
-# Parts of paths and names alike. The first are float32 if the file has them so, the last always; none is ever rounded.
+# Parts of paths and names alike. The first parameters are float32 if the file has them so, the second always; none of
+# them is ever rounded.
 FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm")
 ALWAYS_FLOAT32 = ".e_score_correction_bias"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of the table: a parameter's path, its tensors' name, and its dimensions.
+    """One row of the table: a parameter, its tensors and their dimensions."""
 
-    A path that starts with "layers." stands for both stacks of layers. `dims` are ours: "Q -> N P+R" is a matrix of Q
-    inputs, which the file holds transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what we do.
-    """
-
-    path: str
-    name: str
+    path: str  # in the model's state; "layers." at its beginning stands for both stacks of layers
+    name: str  # of the tensors in the files, with places for layer and expert
+    # The parameter's dimensions, without layers and experts. "Q -> N P+R" is a matrix of Q inputs, which the file holds
+    # transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what the parameter does.
     dims: str
 
     @property
     def stacks(self) -> tuple[str, ...]:
-        """The leading names of its paths: stacks of layers, or none."""
+        """Lists the leading names of its paths: stacks of layers, or "" for a parameter that is not stacked."""
         stack = self.path.split(".")[0]
         if stack == "layers":
             return "dense_layers", "moe_layers"
@@ -35,46 +34,46 @@ class Entry:
 
     @property
     def experts(self) -> bool:
-        """Whether each expert has a tensor of its own."""
+        """Tells whether each expert has a tensor of its own."""
         return "{expert}" in self.name
 
     @property
     def inputs(self) -> int | None:
-        """How many of our dimensions are inputs of a matrix, None if the file holds the parameter as it is."""
+        """Counts the dimensions that are inputs of a matrix; None if the file holds the parameter as it is."""
         return len(self.dims.split(" -> ")[0].split()) if "->" in self.dims else None
 
     @property
     def indexer(self) -> bool:
-        """Whether it belongs to the indexer."""
+        """Tells whether the parameter is the indexer's."""
         return ".indexer." in self.path
 
     @property
     def keeps_float32(self) -> bool:
-        """Whether the parameter stays float32 if the file has it so: the index weights and the index key's norm."""
+        """Tells whether it stays float32 if the file has it so: the index weights and the index key's norm."""
         return any(part in self.path for part in FLOAT32_IF_STORED)
 
     @property
     def always_float32(self) -> bool:
-        """The router's selection bias is float32 whatever `param_dtype`."""
+        """Tells whether it is float32 whatever `param_dtype` says: the router's selection bias."""
         return ALWAYS_FLOAT32 in self.path
 
     def shape(self, config: Config) -> tuple[int, ...]:
-        """Our shape of one tensor."""
+        """Computes the shape that the parameter gives one tensor."""
         return tuple(_size(dim, config) for dim in self.dims.replace("->", "").split())
 
     def file_shape(self, config: Config) -> tuple[int, ...]:
-        """The shape that the file gives one tensor."""
+        """Computes the shape that the file gives one tensor."""
         shape = self.shape(config)
         if self.inputs is None:
             return shape
         return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
 
     def in_file(self, dims: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What belongs to each of our dimensions, in the order in which the file has them."""
+        """Orders what belongs to each of the parameter's dimensions as the file has them: inputs last."""
         return dims[self.inputs or 0 :] + dims[: self.inputs or 0]
 
     def to_file(self, x: Any) -> Any:
-        """One tensor, from our layout to the file's."""
+        """Takes one tensor from the parameter's layout to the file's."""
         return x if self.inputs is None else x.reshape(math.prod(x.shape[: self.inputs]), -1).T
 
 
@@ -119,7 +118,7 @@ TABLE = (
 
 
 def _size(dim: str, config: Config) -> int:
-    """The size of a dimension in the letters of `config.py`; Fx and Fs are the widths of routed and shared experts."""
+    """Computes a dimension in the letters of `config.py`; Fx and Fs are the widths of routed and shared experts."""
     sizes = {
         "vocab": config.vocab_size,
         "D": config.hidden_size,
@@ -141,28 +140,34 @@ def _size(dim: str, config: Config) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A table's row in one stack of layers: the parameter at `path`, stacked over `layers` layers from `first` on."""
+    """One parameter of a model: a row of the table in one stack of layers."""
 
     entry: Entry
     path: tuple[str, ...]
-    first: int
-    layers: int | None
-    experts: int | None
+    first: int  # the number of its first layer
+    layers: int | None  # how many layers are stacked, None if it is no layer's
+    experts: int | None  # how many experts are stacked, None if it is no expert's
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Its tensors: where each stands in the parameter, and its name in the files."""
+        """Yields where each of its tensors stands in the parameter, and the tensor's name in the files."""
         axes = [range(size) for size in (self.layers, self.experts) if size is not None]
         for index in itertools.product(*axes):
             layer = self.first + index[0] if index else None
             yield index, self.entry.name.format(layer=layer, expert=index[-1] if index else None)
 
     def shape(self, config: Config) -> tuple[int, ...]:
-        """The parameter's shape."""
+        """Computes the parameter's shape."""
         return *(size for size in (self.layers, self.experts) if size is not None), *self.entry.shape(config)
 
 
 def leaves(config: Config) -> list[Leaf]:
-    """Every parameter of a model of this configuration."""
+    """Lists every parameter of a model of this configuration.
+
+    Examples:
+      >>> leaf = leaves(Config.tiny())[0]
+      >>> leaf.path, list(leaf.tensors()), leaf.shape(Config.tiny())
+      (('embed_tokens',), [((), 'model.embed_tokens.weight')], (256, 128))
+    """
     counts = {"": None, "dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
     result = []
     for entry in TABLE:
@@ -178,8 +183,10 @@ def leaves(config: Config) -> list[Leaf]:
 
 
 def _path(entry: Entry, stack: str) -> tuple[str, ...]:
+    """Gives the path of a row in one stack of layers."""
     names = entry.path.split(".")
     return (stack, *names[1:]) if stack else tuple(names)
 
 
+# The table's rows by the parameters' paths.
 ROWS = {_path(entry, stack): entry for entry in TABLE for stack in entry.stacks}

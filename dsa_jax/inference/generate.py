@@ -49,7 +49,7 @@ def generate(
     Returns:
       the new tokens, without the prompts.
 
-    Example:
+    Examples:
       >>> generate(model, jnp.array([[1, 2, 3]]), max_new_tokens=4, temperature=0.0).shape
       (1, 4)
 

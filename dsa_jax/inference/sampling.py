@@ -22,7 +22,7 @@ def sample(
       top_k: the number of likeliest tokens to draw among; all if None.
       top_p: the probability that the tokens to draw among have together, at least; the likeliest always stays.
 
-    Example:
+    Examples:
       >>> sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), temperature=0.0).tolist()
       [1]
     """

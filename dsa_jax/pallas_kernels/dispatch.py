@@ -33,7 +33,7 @@ def implementation(name: Implementation | None) -> contextlib.AbstractContextMan
       name: "xla" takes the plain definitions; "pallas" insists on kernels, and an operation that cannot have one
         raises ValueError; None leaves the choice to each operation, as outside.
 
-    Example:
+    Examples:
       >>> with dsa_jax.implementation("xla"):
       ...     output = jax.jit(model)(tokens)
 

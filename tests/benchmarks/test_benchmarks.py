@@ -1,15 +1,15 @@
-"""The benchmarks' plumbing on CPU: what they time is called, recorded and shown; the README shows what was recorded."""
+"""The benchmarks on CPU: they call what they time, count and record it as they say."""
 
 import dataclasses
 import json
-import re
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import forward, gpu_tests, measure, sharded, tables, training
+from benchmarks import forward, gpu_tests, measure, sharded, training
 from dsa_jax import Config
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -18,9 +18,10 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 @pytest.fixture
 def small(monkeypatch):
     """Toy sizes and short windows."""
-    for name, value in {"REPEATS": 2, "WINDOW": 0.001, "PAUSE": 0.0, "LONG_WINDOW": 0.001}.items():
+    windows = dict(REPEATS=2, WINDOW_SECONDS=0.001, PAUSE_SECONDS=0.0, LONG_WINDOW_SECONDS=0.001)
+    for name, value in windows.items():
         monkeypatch.setattr(measure, name, value)
-    sizes = dict(QUERIES=16, TOPK=8, LATENT=32, ROPE=8, INDEX_HEADS=4, INDEX_DIM=64, CHECKED=4)
+    sizes = dict(QUERIES=16, TOPK=8, LATENT=32, ROPE=8, INDEX_HEADS=4, INDEX_DIM=64, CHECKED_QUERIES=4)
     for name, value in (
         sizes | dict(ATTENTION=[(4, 64)], XLA_TIMED=[(4, 64)], INDEXER=[64], TOPK_ROWS=[(4, 64)])
     ).items():
@@ -31,14 +32,57 @@ def small(monkeypatch):
 PEAKS = {name: 1.0 for name in ("bf16_matmul_tflops", "fp8_matmul_tflops", "copy_tb_per_s")}
 
 
-def test_cases_run_and_are_worth_what_they_say(small):
-    (case,) = forward.attention_cases()
-    assert case.flops == 2 * 16 * 4 * 8 * (2 * 32 + 8)
-    (row,) = case.run(PEAKS)
-    assert row["least"] <= row["seconds"] <= row["most"]
-    assert row["tflops"] == pytest.approx(case.flops / row["seconds"] / 1e12)
-    (topk,) = forward.timings(forward.topk_cases(), PEAKS)
-    assert topk["tb_per_s"] == pytest.approx(4 * 4 * 64 / topk["seconds"] / 1e12)
+def timed_windows(monkeypatch, *seconds):
+    """Scripts what windows take, in seconds a call; gives the list of how many calls each makes."""
+    windows, calls = iter(seconds), []
+    monkeypatch.setattr(measure, "_window", lambda fn, inputs, count: (calls.append(count), next(windows))[1])
+    monkeypatch.setattr(measure, "REPEATS", 3)
+    monkeypatch.setattr(measure, "WINDOW_SECONDS", 0.11)
+    monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "LONG_WINDOW_SECONDS", 0.81)
+    return calls
+
+
+def test_seconds_are_the_median_of_windows_and_sustained_is_a_long_one(monkeypatch):
+    calls = timed_windows(monkeypatch, 0.02, 3.0, 1.0, 2.0, 0.5)
+    timed = measure.seconds_per_call(lambda x: x + 1, [(1,)])
+    assert timed == {"seconds": 2.0, "least": 1.0, "most": 3.0, "sustained": 0.5, "first_call": mock.ANY}
+    assert calls == [1, 6, 6, 6, 41]
+
+
+def test_a_call_longer_than_the_long_window_is_timed_twice(monkeypatch):
+    calls = timed_windows(monkeypatch, 2.0, 4.0)
+    timed = measure.seconds_per_call(lambda x: x + 1, [(1,)])
+    assert timed == {"seconds": 3.0, "least": 2.0, "most": 4.0, "first_call": mock.ANY} and calls == [1, 1]
+
+
+def test_calls_rotate_over_the_inputs_and_the_compiled_one_is_not_timed(small):
+    called = []
+    timed = measure.seconds_per_call(lambda x: called.append(x) or x, [(0,), (1,), (2,)])
+    assert called[:2] == [0, 0] and 1 in called and called[called.index(1) : called.index(1) + 3] == [1, 2, 0]
+    assert timed["least"] > 0
+
+
+def test_a_row_has_the_rates_of_its_work(monkeypatch):
+    monkeypatch.setattr(measure, "seconds_per_call", lambda *_: {"seconds": 2.0, "sustained": 4.0, "first_call": 1.0})
+    work = dict(flops=4e12, peak="bf16_matmul_tflops", bytes=6e12)
+    case = forward.Case("square", "scalar", lambda x, implementation: x * x, [(3.0,)], **work)
+    fast, slow = case.run({"bf16_matmul_tflops": 8.0})
+    assert (fast["implementation"], slow["implementation"]) == ("pallas", "xla")
+    assert fast["tflops"] == 2 and fast["tflops_sustained"] == 1 and fast["share_of_peak"] == 0.25
+    assert fast["tb_per_s"] == 3
+
+
+def test_forward_cases_run_and_count_their_work(small):
+    (attention,) = forward.attention_cases()
+    assert attention.flops == 2 * 16 * 4 * 8 * (2 * 32 + 8)
+    (topk,) = forward.topk_cases()
+    assert topk.bytes == 4 * 4 * 64
+    indexer = list(forward.indexer_cases())
+    assert [case.flops for case in indexer[:3]] == [2 * 4 * 64 * forward.pairs(16, 64)] * 3
+    for case in (attention, topk, *indexer[:3]):
+        (row,) = dataclasses.replace(case, implementations=("xla",)).run(PEAKS)
+        assert ("tflops" in row) == (case.flops is not None) and ("tb_per_s" in row) == (case.bytes is not None)
 
 
 def test_the_pairs_of_a_causal_tail():
@@ -59,41 +103,23 @@ def test_parts_are_recorded_whole_and_others_stay(tmp_path):
     measure.record(path, {"first": {"a": 1}, "second": {"a": 2}})
     measure.record(path, {"second": {"a": 3}})
     recorded = json.loads(path.read_text())
-    assert [recorded[name]["a"] for name in ("first", "second")] == [1, 3]
+    assert {name: part["a"] for name, part in recorded.items()} == {"first": 1, "second": 3}
     assert {"date", "card", "versions", "command"} <= set(recorded["first"]["circumstances"])
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
-
-
-def test_slow_calls_are_timed_too(small, monkeypatch):
-    monkeypatch.setattr(measure, "LONG_WINDOW", 0.0)
-    timed = measure.seconds_per_call(lambda x: x + 1, [(1,)])
-    assert timed["least"] <= timed["seconds"] <= timed["most"] and "sustained" not in timed
-
-
-@pytest.mark.parametrize("name", tables.SECTIONS)
-def test_the_readme_shows_what_was_recorded(name):
-    results = json.loads((measure.RESULTS / f"{name}.json").read_text())
-    section = tables.SECTIONS[name](results)
-    assert tables.README.read_text() == tables.updated(tables.README.read_text(), name, section)
-    timed = []
-    for part in results.values():
-        assert "H200" in part["circumstances"]["card"] and part["circumstances"]["compute_capability"] == "9.0"
-        timed += [row for row in part["timings"] if row["implementation"] == "pallas"]
-    assert len(re.findall(r"TFLOP/s \(\d+%\)", section)) == sum("tflops" in row for row in timed)
-    with pytest.raises(ValueError, match="once"):
-        tables.updated("no markers", name, section)
+    measure.record(path, {"second": {"a": 4}}, keep=lambda name: name != "first")
+    assert {name: part["a"] for name, part in json.loads(path.read_text()).items()} == {"second": 4}
 
 
 def test_training_cases_run(small, monkeypatch):
-    """The backward and the sparse loss at toy sizes, in plain XLA."""
+    """The backward pass and the sparse loss at toy sizes, in plain XLA."""
     for name, value in dict(QUERIES=16, TOPK=8, LATENT=32, ROPE=8, INDEX_HEADS=4, INDEX_DIM=64).items():
         monkeypatch.setattr(training, name, value, raising=False)
     monkeypatch.setattr(training, "BACKWARD", [(4, 64)])
     monkeypatch.setattr(training, "LOSSES", [(4, 64)])
     for case in (*training.backward_cases(), *training.loss_cases()):
-        case = dataclasses.replace(case, implementations=("xla",))
-        (row,) = case.run(PEAKS)
-        assert row["least"] <= row["seconds"]
+        chex.assert_tree_all_finite(jax.jit(lambda *x, fn=case.fn: fn(*x, implementation="xla"))(*case.inputs[0]))
+        (row,) = dataclasses.replace(case, implementations=("xla",)).run(PEAKS)
+        assert ("tflops" in row) == (case.flops is not None)
 
 
 def test_a_step_is_timed(monkeypatch):
@@ -114,7 +140,7 @@ def test_selections_on_shards_are_compared(small, monkeypatch):
         monkeypatch.setattr(sharded, name, value)
     *timed, compared = sharded.selection_rows(64, 32)
     assert compared["same_bits"] and compared["same_on_shards"] and all(row["seconds"] > 0 for row in timed)
-    monkeypatch.setattr(sharded, "join", lambda x, _: jnp.concatenate([x, x], axis=1))  # the rows of one shard
+    monkeypatch.setattr(sharded, "gather_tokens", lambda x, _: jnp.concatenate([x, x], axis=1))  # one shard's tokens
     *_, compared = sharded.selection_rows(64, 32)
     assert not compared["same_bits"] and not compared["same_on_shards"]
 
@@ -136,29 +162,30 @@ def test_steps_on_meshes_are_held_against_one_gpu(monkeypatch):
     assert tensor["failed"] == "out of memory" and tensor["mesh"] == "tensor=2"
 
 
-def test_the_readme_shows_the_recorded_meshes():
-    results = json.loads((measure.RESULTS / "sharded.json").read_text())
-    section, readme = tables.sharded(results), tables.README.read_text()
-    assert readme == tables.updated(readme, "sharded", section)
-    for phase in ("SPARSE", "WARMUP"):
-        one, *rows = results[phase]["timings"]
-        assert one["gpus"] == 1 and [row["mesh"] for row in rows] == list(sharded.MESHES[1:])
-        for row in rows:
-            assert row["efficiency"] > 0.5 and row["relative_difference"]["loss"] < 1e-4
-    assert results["selection"]["timings"][-1] == {
-        "operation": "select_keys",
-        "same_bits": True,
-        "same_on_shards": True,
-    }
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.parallel.test_a" name="one"/>
+<testcase classname="tests.parallel.test_a" name="two"><failure message="x"/></testcase>
+<testcase classname="tests.test_b" name="three"><skipped/></testcase>
+<testcase classname="" name="interrupted"/>
+</testsuite></testsuites>"""
 
 
 def test_the_outcomes_of_a_report():
-    report = (
-        '<testsuites><testsuite><testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two">'
-        '<failure message="x"/></testcase><testcase classname="tests.b" name="three"><skipped/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert gpu_tests.outcomes(report) == {
-        "tests.a": {"counts": {"passed": 1, "failure": 1}, "not_passed": ["two failure"]},
-        "tests.b": {"counts": {"skipped": 1}, "not_passed": ["three skipped"]},
+    assert gpu_tests.outcomes(REPORT) == {
+        "tests/parallel/test_a.py": {"counts": {"passed": 1, "failure": 1}, "not_passed": ["two failure"]},
+        "tests/test_b.py": {"counts": {"skipped": 1}, "not_passed": ["three skipped"]},
     }
+
+
+def test_gpu_tests_are_recorded_by_files_that_exist(tmp_path, monkeypatch):
+    """Pytest runs for real, without the tests that need a GPU; its report names the file as it lies on the disk."""
+    out, mine = tmp_path / "gpu_tests.json", "tests/benchmarks/test_benchmarks.py"
+    other = "tests/test_moe.py"
+    out.write_text(json.dumps({"tests/test_of_the_past.py": {}, "tests.test_moe": {}, other: {"counts": {}}}))
+    monkeypatch.setattr(gpu_tests, "OUT", out)
+    monkeypatch.setattr(gpu_tests, "WORKERS", 0)
+    options = ["-m", "not gpu", "-q", "--no-header", "-p", "no:cacheprovider"]
+    monkeypatch.setattr("sys.argv", ["gpu_tests", *options, f"{mine}::test_the_pairs_of_a_causal_tail"])
+    assert gpu_tests.main() == 0
+    recorded = json.loads(out.read_text())
+    assert recorded.keys() == {mine, other} and recorded[mine]["counts"] == {"passed": 1}

@@ -41,6 +41,7 @@ ORACLE = Path(__file__).parents[1] / "oracle"
 
 
 def parameter(model, path):
+    """Looks up a parameter by its path with dots."""
     return operator.attrgetter(path)(model)[...]
 
 
@@ -51,9 +52,9 @@ def parameter(model, path):
     "config",
     [
         Config.tiny(),
-        dataclasses.replace(Config.tiny(), first_k_dense_replace=0, tie_word_embeddings=True),
-        dataclasses.replace(Config.tiny(), first_k_dense_replace=9, n_shared_experts=0),
-        dataclasses.replace(Config.tiny(), n_shared_experts=0),
+        Config.tiny(first_k_dense_replace=0, tie_word_embeddings=True),
+        Config.tiny(first_k_dense_replace=9, n_shared_experts=0),
+        Config.tiny(n_shared_experts=0),
         Config.deepseek_v32(),
     ],
 )
@@ -190,15 +191,15 @@ def test_one_tensor_is_read_at_a_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scale_dtype", [np.float32, jnp.float8_e8m0fnu])
 def test_fp8_comes_out_as_bfloat16(scale_dtype, tmp_path):
-    stored, meant = to_fp8(random_tensors(), scale_dtype)
+    stored, dequantized = to_fp8(random_tensors(), scale_dtype)
     folder = write(tmp_path / "fp8", stored, keys=FP8_CONFIG)
     assert sum(x.dtype == E4M3 for x in stored.values()) > 20
     assert stored["model.layers.0.mlp.gate_proj.weight_scale_inv"].shape == (2, 2)
     convert_hf(folder, tmp_path / "out")
-    same(read(tmp_path / "out"), meant)
+    same(read(tmp_path / "out"), dequantized)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     save_hf(load_hf(folder), tmp_path / "again")
-    same(read(tmp_path / "again"), meant)
+    same(read(tmp_path / "again"), dequantized)
 
 
 def test_fp8_scales_are_checked(tmp_path):
@@ -216,11 +217,13 @@ def test_fp8_scales_are_checked(tmp_path):
 # What is wrong with the files.
 
 
-def test_prediction_layers_are_skipped_with_one_line(tmp_path, capsys):
+def test_prediction_layers_are_skipped_with_one_warning(tmp_path, caplog):
     tensors = random_tensors()
     extra = {f"model.layers.2.{name}.weight": np.ones(3, np.float32) for name in ("enorm", "eh_proj", "mlp.gate")}
     model = load_hf(write(tmp_path / "in", tensors | extra))
-    assert capsys.readouterr().out == "skipped 3 tensors of layer 2, past num_hidden_layers = 2\n"
+    assert [(r.name, r.levelname, r.message) for r in caplog.records] == [
+        ("dsa_jax.hf.convert", "WARNING", "skipped 3 tensors of layer 2, past num_hidden_layers = 2")
+    ]
     same({name: np.asarray(x) for name, x in to_hf(model)}, tensors)
     convert_hf(tmp_path / "in", tmp_path / "out")
     same(read(tmp_path / "out"), tensors)
@@ -329,9 +332,8 @@ def test_a_failure_in_the_last_shard_leaves_nothing(tmp_path, monkeypatch, error
 
 
 def test_a_full_disk(tmp_path):
-    """The command on a disk that takes no file of this size: one line, status 2, nothing left."""
+    """On a disk that takes no file of this size the command says so in one line, ends with status 2, leaves nothing."""
     write(tmp_path / "hf", random_tensors())
-
     command = [sys.executable, "-m", "dsa_jax", "convert", str(tmp_path / "hf"), str(tmp_path / "out")]
     limited = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", *command]  # 100 blocks of 512 bytes or more
     done = subprocess.run(limited, cwd=ORACLE.parents[1], capture_output=True, text=True)
@@ -360,6 +362,16 @@ def test_convert_command(tmp_path, capsys):
     out = capsys.readouterr().out
     total = sum(x.size for x in random_tensors().values())
     assert "hidden_size = 160" in out and f"{total:,}" in out and "indexer" in out
+
+
+@pytest.mark.parametrize(
+    ("program", "name"), [("/usr/bin/dsa-jax", "dsa-jax"), ("/lib/dsa_jax/__main__.py", "python -m dsa_jax")]
+)
+def test_the_command_calls_itself_as_it_was_called(program, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {name} [-h]")
 
 
 def test_the_command_fails_in_one_line(tmp_path, capsys):

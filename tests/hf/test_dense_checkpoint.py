@@ -18,18 +18,20 @@ from train_cases import compiled, small_batch, small_phases
 from dsa_jax import Config
 from dsa_jax.__main__ import main
 from dsa_jax.hf.convert import load_hf, save_hf, to_hf
+from train.initial import InitialParams
 from train.phases import split_groups
-from train.run import Init, abstract_params
-from train.step import init_state, make_step
+from train.state import abstract_params, init_state
+from train.step import make_step
 
 
 def write_dense(folder, *, present=()):
-    """A `deepseek_v3` checkpoint with the indexer's tensors of these endings alone."""
+    """Writes a `deepseek_v3` checkpoint whose indexer has the tensors of these endings alone."""
     kept = {name: x for name, x in random_tensors().items() if ".indexer." not in name or name.endswith(present or "-")}
     return write(folder, kept, keys={"model_type": "deepseek_v3"})
 
 
 def dense_logits(model):
+    """Computes the model's logits with dense attention, which needs no indexer."""
     tokens = jnp.arange(24).reshape(2, 12) % SMALL.vocab_size
     graphdef, state = nnx.split(model)
 
@@ -41,12 +43,12 @@ def dense_logits(model):
     return forward(state)
 
 
-def test_a_dense_checkpoint_gets_an_indexer(tmp_path, capsys):
+def test_a_dense_checkpoint_gets_an_indexer(tmp_path, caplog):
     folder, given = write_dense(tmp_path / "dense"), random_tensors()
     original = load_hf(write(tmp_path / "sparse", given), dtype="float32")
     model = load_hf(folder, dtype="float32")
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "without an indexer" in said
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "without an indexer" in record.message
     logits = dense_logits(model)
     assert jnp.isfinite(logits).all()
     np.testing.assert_array_equal(logits, dense_logits(original))
@@ -60,7 +62,7 @@ def test_a_dense_checkpoint_gets_an_indexer(tmp_path, capsys):
 
 def test_the_warm_up_begins_from_a_dense_folder(tmp_path):
     folder, settings = write_dense(tmp_path / "dense"), small_phases()["WARMUP"]
-    init = Init(folder)
+    init = InitialParams(folder)
     config = init.config("float32")
     params = init.params(config)
     chex.assert_trees_all_equal(params, split_groups(load_hf(folder, dtype="float32"))[1])
@@ -85,7 +87,7 @@ def test_a_new_indexer_is_drawn_by_seed(tmp_path):
 
 
 def test_an_indexer_is_there_or_not(tmp_path):
-    message = refused(write_dense(tmp_path / "some", present=("wk.weight", "k_norm.bias")))
+    message = refused(write_dense(tmp_path / "part", present=("wk.weight", "k_norm.bias")))
     assert message.count("is missing") == 2 * 3 and "model.layers.1.self_attn.indexer.wq_b.weight is missing" in message
     whole = load_hf(write_dense(tmp_path / "all", present=("weight", "bias")))
     same({name: np.asarray(x) for name, x in to_hf(whole)}, random_tensors())
@@ -95,12 +97,12 @@ def test_an_indexer_is_there_or_not(tmp_path):
         assert refused(write(tmp_path / f"{rope}", tensors, config)).count("is missing") == 2 * 5
 
 
-def test_a_dense_checkpoint_is_converted_as_it_is(tmp_path, capsys):
+def test_a_dense_checkpoint_is_converted_as_it_is(tmp_path, capsys, caplog):
     folder = write_dense(tmp_path / "dense")
     assert main(["convert", str(folder), str(tmp_path / "out"), "--max-shard-bytes", "100000"]) == 0
     same(read(tmp_path / "out"), read(folder))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "deepseek_v3"
     capsys.readouterr()
+    caplog.clear()
     assert main(["info", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    assert "without an indexer" in out and "│ indexer" not in out
+    assert "without an indexer" in caplog.text and "│ indexer" not in capsys.readouterr().out

@@ -44,11 +44,12 @@ EIGHT = dict(data=2, expert=2, tensor=2)
 
 
 def parameters(model):
+    """Lists a model's parameters by path."""
     return {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(nnx.state(model))[0]}
 
 
 def check_placed(model, expected, mesh):
-    """Same bits and dtypes as the model of one device; every parameter where the table of `sharding` wants it."""
+    """Asserts the bits and dtypes of the model of one device, each parameter where the table of `sharding` has it."""
     actual, expected = parameters(model), parameters(expected)
     assert actual.keys() == expected.keys()
     for path, x in actual.items():
@@ -82,7 +83,7 @@ class Alive:
 
 
 def largest_part(config, mesh, itemsize):
-    """Bytes of the largest part of a file's tensor that one device holds."""
+    """Counts the bytes of the largest part of a file's tensor that one device holds."""
     sizes = []
     for leaf in leaves(config):
         shape = leaf.shape(config)
@@ -113,7 +114,7 @@ def test_a_checkpoint_on_a_mesh_and_back(tmp_path, monkeypatch):
 
 
 def test_fp8_where_shards_split_its_blocks(tmp_path, monkeypatch):
-    stored, meant = to_fp8(random_tensors(), np.float32)
+    stored, dequantized = to_fp8(random_tensors(), np.float32)
     checkpoint, parts = Checkpoint(write(tmp_path / "fp8", stored, keys=FP8_CONFIG)), []
     mesh, reading = mesh_of("data=2,tensor=2"), hf_files.StoredTensor.read
     monkeypatch.setattr(hf_files.StoredTensor, "read", lambda *a: (x := reading(*a), parts.append(x.shape))[0])
@@ -124,7 +125,7 @@ def test_fp8_where_shards_split_its_blocks(tmp_path, monkeypatch):
         x = convert._fill(leaf, checkpoint, dataclasses.replace(SMALL, param_dtype="float32"), sharding)
         assert x.sharding == sharding and x.dtype == jnp.float32
         for index, name in leaf.tensors():
-            expected = meant[name].astype(np.float32)
+            expected = dequantized[name].astype(np.float32)
             np.testing.assert_array_equal(leaf.entry.to_file(np.asarray(x)[index]), expected)
     assert (80, 2, 32) in parts and (160, 128) not in parts  # of o_proj: from row 80 on, in the middle of a block
 

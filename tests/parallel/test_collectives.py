@@ -1,4 +1,4 @@
-"""What shards tell each other: values and gradients are those of the same computation where nothing is sharded."""
+"""The collectives: values and gradients are those of the same computation where nothing is sharded."""
 
 import functools
 import re
@@ -36,7 +36,7 @@ DCT, CET, DET = "data=2,context=2,tensor=2", "context=2,expert=2,tensor=2", "dat
 
 
 def on_mesh(name, function, in_specs, out_specs):
-    """The function of local arrays, compiled for the mesh; copies of its results are compared."""
+    """Compiles a function of local arrays for a mesh, and gives one that runs it and compares copies of its results."""
     mesh = mesh_of(name)
     local = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -70,12 +70,14 @@ def test_copies_that_differ_are_found():
 
 
 def identities(x, state):
-    """(What each function gives, what it was given.)"""
-    gives = [(f(x, name), x) for f in (total, enter, sum_over, share, join) for name in sharding.RULES]
-    gives += [(f(x), x) for f in (gather_sequence, heads_to_rows, rows_to_heads, gather_heads)]
+    """Pairs the result of each function with its argument, where it is the identity."""
+    named = (sum_statistics, sum_gradients, sum_shards, slice_tokens, gather_tokens)
+    pairs = [(f(x, name), x) for f in named for name in sharding.RULES]
+    pairs += [(f(x), x) for f in (gather_sequence, heads_to_tokens, tokens_to_heads)]
+    pairs += [(gather_head_weights(x), x)]
     options = [{}, {"dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16, "wide": True}, {"whole": False}]
-    gives += [(leaf, state["lm_head"]) for o in options for leaf in jax.tree.leaves(gather_parameters(state, **o))]
-    return [*gives, (exchange_columns(lambda _: x, jnp.zeros(x.shape[:2], jnp.int32)), x)]
+    pairs += [(leaf, state["lm_head"]) for o in options for leaf in jax.tree.leaves(gather_parameters(state, **o))]
+    return [*pairs, (exchange_columns(lambda _: x, jnp.zeros(x.shape[:2], jnp.int32)), x)]
 
 
 def test_outside_a_mesh_they_give_back_what_they_got():
@@ -108,12 +110,12 @@ def test_over_axes_of_one_device_they_do_nothing(name):
 @pytest.mark.parametrize("name", ["data=4,expert=2", CET])
 def test_numbers_of_shards(name):
     def run(x):
-        here = [shard_index(rule) + jnp.zeros((), jnp.int32) for rule in sharding.RULES]
+        indices = [shard_index(rule) + jnp.zeros((), jnp.int32) for rule in sharding.RULES]
         counts = [sum_statistics(jnp.ones(()), rule) for rule in sharding.RULES]
-        peaks = [max_statistics(i.astype(jnp.float32), rule) for i, rule in zip(here, sharding.RULES, strict=True)]
+        peaks = [max_statistics(i.astype(jnp.float32), rule) for i, rule in zip(indices, sharding.RULES, strict=True)]
         sizes = [jnp.asarray(num_shards(rule)) for rule in sharding.RULES]
         tokens = sum_statistics({"sum": jnp.sum(x)}, "tokens")["sum"]
-        return counts, peaks, sizes, tokens, here[list(sharding.RULES).index("sequence")][None]
+        return counts, peaks, sizes, tokens, indices[list(sharding.RULES).index("sequence")][None]
 
     x = normal(0, 8, 16)
     everywhere = [spec()] * len(sharding.RULES)
@@ -127,7 +129,7 @@ def test_numbers_of_shards(name):
 
 @pytest.mark.parametrize("name", ["data=2,tensor=4"])
 def test_a_split_feed_forward(name):
-    """x enters, the width is split, the parts are summed: value, and gradients by x and both weights."""
+    """`sum_gradients` before a split width and `sum_shards` after it: value, and gradients by x and both weights."""
 
     def loss(x, up, down):
         y = sum_shards(jax.nn.silu(sum_gradients(x, "width") @ up) @ down, "width")
@@ -170,7 +172,7 @@ def test_gathered_keys_are_in_order_and_get_every_shards_gradient(name):
 
 
 def results_of(primitive, name, function, in_specs, *arguments):
-    """The dtypes in which a primitive's results come; CPUs would widen sums of bfloat16 without being asked."""
+    """Lists the dtypes of a primitive's results in the trace; compiled for CPUs, sums of bfloat16 would be widened."""
     local = jax.shard_map(function, mesh=mesh_of(name), in_specs=in_specs, out_specs=TOKENS, check_vma=False)
     return re.findall(rf":(\w+)\[[\d,]*\] = {primitive}\[", str(jax.make_jaxpr(local)(*arguments)))
 
@@ -200,15 +202,15 @@ def test_fp8_travels_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", FP8])
-def test_rows_are_shared_out_and_joined_again(dtype):
-    """Every n-th each; what comes back has the bits that were there."""
+def test_tokens_are_sliced_and_gathered_again(dtype):
+    """Every n-th to each shard; what comes back has the bits that were there."""
     x = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 24, 3)), dtype)
 
     def run(x):
         mine = slice_tokens(x, "heads")
         return mine[None], gather_tokens(mine, "heads")
 
-    if dtype == FP8:  # what is joined is integers; FP8 is only ever shared out
+    if dtype == FP8:  # the model slices FP8 and never gathers it so
         shared = on_mesh("tensor=4", lambda x: slice_tokens(x, "heads")[None], spec("batch"), spec("heads"))(x)
     else:
         shared, joined = on_mesh("data=2,tensor=4", run, spec("batch"), (spec("heads", "batch"), spec("batch")))(x)
@@ -217,8 +219,8 @@ def test_rows_are_shared_out_and_joined_again(dtype):
         same_bits(shared[shard], x[:, shard::4])
 
 
-def test_gradients_of_rows_that_are_shared_out():
-    """All rows' on every shard, whatever each did with its own."""
+def test_gradients_of_sliced_tokens():
+    """Every shard gets the gradients of all tokens, whatever each did with its own."""
 
     def loss(x, weights):
         y = gather_tokens(slice_tokens(weights, "heads") * jnp.sin(slice_tokens(x, "heads")), "heads")
@@ -231,8 +233,8 @@ def test_gradients_of_rows_that_are_shared_out():
 
 
 @pytest.mark.parametrize("name", ["data=2,tensor=4", "tensor=2"])
-def test_heads_are_exchanged_for_rows_and_back(name):
-    """Where all heads of a row meet; weights of heads come whole and get the gradients of all shards' rows."""
+def test_heads_are_exchanged_for_tokens_and_back(name):
+    """In between, all heads of a token meet; weights come for all heads, and get the gradients of all tokens."""
 
     def loss(q, weight, out):
         rows = heads_to_tokens(q)
@@ -257,7 +259,7 @@ def test_heads_are_exchanged_for_rows_and_back(name):
 
 # Parameters.
 
-STATE = {
+STATE = {  # shapes by path
     "self_attn": {"q_a_proj": (8, 4), "o_proj": (8, 2, 8), "indexer": {"weights_proj": (8, 3)}},
     "norm": {"weight": (8,)},
     "mlp": {"gate": {"weight": (8, 8)}, "experts": {"down_proj": (8, 8, 16)}, "gate_proj": (8, 8)},
@@ -265,13 +267,16 @@ STATE = {
 
 
 def state_of(seed):
-    """Parameters of several kinds, with a layer in front of each, and a loss in which every token counts."""
-    shapes = iter(range(seed, seed + 100))
-    return jax.tree.map(lambda dims: normal(next(shapes), *dims), STATE, is_leaf=lambda x: isinstance(x, tuple))
+    """Draws parameters of several kinds, as one layer has them."""
+    seeds = iter(range(seed, seed + 100))
+    return jax.tree.map(lambda dims: normal(next(seeds), *dims), STATE, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def gathered_loss(state, x, **options):
-    """Every token has its say in each parameter's gradient; experts meet the tokens of all shards of experts."""
+    """Computes a loss in whose gradient by each parameter every token counts, and gives the gathered parameters.
+
+    Experts meet the tokens of all shards of experts, other parameters this shard's.
+    """
     mine = {False: jnp.sum(x), True: sum_statistics(jnp.sum(x), "experts")}
     gathered = gather_parameters(state, **options)
     leaves = jax.tree_util.tree_flatten_with_path(gathered)[0]
@@ -280,6 +285,7 @@ def gathered_loss(state, x, **options):
 
 
 def without_fsdp(state):
+    """Gives the partitions of gathered parameters."""
     axes = jax.tree_util.tree_map_with_path(
         lambda path, x: sharding.parameter_axes(sharding.path_names(path), x.ndim), state
     )

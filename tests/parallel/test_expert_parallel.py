@@ -1,4 +1,4 @@
-"""Experts spread over shards against all of them on one device: values, gradients, rounds, and what travels."""
+"""Experts spread over shards against all of them on one device: values, gradients, rounds, and the exchanges."""
 
 import functools
 from unittest import mock
@@ -23,7 +23,7 @@ BY_TOKEN, BY_EXPERT = PartitionSpec(("data", "expert")), PartitionSpec("expert")
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`jax.lax.ragged_all_to_all` by its documentation; NaN where it leaves the result open."""
+    """Emulates `jax.lax.ragged_all_to_all` by its documentation; NaN where it leaves the result open."""
     shard, count, rows = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name), jnp.arange(len(output))
     slices = [a.reshape(count, -1) for a in (input_offsets, send_sizes, output_offsets, recv_sizes)]
     operands, *sent = jax.lax.all_gather((operand, *slices[:3]), axis_name)
@@ -37,12 +37,12 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 
 
 def unset(shape, dtype):
-    """Of what `jax.lax.empty` may give, that which shows most."""
+    """Stands in for `jax.lax.empty`: of all that it may give, NaN shows most."""
     return jnp.full(shape, jnp.nan, dtype)
 
 
 def over_shards(shards, function, arrays, out_specs):
-    """`function` on `shards` of the experts, the tokens being cut further over what is left of the devices, or one."""
+    """Maps a function over `shards` of experts; the tokens are cut further over the devices that are left."""
     others = jax.device_count() // shards if shards > 1 else 1
     mesh = jax.make_mesh(
         (others, shards), ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: others * shards]
@@ -69,18 +69,18 @@ def sharded(shards, arrays, *, ragged=False):
 
 @functools.cache
 def one_device(dtype=jnp.float32):
-    """The compiled program of `expert_ffn`."""
+    """Compiles `expert_ffn` and its gradients."""
     program = jax.jit(functools.partial(value_and_gradients, expert_ffn))
     return program.lower(*routed("even", dtype)).compile(compiler_options=FAST)
 
 
 @functools.cache
 def compiled(shards, ragged=False, dtype=jnp.float32):
-    """The compiled program of `shards`, where small quotas make the rounds many."""
+    """Compiles the layer over `shards` of experts, with small quotas, which make the rounds many."""
     arrays = routed("even", dtype)
     with (
-        mock.patch.object(expert_parallel, "FEWEST", 1),
-        mock.patch.object(expert_parallel, "PIECES", 3),
+        mock.patch.object(expert_parallel, "MIN_SLOTS_PER_PAIR", 1),
+        mock.patch.object(expert_parallel, "MAX_SLICES_PER_PAIR", 3),
         mock.patch.object(jax.lax, "ragged_all_to_all", emulated),
         mock.patch.object(jax.lax, "empty", unset),
     ):
@@ -88,7 +88,7 @@ def compiled(shards, ragged=False, dtype=jnp.float32):
 
 
 def routed(routing, dtype=jnp.float32, seed=0):
-    """dy and the arrays of a layer, with the experts of `routing`; the weights are float32."""
+    """Draws dy and the arrays of a layer, with experts as `routing` says; the weights are float32."""
     arrays = problem(seed, TOKENS, SLOTS, EXPERTS, skew=0.5 if routing == "skewed" else 0.0)
     x, experts, gates, *weights = as_numpy(arrays)
     rng = np.random.default_rng(seed + 1)
@@ -103,12 +103,13 @@ def routed(routing, dtype=jnp.float32, seed=0):
     elif routing == "out_of_range":
         absent = rng.choice([-1, -EXPERTS, EXPERTS, EXPERTS + 1, INT_MIN, INT_MAX], experts.shape)
         experts = np.where(rng.random(experts.shape) < 0.4, absent.astype(np.int32), experts)
-    elif routing == "uneven":  # the other half of the tokens goes on, where it is another group of shards
+    elif routing == "uneven":  # half of the tokens go to one expert; the others may be those of other shards
         experts = np.where(np.arange(TOKENS)[:, None] < TOKENS // 2, np.int32(1), experts)
     return [rng.standard_normal(x.shape).astype(dtype), x.astype(dtype), experts, gates, *weights]
 
 
 def error(actual, expected):
+    """Computes the largest error over the largest value."""
     actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
 
@@ -144,7 +145,7 @@ def test_bits_repeat():
 
 
 def test_ragged_exchange_has_the_same_bits():
-    """Against an emulation, which CPUs need; NaN where the sizes sent and received differ, or nothing arrives."""
+    """An emulation stands in on CPUs, with NaN where the sizes sent and received differ or nothing arrives."""
     dense, ragged = compiled(8), compiled(8, ragged=True)
     for routing in ("skewed", "one_expert", "out_of_range"):
         arrays = routed(routing)
@@ -159,7 +160,7 @@ def test_two_gpus_exchange_the_same_bits(capacity):
         pytest.skip("needs two GPUs")
     for routing in ("even", "skewed", "one_expert", "out_of_range"):
         arrays = routed(routing, jnp.bfloat16)
-        with mock.patch.multiple(expert_parallel, FEWEST=1, CAPACITY=capacity):
+        with mock.patch.multiple(expert_parallel, MIN_SLOTS_PER_PAIR=1, CAPACITY_FACTOR=capacity):
             ragged, dense = (sharded(2, arrays, ragged=ragged)(*arrays) for ragged in (True, False))
         jax.tree.map(same_bits, ragged, dense)
         y, expected = (np.asarray(x[0], np.float32) for x in (dense, one_device(jnp.bfloat16)(*arrays)))
@@ -187,7 +188,7 @@ def test_every_slot_is_sent_once_to_a_place_of_its_own(seed, shards, quota, piec
     lists = lambda i: (jnp.asarray(slots[i]), jnp.asarray(slots[:, i]))
     total = np.zeros_like(slots)
     for index in range(-(-slots.max() // quota)):
-        with mock.patch.object(expert_parallel, "PIECES", pieces):
+        with mock.patch.object(expert_parallel, "MAX_SLICES_PER_PAIR", pieces):
             sides = [ragged_slices(*lists(i), index=index, shard=i, quota=quota) for i in range(shards)]
         start, sent, put, received = (
             np.stack(side).reshape(shards, shards, -1) for side in zip(*sides, strict=True)
@@ -256,7 +257,7 @@ def abstract(tokens, slots, num_experts, dim, width):
 
 
 def inner(jaxpr):
-    """All equations of a program, those of its parts included."""
+    """Yields all equations of a program, those of its parts included."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
@@ -298,7 +299,7 @@ def test_where_the_ragged_exchange_is(monkeypatch, processes, capability, count,
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(expert_parallel.pallas_kernels, "gpu_capability", lambda: capability)
     with jax.sharding.use_abstract_mesh(AbstractMesh((count,), ("expert",), axis_types=(AxisType.Auto,))):
-        assert expert_parallel.has_ragged() == has
+        assert expert_parallel.has_ragged_exchange() == has
 
 
 def test_wrong_shapes_are_named(unchecked):

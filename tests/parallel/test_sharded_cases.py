@@ -1,4 +1,4 @@
-"""What the tests on meshes rest on: forbidden exchanges are found, and choices forgiven at a boundary alone."""
+"""The helpers of tests on meshes: they find forbidden exchanges, and forgive choices at a boundary alone."""
 
 import functools
 
@@ -33,7 +33,7 @@ from train.phases import SPARSE
 
 
 def gathered_by(function, name="context=8"):
-    """What a function of a shard's tokens [B, t, …] and of stacked parameters exchanges."""
+    """Lists the exchanges of a function of a shard's tokens [B, t, …] and of stacked parameters."""
     mesh = mesh_of(name)
     tokens, stack = jnp.zeros((2, LENGTH, 4)), jnp.zeros((LAYERS, 16, 8))
     arguments = place_tokens(tokens, mesh), jax.device_put(stack, NamedSharding(mesh, spec(None, "fsdp")))
@@ -47,9 +47,9 @@ def test_exchanges_that_must_not_be_are_found():
         return jax.lax.all_gather(scores, RULES["sequence"], axis=1, tiled=True)
 
     def layers(x, stack, early):
-        whole_of = lambda w, axis: jax.lax.all_gather(w, RULES["fsdp"], axis=axis, tiled=True)
-        stack = whole_of(stack, 1) if early else stack
-        step = lambda x, w: (x + jnp.sum(jnp.sin(w if early else whole_of(w, 0)) @ jnp.ones(8)), None)
+        gather = lambda w, axis: jax.lax.all_gather(w, RULES["fsdp"], axis=axis, tiled=True)
+        stack = gather(stack, 1) if early else stack
+        step = lambda x, w: (x + jnp.sum(jnp.sin(w if early else gather(w, 0)) @ jnp.ones(8)), None)
         return jax.lax.psum(jax.lax.scan(step, x, stack)[0], RULES["tokens"])
 
     found = gathered_by(scores_of_all)

@@ -1,4 +1,4 @@
-"""Where arrays live: what a mesh may be, which parameter is split how, and who owns which part of the sequence."""
+"""Sharding: what a mesh may be, which parameter is split how, and which shard owns which part of the sequence."""
 
 import ast
 import math
@@ -35,26 +35,25 @@ from dsa_jax.parallel.sharding import (
     spec,
     zigzag_order,
 )
-from train.planner import trace as program
-from train.run import abstract_params
-from train.step import init_state
+from train import state
+from train.state import abstract_params, init_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = {"deepseek_v32": Config.deepseek_v32(), "tiny": Config.tiny()}
 
 
 def abstract_mesh(text):
-    """A mesh without devices."""
-    return program.abstract_mesh(parse_mesh(text))
+    """Makes a mesh without devices."""
+    return state.abstract_mesh(parse_mesh(text))
 
 
 def parameters(config):
-    """(Names of the path, array) of every parameter."""
+    """Lists (names of the path, array) of every parameter."""
     leaves = tree_flatten_with_path(abstract_params(config)[1])[0]
     return [(path_names(path), leaf) for path, leaf in leaves]
 
 
-# What a mesh may be.
+# The mesh.
 
 
 def test_a_mesh_has_all_axes_in_one_order():
@@ -158,7 +157,7 @@ def test_every_mesh_of_eight_suits_the_tests(name):
     check_batch(mesh, batch_size=ROWS, seq_len=LENGTH)
 
 
-# Which parameter is split how.
+# Parameters.
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -175,7 +174,7 @@ def test_every_parameter_is_fully_sharded_but_norms_and_the_routers_bias(name):
 
 
 def bytes_a_device(config, text):
-    """(All float32 parameters, those of one device of the mesh) in bytes."""
+    """Counts the bytes of all float32 parameters, and of those that one device of the mesh holds."""
     mesh, tree = abstract_mesh(text), abstract_params(config)[1]
     placed = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), tree, parameter_shardings(tree, mesh))
     return 4 * sum(x.size for x in jax.tree.leaves(tree)), 4 * sum(jax.tree.leaves(placed))
@@ -215,7 +214,7 @@ def test_moments_live_where_their_parameters_do(phase):
     assert trained <= moments <= 2 * trained
 
 
-# Who owns which part of the sequence.
+# The sequence.
 
 
 @given(st.integers(1, 9), st.integers(1, 5))
@@ -270,18 +269,18 @@ def test_every_device_gets_its_rows_and_chunks(name):
     np.testing.assert_array_equal(np.asarray(placed), batch.tokens[:, zigzag_order(48, count)])
 
 
-# One table.
+# The table.
 
 
 def axis_names(source):
-    """The lines on which a mesh axis is named by a string."""
+    """Lists the lines on which a string names a mesh axis."""
     constants = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
     return [node.lineno for node in constants if node.value in AXES]
 
 
 def test_one_file_names_the_axes():
     assert axis_names('x = f("data")\ny = {"tensor": 1}\nz = "the data", data') == [1, 2]
-    assert axis_names((ROOT / "dsa_jax" / "sharding.py").read_text())
+    assert axis_names((ROOT / "dsa_jax" / "parallel" / "sharding.py").read_text())
     for path in [path for top in ("dsa_jax", "train") for path in sorted((ROOT / top).rglob("*.py"))]:
         if path.name != "sharding.py":
             assert not axis_names(path.read_text()), path
