@@ -9,10 +9,20 @@ import pathlib
 from typing import Any
 
 from benchmarks import measure, sharded
+from benchmarks.rates import recorded
 from dsa_jax.parallel.sharding import describe, parse_mesh
-from train.planner.command import best_plan, least_state_bytes
-from train.planner.estimate import GIB, PUBLISHED, Job, Plan, calibration, make_plan, measured_settings
-from train.planner.hardware import recorded, usable_memory
+from train.planner import (
+    GIB,
+    PUBLISHED_BATCH_SIZES,
+    Job,
+    Plan,
+    best_plan,
+    calibration,
+    least_state_bytes,
+    make_plan,
+    measured_settings,
+    usable_memory,
+)
 from train.presets import load_preset
 
 OUT = measure.RESULTS / "plan.json"
@@ -22,8 +32,8 @@ PRESET = "deepseek_v32"
 
 
 def row(phase: str, gpus: int) -> dict[str, Any]:
-    """The best mesh of so many GPUs for a phase; where none fits, of the fewest GPUs on which one does."""
-    job = Job.of(load_preset(PRESET), phase, LENGTH, PUBLISHED[phase])
+    """Plans a phase on the best mesh of `gpus`; where none fits, of the fewest GPUs on which one does."""
+    job = Job.of(load_preset(PRESET), phase, LENGTH, PUBLISHED_BATCH_SIZES[phase])
     used, plan = gpus, best_plan(job, gpus)
     while plan is None:
         used *= 2
@@ -33,7 +43,7 @@ def row(phase: str, gpus: int) -> dict[str, Any]:
 
 
 def figures(plan: Plan) -> dict[str, Any]:
-    """What is worth recording of a plan: GiB a device, GiB sent a device and step by kind, seconds a step."""
+    """Gathers what is recorded of a plan: GiB a device, GiB sent a device and step by kind, seconds a step."""
     gib = lambda part: sum(part.values()) / GIB  # noqa: E731
     return {
         "mesh": describe(plan.shape),
@@ -51,9 +61,9 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 
 def run_rows() -> list[dict[str, Any]]:
-    """How far plans of the steps that `benchmarks.sharded` measured are from what they took."""
+    """Computes how far plans of the steps that `benchmarks.sharded` measured are from what they took."""
     rows = []
-    for phase in PUBLISHED:
+    for phase in PUBLISHED_BATCH_SIZES:
         settings = measured_settings(phase, LENGTH)
         for mesh, measured in zip(sharded.MESHES, recorded("sharded")[phase]["timings"], strict=True):
             plan = make_plan(Job(sharded.WIDTH, settings, 1, LENGTH, 1), parse_mesh(mesh))
@@ -76,12 +86,13 @@ def main() -> None:
 
 
 def record_plans(out: pathlib.Path) -> None:
+    """Records the calibration, and the rows as they come."""
     part: dict[str, Any] = {
         "calibration": dataclasses.asdict(calibration()),
         "usable_gib": usable_memory() / GIB,
         "rows": [],
     }
-    for phase in PUBLISHED:
+    for phase in PUBLISHED_BATCH_SIZES:
         for gpus in GPUS:
             part["rows"].append(row(phase, gpus))
             print(part["rows"][-1], flush=True)

@@ -38,7 +38,7 @@ def batch_at(dataset, index: int) -> Batch:
 
 
 def small_config(**changes) -> Config:
-    """One dense and one MoE layer, everything as narrow as it may be; K is 4."""
+    """Makes one dense and one MoE layer, everything as narrow as it may be; K is 4."""
     values: dict[str, Any] = dict(
         vocab_size=256,
         hidden_size=16,
@@ -68,7 +68,7 @@ def small_config(**changes) -> Config:
 
 
 def small_phases(*stages: Stage) -> dict[str, PhaseSettings]:
-    """The three phases, each of the same stages."""
+    """Makes the three phases, each of the same stages."""
     stages = stages or (Stage(3, 2, 16),)
     muon = OptimizerSettings(4e-3, muon_learning_rate=0.02, schedule="cosine")
     adamw = OptimizerSettings(1e-3)
@@ -81,7 +81,7 @@ def small_phases(*stages: Stage) -> dict[str, PhaseSettings]:
 
 
 def small_run(folder: Path, **changes) -> RunConfig:
-    """A run of nine steps over two small files that it writes into `folder`."""
+    """Makes a run of nine steps over two small files that it writes into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for name in ("a.txt", "b.txt"):
@@ -93,7 +93,7 @@ def small_run(folder: Path, **changes) -> RunConfig:
 
 
 def one_layer_run(folder: Path, **changes) -> RunConfig:
-    """The same with the MoE layer and AdamW alone, for processes that train: they spend their time in the compiler."""
+    """Makes it of the MoE layer and AdamW alone, for processes that train: they spend their time in the compiler."""
     phases = small_phases()
     phases["BASE"] = dataclasses.replace(phases["BASE"], backbone=phases["SPARSE"].backbone)
     values = {"model": small_config(num_hidden_layers=1, first_k_dense_replace=0), "phases": tuple(phases.values())}
@@ -101,7 +101,7 @@ def one_layer_run(folder: Path, **changes) -> RunConfig:
 
 
 def write_preset(run: RunConfig, path: Path) -> Path:
-    """A run as the file that `--preset` takes."""
+    """Writes a run as the file that `--preset` takes."""
     path.write_text(json.dumps(run.to_json()))
     return path
 
@@ -144,7 +144,7 @@ def small_params(config: Config) -> Params:
 
 
 def compiled(step: Step, *arguments) -> Step:
-    """A step compiled for these arguments, in a hurry."""
+    """Compiles a step for these arguments, in a hurry."""
     return step.lower(*arguments).compile(compiler_options=FAST)
 
 

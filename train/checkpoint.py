@@ -11,14 +11,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
+from dsa_jax import Config
 from train.phases import Params
-from train.presets import RunConfig, differences
-from train.step import TrainState
+from train.settings import RunConfig, differences, read_json
+from train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where in a run a checkpoint stands."""
+    """Says where in a run a checkpoint stands."""
 
     step: int  # done since the start of the run
     phase: int  # index in the run's phases
@@ -27,7 +28,10 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints under one folder, each named by its step; the newest few and the last of each phase are kept."""
+    """Writes and reads the checkpoints under one folder, each named by its step.
+
+    The newest `config.keep_checkpoints` and the last of each phase are kept.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, *, init: str | None = None):
         self.folder = folder.absolute()
@@ -51,12 +55,12 @@ class Checkpoints:
                 raise
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint, once those under way are written."""
+        """Finds the step of the newest whole checkpoint, once those under way are written."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step stands."""
+        """Names the folder of the checkpoint of a step."""
         return self.folder / str(step)
 
     def save(self, state: TrainState, position: Position) -> None:
@@ -70,7 +74,11 @@ class Checkpoints:
             self._manager.save(position.step, args=items, force=True)
 
     def position(self, step: int) -> Position:
-        """Where a checkpoint stands; ValueError naming every setting in which its run is not this one."""
+        """Reads where in the run a checkpoint stands.
+
+        Raises:
+          ValueError: naming every setting in which its run is not this one.
+        """
         restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         changed = differences(self._identity, restored["meta"]["run"])
         if changed:
@@ -78,7 +86,7 @@ class Checkpoints:
         return Position(**restored["meta"]["position"])
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a checkpoint; `like` gives shapes, dtypes and shardings."""
+        """Reads the state of a checkpoint; `like` gives shapes, dtypes and shardings."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step,
@@ -90,7 +98,11 @@ class Checkpoints:
         return TrainState(params=restored["params"], **restored["optimizer"])
 
     def wait(self) -> None:
-        """Until every checkpoint under way is written; ValueError with what went wrong there."""
+        """Waits until every checkpoint under way is written.
+
+        Raises:
+          ValueError: with what went wrong there.
+        """
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -111,7 +123,7 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 
 
 def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
-    """What must be the same for a run to be continued: all that decides its numbers."""
+    """Gathers what must be the same for a run to be continued: all that decides its numbers."""
     values = {**config.to_json(), "init": init}
     for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
         del values[name]
@@ -119,7 +131,11 @@ def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
 
 
 def load_params(folder: Path, like: Params, *, step: int | None = None) -> Params:
-    """The parameters of the newest checkpoint (or that of `step`) of a run's folder."""
+    """Reads the parameters of the newest checkpoint, or of that of `step`, of a run's folder.
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
     found = checkpoint_steps(folder)
     if not found:
         raise ValueError(f"init must hold a checkpoint, got {folder} without one")
@@ -132,14 +148,23 @@ def load_params(folder: Path, like: Params, *, step: int | None = None) -> Param
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the whole checkpoints of a run's folder, in order."""
+    """Lists the steps of the whole checkpoints of a run's folder, in order."""
     steps = folder / "checkpoints"
     return sorted(int(path.name) for path in steps.iterdir() if path.name.isdigit()) if steps.is_dir() else []
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a run's folder."""
+    """Reads the `run.json` of a run's folder.
+
+    Raises:
+      ValueError: if it is not there or no JSON.
+    """
     try:
         return json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} must hold the run.json of a run, got {error}") from error
+
+
+def read_model_config(folder: Path) -> Config:
+    """Reads the model's configuration from a run's folder, whatever its phases and its data."""
+    return read_json(Config, read_run(folder)["run"]["model"], "run.model")

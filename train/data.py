@@ -1,4 +1,4 @@
-"""Text files as batches of packed documents, mixed with a task that asks for values stated far back.
+"""Text files as batches of packed documents.
 
 Whole files are either training text or held-out text, decided by a hash of their contents. Batches are a pure function
 of the seed, the split, the sizes and the text, in random access, so a run continues where its saved state says. Rows
@@ -8,51 +8,38 @@ are built with NumPy alone.
 import dataclasses
 import glob
 import hashlib
-import itertools
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, SupportsInt
+from typing import Any, Literal, Protocol, Self, SupportsInt
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from dsa_jax.key_range import KeyRange
-
-REGISTERS = 8  # g
-VALUES = 8  # i, for each register: chance at an answer is ln 8
-ASK = 128  # byte 128 + g asks for register g
-STATE = 192  # byte 192 + 8 g + i states that register g holds i
-FAR = 64  # an answer counts when its register was last stated more than this many bytes back
-DECLARED_PER_LINE = 2
-LINE_BYTES = 16  # lines of an episode are cut here, so that a sequence of a few hundred bytes asks often
 
 SplitName = Literal["train", "held_out"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text to read and how."""
+    """Says which text to read and how."""
 
     data: tuple[str, ...] = ()
     """Globs of text files; none: the sources of the running interpreter's standard library."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; none: bytes are the tokens."""
-    recall: float = 0.5
-    """The share of sequences that are recall episodes; bytes only, a tokenizer switches them off."""
     held_out: float = 0.1
     """The share of files kept out of training."""
     max_bytes: int = 64 * 2**20
     """Files beyond this total are left unread, the same ones every time."""
 
     def __post_init__(self):
-        if not 0 <= self.recall <= 1:
-            raise ValueError(f"recall must be between 0 and 1, got {self.recall}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, both excluded, got {self.held_out}")
         if self.max_bytes < 1:
@@ -62,7 +49,7 @@ class DataConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents; `start` and `stop` are their KeyRange. Leaves are NumPy arrays from the loader."""
+    """Holds rows of packed documents; `start` and `stop` are their KeyRange. The loader's leaves are NumPy arrays."""
 
     tokens: Any  # i32[B, T]
     targets: Any  # i32[B, T], the next token
@@ -70,120 +57,116 @@ class Batch:
     start: Any  # i32[B, T]
     stop: Any  # i32[B, T]
     positions: Any  # i32[B, T], from 0 in every document
-    answers: Any  # bool[B, T], this target is a scored answer of a recall episode
 
     @property
     def keys(self) -> KeyRange:
-        """Causal within each document."""
+        """Reaches causally within each document."""
         return KeyRange(jnp.asarray(self.start), jnp.asarray(self.stop))
 
     @classmethod
     def stack(cls, rows: Sequence["Batch"]) -> Self:
-        """Rows of [T] as one batch of [B, T]."""
+        """Stacks rows of [T] to one batch of [B, T]."""
         return cls(**{f.name: np.stack([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """The documents of one split, end to end: document i is `tokens[offsets[i] : offsets[i + 1]]`."""
+    """Holds the documents of one split, end to end: document i is `tokens[offsets[i] : offsets[i + 1]]`."""
 
     tokens: np.ndarray  # uint8 or int32 [n]
     offsets: np.ndarray  # int64 [documents + 1]
 
     @classmethod
     def join(cls, documents: Sequence[np.ndarray]) -> Self:
-        """Documents in the order given."""
+        """Joins documents in the order given."""
         return cls(np.concatenate(documents), np.cumsum([0, *(len(document) for document in documents)]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
+class BatchSource(Protocol):
+    """Gives batches to a run: `Corpus`, or anything with this method."""
+
+    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> "BatchIterator":
+        """Begins an endless iterator whose position can be saved; a pure function of the arguments and the text."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenised text in two splits that share no file; see `load`."""
+    """Holds tokenised text in two splits that share no file; see `load`.
+
+    Examples:
+      >>> corpus = load(DataConfig(data=("books/*.txt",)))
+      >>> batch = next(corpus.batches("train", batch_size=4, seq_len=512, seed=0))
+    """
 
     train: Documents
     held_out: Documents
     tokenizer: Tokenizer | None
-    recall: float
     fingerprint: str
     """Changes with the text, the tokenizer and the split."""
 
-    def batches(
-        self,
-        split: SplitName,
-        *,
-        batch_size: int,
-        seq_len: int,
-        seed: int,
-        recall: float | None = None,
-    ) -> "BatchIterator":
-        """An endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
-        name = f"{self.fingerprint} {split} {batch_size} {seq_len} {seed} {self.recall if recall is None else recall}"
-        dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed, recall=recall)
-        return BatchIterator(dataset, hashlib.blake2b(name.encode(), digest_size=8).hexdigest())
+    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> "BatchIterator":
+        """Begins an endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
+        dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
+        return BatchIterator(dataset, stream_name(self, split, batch_size, seq_len, seed))
 
-    def dataset(
-        self,
-        split: SplitName,
-        *,
-        batch_size: int,
-        seq_len: int,
-        seed: int,
-        recall: float | None = None,
-    ) -> grain.MapDataset[Batch]:
-        """Endless batches in random access: every epoch visits each window of `seq_len` tokens once, in its own order.
+    def dataset(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
+        """Makes endless batches in random access: every epoch visits each window of `seq_len` tokens once.
 
-        `recall` replaces the corpus's share of recall episodes: 0 for text alone, 1 for episodes alone. Episodes stand
-        evenly spread among the rows, so every batch holds its share, and are written over lines of the same split.
+        Raises:
+          ValueError: if a size or the seed cannot be, or the split has no window.
         """
-        documents = self._documents(split, batch_size, seq_len, seed)
-        share = self.recall if recall is None else recall
-        if not 0 <= share <= 1 or (share and self.tokenizer is not None):
-            raise ValueError(f"recall must be between 0 and 1, and 0 under a tokenizer, got {share}")
+        documents = self.documents(split)
+        windows = self.windows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
+        rows = windows.map(lambda window: text_row(documents, window * seq_len, seq_len))
+        return rows.batch(batch_size, batch_fn=Batch.stack)
 
-        def row(index: int, window: int) -> Batch:
-            if int((index + 1) * share) > int(index * share):
-                rng = np.random.default_rng((seed, index))
-                return recall_row(documents.tokens, window * seq_len, seq_len, rng)
-            return text_row(documents, window * seq_len, seq_len)
-
-        count = (len(documents.tokens) - 1) // seq_len
-        epochs = 2**40 // count + 1  # without end for any run; grain's own endless length overflows in rows of one
-        windows = grain.MapDataset.range(count).shuffle(seed=seed).repeat(epochs)
-        return windows.map_with_index(row).batch(batch_size, batch_fn=Batch.stack)
-
-    def encode(self, text: str) -> Int[np.ndarray, " T"]:
-        """The tokens of a prompt."""
-        if self.tokenizer is None:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        return np.asarray(self.tokenizer.encode(text).ids, np.int32)
-
-    def decode(self, tokens: Iterable[SupportsInt]) -> str:
-        """The text of tokens; bytes that are no text come out as the replacement character."""
-        if self.tokenizer is None:
-            return bytes(int(token) for token in tokens).decode(errors="replace")
-        return self.tokenizer.decode([int(token) for token in tokens])
-
-    def _documents(self, split: SplitName, batch_size: int, seq_len: int, seed: int) -> Documents:
+    def documents(self, split: SplitName) -> Documents:
+        """Gives the documents of a split."""
         if split not in ("train", "held_out"):
             raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
+        return self.train if split == "train" else self.held_out
+
+    def windows(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[int]:
+        """Shuffles the numbers of a split's windows of `seq_len` tokens, anew in every epoch, without end."""
+        documents = self.documents(split)
         if batch_size < 1 or seq_len < 1:
             raise ValueError(f"batch_size and seq_len must be at least 1, got {batch_size} and {seq_len}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
-        documents = self.train if split == "train" else self.held_out
         if len(documents.tokens) <= seq_len:
             raise ValueError(
                 f"one sequence takes {seq_len + 1} tokens, but the {split} text has {len(documents.tokens)} "
                 f"in {len(documents)} files; give more text or a smaller seq_len"
             )
-        return documents
+        count = (len(documents.tokens) - 1) // seq_len
+        epochs = 2**40 // count + 1  # without end for any run; grain's own endless length overflows in rows of one
+        return grain.MapDataset.range(count).shuffle(seed=seed).repeat(epochs)
+
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """Makes the tokens of a prompt."""
+        if self.tokenizer is None:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.asarray(self.tokenizer.encode(text).ids, np.int32)
+
+    def decode(self, tokens: Iterable[SupportsInt]) -> str:
+        """Makes the text of tokens; bytes that are no text come out as the replacement character."""
+        if self.tokenizer is None:
+            return bytes(int(token) for token in tokens).decode(errors="replace")
+        return self.tokenizer.decode([int(token) for token in tokens])
+
+
+def stream_name(corpus: Corpus, split: SplitName, batch_size: int, seq_len: int, seed: int, share: float = 0.0) -> str:
+    """Names a stream of batches; `share` is that of rows which are something else than text."""
+    name = f"{corpus.fingerprint} {split} {batch_size} {seq_len} {seed} {share}"
+    return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches in order, with a position that is saved as JSON and restored exactly."""
+    """Gives batches in order, with a position that is saved as JSON and restored exactly."""
 
     def __init__(self, dataset: grain.MapDataset[Batch], stream: str):
         # One thread and a few batches ahead: rows take microseconds, and the model wants the cores.
@@ -194,24 +177,35 @@ class BatchIterator(Iterator[Batch]):
         return next(self._batches)
 
     def get_state(self) -> dict[str, int | str]:
-        """The position, and a name of the stream it belongs to."""
+        """Gives the position, and the name of the stream it belongs to."""
         return {"stream": self._stream, **self._batches.get_state()}
 
     def set_state(self, state: dict[str, int | str]) -> None:
-        """Continues from a state of the same stream; ValueError if text, seed, sizes or recall share are others."""
+        """Continues from a state of the same stream.
+
+        Raises:
+          ValueError: if text, tokenizer, seed or sizes are others.
+        """
         if state.get("stream") != self._stream:
             raise ValueError(
                 f"the saved data position belongs to stream {state.get('stream')}, this one is {self._stream}: "
-                "text, tokenizer, seed, batch size, sequence length and recall share must be those of the saved run"
+                "text, tokenizer, seed, batch size, sequence length and what is mixed in must be those of the saved run"
             )
         self._batches.set_state({"next_index": state["next_index"]})
 
 
 def load(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
-    """Reads, tokenises and splits the text; `vocab_size` is the model's, and no token may lie beyond it.
+    """Reads, tokenises and splits the text.
 
     A file is held out if a hash of its contents says so; identical files are read once, empty ones never. With two
     files or more both splits have at least one.
+
+    Args:
+      config: which text, and by which tokenizer.
+      vocab_size: the model's; no token may lie beyond it.
+
+    Raises:
+      ValueError: if there are no two files to read, or the tokenizer does not fit.
     """
     tokenizer = _tokenizer(config.tokenizer, vocab_size)
     files = _read(_paths(config.data), config.max_bytes)
@@ -231,66 +225,23 @@ def load(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
         train=Documents.join(_encode(texts[held_out:], tokenizer)),
         held_out=Documents.join(_encode(texts[:held_out], tokenizer)),
         tokenizer=tokenizer,
-        recall=config.recall if tokenizer is None else 0.0,
         fingerprint=name.hexdigest(),
     )
 
 
 def text_row(documents: Documents, begin: int, seq_len: int) -> Batch:
-    """One window of text; a document that begins before it starts at the window's edge, at position 0."""
+    """Cuts one window of text; a document that begins before it starts at the window's edge, at position 0."""
     window = documents.tokens[begin : begin + seq_len + 1].astype(np.int32)
     place = np.arange(begin, begin + seq_len + 1)
     document = np.searchsorted(documents.offsets, place, side="right") - 1
-    start = np.maximum(documents.offsets[document] - begin, 0).astype(np.int32)
-    return _row(window, start, np.zeros(seq_len, bool))
+    return window_row(window, np.maximum(documents.offsets[document] - begin, 0).astype(np.int32))
 
 
-def recall_row(text: np.ndarray, begin: int, seq_len: int, rng: np.random.Generator) -> Batch:
-    """One recall episode, a single document over the lines of text that follow `begin`."""
-    lines = _lines(np.take(text, np.arange(begin, begin + 4 * seq_len), mode="wrap"))
-    tokens, answers = recall_episode(lines, seq_len + 1, rng)
-    return _row(tokens, np.zeros(seq_len + 1, np.int32), answers[1:])
-
-
-def recall_episode(
-    lines: Sequence[bytes], length: int, rng: np.random.Generator
-) -> tuple[Int[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
-    """Code whose every line ends with a question that earlier lines answer: (tokens, which of them are scored).
-
-    The first lines begin with statements, bytes 192 + 8 g + i, each of which gives register g its value i for good.
-    Every line ends with the question 128 + g for a register stated before, and its statement again as the answer. An
-    answer is scored if the last statement of its register lies more than 64 bytes back. `lines` must be ASCII: bytes
-    from 128 up are the task's own.
-    """
-    values = STATE + VALUES * np.arange(REGISTERS) + rng.integers(VALUES, size=REGISTERS)
-    order = rng.permutation(REGISTERS)
-    episode, last, answers = bytearray(), {}, np.zeros(length, bool)
-    code = itertools.cycle(lines or [b""])
-    while len(episode) < length:
-        for register in order[len(last) : len(last) + DECLARED_PER_LINE]:
-            last[register] = len(episode)
-            episode.append(values[register])
-        episode += next(code)
-        register = order[rng.integers(len(last))]
-        episode += bytes((ASK + register, values[register], ord("\n")))
-        place = len(episode) - 2
-        if place < length:
-            answers[place] = place - last[register] > FAR
-        last[register] = place
-    return np.frombuffer(bytes(episode[:length]), np.uint8).astype(np.int32), answers
-
-
-def _lines(text: np.ndarray) -> list[bytes]:
-    """The lines of code in bytes, without blank ones, indentation and bytes from 128 up, which the task uses."""
-    ascii_text = text[text < 128].astype(np.uint8).tobytes()
-    stripped = (line.strip()[:LINE_BYTES] for line in ascii_text.split(b"\n"))
-    return [line for line in stripped if line]
-
-
-def _row(window: np.ndarray, start: np.ndarray, answers: np.ndarray) -> Batch:
+def window_row(window: Int[np.ndarray, " L"], start: Int[np.ndarray, " L"]) -> Batch:
+    """Makes a row of L - 1 tokens and their targets; `start` is where the document of each begins."""
     place = np.arange(len(window) - 1, dtype=np.int32)
     valid = start[1:] <= place  # the target's document has begun by its token
-    return Batch(window[:-1], window[1:], valid, start[:-1], place + 1, place - start[:-1], answers)
+    return Batch(window[:-1], window[1:], valid, start[:-1], place + 1, place - start[:-1])
 
 
 def _paths(patterns: Sequence[str]) -> list[Path]:
@@ -308,7 +259,7 @@ def _paths(patterns: Sequence[str]) -> list[Path]:
 
 
 def _standard_library() -> list[Path]:
-    """Its modules without its tests, which some distributions leave out."""
+    """Lists its modules without its tests, which some distributions leave out."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     paths = sorted(path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts))
@@ -322,7 +273,7 @@ def _described(patterns: Sequence[str]) -> str:
 
 
 def _read(paths: Sequence[Path], max_bytes: int) -> dict[bytes, bytes]:
-    """The different non-empty contents by their hash, until `max_bytes`; past it, which files stay is a fair draw."""
+    """Reads the different non-empty contents by hash, until `max_bytes`; past it, which files stay is a fair draw."""
     files, total = {}, 0
     for path in sorted(paths, key=lambda path: hashlib.blake2b(str(path).encode(), digest_size=8).digest()):
         try:
@@ -356,7 +307,7 @@ def _tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
 
 
 def _encode(texts: Sequence[bytes], tokenizer: Tokenizer | None) -> list[np.ndarray]:
-    """Tokens of each document, with the tokenizer's own special tokens."""
+    """Makes the tokens of each document, with the tokenizer's own special tokens."""
     if tokenizer is None:
         return [np.frombuffer(text, np.uint8) for text in texts]
     documents = []

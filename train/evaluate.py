@@ -1,4 +1,4 @@
-"""What the trained model is held to: loss on held-out text, and the attention mass that a selection keeps.
+"""Measures a trained model: its loss on held-out text, and the attention mass that a selection keeps.
 
 The mass kept by a selection is the share of dense attention, head-summed and L1-normalised, that lies on its K keys. It
 is measured in the model run dense, layer by layer, over queries that reach at least 4 K keys. Yardsticks stand beside
@@ -7,9 +7,10 @@ the indexer: the oracle (top-K of the attention itself), the last K keys, K rand
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,75 +23,112 @@ from dsa_jax.blockwise import contract, map_queries, queries_per_block
 from dsa_jax.layers import Rotation
 from dsa_jax.model import DecoderLayer
 from dsa_jax.rope import rotation as rope_rotation
-from train.data import Batch, Corpus
+from train.data import Batch, BatchSource, Corpus
 from train.losses import token_losses
-from train.phases import Params, merge_groups, phase_named, run_model, window_selection
+from train.phases import PHASES, Params, Selection, merge_groups, run_model, window_selection
 
 MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choose from
 
 IMPOSED = ("oracle", "window", "random")  # selections that no indexer makes
 STREAMS = ("dense", "indexer", *IMPOSED)  # the runs whose losses are compared: all but the first are sparse
-PARTS = ("all", "text", "recall", "answers")
+MIXTURE = "all"  # the name of the mixture of the parts, where there is one
 
-type Parts = dict[str, float | None]  # one number for each of PARTS, None where there was nothing to measure
+type ByPart = dict[str, float | None]  # one number for each name of `HeldOut.names`, None where there was nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Held-out batches of text alone and of recall episodes alone, and the share of the latter in training."""
+    """Holds the batches that a model is measured on, by part.
 
-    text: tuple[Batch, ...]
-    recall: tuple[Batch, ...]
-    share: float
+    Args:
+      parts: the batches of each part.
+      subsets: of a part, further numbers by name: of the tokens [B, T] that a mask of each of its batches marks.
+      mixture: weights of the parts in "all", which is what training sees; without them there is no "all".
 
-    @classmethod
-    def draw(cls, corpus: Corpus, *, batches: int, batch_size: int, seq_len: int, seed: int = 0) -> Self:
-        """Takes up to `batches` batches of each kind from files that are never trained on."""
-        if batches < 1:
-            raise ValueError(f"batches must be at least 1, got {batches}")
+    Raises:
+      ValueError: if a subset or a weight is of no part, or a part has not a mask for each batch.
 
-        # No window twice: what is little is measured once.
-        windows = (len(corpus.held_out.tokens) - 1) // seq_len
-        count = min(batches, max(1, windows // batch_size))
+    Examples:
+      >>> HeldOut({"text": draw_batches(load(config.data), 4, batch_size=4, seq_len=512)})
+    """
 
-        def take(recall: float) -> tuple[Batch, ...]:
-            found = corpus.batches("held_out", batch_size=batch_size, seq_len=seq_len, seed=seed, recall=recall)
-            return tuple(itertools.islice(found, count))
+    parts: Mapping[str, tuple[Batch, ...]]
+    subsets: Mapping[str, Mapping[str, tuple[Bool[np.ndarray, "B T"], ...]]] = types.MappingProxyType({})
+    mixture: Mapping[str, float] = types.MappingProxyType({})
 
-        share = corpus.recall
-        return cls(take(0.0) if share < 1 else (), take(1.0) if share > 0 else (), share)
+    def __post_init__(self):
+        unknown = (self.subsets.keys() | self.mixture.keys()) - self.parts.keys()
+        if unknown:
+            raise ValueError(f"subsets and mixture must be of the parts {[*self.parts]}, got {sorted(unknown)}")
+        for part, masks in self.subsets.items():
+            if any(len(each) != len(self.parts[part]) for each in masks.values()):
+                raise ValueError(f"the subsets of {part} must have a mask for each batch, of {len(self.parts[part])}")
 
-    def __iter__(self):
-        """Yields (kind, batch), kind one of 'text' and 'recall'."""
-        yield from (("text", batch) for batch in self.text)
-        yield from (("recall", batch) for batch in self.recall)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names under which something is measured: the mixture, then each part and its subsets."""
+        parts = [name for part in self.parts for name in (part, *self.subsets.get(part, ()))]
+        return (MIXTURE, *parts) if self.mixture else tuple(parts)
 
-    def combine(self, text: Any, recall: Any) -> Any:
-        """What training's own mixture gives, from what its two kinds give."""
-        if self.share in (0, 1):
-            return recall if self.share else text
-        return None if text is None or recall is None else (1 - self.share) * text + self.share * recall
+    def batches(self) -> Iterator[tuple[Batch, dict[str, Bool[np.ndarray, "B T"]]]]:
+        """Yields each batch with the tokens that count for each name it belongs to."""
+        for part, batches in self.parts.items():
+            for number, batch in enumerate(batches):
+                masks = {name: masks[number] for name, masks in self.subsets.get(part, {}).items()}
+                yield batch, {part: np.ones(batch.tokens.shape, bool), **masks}
+
+    def mix(self, values: Mapping[str, Any]) -> Any:
+        """Computes a number of the mixture from those of the parts; None where one of them has none."""
+        if not self.mixture or any(values.get(part) is None for part in self.mixture):
+            return None
+        return sum(weight * values[part] for part, weight in self.mixture.items())
+
+
+def draw_batches(
+    corpus: Corpus, batches: int, batch_size: int, seq_len: int, *, seed: int = 0, source: BatchSource | None = None
+) -> tuple[Batch, ...]:
+    """Takes up to `batches` held-out batches, no window of the text twice: what is little is measured once.
+
+    Args:
+      corpus: the text.
+      batches: how many at most.
+      batch_size: sequences of each.
+      seq_len: tokens of a sequence.
+      seed: of their order.
+      source: makes the batches of the text; without it they are the text itself.
+
+    Raises:
+      ValueError: if `batches` is below 1, or the text is shorter than a sequence.
+    """
+    if batches < 1:
+        raise ValueError(f"batches must be at least 1, got {batches}")
+    windows = (len(corpus.held_out.tokens) - 1) // seq_len
+    found = (source or corpus).batches("held_out", batch_size=batch_size, seq_len=seq_len, seed=seed)
+    return tuple(itertools.islice(found, min(batches, max(1, windows // batch_size))))
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptMass:
-    """The mass kept by selections of `k` keys: `mass[part][selection][layer]`, over `queries[part]` queries."""
+    """Holds the mass kept by selections of `k` keys: `mass[name][selection][layer]`, over `queries[name]` queries.
+
+    Names are those of `HeldOut`; one without a query that reaches far enough is missing in `mass`.
+    """
 
     k: int
     mass: dict[str, dict[str, list[float]]]
     queries: dict[str, int]
 
-    def mean(self, selection: str, part: str = "all") -> float | None:
-        """The mean over layers, None where there was no query."""
+    def mean(self, selection: str, part: str) -> float | None:
+        """Averages over layers; None where there was no query."""
         return float(np.mean(self.mass[part][selection])) if part in self.mass else None
 
-    def gap_closed(self, selection: str = "indexer", part: str = "all") -> list[float | None]:
-        """(selection - window) / (oracle - window) of each layer; None where the window keeps all that can be kept."""
+    def gap_closed(self, selection: str = "indexer", *, part: str) -> list[float | None]:
+        """Computes (selection - window) / (oracle - window) of each layer; None where those two keep the same."""
         kept, window, oracle = (self.mass[part][name] for name in (selection, "window", "oracle"))
         return [_ratio(x - w, o - w) for x, w, o in zip(kept, window, oracle, strict=True)]
 
-    def mean_gap_closed(self, selection: str = "indexer", part: str = "all") -> float | None:
-        """The same ratio of the masses averaged over layers, so that a layer without a gap weighs nothing."""
+    def mean_gap_closed(self, selection: str = "indexer", *, part: str) -> float | None:
+        """Computes the same of the masses averaged over layers, so that a layer without a gap weighs nothing."""
         if part not in self.mass:
             return None
         kept, window, oracle = (np.mean(self.mass[part][name]) for name in (selection, "window", "oracle"))
@@ -99,13 +137,18 @@ class KeptMass:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All that is measured on one run's weights."""
+    """Holds all that is measured on one run's weights."""
 
-    losses: dict[str, Parts]
+    losses: dict[str, ByPart]
     """Held-out losses by weights and attention."""
-    selections: dict[str, Parts]
+    selections: dict[str, ByPart]
     """Held-out losses of the final weights by selection."""
     kept: KeptMass
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the held-out parts in their order; the first stands for all."""
+        return tuple(next(iter(self.selections.values())))
 
 
 def _ratio(x: float, y: float) -> float | None:
@@ -123,7 +166,18 @@ def evaluate_run(
     controls: Mapping[str, Params] | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluates a run from the weights it began with, those after each phase, and those of its controls by name."""
+    """Evaluates a run.
+
+    Args:
+      graphdef: the model's definition.
+      held_out: what it is measured on.
+      initial: the weights that the run began with.
+      base: those after BASE.
+      warmed: those after WARMUP.
+      final: those at its end.
+      controls: those of its controls, by the names of their phases.
+      seed: of the random selections.
+    """
     indexers = {"warmed": warmed["indexer"], "untrained": initial["indexer"]}
     kept, selections = measure_selections(graphdef, final, held_out, indexers=indexers, seed=seed)
     losses = {
@@ -133,23 +187,30 @@ def evaluate_run(
         "final, dense": selections["dense"],
     }
     for name, params in (controls or {}).items():
-        phase = phase_named(name)
-        label = f"{name}, {'last K keys' if phase.window else phase.attention}"
-        losses[label] = held_out_losses(graphdef, params, held_out, attention=phase.attention, window=phase.window)
+        phase = PHASES[name]
+        label = f"{name}, {'last K keys' if phase.selection is window_selection else phase.attention}"
+        losses[label] = held_out_losses(
+            graphdef, params, held_out, attention=phase.attention, selection=phase.selection
+        )
     return Evaluation(losses, selections, kept)
 
 
 def held_out_losses(
-    graphdef: nnx.GraphDef, params: Params, held_out: HeldOut, *, attention: str, window: bool = False
-) -> Parts:
-    """Mean cross-entropy a target, in nats: of training's mixture, of text, of recall episodes, and of their answers.
+    graphdef: nnx.GraphDef,
+    params: Params,
+    held_out: HeldOut,
+    *,
+    attention: Literal["dense", "sparse"],
+    selection: Selection | None = None,
+) -> ByPart:
+    """Computes the mean cross-entropy a target, in nats, of every name of `held_out`.
 
-    `window` imposes the last K keys as the selection of sparse attention.
+    `selection` makes what every layer selects, as in `train.phases.Phase`.
     """
     totals = _LossTotals()
-    for kind, batch in held_out:
-        totals.add(kind, _model_losses(graphdef, params, batch, attention=attention, window=window))
-    return totals.parts(held_out)
+    for batch, masks in held_out.batches():
+        totals.add(_model_losses(graphdef, params, batch, masks, attention=attention, selection=selection))
+    return totals.means(held_out)
 
 
 def measure_selections(
@@ -159,11 +220,13 @@ def measure_selections(
     *,
     indexers: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> tuple[KeptMass, dict[str, Parts]]:
+) -> tuple[KeptMass, dict[str, ByPart]]:
     """Measures what selections keep of the dense attention, and what the model loses when it attends to them alone.
 
     Args:
+      graphdef: the model's definition.
       params: the weights measured; their own indexer appears as "indexer".
+      held_out: the batches.
       indexers: the "indexer" group of other weights by name, each put into the same backbone; kept mass alone.
       seed: of the random selections.
 
@@ -175,13 +238,13 @@ def measure_selections(
     groups = {"indexer": params["indexer"], **(indexers or {})}
     model = merge_groups(graphdef, params)
     models = {name: merge_groups(graphdef, {**params, "indexer": indexer}) for name, indexer in groups.items()}
-    for i, (kind, batch) in enumerate(held_out):
+    for i, (batch, masks) in enumerate(held_out.batches()):
         mass, hidden = measure_layers(model, models, batch, jax.random.fold_in(jax.random.key(seed), i))
-        masses.add(kind, batch, mass, model.config.index_topk)
+        masses.add(batch, masks, mass, model.config.index_topk)
         for name, total in losses.items():
-            total.add(kind, _hidden_losses(graphdef, params, hidden[name], batch))
+            total.add(_hidden_losses(graphdef, params, hidden[name], batch, masks))
     kept = masses.kept(held_out, model.config.index_topk)
-    return kept, {name: total.parts(held_out) for name, total in losses.items()}
+    return kept, {name: total.means(held_out) for name, total in losses.items()}
 
 
 def measure_layers(
@@ -240,7 +303,7 @@ def kept_mass(
     top_k: int,
     scale: float,
 ) -> tuple[dict[str, Float[Array, "B T"]], dict[str, Int[Array, "B T K"]]]:
-    """The share of each query's attention on selected keys: Σ_{s ∈ S_t} p[t,s], with p summed over heads, of norm 1.
+    """Computes the attention of each query on selected keys: Σ_{s ∈ S_t} p[t,s], p summed over heads, of norm 1.
 
     Returns:
       the mass of every selection given and of two found here, "oracle", the `top_k` keys of the highest p, and
@@ -268,7 +331,7 @@ def kept_mass(
 def _attention_mass(
     q: Float[Array, "T N H"], k: Float[Array, "S N H"], reach: Bool[Array, "T S"], scale: float
 ) -> Float[Array, "T S"]:
-    """Dense attention probabilities averaged over heads, which is their sum with L1 norm 1."""
+    """Averages dense attention probabilities over heads, which is their sum with L1 norm 1."""
     logits = jnp.where(reach[:, None], contract("tnh,snh->tns", q, k) * scale, -jnp.inf)
     peak = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)  # finite for a query without keys
     weights = jnp.exp(logits - peak)
@@ -280,71 +343,72 @@ def _mass_on(p: Float[Array, "T S"], selected: Int[Array, "T K"]) -> Float[Array
     return jnp.sum(jnp.where(present, jnp.take_along_axis(p, jnp.where(present, selected, 0), axis=1), 0.0), axis=1)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "attention", "window"))
-def _model_losses(graphdef, params, batch: Batch, *, attention: str, window: bool) -> dict[str, Array]:
+@partial(jax.jit, static_argnames=("graphdef", "attention", "selection"))
+def _model_losses(graphdef, params, batch: Batch, masks, *, attention, selection) -> dict[str, tuple[Array, Array]]:
     model = merge_groups(graphdef, params)
-    return _loss_sums(model, run_model(model, batch, attention=attention, window=window).hidden, batch)
+    hidden = run_model(model, batch, attention=attention, selection=selection).hidden
+    return _loss_sums(model, hidden, batch, masks)
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _hidden_losses(graphdef, params, hidden: Array, batch: Batch) -> dict[str, Array]:
-    return _loss_sums(merge_groups(graphdef, params), hidden, batch)
+def _hidden_losses(graphdef, params, hidden: Array, batch: Batch, masks) -> dict[str, tuple[Array, Array]]:
+    return _loss_sums(merge_groups(graphdef, params), hidden, batch, masks)
 
 
-def _loss_sums(model: Transformer, hidden: Array, batch: Batch) -> dict[str, Array]:
-    """Sums and counts of the losses of one batch."""
+def _loss_sums(
+    model: Transformer, hidden: Array, batch: Batch, masks: Mapping[str, Any]
+) -> dict[str, tuple[Array, Array]]:
+    """Sums and counts the losses of one batch, where each mask and the batch say that they count."""
     losses = token_losses(hidden, model.unembed, batch.targets)
-    answers = batch.answers & batch.valid
-    return {
-        "sum": jnp.sum(jnp.where(batch.valid, losses, 0.0)),
-        "count": jnp.sum(batch.valid),
-        "answers_sum": jnp.sum(jnp.where(answers, losses, 0.0)),
-        "answers_count": jnp.sum(answers),
-    }
+    counted = {name: mask & batch.valid for name, mask in masks.items()}
+    return {name: (jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(mask)) for name, mask in counted.items()}
 
 
 class _LossTotals:
-    """Running sums of losses in float64."""
+    """Sums losses in float64."""
 
     def __init__(self):
-        self._sums = {part: np.zeros(2) for part in ("text", "recall", "answers")}
+        self._sums: dict[str, np.ndarray] = {}
 
-    def add(self, kind: str, sums: Mapping[str, Array]) -> None:
-        host = {name: float(value) for name, value in jax.device_get(dict(sums)).items()}
-        self._sums[kind] += host["sum"], host["count"]
-        self._sums["answers"] += host["answers_sum"], host["answers_count"]
+    def add(self, sums: Mapping[str, tuple[Array, Array]]) -> None:
+        for name, (total, count) in jax.device_get(dict(sums)).items():
+            self._sums[name] = self._sums.get(name, np.zeros(2)) + (float(total), float(count))
 
-    def parts(self, held_out: HeldOut) -> Parts:
-        means = {part: float(total / count) if count else None for part, (total, count) in self._sums.items()}
-        return {"all": held_out.combine(means["text"], means["recall"]), **means}
+    def means(self, held_out: HeldOut) -> ByPart:
+        means = {name: float(total / count) if count else None for name, (total, count) in self._sums.items()}
+        means[MIXTURE] = held_out.mix(means)
+        return {name: means.get(name) for name in held_out.names}
 
 
 class _MassTotals:
-    """Running sums of kept mass by part, selection and layer in float64."""
+    """Sums kept mass by name, selection and layer in float64."""
 
     def __init__(self):
         self._sums: dict[str, dict[str, np.ndarray]] = {}
-        self._queries: dict[str, int] = dict.fromkeys(("text", "recall", "answers"), 0)
+        self._queries: dict[str, int] = {}
 
-    def add(self, kind: str, batch: Batch, mass: Mapping[str, np.ndarray], k: int) -> None:
+    def add(self, batch: Batch, masks: Mapping[str, np.ndarray], mass: Mapping[str, np.ndarray], k: int) -> None:
         far = np.asarray(batch.stop) - np.asarray(batch.start) >= MIN_REACH * k
-        for part, queries in ((kind, far), ("answers", far & np.asarray(batch.answers))):
-            self._queries[part] += int(queries.sum())
-            sums = self._sums.setdefault(part, {name: np.zeros(len(layers)) for name, layers in mass.items()})
-            for name, layers in mass.items():
-                sums[name] += layers[:, queries].sum(axis=1, dtype=np.float64)
+        for name, mask in masks.items():
+            queries = far & mask
+            self._queries[name] = self._queries.get(name, 0) + int(queries.sum())
+            sums = self._sums.setdefault(name, {each: np.zeros(len(layers)) for each, layers in mass.items()})
+            for each, layers in mass.items():
+                sums[each] += layers[:, queries].sum(axis=1, dtype=np.float64)
 
     def kept(self, held_out: HeldOut, k: int) -> KeptMass:
         means = {
-            part: {name: total / count for name, total in self._sums[part].items()}
-            for part, count in self._queries.items()
+            name: {each: total / count for each, total in self._sums[name].items()}
+            for name, count in self._queries.items()
             if count
         }
-        text, recall = means.get("text"), means.get("recall")
-        names: Sequence[str] = tuple(text or recall or ())
-        both = {name: held_out.combine((text or {}).get(name), (recall or {}).get(name)) for name in names}
-        if names and all(value is not None for value in both.values()):
-            means["all"] = both
-        mass = {p: {n: [float(x) for x in v] for n, v in means[p].items()} for p in PARTS if p in means}
-        queries = {**self._queries, "all": self._queries["text"] + self._queries["recall"]}
-        return KeptMass(k, mass, {part: queries[part] for part in PARTS})
+        queries = {MIXTURE: sum(self._queries.get(part, 0) for part in held_out.mixture), **self._queries}
+        if held_out.mixture and held_out.mixture.keys() <= means.keys():
+            of_parts = {part: means[part] for part in held_out.mixture}
+            selections = next(iter(of_parts.values()))
+            means[MIXTURE] = {
+                each: held_out.mix({part: mass[each] for part, mass in of_parts.items()}) for each in selections
+            }
+        measured = [name for name in held_out.names if name in means]
+        mass = {name: {each: [float(x) for x in v] for each, v in means[name].items()} for name in measured}
+        return KeptMass(k, mass, {name: queries.get(name, 0) for name in held_out.names})

@@ -1,14 +1,45 @@
-"""The two losses. Both are sums over valid entries; the caller divides by the whole batch's counts."""
+"""Losses as sums over a batch's tokens, with what they are divided by: a phase minimises one or several of them."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax import Output, Transformer
 from dsa_jax.parallel.collectives import max_statistics, num_shards, shard_index, sum_shards
+from train.data import Batch
 
-CHUNK = 1024  # tokens whose logits are alive at once
+CHUNK_TOKENS = 1024  # whose logits are alive at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Describes one term of a phase's objective: `total` over a batch, divided by `count` over the whole batch.
+
+    Both are traced inside the training step. A batch may be taken through in micro-batches and over the shards of a
+    mesh: `total` and `count` see a part of it, and are summed over all parts. So both must be sums over tokens.
+
+    Args:
+      total: computes the sum from the model, its output and the batch; differentiable, float32.
+      count: counts what the sum runs over, from the batch alone.
+
+    Examples:
+      The cross-entropy of what a document says after its first 16 tokens:
+
+      >>> def counted(batch):
+      ...     return batch.valid & (batch.positions >= 16)
+      >>> COMPLETION = Loss(
+      ...     total=lambda model, output, batch: cross_entropy(
+      ...         output.hidden, model.unembedding(), batch.targets, counted(batch)
+      ...     ),
+      ...     count=lambda batch: jnp.sum(counted(batch)),
+      ... )
+    """
+
+    total: Callable[[Transformer, Output, Batch], Float[Array, ""]]
+    count: Callable[[Batch], Int[Array, ""]]
 
 
 def token_losses(
@@ -16,12 +47,19 @@ def token_losses(
     unembed: Callable[[Float[Array, "... D"]], Float[Array, "... vocab"]],
     targets: Int[Array, "B T"],
     *,
-    chunk: int = CHUNK,
+    chunk: int = CHUNK_TOKENS,
 ) -> Float[Array, "B T"]:
-    """The negative log-likelihood of each target, log sum_v exp z[t,v] - z[t,target], in float32.
+    """Computes the negative log-likelihood of each target, log sum_v exp z[t,v] - z[t,target], in float32.
 
-    At most about `chunk` tokens' logits exist at a time, forward and backward. `unembed` may close over traced
-    parameters; where the vocabulary is sharded it gives the logits of this shard's part.
+    Args:
+      hidden: the last hidden states.
+      unembed: makes logits of hidden states; it may close over traced parameters. Where the vocabulary is sharded it
+        gives the logits of this shard's part.
+      targets: ids of the vocabulary.
+      chunk: about how many tokens' logits exist at a time, forward and backward.
+
+    Raises:
+      ValueError: if `targets` has another shape than the tokens of `hidden`.
     """
     batch, length, _ = hidden.shape
     if targets.shape != (batch, length):
@@ -38,21 +76,21 @@ def token_losses(
         logits = unembed(hidden).astype(jnp.float32)
         peak = max_statistics(jnp.max(logits, axis=-1), "vocabulary")
         total = sum_shards(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1), "vocabulary")
-        return peak + jnp.log(total) - _picked(logits, targets)
+        return peak + jnp.log(total) - _target_logits(logits, targets)
 
     with jax.named_scope("cross_entropy"):
         losses = jax.lax.map(block_losses, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
     return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
 
-def _picked(logits, targets):
-    """The logits of the targets, from the shard of the vocabulary that has them."""
+def _target_logits(logits, targets):
+    """Takes the logits of the targets, from the shard of the vocabulary that has them."""
     if num_shards("vocabulary") == 1:
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    here = targets - shard_index("vocabulary") * logits.shape[-1]
-    some = (here >= 0) & (here < logits.shape[-1])
-    picked = jnp.take_along_axis(logits, jnp.where(some, here, 0)[..., None], axis=-1)[..., 0]
-    return sum_shards(jnp.where(some, picked, 0.0), "vocabulary")
+    local = targets - shard_index("vocabulary") * logits.shape[-1]
+    is_local = (local >= 0) & (local < logits.shape[-1])
+    picked = jnp.take_along_axis(logits, jnp.where(is_local, local, 0)[..., None], axis=-1)[..., 0]
+    return sum_shards(jnp.where(is_local, picked, 0.0), "vocabulary")
 
 
 def cross_entropy(
@@ -61,12 +99,24 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     *,
-    chunk: int = CHUNK,
+    chunk: int = CHUNK_TOKENS,
 ) -> Float[Array, ""]:
-    """The sum of the valid targets' negative log-likelihoods; see `token_losses`."""
+    """Sums the negative log-likelihoods of the valid targets; see `token_losses`."""
     return jnp.sum(jnp.where(valid, token_losses(hidden, unembed, targets, chunk=chunk), 0.0))
 
 
 def indexer_loss(kl: Float[Array, "layers B T"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """The sum of the valid queries' KL over all layers: the mean over queries is summed over layers, not averaged."""
+    """Sums the valid queries' KL over all layers: the mean over queries is summed over layers, not averaged."""
     return jnp.sum(jnp.where(valid, kl, 0.0))
+
+
+def _lm_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
+    return cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
+
+
+def _kl_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
+    return indexer_loss(output.indexer_kl, batch.keys.nonempty())
+
+
+LM_LOSS = Loss(_lm_total, lambda batch: jnp.sum(batch.valid))  # nats a target
+KL_LOSS = Loss(_kl_total, lambda batch: jnp.sum(batch.keys.nonempty()))  # Eqs. 3-4, nats a query, of all layers

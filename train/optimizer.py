@@ -26,7 +26,14 @@ MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW at `learning_rate`; `muon_learning_rate`, if given, hands the matrices of the layers to Muon."""
+    """Holds the settings of AdamW at `learning_rate`; `muon_learning_rate` hands the layers' matrices to Muon.
+
+    Examples:
+      >>> OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine")
+
+    Raises:
+      ValueError: if a schedule is not known, or a rate or the clip is not positive.
+    """
 
     learning_rate: float
     muon_learning_rate: float | None = None
@@ -46,7 +53,7 @@ class OptimizerSettings:
 
 
 def make_schedule(peak: float, settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """Linear warm-up that reaches `peak` at step `warmup_steps`, then constant or a cosine to zero at step `steps`."""
+    """Makes a linear warm-up to `peak` at step `warmup_steps`, then a constant, or a cosine to zero at step `steps`."""
     warmup = settings.warmup_steps
     if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
@@ -59,7 +66,7 @@ def make_schedule(peak: float, settings: OptimizerSettings, steps: int) -> optax
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """The chain of one parameter group over a phase of `steps` steps."""
+    """Makes the chain of one parameter group over a phase of `steps` steps."""
     adam_rate = make_schedule(settings.learning_rate, settings, steps)
     if settings.muon_learning_rate is None:
         inner = optax.adamw(
@@ -78,7 +85,7 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
 
 
 def muon_dimensions(params: Any) -> Any:
-    """The tree of `MuonDimensionNumbers`, None where a parameter is AdamW's."""
+    """Makes the tree of `MuonDimensionNumbers`, None where a parameter is AdamW's."""
 
     def dimensions(path, leaf):
         names = [str(getattr(key, "key", "")) for key in path]
@@ -90,7 +97,7 @@ def muon_dimensions(params: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everywhere but in the normalisations."""
+    """Marks the parameters that decay: everywhere but in the normalisations."""
 
     def decays(path, leaf):
         return not any(str(getattr(key, "key", "")).endswith("norm") for key in path)

@@ -1,6 +1,7 @@
-"""The phases of training as data: what attends, which loss counts, which parameters move."""
+"""The phases of training as data and functions: what attends, which losses count, which parameters move."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -9,50 +10,90 @@ from jaxtyping import Array, Int
 
 from dsa_jax import KeyRange, Output, Transformer
 from train.data import Batch
+from train.losses import KL_LOSS, LM_LOSS, Loss
 
 GROUPS = ("backbone", "indexer", "router_bias")
+TRAINABLE = ("backbone", "indexer")  # the router's bias follows the expert load, by no gradient
+METRICS = ("loss", "tokens", "expert_imbalance", "step", "phase", "phase_step", "seconds")  # no names of losses
+SPARSE_STREAM, OTHER_STREAM, STREAMS = 2, 3, 10
 
 type Params = dict[str, Any]  # group -> nested dict of arrays, keyed by the parts of the state's paths
+type Selection = Callable[[KeyRange, int], Array]  # of the keys in reach and K: i32[B, T, K], canonical
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One phase: the attention it runs, the losses it minimises, the parameter groups that its optimizer moves."""
+    """Describes a phase: the attention it runs, the parameter groups that move, the losses that it minimises.
+
+    Args:
+      name: its name in run.json and in the metrics.
+      attention: "dense", or "sparse" over the selected keys.
+      trains: the groups that have an optimizer, among "backbone" and "indexer".
+      losses: terms of the objective by their names in the metrics; it is their plain sum.
+      selection: makes the selection of every layer instead of the indexer; for sparse attention.
+      stream: the number of the stream of batches, below 10: phases of one number see the same batches.
+
+    Raises:
+      ValueError: if a group or a name of a loss cannot be, or there is no loss.
+
+    Examples:
+      Fine-tuning by a loss of one's own (see `train.losses.Loss`), read from a run.json by name:
+
+      >>> SFT = Phase("SFT", "sparse", trains=("backbone",), losses=(("sft_loss", COMPLETION),))
+      >>> RunConfig.from_json(values, phases=PHASES | {"SFT": SFT})
+    """
 
     name: str
     attention: Literal["dense", "sparse"]
-    lm_loss: bool
-    kl_loss: bool
     trains: tuple[str, ...]
-    window: bool = False  # impose the last K reachable keys as the selection
+    losses: tuple[tuple[str, Loss], ...]
+    selection: Selection | None = None
+    stream: int = OTHER_STREAM
+
+    def __post_init__(self):
+        unknown = [group for group in self.trains if group not in TRAINABLE]
+        if unknown or not self.trains:
+            raise ValueError(f"phase {self.name} must train {' or '.join(TRAINABLE)}, got {self.trains}")
+        names = [name for name, _ in self.losses]
+        if not names or len(set(names)) < len(names) or set(names) & set(METRICS):
+            raise ValueError(
+                f"phase {self.name} must have losses, each of a name of its own and none of {', '.join(METRICS)}, "
+                f"got {names}"
+            )
+        if self.selection is not None and self.attention != "sparse":
+            raise ValueError(f"phase {self.name} imposes a selection: its attention must be 'sparse'")
+        if not 0 <= self.stream < STREAMS:
+            raise ValueError(f"the stream of phase {self.name} must be from 0 to {STREAMS - 1}, got {self.stream}")
 
     @property
     def balances(self) -> bool:
-        """Whether the router's bias follows the expert load: only where the router trains."""
+        """Says whether the router's bias follows the expert load: only where the router trains."""
         return "backbone" in self.trains
 
 
-BASE = Phase("BASE", "dense", lm_loss=True, kl_loss=False, trains=("backbone",))
-WARMUP = Phase("WARMUP", "dense", lm_loss=False, kl_loss=True, trains=("indexer",))
-SPARSE = Phase("SPARSE", "sparse", lm_loss=True, kl_loss=True, trains=("backbone", "indexer"))
-PHASES = (BASE, WARMUP, SPARSE)
+def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
+    """Makes the canonical selection of the last `k` reachable keys of each query."""
+    first = jnp.maximum(keys.start, keys.stop - k)[..., None]
+    index = first + jnp.arange(k, dtype=jnp.int32)
+    return jnp.where(index < keys.stop[..., None], index, -1)
+
+
+_LM, _KL = ("lm_loss", LM_LOSS), ("kl", KL_LOSS)
+BASE = Phase("BASE", "dense", ("backbone",), (_LM,), stream=0)
+WARMUP = Phase("WARMUP", "dense", ("indexer",), (_KL,), stream=1)
+SPARSE = Phase("SPARSE", "sparse", ("backbone", "indexer"), (_LM, _KL), stream=SPARSE_STREAM)
 
 # What SPARSE is compared with, from the same weights over the same batches.
-DENSE_CONTROL = Phase("DENSE_CONTROL", "dense", lm_loss=True, kl_loss=False, trains=("backbone",))
-WINDOW_CONTROL = Phase("WINDOW_CONTROL", "sparse", lm_loss=True, kl_loss=False, trains=("backbone",), window=True)
+DENSE_CONTROL = Phase("DENSE_CONTROL", "dense", ("backbone",), (_LM,), stream=SPARSE_STREAM)
+WINDOW_CONTROL = Phase(
+    "WINDOW_CONTROL", "sparse", ("backbone",), (_LM,), selection=window_selection, stream=SPARSE_STREAM
+)
 CONTROLS = (DENSE_CONTROL, WINDOW_CONTROL)
-
-
-def phase_named(name: str) -> Phase:
-    """The phase or control of that name."""
-    for phase in PHASES + CONTROLS:
-        if phase.name == name:
-            return phase
-    raise ValueError(f"phase must be one of {', '.join(p.name for p in PHASES + CONTROLS)}, got {name!r}")
+PHASES = {phase.name: phase for phase in (BASE, WARMUP, SPARSE, *CONTROLS)}
 
 
 def group_of(path: tuple[Any, ...]) -> str:
-    """The parameter group of a state path."""
+    """Names the parameter group of a state path."""
     if "indexer" in path:
         return "indexer"
     return "router_bias" if path[-1] == "e_score_correction_bias" else "backbone"
@@ -65,7 +106,7 @@ def split_groups(model: Transformer) -> tuple[nnx.GraphDef, Params]:
 
 
 def merge_groups(graphdef: nnx.GraphDef, params: Params) -> Transformer:
-    """The model of these parameters: the inverse of `split_groups`, usable inside jit."""
+    """Puts a model together from its parameters: the inverse of `split_groups`, usable inside jit."""
     return nnx.merge(graphdef, *(params[group] for group in GROUPS))
 
 
@@ -73,17 +114,12 @@ def _is_group(group: str):
     return lambda path, _: group_of(path) == group
 
 
-def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
-    """The canonical selection of the last `k` reachable keys of each query."""
-    first = jnp.maximum(keys.start, keys.stop - k)[..., None]
-    index = first + jnp.arange(k, dtype=jnp.int32)
-    return jnp.where(index < keys.stop[..., None], index, -1)
-
-
-def run_model(model: Transformer, batch: Batch, *, attention: str, window: bool) -> Output:
-    """Runs the model over a batch; `window` imposes the last K keys as the selection of every layer."""
+def run_model(
+    model: Transformer, batch: Batch, *, attention: Literal["dense", "sparse"], selection: Selection | None = None
+) -> Output:
+    """Runs the model over a batch; `selection` makes what every layer selects, instead of its indexer."""
     selected = None
-    if window:
-        selected = window_selection(batch.keys, model.config.index_topk)
+    if selection is not None:
+        selected = selection(batch.keys, model.config.index_topk)
         selected = jnp.broadcast_to(selected, (model.config.num_hidden_layers, *selected.shape))
     return model(batch.tokens, keys=batch.keys, positions=batch.positions, attention=attention, selected=selected)

@@ -1,4 +1,4 @@
-"""Where a run stands, live on a terminal and line by line elsewhere."""
+"""Shows where a run stands, live on a terminal and line by line elsewhere."""
 
 import collections
 import time
@@ -7,10 +7,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from train.presets import RunConfig
+from train.phases import Phase
+from train.settings import RunConfig
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
-WINDOW = 16  # steps over which the speed is measured
+SPEED_STEPS = 16  # over which the speed is measured
 
 
 class RunProgress:
@@ -19,7 +20,7 @@ class RunProgress:
     def __init__(self, config: RunConfig, *, title: str = "", console: Console | None = None):
         self._config, self._title = config, title
         self._console = console or Console()
-        self._times = collections.deque(maxlen=WINDOW + 1)
+        self._times = collections.deque(maxlen=SPEED_STEPS + 1)
         self._shape, self._task, self._last_line = None, None, 0.0
         columns = (
             TextColumn("{task.description}"),
@@ -39,13 +40,13 @@ class RunProgress:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a line of its own."""
         self._console.print(text, markup=False, highlight=False)
 
     def update(self, phase: int, phase_step: int, metrics: dict[str, float]) -> None:
-        """After step `phase_step` of phase number `phase`."""
+        """Shows the metrics of step `phase_step` of phase number `phase`."""
         settings = self._config.phases[phase]
-        numbers = "  ".join((*_losses(metrics), *self._speed(phase, phase_step)))
+        numbers = "  ".join((*_losses(settings.phase, metrics), *self._speed(phase, phase_step)))
         if self._console.is_terminal:
             if self._task is None or self._task[0] != phase:
                 name = f"{self._title} {settings.name}".strip()
@@ -71,7 +72,7 @@ class RunProgress:
         return [f"{speed:,.0f} tokens/s", f"{minutes}:{seconds:02d} left"]
 
     def _remaining(self, phase: int, phase_step: int) -> tuple[tuple, int]:
-        """The stage that the step belongs to, with its tokens a step, and the tokens left in the run."""
+        """Finds the stage that the step belongs to, with its tokens a step, and the tokens left in the run."""
         stages = [(i, j, s) for i, p in enumerate(self._config.phases) for j, s in enumerate(p.stages)]
         before = sum(p.steps for p in self._config.phases[:phase]) + phase_step
         shape, left = ((0, 0), 0), 0
@@ -84,6 +85,7 @@ class RunProgress:
         return shape, left
 
 
-def _losses(metrics: dict[str, float]) -> list[str]:
-    names = {"lm_loss": "loss", "kl": "KL"}
-    return [f"{label} {metrics[name]:.4f}" for name, label in names.items() if name in metrics]
+def _losses(phase: Phase, metrics: dict[str, float]) -> list[str]:
+    """Writes the losses of a phase as they are called on a terminal."""
+    labels = {"lm_loss": "loss", "kl": "KL"}
+    return [f"{labels.get(name, name)} {metrics[name]:.4f}" for name, _ in phase.losses if name in metrics]

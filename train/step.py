@@ -9,57 +9,53 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
+from dsa_jax import Transformer
 from dsa_jax.moe import update_bias
 from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
 from train.data import Batch
-from train.losses import cross_entropy, indexer_loss
-from train.optimizer import make_optimizer
 from train.phases import Params, Phase, merge_groups, run_model
-from train.presets import PhaseSettings
+from train.settings import PhaseSettings
+from train.state import TrainState, make_optimizers
 
 type Metrics = dict[str, Array]
-type Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a step reads and writes."""
-
-    step: Array  # int32, steps done within the phase
-    params: Params  # group -> parameters, float32
-    opt_state: dict[str, Any]  # group -> optax state, of the groups that the phase trains alone
-    random: Array  # uint32 [2], key data for what is drawn in and after training
-
-
-def make_optimizers(settings: PhaseSettings) -> dict[str, optax.GradientTransformation]:
-    """The optimizer of each group that the phase trains."""
-    return {group: make_optimizer(getattr(settings, group), settings.steps) for group in settings.phase.trains}
-
-
-def init_state(params: Params, settings: PhaseSettings, random: Array) -> TrainState:
-    """The state at the start of a phase: fresh optimizers, the parameters as they come."""
-    opt_state = {group: optimizer.init(params[group]) for group, optimizer in make_optimizers(settings).items()}
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, random)
+type Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 @functools.cache
 def make_step(
     graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches: int = 1, mesh: Mesh | None = None
 ) -> Step:
-    """The jitted step of a phase; it takes over (donates) the state that it is given.
+    """Makes the jitted step of a phase; it takes over (donates) the state that it is given.
 
-    Both losses are divided by the valid targets and valid queries of the whole batch, so `micro_batches` changes
-    rounding alone. A loss that the phase does not minimise is not computed. Runs of one model and one recipe share the
-    compiled step.
+    Runs of one model and one recipe share the compiled step.
 
-    On a mesh it takes the state as `place_state` and batches as `sharding.place_batch` put them there; a shard takes
-    its rows in as many micro-batches, or one by one if it has fewer.
+    Args:
+      graphdef: the model's definition.
+      settings: the phase, its optimizers and its length.
+      micro_batches: into how many parts a batch is cut. Every loss is divided by its count over the whole batch, so
+        that changes rounding alone. A shard of a mesh that has fewer rows takes them one by one.
+      mesh: where the state is as `place_state` puts it, and batches as `sharding.place_batch` does.
+
+    Returns:
+      A function of a state and a batch that gives the next state and metrics: "loss", each of the phase's losses by its
+      name, "tokens" (queries that have keys), gradient norms by group, and the experts' imbalance.
+
+    Examples:
+      >>> graphdef, _ = abstract_params(config)
+      >>> step = make_step(graphdef, PhaseSettings(BASE, (Stage(100, 4, 512),), backbone=OptimizerSettings(1e-3)))
+      >>> state, metrics = step(state, batch)
     """
+    return build_step(graphdef, settings, micro_batches=micro_batches, mesh=mesh)
+
+
+def build_step(
+    graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches: int = 1, mesh: Mesh | AbstractMesh | None = None
+) -> Any:
+    """Makes the jitted step of `make_step` anew, so that nothing of it stays when it is no longer used."""
     phase, optimizers = settings.phase, make_optimizers(settings)
     gradients = functools.partial(_gradients, graphdef, phase, micro_batches)
 
@@ -85,13 +81,8 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """A state on a mesh."""
-    return jax.device_put(state, parameter_shardings(state, mesh))
-
-
-def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh) -> Callable:
-    """`gradients` run by every shard on its own tokens and its own part of the parameters."""
+def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh | AbstractMesh) -> Callable:
+    """Has every shard run `gradients` on its own tokens and its own part of the parameters."""
 
     def run(params: Params, batch: Batch) -> tuple[Params, Metrics, Array]:
         specs = parameter_specs(params)
@@ -107,19 +98,18 @@ def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh) -> Callable:
 def _gradients(
     graphdef: nnx.GraphDef, phase: Phase, micro_batches: int, params: Params, batch: Batch
 ) -> tuple[Params, Metrics, Array]:
-    """Gradients of the trainable groups, metrics, and the expert load of the whole batch.
+    """Computes gradients of the trainable groups, metrics, and the expert load of the whole batch.
 
     On a mesh `params` and `batch` are a shard's own, as are the gradients; metrics and load are of all shards.
     """
-    targets = jnp.maximum(sum_statistics(jnp.sum(batch.valid), "tokens"), 1).astype(jnp.float32)
+    counts = {name: _whole_count(loss.count(batch)) for name, loss in phase.losses}
     queries = sum_statistics(jnp.sum(batch.keys.nonempty()), "tokens")
     micro_batches = min(micro_batches, len(batch.tokens))
     trainable = {group: params[group] for group in phase.trains}
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
-        losses, load = _losses(merge_groups(graphdef, {**params, **trainable}), phase, micro)
-        scale = {"lm_loss": targets, "kl": jnp.maximum(queries, 1).astype(jnp.float32)}
-        losses = {name: value / scale[name] for name, value in losses.items()}
+        totals, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, micro)
+        losses = {name: total / counts[name] for name, total in totals.items()}
         whole = sum(losses.values(), jnp.zeros(()))
         return whole, ({"loss": whole, **losses}, load)
 
@@ -135,12 +125,12 @@ def _gradients(
     return grads, {**sum_statistics(metrics, "tokens"), "tokens": queries}, load
 
 
-def _losses(model: Any, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
-    """The sums of the phase's losses over a micro-batch, and its expert load."""
-    output = run_model(model, batch, attention=phase.attention, window=phase.window)
-    losses = {}
-    if phase.lm_loss:
-        losses["lm_loss"] = cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
-    if phase.kl_loss:
-        losses["kl"] = indexer_loss(output.indexer_kl, batch.keys.nonempty())
-    return losses, output.expert_load
+def _whole_count(count: Array) -> Array:
+    """Counts over all shards, at least 1, in float32."""
+    return jnp.maximum(sum_statistics(count, "tokens"), 1).astype(jnp.float32)
+
+
+def _loss_totals(model: Transformer, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
+    """Sums the phase's losses over a micro-batch, and counts its expert load."""
+    output = run_model(model, batch, attention=phase.attention, selection=phase.selection)
+    return {name: loss.total(model, output, batch) for name, loss in phase.losses}, output.expert_load

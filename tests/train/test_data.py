@@ -1,4 +1,4 @@
-"""Splits share nothing, streams resume bitwise, packed rows do not leak, and recall answers are right."""
+"""Splits share nothing, streams resume bitwise, and packed rows do not leak."""
 
 import dataclasses
 import json
@@ -9,21 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from train_cases import DOCUMENTS, batch_at, write_documents
 
 from dsa_jax.key_range import KeyRange
 from train import data
 from train.data import Batch, DataConfig, load
 
-FILES = 40
-
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files of which every line names its file, some of them not ASCII."""
-    for i in range(FILES):
-        lines = [f"file{i:02d} = value_{i:02d}_{j:03d}  # naïve\n" for j in range(5 + 3 * i)]
-        (tmp_path / f"f{i:02d}.txt").write_text("".join(lines))
-    return tmp_path
+    """Writes the files that the tests read."""
+    return write_documents(tmp_path)
 
 
 def text_config(folder, **changes) -> DataConfig:
@@ -32,13 +28,6 @@ def text_config(folder, **changes) -> DataConfig:
 
 def take(batches, count: int) -> list[Batch]:
     return [next(batches) for _ in range(count)]
-
-
-def at(dataset, index: int) -> Batch:
-    """A batch by random access."""
-    batch = dataset[index]
-    assert batch is not None
-    return batch
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -59,7 +48,7 @@ def test_every_file_lies_in_one_split(folder):
     train, held_out = documents(corpus.train), documents(corpus.held_out)
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(path.read_bytes() for path in folder.glob("*.txt"))
-    assert 0.1 * FILES < len(held_out) < 0.5 * FILES
+    assert 0.1 * DOCUMENTS < len(held_out) < 0.5 * DOCUMENTS
 
 
 def test_held_out_text_never_reaches_a_training_batch(folder):
@@ -67,7 +56,7 @@ def test_held_out_text_never_reaches_a_training_batch(folder):
     names = {document[:6] for document in documents(corpus.held_out)}
     batches = corpus.dataset("train", batch_size=8, seq_len=96, seed=3)
     epoch = len(corpus.train.tokens) // (8 * 96)
-    seen = b"".join(at(batches, i).tokens.astype(np.uint8).tobytes() for i in range(2 * epoch + 1))
+    seen = b"".join(batch_at(batches, i).tokens.astype(np.uint8).tobytes() for i in range(2 * epoch + 1))
     assert not any(name in seen for name in names)
     assert all(document[:6] in seen for document in documents(corpus.train))
 
@@ -77,12 +66,12 @@ def test_the_split_of_a_file_depends_on_its_contents_alone(folder, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     for i, path in enumerate(sorted(folder.glob("*.txt"))):
-        (moved / f"{FILES - i}.txt").write_bytes(path.read_bytes())
+        (moved / f"{DOCUMENTS - i}.txt").write_bytes(path.read_bytes())
     (moved / "copy.txt").write_bytes((moved / "3.txt").read_bytes())
     (moved / "more.txt").write_text("another file\n")
     after = load(text_config(moved, held_out=0.3))
     assert before == set(documents(after.held_out)) - {b"another file\n"}
-    assert len(after.train) + len(after.held_out) == FILES + 1  # the copy counts once
+    assert len(after.train) + len(after.held_out) == DOCUMENTS + 1  # the copy counts once
 
 
 def test_two_files_give_both_splits(folder):
@@ -107,23 +96,21 @@ def test_text_row_is_the_file_with_a_document_a_key_range(folder):
         np.testing.assert_array_equal(row.stop, expected.stop[0])
         first = np.array([np.flatnonzero(ids == i)[0] for i in ids])
         np.testing.assert_array_equal(row.positions, np.arange(seq_len) - first)
-    assert not row.answers.any()
 
 
 def test_packed_rows_occur(folder):
-    batch = at(load(text_config(folder)).dataset("train", batch_size=8, seq_len=300, seed=0, recall=0.0), 0)
+    batch = batch_at(load(text_config(folder)).dataset("train", batch_size=8, seq_len=300, seed=0), 0)
     assert (batch.start > 0).any() and (~batch.valid).any()
     assert (batch.positions == np.arange(300) - batch.start).all()
 
 
-@pytest.mark.parametrize("recall", [0.0, 0.3, 1.0])
-def test_batches_are_a_function_of_their_arguments(folder, recall):
+def test_batches_are_a_function_of_their_arguments(folder):
     corpus, again = (load(text_config(folder)) for _ in range(2))
-    arguments = {"batch_size": 5, "seq_len": 64, "recall": recall}
+    arguments = {"batch_size": 5, "seq_len": 64}
     first = take(corpus.batches("train", seed=1, **arguments), 12)
     assert_same(first, take(again.batches("train", seed=1, **arguments), 12))
     dataset = again.dataset("train", seed=1, **arguments)
-    assert_same(first[::-1], [at(dataset, i) for i in reversed(range(12))])  # random access, any order
+    assert_same(first[::-1], [batch_at(dataset, i) for i in reversed(range(12))])  # random access, any order
     other = take(corpus.batches("train", seed=2, **arguments), 12)
     assert any((a.tokens != b.tokens).any() for a, b in zip(first, other, strict=True))
 
@@ -161,80 +148,19 @@ def test_a_state_of_another_stream_is_refused(folder):
         load(text_config(folder)).batches("train", batch_size=2, seq_len=64, seed=0).set_state(state)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
-def test_every_batch_holds_its_share_of_episodes(folder, share, expected):
-    dataset = load(text_config(folder)).dataset("train", batch_size=8, seq_len=128, seed=0, recall=share)
-    for i in range(5):
-        asked = ((at(dataset, i).tokens >= data.ASK) & (at(dataset, i).tokens < data.ASK + data.REGISTERS)).any(1)
-        assert asked.sum() == expected  # the text itself holds bytes from 192 up, but none of 128 … 135
-
-
-def parse_episode(tokens) -> tuple[dict[int, int], list[int]]:
-    """Registers' values and the scored places, by reading the bytes alone."""
-    values: dict[int, int] = {}
-    last: dict[int, int] = {}
-    scored = []
-    for place, token in enumerate(int(token) for token in tokens):
-        if token < data.STATE:
-            assert token < data.ASK + data.REGISTERS
-            continue
-        register, value = divmod(token - 192, 8)
-        if place and data.ASK <= tokens[place - 1] < data.STATE:
-            assert tokens[place - 1] - data.ASK == register, "the answer is of the register that was asked"
-            assert values[register] == value, "the answer is what was declared"
-            if place - last[register] > 64:
-                scored.append(place)
-        else:
-            assert register not in values, "a register is declared once"
-            values[register] = value
-        last[register] = place
-    return values, scored
-
-
-def test_recall_answers_are_what_was_declared(folder):
-    dataset = load(text_config(folder)).dataset("held_out", batch_size=4, seq_len=512, seed=0, recall=1.0)
-    seen = set()
-    for i in range(10):
-        batch = at(dataset, i)
-        assert batch.valid.all() and (batch.start == 0).all()
-        for row in range(4):
-            tokens = np.append(batch.tokens[row], batch.targets[row, -1])
-            values, scored = parse_episode(tokens)
-            assert len(values) == data.REGISTERS
-            assert len(scored) >= 5
-            np.testing.assert_array_equal(np.flatnonzero(batch.answers[row]) + 1, scored)
-            seen.update(values.items())
-    assert len(seen) == data.REGISTERS * data.VALUES  # every value of every register turns up
-
-
-def test_code_in_an_episode_cannot_collide_with_the_task(folder):
-    assert "ï".encode() in (folder / "f03.txt").read_bytes()
-    tokens = at(load(text_config(folder)).dataset("train", batch_size=1, seq_len=400, seed=0, recall=1.0), 0).tokens[0]
-    declared = sum(token >= data.STATE for token in tokens)
-    asked = sum(data.ASK <= token < data.STATE for token in tokens)
-    assert declared == data.REGISTERS + asked or declared == data.REGISTERS + asked - 1  # cut after a question
-
-
-def test_text_without_a_single_ascii_line_still_makes_episodes(tmp_path):
-    for name in "abcd":
-        (tmp_path / f"{name}.txt").write_bytes(("é" * 900 + name).encode())
-    batch = at(load(text_config(tmp_path)).dataset("train", batch_size=1, seq_len=300, seed=0, recall=1.0), 0)
-    parse_episode(batch.tokens[0])
-
-
 def test_batch_is_a_tree_with_a_key_range(folder):
-    batch = at(load(text_config(folder)).dataset("train", batch_size=2, seq_len=32, seed=0), 0)
-    assert len(jax.tree.leaves(batch)) == 7
+    batch = batch_at(load(text_config(folder)).dataset("train", batch_size=2, seq_len=32, seed=0), 0)
+    assert len(jax.tree.leaves(batch)) == 6
     assert jax.jit(lambda batch: batch.keys.stop - batch.start)(batch).shape == (2, 32)
     for name in ("tokens", "targets", "start", "stop", "positions"):
         assert getattr(batch, name).dtype == np.int32
-    assert batch.valid.dtype == batch.answers.dtype == bool
+    assert batch.valid.dtype == bool
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
     """Words of the test's files, after a token that begins every document."""
-    words = ["[BOS]", "[UNK]", "=", "#", "na", *(f"file{i:02d}" for i in range(FILES))]
+    words = ["[BOS]", "[UNK]", "=", "#", "na", *(f"file{i:02d}" for i in range(DOCUMENTS))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 0)])
@@ -248,11 +174,7 @@ def test_tokenizer(folder, tokenizer):
     corpus = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
     split = corpus.train
     assert split.tokens.max() < 50 and (split.tokens[split.offsets[:-1]] == 0).all()
-    batch = at(corpus.dataset("train", batch_size=4, seq_len=64, seed=0), 0)
-    assert not batch.answers.any()  # no episodes
     assert corpus.decode(corpus.encode("file03 = file04")) == "file03 = file04"
-    with pytest.raises(ValueError, match="0 under a tokenizer"):
-        corpus.dataset("train", batch_size=4, seq_len=64, seed=0, recall=0.5)
     with pytest.raises(ValueError, match="vocab_size 44, got 45"):
         load(text_config(folder, tokenizer=tokenizer), vocab_size=44)
 
@@ -277,8 +199,6 @@ def test_max_bytes_caps_what_is_read_the_same_way_every_time(folder):
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="recall must be between 0 and 1, got 1.5"):
-        DataConfig(recall=1.5)
     with pytest.raises(ValueError, match="held_out must be"):
         DataConfig(held_out=0.0)
     with pytest.raises(ValueError, match="max_bytes must be at least 1"):
@@ -334,7 +254,6 @@ def test_bad_batches(folder):
         ({"seq_len": 0}, "at least 1, got 2 and 0"),
         ({"batch_size": 0}, "at least 1, got 0 and 64"),
         ({"seed": -1}, "seed must be"),
-        ({"recall": 2.0}, "recall must be between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
             corpus.dataset("train", **{**good, **changes})

@@ -19,9 +19,9 @@ from dsa_jax.parallel.sharding import parameter_shardings
 from train.__main__ import main
 from train.checkpoint import checkpoint_steps
 from train.data import load
-from train.presets import Stage
 from train.progress import RunProgress
 from train.run import Run
+from train.settings import Stage
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 PATIENCE = 300.0  # seconds that two processes may take on a busy machine
@@ -46,21 +46,21 @@ def train(config, folder, mesh, *, resume=False):
 
 
 def numbers(folder):
-    """Of each step its metrics, without the time."""
+    """Reads the metrics of each step, without the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "phase")} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def alone(config, folder):
-    """The run on one device."""
+    """Trains the run on one device."""
     state = train(config, folder / "alone", None)
     return numbers(folder / "alone"), jax.device_get(state.params)
 
 
 @pytest.fixture(scope="module")
 def in_two_processes(config, folder):
-    """The folder of the run by the command, in two processes of two devices each."""
+    """Trains the run by the command, in two processes of two devices each; gives its folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -17,13 +17,14 @@ from train.data import DataConfig, load
 from train.evaluate import (
     HeldOut,
     KeptMass,
+    draw_batches,
     evaluate_run,
     held_out_losses,
     kept_mass,
     measure_layers,
     measure_selections,
 )
-from train.phases import merge_groups, split_groups
+from train.phases import merge_groups, split_groups, window_selection
 
 K, T = 4, 160
 CONFIG = dataclasses.replace(
@@ -46,17 +47,27 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
+def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     for i in range(12):
         lines = "".join(f"line {j} of file {i} = {i * j}\n" for j in range(8))
         (folder / f"{i}.txt").write_text(lines)
-    corpus = load(DataConfig(data=(f"{folder}/*.txt",), held_out=0.5))
-    return HeldOut.draw(corpus, batches=2, batch_size=2, seq_len=T)
+    return load(DataConfig(data=(f"{folder}/*.txt",), held_out=0.5))
+
+
+@pytest.fixture(scope="module")
+def held_out(corpus):
+    """Draws text, the same as one long document a row, of which digits are a subset, and their mixture."""
+    text = draw_batches(corpus, 2, 2, T)
+    place = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+    whole = [dataclasses.replace(b, start=0 * place, stop=place + 1, positions=place) for b in text]
+    whole = tuple(dataclasses.replace(b, valid=np.ones((2, T), bool)) for b in whole)
+    digits = tuple((batch.targets >= ord("0")) & (batch.targets <= ord("9")) for batch in whole)
+    return HeldOut({"text": text, "whole": whole}, {"whole": {"digits": digits}}, {"text": 0.25, "whole": 0.75})
 
 
 def make(config, seed):
-    """A model as the trainer holds it, drawn by NumPy, which compiles nothing; attention is far from uniform."""
+    """Makes a model as the trainer holds it, drawn by NumPy, which compiles nothing; attention is far from uniform."""
     graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
 
@@ -79,7 +90,7 @@ def other_indexer():
 
 @pytest.fixture(scope="module")
 def models(trained, other_indexer):
-    """The model, and its backbone with another indexer."""
+    """Makes the model, and its backbone with another indexer."""
     graphdef, params = trained
     return {
         "indexer": merge_groups(graphdef, params),
@@ -173,7 +184,7 @@ def run_layer(graph, state, x, angles, keys):
 
 
 def layer_by_layer(model, batch):
-    """What every layer's attention sees in a dense run, by running the layers one by one."""
+    """Runs the layers one by one, dense, and yields what the attention of each sees."""
     angles = rotation(batch.positions, model.config)
     x = model.embed_tokens[...][batch.tokens]
     for layer in model.layers():
@@ -189,9 +200,9 @@ def run_model(graph, state, batch, *, attention, selected=None):
     return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options).hidden
 
 
-@pytest.mark.parametrize("kind", ["text", "recall"])
-def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held_out, kind):
-    batch = jax.tree.map(jnp.asarray, getattr(held_out, kind)[0])
+@pytest.mark.parametrize("part", ["text", "whole"])
+def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held_out, part):
+    batch = jax.tree.map(jnp.asarray, held_out.parts[part][0])
     model = merge_groups(*trained)
     mass, hidden = measure_layers(model, models, batch, jax.random.key(0))
     reach = np.asarray(batch.keys.mask(T))
@@ -218,7 +229,7 @@ def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held
 
 
 def test_no_selection_keeps_more_than_the_oracle(models, held_out):
-    mass, _ = measure_layers(models["indexer"], models, held_out.recall[0], jax.random.key(0))
+    mass, _ = measure_layers(models["indexer"], models, held_out.parts["whole"][0], jax.random.key(0))
     for name, kept in mass.items():
         assert (kept <= mass["oracle"] + 1e-5).all(), name
         assert (kept >= 0).all() and (kept <= 1 + 1e-5).all()
@@ -230,7 +241,7 @@ def test_one_layer_of_each_kind_is_compiled(held_out):
     model = merge_groups(*make(deep, 0))
     cache_size = getattr(evaluate._measure_layer, "_cache_size")  # noqa: B009
     before = cache_size()
-    measure_layers(model, {"indexer": model}, held_out.text[0], jax.random.key(0))
+    measure_layers(model, {"indexer": model}, held_out.parts["text"][0], jax.random.key(0))
     assert cache_size() == before + 2  # the dense layer and the MoE layers
 
 
@@ -248,21 +259,20 @@ def test_an_indexer_of_other_weights_is_swapped_in(measured):
 def test_queries_are_those_that_reach_four_times_k(measured, models, held_out):
     kept, _ = measured
     assert kept.k == K
-    counts = dict.fromkeys(("text", "recall", "answers"), 0)
-    for kind, batch in held_out:
-        far = batch.stop - batch.start >= 4 * K
-        counts[kind] += far.sum()
-        counts["answers"] += (far & batch.answers).sum()
-    assert kept.queries == {**counts, "all": counts["text"] + counts["recall"]}
-    assert 0 < counts["answers"] < counts["recall"]
+    reach = lambda batch: batch.stop - batch.start >= 4 * K
+    digits = held_out.subsets["whole"]["digits"]
+    counts = {part: sum(reach(batch).sum() for batch in batches) for part, batches in held_out.parts.items()}
+    counts["digits"] = sum((reach(b) & mask).sum() for b, mask in zip(held_out.parts["whole"], digits, strict=True))
+    assert kept.queries == {**counts, "all": counts["text"] + counts["whole"]}
+    assert 0 < counts["digits"] < counts["whole"] and counts["text"] < counts["whole"]
     window = []
-    for batch in held_out.recall:
+    for batch, mask in zip(held_out.parts["whole"], digits, strict=True):
         mass, _ = measure_layers(models["indexer"], models, batch, jax.random.key(0))
-        window.append(mass["window"][:, batch.answers & (batch.stop - batch.start >= 4 * K)])
+        window.append(mass["window"][:, mask & reach(batch)])
     expected = np.concatenate(window, axis=1).mean(1)
-    np.testing.assert_allclose(kept.mass["answers"]["window"], expected, atol=1e-6)
-    for text, recall, both in zip(*(kept.mass[part]["oracle"] for part in ("text", "recall", "all")), strict=True):
-        assert both == pytest.approx(0.5 * text + 0.5 * recall)
+    np.testing.assert_allclose(kept.mass["digits"]["window"], expected, atol=1e-6)
+    for text, whole, mixed in zip(*(kept.mass[part]["oracle"] for part in ("text", "whole", "all")), strict=True):
+        assert mixed == pytest.approx(0.25 * text + 0.75 * whole)
 
 
 def naive_losses(model, batch, attention):
@@ -278,18 +288,17 @@ def test_held_out_losses_are_means_over_valid_targets(trained, held_out, attenti
     graphdef, params = trained
     losses = held_out_losses(graphdef, params, held_out, attention=attention)
     model = merge_groups(*trained)
-    text = np.concatenate([naive_losses(model, b, attention)[b.valid] for b in held_out.text])
-    recall = [naive_losses(model, b, attention) for b in held_out.recall]
-    answers = np.concatenate([x[b.answers] for x, b in zip(recall, held_out.recall, strict=True)])
-    recall = np.concatenate([x[b.valid] for x, b in zip(recall, held_out.recall, strict=True)])
-    assert len(answers) and any((~b.valid).any() for b in held_out.text)
+    text = np.concatenate([naive_losses(model, b, attention)[b.valid] for b in held_out.parts["text"]])
+    whole = np.stack([naive_losses(model, b, attention) for b in held_out.parts["whole"]])
+    digits = whole[np.stack(held_out.subsets["whole"]["digits"])]
+    assert len(digits) and any((~b.valid).any() for b in held_out.parts["text"])
     expected = {
+        "all": 0.25 * text.mean() + 0.75 * whole.mean(),
         "text": text.mean(),
-        "recall": recall.mean(),
-        "answers": answers.mean(),
-        "all": 0.5 * text.mean() + 0.5 * recall.mean(),
+        "whole": whole.mean(),
+        "digits": digits.mean(),
     }
-    assert losses == pytest.approx(expected, abs=1e-4)
+    assert losses == pytest.approx(expected, abs=1e-4) and list(losses) == list(expected)
 
 
 def test_losses_of_selections(trained, held_out, measured):
@@ -298,7 +307,7 @@ def test_losses_of_selections(trained, held_out, measured):
     expected = {
         "dense": held_out_losses(graphdef, params, held_out, attention="dense"),
         "indexer": held_out_losses(graphdef, params, held_out, attention="sparse"),
-        "window": held_out_losses(graphdef, params, held_out, attention="sparse", window=True),
+        "window": held_out_losses(graphdef, params, held_out, attention="sparse", selection=window_selection),
     }
     for name, parts in expected.items():
         assert losses[name] == pytest.approx(parts, abs=1e-5), name
@@ -336,44 +345,56 @@ def test_with_k_as_long_as_the_sequence_every_selection_is_dense(held_out):
     graphdef, params = make(config, 0)
     kept, losses = measure_selections(graphdef, params, held_out)
     assert not kept.mass  # no query reaches 4 K keys
-    assert kept.mean("indexer") is None and kept.mean_gap_closed() is None
+    assert kept.mean("indexer", "text") is None and kept.mean_gap_closed(part="text") is None
     for name in ("indexer", "oracle", "window", "random"):
         assert losses[name] == pytest.approx(losses["dense"], abs=1e-4)
 
 
-def test_held_out_batches(held_out, tmp_path):
-    assert [kind for kind, _ in held_out] == ["text"] * len(held_out.text) + ["recall"] * len(held_out.recall)
-    assert held_out.share == 0.5
-    assert not any(batch.answers.any() for batch in held_out.text)
-    assert all(batch.answers.any() for batch in held_out.recall)
+def test_held_out_batches_show_no_window_twice(tmp_path):
     for i in range(4):
-        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 60)
-    plain = load(DataConfig(data=(f"{tmp_path}/*.txt",), recall=0.0))
-    only_text = HeldOut.draw(plain, batches=3, batch_size=1, seq_len=64)
-    assert only_text.recall == () and len(only_text.text) == 3
-    few = HeldOut.draw(plain, batches=1000, batch_size=1, seq_len=64)
-    assert len(few.text) == (len(plain.held_out.tokens) - 1) // 64  # no window twice
+        (tmp_path / f"{i}.txt").write_text("".join(f"text {j} of {i} " for j in range(90)))
+    corpus = load(DataConfig(data=(f"{tmp_path}/*.txt",)))
+    assert len(draw_batches(corpus, 3, 1, 64)) == 3
+    windows = (len(corpus.held_out.tokens) - 1) // 64
+    assert len({batch.tokens.tobytes() for batch in draw_batches(corpus, 1000, 1, 64)}) == windows
     with pytest.raises(ValueError, match="batches must be at least 1, got 0"):
-        HeldOut.draw(plain, batches=0, batch_size=1, seq_len=64)
+        draw_batches(corpus, 0, 1, 64)
 
 
-def test_text_alone_has_no_answers(trained, held_out, other_indexer):
+def test_text_alone_has_no_mixture(trained, held_out, other_indexer):
     graphdef, params = trained
-    only_text = dataclasses.replace(held_out, recall=(), share=0.0)
+    only_text = HeldOut({"text": held_out.parts["text"]})
     losses = held_out_losses(graphdef, params, only_text, attention="dense")
-    assert losses["recall"] is losses["answers"] is None
-    assert losses["all"] == losses["text"]
+    assert list(losses) == ["text"]
+    assert losses["text"] == held_out_losses(graphdef, params, held_out, attention="dense")["text"]
     kept, _ = measure_selections(graphdef, params, only_text, indexers={"other": other_indexer})
-    assert set(kept.mass) == {"all", "text"}
-    assert kept.mass["all"] == kept.mass["text"]
+    assert set(kept.mass) == set(kept.queries) == {"text"}
+
+
+def test_a_mixture_lacks_what_a_part_lacks(held_out):
+    assert held_out.mix({"text": None, "whole": 2.0}) is None
+    assert held_out.mix({"text": 1.0, "whole": 2.0}) == 1.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(subsets={"code": {}}), r"of the parts \['text', 'whole'\], got \['code'\]"),
+        (dict(mixture={"code": 1.0}), r"of the parts \['text', 'whole'\], got \['code'\]"),
+        (dict(subsets={"whole": {"digits": ()}}), "must have a mask for each batch, of 1"),
+    ],
+)
+def test_bad_held_out_data_are_named(held_out, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(held_out, **changes)
 
 
 def test_gap_closed():
     mass = {"indexer": [0.8, 0.5], "window": [0.6, 0.5], "oracle": [0.9, 0.5]}
     kept = KeptMass(8, {"all": mass}, {"all": 10})
-    first, second = kept.gap_closed()
+    first, second = kept.gap_closed(part="all")
     assert first == pytest.approx(2 / 3) and second is None
-    assert kept.mean("indexer") == pytest.approx(0.65)
-    assert kept.mean_gap_closed() == pytest.approx((0.65 - 0.55) / (0.7 - 0.55))
-    assert kept.mean_gap_closed("window") == 0
+    assert kept.mean("indexer", "all") == pytest.approx(0.65)
+    assert kept.mean_gap_closed(part="all") == pytest.approx((0.65 - 0.55) / (0.7 - 0.55))
+    assert kept.mean_gap_closed("window", part="all") == 0
     assert kept.mean_gap_closed(part="answers") is None

@@ -1,12 +1,9 @@
-"""A run killed with SIGKILL wherever it hurts ends bit by bit where the unbroken run ends."""
+"""A run that kills itself with SIGKILL wherever it hurts ends bit by bit where the unbroken run ends."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import chex
@@ -15,57 +12,58 @@ import jax.numpy as jnp
 from train_cases import one_layer_run, small_params, small_phases, write_preset
 
 from train.checkpoint import Checkpoints, checkpoint_steps
-from train.presets import PhaseSettings, RunConfig, Stage
+from train.phases import BASE
 from train.run import Run
-from train.step import TrainState, init_state
+from train.settings import PhaseSettings, RunConfig, Stage
+from train.state import TrainState, init_state
 
 TRAIN = """
-import sys
+import os, re, signal, sys
 from pathlib import Path
 from train.data import load
+from train.metrics import MetricsLog
 from train.presets import load_preset
-from train.progress import RunProgress
 from train.run import Run
-config = load_preset(sys.argv[1])
-Run(config, Path(sys.argv[2])).train(load(config.data), RunProgress(config), resume=True)
+
+preset, out, moment, where = sys.argv[1:]
+put = MetricsLog.put
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def put_and_die(log, step, *rest):
+    put(log, step, *rest)
+    if step == int(where):
+        die()
+
+def die_before_rename(event, arguments):
+    if event == "os.rename" and re.search(where, str(arguments[1])):
+        die()
+
+if moment == "step":
+    MetricsLog.put = put_and_die
+if moment == "rename":
+    sys.addaudithook(die_before_rename)
+config = load_preset(preset)
+Run(config, Path(out)).train(load(config.data), resume=True)
 """
+MOMENTS = {  # what kills the run, where, and the checkpoints that are whole by then
+    "between two steps, before the first checkpoint": ("step", "2", []),
+    "in the middle of a write, of which parts are whole": ("rename", r"/checkpoints/4\.[^/]*/params$", [2]),
+    "after the write at a phase's begin, before it is committed": ("rename", "/checkpoints/6$", [4, 5]),
+}
 PATIENCE = 300.0  # seconds that a process may take on a busy machine
 
 
-def start(preset: Path, out: Path, environment: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(preset), str(out)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
-
-
-def kill_when(process: subprocess.Popen, moment: Callable[[], bool]) -> None:
-    """Kills the process at the first sight of a moment, which must come before its end."""
-    deadline = time.monotonic() + PATIENCE
-    while not moment():
-        assert process.poll() is None, process.communicate()[1] or "the run ended before the moment came"
-        assert time.monotonic() < deadline, "the moment did not come"
-        time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
-
-
-def lines(out: Path) -> list[str]:
-    path = out / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+def run(preset: Path, out: Path, environment: dict[str, str], moment: str = "", where: str = "") -> tuple[int, str]:
+    """Runs in a process of its own, to the end or to the moment; returns its status and what it complained of."""
+    command = [sys.executable, "-c", TRAIN, str(preset), str(out), moment, where]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return ended.returncode, ended.stderr
 
 
 def metrics(out: Path) -> list[dict]:
-    records = [json.loads(line) for line in lines(out)]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["seconds"]
     return records
@@ -90,20 +88,17 @@ def test_a_state_is_put_on_a_device_as_a_whole(tmp_path):
 
 def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path, environment):
     _, warmup, sparse = small_phases(Stage(3, 2, 16)).values()
-    base = PhaseSettings("BASE", (Stage(3, 2, 16), Stage(2, 4, 8, 2)), backbone=sparse.backbone, bias_rate=1e-2)
+    base = PhaseSettings(BASE, (Stage(3, 2, 16), Stage(2, 4, 8, 2)), backbone=sparse.backbone, bias_rate=1e-2)
     config = one_layer_run(tmp_path / "text", phases=(base, warmup, sparse), checkpoint_every=2)  # ends: 5, 8, 11
     preset = write_preset(config, tmp_path / "small.json")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(preset, whole, environment))
+    assert run(preset, whole, environment) == (0, "")
 
-    moments = {
-        "before the first checkpoint": lambda: len(lines(broken)) >= 1,
-        "inside a save, in a stage of micro-batches": lambda: any(broken.glob("checkpoints/4.*")),
-        "at the end of BASE": lambda: 5 in checkpoint_steps(broken),
-    }
-    for moment in moments.values():
-        kill_when(start(preset, broken, environment), moment)
-    finish(start(preset, broken, environment))
+    for name, (moment, where, checkpoints) in MOMENTS.items():
+        status, errors = run(preset, broken, environment, moment, where)
+        assert status == -signal.SIGKILL, (name, errors)
+        assert checkpoint_steps(broken) == checkpoints, name
+    assert run(preset, broken, environment) == (0, "")
 
     assert [record["step"] for record in metrics(broken)] == list(range(1, 12))
     assert metrics(broken) == metrics(whole)

@@ -42,8 +42,8 @@ from dsa_jax.moe import update_bias
 from dsa_jax.parallel.sharding import parameter_shardings, shards, spec
 from train.losses import cross_entropy
 from train.phases import BASE, SPARSE, WARMUP, merge_groups
-from train.run import abstract_params
-from train.step import init_state, make_optimizers, make_step, place_state
+from train.state import abstract_params, init_state, make_optimizers, place_state
+from train.step import make_step
 
 DOZEN = [  # each axis alone, pairs, and every triple of them
     "data=8,context=1,expert=1,tensor=1",
@@ -79,7 +79,7 @@ def one():
 
 @pytest.fixture(scope="module")
 def thin():
-    """One dense layer, quick to compile."""
+    """Makes one dense layer, quick to compile."""
     return OneDevice(mesh_config(num_hidden_layers=1, first_k_dense_replace=1))
 
 
@@ -256,7 +256,7 @@ def check_exchanges(one, name, text):
 
 
 def check_first_moments(state, gradients, settings, near_kink):
-    """Of one step: the gradients, clipped, times 1 - b1."""
+    """Holds the moments of one step against the gradients, clipped, times 1 - b1."""
     for group, theirs in gradients.items():
         of_group, norm = getattr(settings, group), norm_of(theirs)
         moments = optax.tree.get(state.opt_state[group], "mu")
@@ -269,7 +269,7 @@ def norm_of(tree):
 
 
 def choices_that_differ(one, mesh, steps):
-    """How many selections and routings were others with the mesh's parameters than on one device with its own."""
+    """Counts the selections and routings that were others with the mesh's parameters than with those of one device."""
     program, count = None, 0
     for params, batch, theirs in steps:
         arguments = place_params(params, mesh), place_tokens(batch, mesh)
@@ -281,8 +281,11 @@ def choices_that_differ(one, mesh, steps):
 
 @pytest.mark.parametrize("name", meshes(DCT))
 def test_ten_steps_of_adamw(one, name, record_property):
-    """The same losses, for as long as no selection or routing differs: AdamW's first steps are as long for a gradient
-    of rounding errors as for any other, and from the first different choice on nothing need be the same."""
+    """Gives the same losses, for as long as no selection or routing differs.
+
+    AdamW's first steps are as long for a gradient of rounding errors as for any other, and from the first different
+    choice on nothing need be the same.
+    """
     mesh, steps = mesh_of(name), []
     settings, state, step = step_of(one, name, "SPARSE")
     check_exchanges(one, name, step.as_text())

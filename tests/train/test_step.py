@@ -11,16 +11,17 @@ import pytest
 from flax import nnx
 from train_cases import compiled, small_batch, small_config, small_params, small_phases
 
-from train.phases import GROUPS, group_of, merge_groups, split_groups, window_selection
-from train.presets import PhaseSettings
-from train.run import abstract_params
-from train.step import init_state, make_step
+from train.losses import LM_LOSS
+from train.phases import GROUPS, PHASES, SPARSE, Phase, group_of, merge_groups, split_groups, window_selection
+from train.settings import PhaseSettings
+from train.state import abstract_params, init_state
+from train.step import make_step
 
 
 def settings_of(name):
-    """A phase's settings; a control has SPARSE's under another name."""
+    """Gives a phase's settings; a control has those of SPARSE."""
     phases = small_phases()
-    return phases[name] if name in phases else dataclasses.replace(phases["SPARSE"], name=name)
+    return phases[name] if name in phases else dataclasses.replace(phases["SPARSE"], phase=PHASES[name])
 
 
 def start(name: str | PhaseSettings, **changes):
@@ -124,7 +125,7 @@ def test_loss_is_a_mean_over_valid_targets_and_a_sum_over_layers():
 
 
 def test_padding_rows_change_nothing():
-    """A row of padding added to the batch: the same losses and the same moments."""
+    """Adds a row of padding to the batch: the same losses and the same moments."""
     assert_rounding_alone(first_step("SPARSE"), first_step("SPARSE", padding_rows=1))
 
 
@@ -160,6 +161,23 @@ def test_warmup_differentiates_the_indexer_alone():
 
 def test_a_phase_needs_the_settings_of_what_it_trains():
     with pytest.raises(ValueError, match="SPARSE trains the indexer"):
-        PhaseSettings("SPARSE", small_phases()["SPARSE"].stages, backbone=small_phases()["SPARSE"].backbone)
-    with pytest.raises(ValueError, match="phase must be one of BASE"):
-        PhaseSettings("COOLDOWN", ())
+        PhaseSettings(SPARSE, small_phases()["SPARSE"].stages, backbone=small_phases()["SPARSE"].backbone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(trains=("backbone", "router_bias")), "must train backbone or indexer"),
+        (dict(trains=()), "must train backbone or indexer"),
+        (dict(losses=()), "must have losses"),
+        (dict(losses=(("kl", LM_LOSS), ("kl", LM_LOSS))), "each of a name of its own"),
+        (dict(losses=(("loss", LM_LOSS),)), "none of loss, tokens"),
+        (dict(attention="dense", selection=window_selection), "attention must be 'sparse'"),
+        (dict(stream=10), "must be from 0 to 9, got 10"),
+    ],
+)
+def test_a_bad_phase_is_named(changes, message):
+    good = dict(name="MINE", attention="sparse", trains=("backbone",), losses=(("lm_loss", LM_LOSS),))
+    Phase(**good)
+    with pytest.raises(ValueError, match=message):
+        Phase(**good | changes)

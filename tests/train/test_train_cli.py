@@ -24,12 +24,15 @@ from train_cases import (
 )
 
 from dsa_jax.hf.convert import save_hf
-from train.__main__ import Arguments, control_run, main
+from train.__main__ import Arguments, main
 from train.checkpoint import Checkpoints, Position, checkpoint_steps
 from train.data import load
+from train.experiment import control_run
+from train.initial import InitialParams
+from train.metrics import MetricsLog
 from train.phases import CONTROLS, merge_groups, split_groups
-from train.progress import RunProgress
-from train.run import DivergedError, Init, MetricsLog, Run, abstract_params, check_tokens, load_model
+from train.run import DivergedError, Run, check_tokens, load_model
+from train.state import abstract_params
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def preset(run, tmp_path):
 
 
 def refused(capsys, *arguments):
-    """The one line that the command leaves on stderr when it refuses."""
+    """Reads the one line that the command leaves on stderr when it refuses."""
     assert main([str(argument) for argument in arguments]) == 2
     streams = capsys.readouterr()
     assert streams.err.startswith("error: ") and streams.err.count("\n") == 1, streams.err
@@ -52,7 +55,7 @@ def refused(capsys, *arguments):
 
 
 def changed(run, path, **changes):
-    """A preset file of the run with other numbers in its model and its stages."""
+    """Writes a preset of the run with other numbers in its model and its stages."""
     values = run.to_json()
     values["model"].update(changes.pop("model", {}))
     for phase in values["phases"]:
@@ -135,11 +138,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, tmp_path
     monkeypatch.setattr(Run, "initial_params", lambda self: jax.tree.map(jnp.array, small_params(self.config.model)))
     corpus, out = load(run.data), tmp_path / "out"
     with pytest.raises(DivergedError, match=r"loss is nan at step 6 \(step 3 of WARMUP\); .*checkpoints/4"):
-        Run(run, out).train(corpus, RunProgress(run))
+        Run(run, out).train(corpus)
     assert checkpoint_steps(out) == [3, 4]
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
     monkeypatch.setattr("train.run.make_step", fake_step(None))
-    state = Run(run, out).train(corpus, RunProgress(run), resume=True)
+    state = Run(run, out).train(corpus, resume=True)
     np.testing.assert_allclose(
         state.params["backbone"]["lm_head"] - small_params(run.model)["backbone"]["lm_head"], 9, 1e-5
     )
@@ -183,7 +186,7 @@ sys.exit(status)
 
 
 def test_a_full_disk_is_said_in_one_line_and_the_last_checkpoint_stays(preset, tmp_path, environment):
-    """A limit on the size of files stands in for a full disk, from the second phase on."""
+    """Limits the size of files from the second phase on, which stands in for a full disk."""
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join((str(tests), str(tests.parent)))
     command = [sys.executable, "-c", FULL_DISK, "--preset", preset, "--out", str(tmp_path / "out")]
@@ -197,10 +200,10 @@ def test_a_full_disk_is_said_in_one_line_and_the_last_checkpoint_stays(preset, t
     )
 
 
-def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_too(run, tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 6)) + '{"step": 6, "lo')
-    with MetricsLog(path, RunProgress(run), keep=4) as log:
+    with MetricsLog(path, keep=4) as log:
         log.put(5, 0, "BASE", 1, {"loss": jnp.asarray(0.5)})
         assert len(path.read_text().splitlines()) == 4  # not read before a later step has started
         log.flush()
@@ -237,7 +240,7 @@ def test_controls_share_the_weights_and_batches_of_sparse(run, tmp_path):
     for phase in CONTROLS:
         control = control_run(main_run, phase)
         assert control.config.steps == run.phases[-1].steps
-        assert control.init == Init(tmp_path / "out", 6, "step 6 of the run that it controls")
+        assert control.init == InitialParams(tmp_path / "out", 6, "step 6 of the run that it controls")
 
 
 def test_a_small_run_from_beginning_to_report(tmp_path, environment):
@@ -264,6 +267,8 @@ def test_a_small_run_from_beginning_to_report(tmp_path, environment):
         records[-1]
     )
     report = (out / "report.md").read_text()
-    for text in ("DENSE_CONTROL", "WINDOW_CONTROL", "oracle", "untrained indexer", "last K keys"):
+    for text in ("# small\n", "DENSE_CONTROL", "WINDOW_CONTROL", "oracle", "untrained indexer", "last K keys"):
         assert text in report, text
+    for text in ("goal", "missed", "recall", "mixture"):
+        assert text not in report.lower() and text not in first.stdout.lower(), text
     assert {"run.json", "results.json", "checkpoints"} <= set(os.listdir(out))

@@ -1,0 +1,37 @@
+"""Says what a training step takes of each GPU of a mesh, before there is one: bytes, exchanges, seconds, what binds it.
+
+`trace` makes the step of one device a list of operations, `costs` adds up what they take, `hardware` times them at the
+rates of an H200 in `rates.json`, `estimate` makes a plan of it, and `command` is `python -m train plan`. Nothing here
+imports the training loop.
+"""
+
+from train.planner.command import best_plan, least_state_bytes, load_run, main
+from train.planner.estimate import (
+    GIB,
+    PUBLISHED_BATCH_SIZES,
+    SLICE,
+    Calibration,
+    Job,
+    Plan,
+    calibration,
+    make_plan,
+    measured_settings,
+)
+from train.planner.hardware import usable_memory
+
+__all__ = [
+    "GIB",
+    "PUBLISHED_BATCH_SIZES",
+    "SLICE",
+    "Calibration",
+    "Job",
+    "Plan",
+    "best_plan",
+    "calibration",
+    "least_state_bytes",
+    "load_run",
+    "main",
+    "make_plan",
+    "measured_settings",
+    "usable_memory",
+]

@@ -14,12 +14,13 @@ from rich.table import Table
 from dsa_jax import Config
 from dsa_jax.parallel.sharding import AXES, RULES, describe, parse_mesh
 from train.planner.estimate import ELSEWHERE, GIB, ByPart, Job, Plan, Shape, calibration, make_plan, state_bytes
-from train.planner.hardware import NETWORK, usable_memory
+from train.planner.hardware import NETWORK_BYTES_PER_SECOND, recorded_rates, usable_memory
 from train.planner.trace import lower_step
-from train.presets import PRESETS, PhaseSettings, RunConfig, load_preset
+from train.presets import PRESETS, load_preset, read_preset
+from train.settings import PhaseSettings, RunConfig
 
-MOST_DEVICES = 1 << 15
-TRIED = 4  # meshes of a size, where several axes must grow
+MAX_DEVICES = 1 << 15
+MESHES_TRIED = 4  # of one size, where several axes must grow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,29 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def load_run(config: str) -> RunConfig:
-    """A preset, the run of a run.json or its folder, or a Hugging Face folder's model by the published recipe."""
+    """Makes a preset, or reads the run of a run.json or its folder, or a Hugging Face folder, by the published recipe.
+
+    Raises:
+      ValueError: if it is none of these.
+    """
     path = Path(config)
-    if config in PRESETS or config.endswith(".json"):
+    if config in PRESETS:
         return load_preset(config)
+    if config.endswith(".json"):
+        return _read_run(path)
     if not path.is_dir():
         raise ValueError(f"config must be {' or '.join(PRESETS)}, a run.json, or a Hugging Face folder, got {config!r}")
     if (path / "run.json").is_file():
-        return load_preset(str(path / "run.json"))
+        return _read_run(path / "run.json")
     model = dataclasses.replace(Config.from_hf(path), dtype="bfloat16", param_dtype="float32")
     recipe = PRESETS["deepseek_v32"]()
     phases = tuple(_no_longer(phase, model.max_position_embeddings) for phase in recipe.phases)
     return dataclasses.replace(recipe, model=model, phases=phases)
+
+
+def _read_run(path: Path) -> RunConfig:
+    """Reads a run but for its data, which say nothing of a step and may be a study's own."""
+    return RunConfig.from_json(read_preset(path), data=None)
 
 
 def _no_longer(phase: PhaseSettings, longest: int) -> PhaseSettings:
@@ -84,7 +96,7 @@ def _no_longer(phase: PhaseSettings, longest: int) -> PhaseSettings:
 
 
 def fitting_plan(job: Job, shape: Shape) -> Plan:
-    """The plan of a mesh.
+    """Makes the plan of a mesh.
 
     Raises:
       ValueError: if it does not fit, with the bytes, the limit, and the axis to grow.
@@ -107,12 +119,13 @@ def fitting_plan(job: Job, shape: Shape) -> Plan:
 
 
 def larger_mesh(job: Job, shape: Shape) -> Plan | None:
-    """The plan of the smallest mesh that fits with one axis grown by a power of two; with several, if none does.
+    """Plans the smallest mesh that fits with one axis grown by a power of two; with several, if none does.
 
-    Of those with equally many devices it is the fastest. With several axes grown it is the first that fits of `TRIED`:
-    those that grow `tensor` least, whose shards hold alike what all heads share, and then those of the smallest state.
+    Of those with equally many devices it is the fastest. With several axes grown it is the first that fits of
+    `MESHES_TRIED`: those that grow `tensor` least, whose shards hold alike what all heads share, and then those of the
+    smallest state.
     """
-    most = MOST_DEVICES // math.prod(shape.values())
+    most = MAX_DEVICES // math.prod(shape.values())
     factors = [1 << power for power in range(1, most.bit_length())]
     for factor in factors:
         plans = [plan_if_small(job, {**shape, axis: shape[axis] * factor}) for axis in AXES]
@@ -121,14 +134,14 @@ def larger_mesh(job: Job, shape: Shape) -> Plan | None:
     for factor in factors:
         meshes = [mesh for mesh in _grown(shape, factor) if _state_bytes(job, mesh) <= usable_memory()]
         meshes.sort(key=lambda mesh: (mesh[RULES["heads"][0]], _state_bytes(job, mesh)))
-        plans = (make_plan(job, mesh) for mesh in meshes[:TRIED])
+        plans = (make_plan(job, mesh) for mesh in meshes[:MESHES_TRIED])
         if plan := next((plan for plan in plans if plan.fits), None):
             return plan
     return None
 
 
 def plan_if_small(job: Job, shape: Shape) -> Plan | None:
-    """The plan, but None, without tracing, where sizes do not divide or the state alone does not fit."""
+    """Makes the plan; None, without tracing, where sizes do not divide or the state alone does not fit."""
     return make_plan(job, shape) if _state_bytes(job, shape) <= usable_memory() else None
 
 
@@ -144,10 +157,10 @@ def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def best_plan(job: Job, devices: int) -> Plan | None:
-    """The plan with the most tokens a second among meshes of so many devices, a power of two; None if none fits.
+    """Plans the mesh of `devices`, a power of two, with the most tokens a second; None if none fits.
 
-    Found by descent from the most even mesh: a step moves a factor of two or four from one axis to another. Meshes that
-    do not fit are ordered by the bytes they need.
+    It is found by descent from the most even mesh: a step moves a factor of two or four from one axis to another.
+    Meshes that do not fit are ordered by the bytes they need.
     """
     meshes = [_mesh(powers) for powers in _compositions(devices.bit_length() - 1, len(AXES))]
     best = min(meshes, key=lambda mesh: max(mesh.values()))
@@ -172,7 +185,7 @@ def best_plan(job: Job, devices: int) -> Plan | None:
 
 
 def least_state_bytes(job: Job, devices: int) -> float:
-    """Bytes a device of parameters, gradients and optimizer on the mesh of so many devices where they are fewest."""
+    """Counts bytes a device of parameters, gradients and optimizer on the mesh of `devices` where they are fewest."""
     return min(_state_bytes(job, _mesh(powers)) for powers in _compositions(devices.bit_length() - 1, len(AXES)))
 
 
@@ -187,7 +200,7 @@ def _mesh(powers: Sequence[int]) -> dict[str, int]:
 
 
 def _state_bytes(job: Job, shape: Shape) -> float:
-    """Bytes of the state, infinitely many where sizes do not divide."""
+    """Counts bytes of the state a device, infinitely many where sizes do not divide."""
     try:
         return sum(sum(part.values()) for part in state_bytes(job, shape).values())
     except ValueError:
@@ -223,16 +236,16 @@ def show(plan: Plan, name: str, lowered: str, console: Console) -> None:
         f"overlaps: {plan.binds} binds; {plan.tokens_per_second:,.0f} tokens/s, "
         f"{plan.tokens_per_second / plan.devices:,.0f} a GPU.",
         f"The busiest sequence shard has {plan.imbalance:.2%} more than the mean to do.",
-        f"Assumed: {NETWORK / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly, one round an "
-        "exchange; one document a sequence; conditions as in training; kernels, products and exchanges within a host "
-        "at the rates in benchmarks/results.",
+        f"Assumed: {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly, one "
+        "round an exchange; one document a sequence; conditions as in training; kernels, products and exchanges within "
+        f"a host at rates measured on an {recorded_rates()['card']}, {recorded_rates()['date']}.",
         f"Lowered for CUDA: {len(lowered) / 2**20:.1f} MiB of StableHLO with {lowered.count('@mosaic_gpu')} kernels.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _sections(plan: Plan) -> Iterator[tuple[str, float, int, list[tuple[str, ByPart, float]]]]:
-    """Title, unit, digits, and rows of name, amounts by kind of layer and total."""
+    """Yields of each section title, unit, digits, and rows of name, amounts by kind of layer and total."""
 
     def rows(parts: Mapping[str, ByPart]) -> list[tuple[str, ByPart, float]]:
         return [(name, part, sum(part.values())) for name, part in parts.items()]

@@ -1,4 +1,4 @@
-"""What a device's program costs: bytes alive at once, bytes sent by each kind of collective, floating-point operations.
+"""Adds up what a device's program costs: bytes alive at once, bytes sent by kind of collective, products.
 
 Memory is a walk over the operations in their order. XLA's fusion is modelled by one rule: an elementwise result is
 written to memory only if something other than elementwise operations and reductions reads it, or a block returns it.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
-from dsa_jax.parallel.expert_parallel import CAPACITY
+from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR
 from train.planner.trace import COLLECTIVES, KERNEL, Block, Op, Program, nbytes, program_of
 
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"}
@@ -23,19 +23,19 @@ FUSED = set(
 )
 SELECTING = {"dynamic_slice", "gather", "slice", "split"}  # read no more than they give
 IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "swap", "addupdate"}
-LAYER_ARRAYS = 10  # the fewest arrays that a loop over layers scans over; loops beside them have six or fewer
+MIN_LAYER_ARRAYS = 10  # that a loop over layers scans over; other loops have six or fewer
 
 
 # Memory
 
 
 def peak_bytes(program: Program) -> int:
-    """The most bytes that the program's values take at once, beside its inputs."""
+    """Counts the most bytes that the program's values take at once, beside its inputs."""
     return _peak(program, program.block, frozenset())
 
 
 def _peak(program: Program, block: Block, owned: frozenset[int]) -> int:
-    """The most bytes alive at once of what a block makes, and of the inputs `owned`, which it may free."""
+    """Counts the most bytes alive at once of a block's values, and of the inputs `owned`, which it may free."""
     sizes, ops = program.sizes, block.ops
     written = _written(block)
     reads = _reads(block, written)
@@ -57,7 +57,7 @@ def _peak(program: Program, block: Block, owned: frozenset[int]) -> int:
 
 
 def _written(block: Block) -> set[int]:
-    """The values that are in memory: results of what does not fuse, and elementwise ones that such a thing reads."""
+    """Finds the values in memory: results of operations that do not fuse, and elementwise ones that those read."""
     made_by = {value: op for op in block.ops for value in op.outputs}
     written = {value for value, op in made_by.items() if op.name not in FUSED}
     for op in block.ops:
@@ -67,7 +67,7 @@ def _written(block: Block) -> set[int]:
 
 
 def _sources(block: Block, written: set[int]) -> Callable[..., set[int]]:
-    """A function from values to what must be in memory to have them."""
+    """Makes a function from values to those that must be in memory to have them."""
     made_by = {value: op for op in block.ops for value in op.outputs}
 
     @functools.cache
@@ -80,14 +80,14 @@ def _sources(block: Block, written: set[int]) -> Callable[..., set[int]]:
 
 
 def _reads(block: Block, written: set[int]) -> list[set[int]]:
-    """What each operation reads from memory; nothing where its result is not written."""
+    """Lists the values that each operation reads from memory; none where its result is not written."""
     sources = _sources(block, written)
     lazy = lambda op: op.name in FUSED and not written.intersection(op.outputs)  # noqa: E731
     return [set() if lazy(op) else sources(op.inputs) for op in block.ops]
 
 
 def _reused(op: Op, made: list[int], dying: list[int], sizes: list[int]) -> set[int]:
-    """Inputs that end here and whose memory the results take."""
+    """Finds the inputs that are read last by an operation and whose memory its results take."""
     if op.name in ("scan", "while"):
         carried = op.inputs[op.consts : op.consts + op.carries]
         return {value for value in carried if value in dying and carried.count(value) == 1}
@@ -103,7 +103,7 @@ def _reused(op: Op, made: list[int], dying: list[int], sizes: list[int]) -> set[
 
 
 def _workspace(program: Program, op: Op) -> int:
-    """Bytes that an operation needs while it runs, beside its arguments and results."""
+    """Counts bytes that an operation needs while it runs, beside its arguments and results."""
     if op.name == KERNEL:
         return _kernel_workspace(op.params["pallas"], *((x.shape, x.dtype) for x in op.shapes))
     if op.name == "cond":
@@ -115,7 +115,7 @@ def _workspace(program: Program, op: Op) -> int:
 
 
 def _loop_workspace(program: Program, op: Op, body: Block) -> int:
-    """What a step needs beside the carry. Slices of what is scanned over are read where they are, if that fuses."""
+    """Counts bytes of a step beside the carry. Slices of scanned arrays are read where they are, if that fuses."""
     split = op.consts + op.carries
     carries = frozenset(body.inputs[op.consts : split])
     slices = [Op("slice", [], [value], {}, [], []) for value in body.inputs[split:]]
@@ -136,7 +136,7 @@ def _kernel_workspace(kernel: Callable, *arguments: tuple) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """An operation that runs: the values its block writes, how often it runs a step, in layers of what kind."""
+    """Describes an operation that runs: the values its block writes, its times a step, the kind of its layers."""
 
     op: Op
     written: frozenset[int]
@@ -145,11 +145,11 @@ class Done:
 
 
 def executed(program: Program, loops: Mapping[str, list[Op]]) -> Iterator[Done]:
-    """Every operation that runs, inside loops too; `loops` are those over layers by kind.
+    """Yields every operation that runs, inside loops too; `loops` are those over layers by kind.
 
     Of a choice the branch with the fewest products is counted, which is what training takes: cotangents of a mean are
     equal, so the indexer's gradients need no second pass. How often a loop runs whose end depends on the data is
-    `program.expected_trips`.
+    `trace.expected_trips`.
     """
     kinds = {id(op): kind for kind, ops in loops.items() for op in ops}
     return _executed(program.block, 1, None, kinds)
@@ -172,7 +172,7 @@ def _products(block: Block) -> int:
 
 
 def layer_loops(program: Program, kinds: Sequence[str]) -> dict[str, list[Op]]:
-    """The loops over layers of each kind: alone they scan over as many arrays as a layer has parameters.
+    """Finds the loops over layers of each kind: they alone scan over as many arrays as a layer has parameters.
 
     `kinds` is in the order of the layers; the loops follow it forward, and then in reverse on the way back.
     """
@@ -185,20 +185,20 @@ def layer_loops(program: Program, kinds: Sequence[str]) -> dict[str, list[Op]]:
 def _layer_loops(block: Block) -> Iterator[Op]:
     for op in block.ops:
         if op.name == "scan":
-            if len(op.inputs) - op.consts - op.carries >= LAYER_ARRAYS:
+            if len(op.inputs) - op.consts - op.carries >= MIN_LAYER_ARRAYS:
                 yield op
             else:
                 yield from _layer_loops(op.blocks[0])
 
 
 def kept_bytes(program: Program, loop: Op) -> int:
-    """What a forward loop over layers keeps of one layer for the backward."""
+    """Counts bytes that a forward loop over layers keeps of one layer for the backward."""
     return sum(program.sizes[value] for value in loop.outputs[loop.carries :]) // int(loop.trips)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a group of devices: its kind, the axes it spans, and the bytes that each device sends."""
+    """Describes a collective of a group of devices: its kind, the axes it spans, the bytes that each device sends."""
 
     kind: str
     axes: tuple[str, ...]
@@ -206,9 +206,9 @@ class Collective:
 
 
 def collective(program: Program, op: Op) -> Collective | None:
-    """What an operation sends in a ring (all-to-all: directly); None if it is no collective, or of one device.
+    """Counts what an operation sends in a ring (all-to-all: directly); None if it is no collective, or of one device.
 
-    A ragged all-to-all sends what even routing fills of its buffer, 1 / CAPACITY of it.
+    A ragged all-to-all sends what even routing fills of its buffer, 1 / CAPACITY_FACTOR of it.
     """
     if op.name not in COLLECTIVES:
         return None
@@ -221,13 +221,13 @@ def collective(program: Program, op: Op) -> Collective | None:
         "all_gather": taken * share,
         "reduce_scatter": given * share,
         "all_to_all": given * share,
-        "ragged_all_to_all": taken * share / CAPACITY,
+        "ragged_all_to_all": taken * share / CAPACITY_FACTOR,
     }.get(op.name, 2 * given * share)
     return Collective(COLLECTIVES[op.name], axes, sent) if count > 1 else None
 
 
 def traffic(program: Program, done: Done) -> int:
-    """Bytes of memory that an operation reads and writes; an elementwise one only if its result is written."""
+    """Counts bytes of memory that an operation reads and writes; of an elementwise one if its result is written."""
     op = done.op
     made = [value for value in op.outputs if value in done.written]
     if op.name in FUSED and not made:
@@ -239,7 +239,7 @@ def traffic(program: Program, done: Done) -> int:
 
 
 def flops_of_product(op: Op) -> float:
-    """2 · the results' elements · the length of the sums of a `dot_general`."""
+    """Counts 2 · the results' elements · the length of the sums of a `dot_general`."""
     (contracted, _), _ = op.params["dimension_numbers"]
     left = op.shapes[0].shape
     return 2 * math.prod(op.results[0].shape) * math.prod(left[axis] for axis in contracted)

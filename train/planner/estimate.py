@@ -1,4 +1,4 @@
-"""What a training step takes of each device of a mesh, before there is one.
+"""Estimates what a training step takes of each device of a mesh, before there is one.
 
 The step is traced for the mesh without an array (`trace`). State is exact, from the shardings; activations are
 the most that is alive at once in a device's program (`costs`), set against one measured run; collectives and
@@ -19,16 +19,17 @@ from jax.sharding import NamedSharding
 from dsa_jax import Config
 from dsa_jax.parallel.sharding import AXES, check_model, imbalance, parameter_specs, path_names, shards
 from train.optimizer import OptimizerSettings
+from train.phases import PHASES
 from train.planner.costs import collective, executed, kept_bytes, layer_loops, peak_bytes
-from train.planner.hardware import measured_rates, network_seconds, recorded, usable_memory, work
-from train.planner.trace import abstract_mesh, abstract_state, step_program, trace_step
-from train.presets import PhaseSettings, RunConfig, Stage
-from train.run import check_stage
+from train.planner.hardware import measured_rates, measured_step, network_seconds, usable_memory, work
+from train.planner.trace import step_program, trace_step
+from train.settings import PhaseSettings, RunConfig, Stage
+from train.state import abstract_mesh, abstract_state, check_stage
 
 GIB = 2**30
-PUBLISHED = {"WARMUP": 16, "SPARSE": 480}  # sequences a step
+PUBLISHED_BATCH_SIZES = {"WARMUP": 16, "SPARSE": 480}  # sequences a step
 ELSEWHERE = "elsewhere"
-ONE: dict[str, int] = dict.fromkeys(AXES, 1)
+ONE_DEVICE: dict[str, int] = dict.fromkeys(AXES, 1)
 
 type Shape = Mapping[str, int]
 type ByPart = Mapping[str, float]  # kind of layer, or ELSEWHERE -> amount in all layers of the kind
@@ -36,7 +37,7 @@ type ByPart = Mapping[str, float]  # kind of layer, or ELSEWHERE -> amount in al
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained: a model, a phase and its batches."""
+    """Describes a step: a model, a phase and its batches."""
 
     config: Config
     settings: PhaseSettings
@@ -48,12 +49,14 @@ class Job:
     def of(
         cls, run: RunConfig, phase: str, seq_len: int, batch_size: int | None = None, micro_batches: int | None = None
     ) -> "Job":
-        """The phase of a run at another length; sequences a step default to the phase's own, taken one by one."""
+        """Takes a phase of a run at another length; sequences a step default to the phase's own, one a micro-batch."""
         settings = next((each for each in run.phases if each.name == phase), None)
-        batch_size = batch_size or (settings.stages[-1].batch_size if settings else PUBLISHED.get(phase, 16))
+        batch_size = batch_size or (
+            settings.stages[-1].batch_size if settings else PUBLISHED_BATCH_SIZES.get(phase, 16)
+        )
         stage = Stage(1, batch_size, seq_len, micro_batches or batch_size)
         adamw = OptimizerSettings(learning_rate=1e-4)
-        settings = settings or PhaseSettings(phase, (stage,), backbone=adamw, indexer=adamw)
+        settings = settings or PhaseSettings(PHASES[phase], (stage,), backbone=adamw, indexer=adamw)
         if seq_len > run.model.max_position_embeddings:
             raise ValueError(
                 f"the sequence length must be at most the model's max_position_embeddings "
@@ -63,25 +66,29 @@ class Job:
 
     @property
     def layers(self) -> dict[str, int]:
-        """How many layers there are of each kind, in their order."""
+        """The number of layers of each kind, in their order."""
         counts = {"dense": self.config.num_dense_layers, "MoE": self.config.num_moe_layers}
         return {kind: count for kind, count in counts.items() if count}
 
     def check(self, shape: Shape) -> None:
-        """Raises ValueError unless model and batch can be split over the mesh."""
+        """Checks that model and batch can be split over the mesh.
+
+        Raises:
+          ValueError: if they cannot.
+        """
         mesh = abstract_mesh(shape)
         check_model(mesh, self.config)
         check_stage(mesh, Stage(1, self.batch_size, self.seq_len, self.micro_batches))
 
     def trace(self, shape: Shape) -> Any:
-        """The step, traced for a mesh."""
+        """Traces the step for a mesh."""
         sizes = dict(batch_size=self.batch_size, seq_len=self.seq_len, micro_batches=self.micro_batches)
         return trace_step(self.config, self.settings, shape, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes, floating-point operations and seconds a device and a step."""
+    """Holds bytes, floating-point operations and seconds, of a device and a step."""
 
     job: Job
     shape: Shape
@@ -98,7 +105,7 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """How many devices the mesh has."""
+        """The number of devices of the mesh."""
         return math.prod(self.shape.values())
 
     @property
@@ -109,22 +116,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether an H200 has so many."""
+        """Whether the memory of an H200 is enough."""
         return self.bytes_needed <= usable_memory()
 
     @property
     def seconds(self) -> float:
-        """Of a step in which nothing is sent while something is computed."""
+        """The seconds of a step in which nothing is sent while something is computed."""
         return self.compute_seconds + self.network_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices together."""
+        """The tokens a second of all devices together."""
         return self.job.batch_size * self.job.seq_len / self.seconds
 
     @property
     def binds(self) -> str:
-        """What a step waits for most."""
+        """The part that takes longer: compute or network."""
         return "compute" if self.compute_seconds >= self.network_seconds else "network"
 
 
@@ -143,7 +150,7 @@ def make_plan(job: Job, shape: Shape) -> Plan:
 
 
 def state_bytes(job: Job, shape: Shape) -> dict[str, ByPart]:
-    """Bytes a device of parameters, gradients and optimizer state, by kind of layer."""
+    """Counts bytes a device of parameters, gradients and optimizer state, by kind of layer."""
     job.check(shape)
     state = abstract_state(job.config, job.settings)
     trained = {group: state.params[group] for group in job.settings.phase.trains}
@@ -163,7 +170,7 @@ def _sharded_bytes(tree: Any, shape: Shape) -> ByPart:
 
 
 def traced_plan(job: Job, shape: Shape) -> Plan:
-    """`make_plan` without the calibration."""
+    """Makes the plan of `make_plan` without the calibration."""
     state = state_bytes(job, shape)
     program = step_program(job.trace(shape), shape)
     loops = layer_loops(program, tuple(job.layers))
@@ -195,7 +202,7 @@ def traced_plan(job: Job, shape: Shape) -> Plan:
 
 
 def _imbalance(length: int, count: int) -> float:
-    """Of one document as long as the sequence."""
+    """Computes the imbalance for one document as long as the sequence."""
     stop = np.arange(1, length + 1)[None]
     return imbalance(np.zeros_like(stop), stop, count)
 
@@ -218,7 +225,7 @@ SLICE = Config(
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How the estimate was set, and how far it is from what was measured: 0.1 is a tenth too much.
+    """Says how the estimate was set, and how far it is from what was measured: 0.1 is a tenth too much.
 
     The walk counts what is alive, without the gaps and copies with which XLA packs it. What it misses is taken to grow
     with the gradients, which measured steps bear out better than growth with the walk.
@@ -240,29 +247,26 @@ class Calibration:
 @functools.cache
 def calibration() -> Calibration:
     """Sets the estimate against the recorded SPARSE step of four layers of the 671B shape on one H200."""
-    sparse, warmup = (_measured_step(phase) for phase in ("SPARSE", "WARMUP"))
-    plans = [traced_plan(_measured_job(phase), ONE) for phase in ("SPARSE", "WARMUP")]
+    sparse, warmup = (measured_step(phase) for phase in ("SPARSE", "WARMUP"))
+    plans = [traced_plan(measured_job(phase), ONE_DEVICE) for phase in ("SPARSE", "WARMUP")]
     gradients = [sum(plan.gradients.values()) for plan in plans]
-    copies = (sparse["peak_gib"] * GIB - plans[0].bytes_needed) / gradients[0]
+    copies = (sparse.peak_gib * GIB - plans[0].bytes_needed) / gradients[0]
     needed = plans[1].bytes_needed + copies * gradients[1]
     return Calibration(
         copies=copies,
-        memory_error=needed / (warmup["peak_gib"] * GIB) - 1,
-        sparse_seconds_error=plans[0].seconds / sparse["seconds"] - 1,
-        warmup_seconds_error=plans[1].seconds / warmup["seconds"] - 1,
+        memory_error=needed / (warmup.peak_gib * GIB) - 1,
+        sparse_seconds_error=plans[0].seconds / sparse.seconds - 1,
+        warmup_seconds_error=plans[1].seconds / warmup.seconds - 1,
     )
 
 
 def measured_settings(phase: str, length: int, *, steps: int = 1) -> PhaseSettings:
-    """The recipe of the steps that are measured, on one sequence of `length` tokens."""
+    """Makes the recipe of the steps that are measured, on one sequence of `length` tokens."""
     rate = OptimizerSettings(learning_rate=7.3e-6)
-    return PhaseSettings(phase, (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
+    return PhaseSettings(PHASES[phase], (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
 
 
-def _measured_step(phase: str) -> Mapping[str, Any]:
-    return recorded("training")[f"{phase.lower()}_step"]["timings"][0]
-
-
-def _measured_job(phase: str) -> Job:
-    length = int(_measured_step(phase)["shape"].split(",")[0].removeprefix("T "))
+def measured_job(phase: str) -> Job:
+    """Describes the step of a phase that was measured on one H200."""
+    length = measured_step(phase).seq_len
     return Job(SLICE, measured_settings(phase, length), 1, length, 1)

@@ -1,4 +1,4 @@
-"""How fast an H200 does the operations of a step, by the benchmarks recorded under benchmarks/results, and its network.
+"""Times the operations of a step on an H200 and its network, by the recorded rates in `rates.json`.
 
 Kernels run at the rates recorded at the published shapes, products at that of a large bfloat16 product, everything else
 at the bandwidth of a copy. Exchanges within a host run at the rates recorded between two GPUs of one.
@@ -6,29 +6,28 @@ at the bandwidth of a copy. Exchanges within a host run at the rates recorded be
 
 import dataclasses
 import functools
+import importlib.resources
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from dsa_jax.parallel.expert_parallel import HOST
+from dsa_jax.dense_attention import CUDNN_BACKWARD
+from dsa_jax.parallel.expert_parallel import GPUS_PER_HOST
 from dsa_jax.parallel.sharding import AXES
 from train.planner.costs import Collective, Done, flops_of_product, traffic
-from train.planner.trace import CUDNN, KERNEL, Op, Program
+from train.planner.trace import KERNEL, Op, Program
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MEMORY = 143771 * 2**20  # bytes of an H200 ("141 GB") as nvidia-smi reports them
-SHARE = 0.95  # of it that XLA may have; the rest is for the CUDA context, NCCL's buffers and the programs
+MEMORY_BYTES = 143771 * 2**20  # of an H200 ("141 GB") as nvidia-smi reports them
+USABLE_FRACTION = 0.95  # of it; the rest is for the CUDA context, NCCL's buffers and the programs
 FLOAT32_FLOPS = 50e12  # products of float32, in full, do not use the tensor cores: NVIDIA's peak is 67e12
-NETWORK = 50e9  # bytes/s that a GPU sends to other hosts: one 400 Gbit/s adapter a GPU, as in NVIDIA's DGX H200
-LONG = 131072
+NETWORK_BYTES_PER_SECOND = 50e9  # that a GPU sends to other hosts: a 400 Gbit/s adapter a GPU, as in a DGX H200
 OTHER = "elementwise, sorting, copies"
 NAMES = {
     "sparse_attention": "attention",
     "the backward of sparse_attention": "attention, backward",
     "multihead_attention": "attention",
-    CUDNN: "attention, backward",
+    CUDNN_BACKWARD: "attention, backward",
     "select_keys": "selection",
     "attention_target": "indexer's loss",
     "sparse_indexer_kl": "indexer's loss",
@@ -37,28 +36,19 @@ NAMES = {
 
 
 def usable_memory() -> int:
-    """The bytes of an H200 that a step may take."""
-    return int(MEMORY * SHARE)
+    """Gives the bytes of an H200 that a step may take."""
+    return int(MEMORY_BYTES * USABLE_FRACTION)
 
 
 @functools.cache
-def recorded(name: str) -> Any:
-    """The benchmark results in `name`.json."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        raise ValueError(f"the plan needs the rates recorded in {path}, a checkout's own: run it from one")
-    return json.loads(path.read_text())
-
-
-def _row(name: str, part: str, operation: str, **where: str) -> Mapping[str, Any]:
-    rows = recorded(name)[part]["timings"]
-    wanted = dict(implementation="pallas", operation=operation) | where
-    return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+def recorded_rates() -> Mapping[str, Any]:
+    """Reads `rates.json`, which `python -m benchmarks.rates` writes."""
+    return json.loads((importlib.resources.files("train.planner") / "rates.json").read_text())
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Floating-point operations and bytes a second; those of sparse attention by the number of heads."""
+    """Holds floating-point operations and bytes a second; those of sparse attention by the number of heads."""
 
     product: float
     copy: float
@@ -74,54 +64,39 @@ class Rates:
 
 @functools.cache
 def measured_rates() -> Rates:
-    """The rates in benchmarks/results."""
-    peaks = recorded("training")["backward"]["peaks"]
-    fp8, narrow, wide = (
-        _row("forward", "indexer", f"{name}", shape=f"T 4096 J 64 E 128 S {LONG}{more}")["tflops"] * 1e12
-        for name, more in (
-            ("select_keys e4m3", " K 2048, quantisation included"),
-            ("index_scores e4m3", ""),
-            ("index_scores bf16", ""),
-        )
-    )
-    loss = _row("training", "sparse_loss", "sparse_indexer_kl, gradients", shape=f"T 4096 N 128 K 2048 J 64 S {LONG}")
-    layer = _row("training", "warmup", "dense warm-up layer", shape=f"T = S = {LONG} N 128 P 128 R 64 V 128 J 64")
-    dense = _row("training", "warmup", "multihead_attention forward", shape=layer["shape"])
-    pairs = LONG * (LONG + 1) / 2
-    return Rates(
-        product=peaks["bf16_matmul_tflops_sustained"] * 1e12,
-        copy=peaks["copy_tb_per_s"] * 1e12,
-        sparse_forward=_by_heads("forward", "sparse_attention", "sparse_attention"),
-        sparse_backward=_by_heads("training", "backward", "sparse_attention backward"),
-        sparse_loss=(_products(4096 * 2048, 128, 576) + 3 * _products(4096 * 2048, 64, 128)) / loss["seconds"],
-        select_fp8=fp8,
-        select=wide * fp8 / narrow,
-        dense_forward=dense["tflops"] * 1e12,
-        dense_loss=(_products(pairs, 128, 192) + 4 * _products(pairs, 64, 128)) / (layer["seconds"] - dense["seconds"]),
-        cudnn=_cudnn_backward_rate(pairs),
-    )
+    """Gives the recorded rates of an H200."""
+    rates = recorded_rates()["rates"]
+    by_heads = ("sparse_forward", "sparse_backward")
+    return Rates(**rates | {name: {int(n): rate for n, rate in rates[name].items()} for name in by_heads})
 
 
-def _cudnn_backward_rate(pairs: float) -> float:
-    """From the step of BASE by cuDNN, four layers of it, less its two forward passes; the rest of it is little."""
-    step = recorded("training")["dense_step"]["timings"][0]
-    forward = _row("training", "warmup", "cuDNN, values padded")["tflops"] * 1e12
-    left = step["seconds"] - 4 * 2 * 2 * pairs * 128 * (192 + 128) / forward
-    return 4 * 2 * pairs * 128 * 5 * 192 / left
+@dataclasses.dataclass(frozen=True)
+class MeasuredStep:
+    """Says what a training step on one sequence took of one H200."""
+
+    seq_len: int
+    peak_gib: float
+    seconds: float
 
 
-def _by_heads(name: str, part: str, operation: str) -> dict[int, float]:
-    """The rate at each number of heads, at the longest context recorded."""
-    rates: dict[int, tuple[int, float]] = {}
-    for row in recorded(name)[part]["timings"]:
-        if row["operation"] == operation and row["implementation"] == "pallas":
-            sizes = dict(zip(row["shape"].split()[::2], map(int, row["shape"].split()[1::2]), strict=True))
-            rates[sizes["N"]] = max(rates.get(sizes["N"], (0, 0.0)), (sizes["S"], row["tflops"] * 1e12))
-    return {heads: rate for heads, (_, rate) in sorted(rates.items())}
+def measured_step(phase: str) -> MeasuredStep:
+    """Gives the recorded step of SPARSE or WARMUP, of `estimate.SLICE`."""
+    return MeasuredStep(**recorded_rates()["steps"][phase])
+
+
+@functools.cache
+def nvlink_rates() -> Mapping[str, float]:
+    """Gives bytes/s that a GPU sends to the others of its host, by kind of collective."""
+    return recorded_rates()["exchanges"]
 
 
 def at_heads(rates: Mapping[int, float], heads: int) -> float:
-    """The rate at a number of heads, in between where it was not measured."""
+    """Interpolates the rate at a number of heads where it was not measured.
+
+    Examples:
+      >>> at_heads({16: 1.0, 64: 4.0}, 32)
+      2.0
+    """
     below = max((n for n in rates if n <= heads), default=min(rates))
     above = min((n for n in rates if n >= heads), default=max(rates))
     share = (heads - below) / (above - below) if above > below else 0.0
@@ -137,7 +112,7 @@ def _products(pairs: float, heads: int, width: int) -> float:
 
 
 def kernel_flops(op: Op) -> tuple[float, float | None]:
-    """Floating-point operations of a kernel and its rate; 0 and None where memory is what it waits for."""
+    """Counts floating-point operations of a kernel and gives its rate; 0 and None where it waits for memory."""
     rates, operation = measured_rates(), op.params["operation"]
     if operation in _FLOPS:
         return _FLOPS[operation](op, rates)
@@ -214,13 +189,13 @@ _FLOPS: dict[str, Callable[[Op, Rates], tuple[float, float]]] = {
     "dense_target": _dense_target,
     "index_scores": _dense_scores,
     "_scores_backward_kernel": _dense_scores,
-    CUDNN: _cudnn_backward,
+    CUDNN_BACKWARD: _cudnn_backward,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What an operation belongs to in a table, its floating-point operations, and seconds: by rate or by bytes."""
+    """Holds an operation's name in a table, its floating-point operations, and its seconds, by rate or by bytes."""
 
     name: str
     flops: float
@@ -228,7 +203,7 @@ class Work:
 
 
 def work(program: Program, done: Done) -> Work:
-    """What one execution of an operation costs."""
+    """Computes what one execution of an operation costs."""
     rates, op = measured_rates(), done.op
     moved = traffic(program, done) / rates.copy
     if op.name == KERNEL:
@@ -241,14 +216,8 @@ def work(program: Program, done: Done) -> Work:
     return Work("products", flops, max(flops / (FLOAT32_FLOPS if wide else rates.product), moved))
 
 
-@functools.cache
-def nvlink_rates() -> Mapping[str, float]:
-    """Of each kind of collective, bytes/s that a GPU sends to the others of its host."""
-    return {row["operation"]: 1e9 * row["gb_per_s"] for row in recorded("sharded")["exchanges"]["timings"]}
-
-
 def network_seconds(shape: Mapping[str, int], collective: Collective) -> float:
-    """Seconds of a collective with all links to itself: the slower of NVLink and the adapters.
+    """Computes the seconds of a collective with all links to itself: the slower of NVLink and the adapters.
 
     Devices stand in the mesh's order, its last axis innermost, eight to a host. The members of a group in one host
     share what enters it: each carries its part.
@@ -257,10 +226,10 @@ def network_seconds(shape: Mapping[str, int], collective: Collective) -> float:
     for axis in reversed(AXES):
         if axis in collective.axes:
             count *= shape[axis]
-            inside *= math.gcd(shape[axis], max(1, HOST // extent))
+            inside *= math.gcd(shape[axis], max(1, GPUS_PER_HOST // extent))
         extent *= shape[axis]
     nvlink = collective.sent / nvlink_rates()[collective.kind] if inside > 1 else 0.0
     if inside == count:
         return nvlink
     leaving = collective.sent * (count - inside) / (count - 1)
-    return max(nvlink, leaving / NETWORK / (1 if collective.kind.endswith("all-to-all") else inside))
+    return max(nvlink, leaving / NETWORK_BYTES_PER_SECOND / (1 if collective.kind.endswith("all-to-all") else inside))

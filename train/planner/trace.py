@@ -1,33 +1,25 @@
-"""The training step of one device as a list of operations, traced for a mesh of H200s on any machine, without arrays.
+"""Traces the training step of one device, for a mesh of H200s on any machine, as a list of operations without arrays.
 
 The step is one `shard_map`, so what is inside is the program of one device. It is traced as Hopper would lower it: the
 Pallas kernels stand in it under their names, with shapes, and so costs can be read from it.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from dsa_jax import Config, dense_attention
-from dsa_jax.pallas_kernels import dispatch as pallas_kernels
-from dsa_jax.parallel.expert_parallel import CAPACITY
-from dsa_jax.parallel.sharding import AXES, spec
-from train.data import Batch
-from train.presets import PhaseSettings
-from train.run import abstract_params, placed
-from train.step import TrainState, init_state, make_step
+from dsa_jax import Config
+from dsa_jax.pallas_kernels import CAPABILITY, assume_gpu
+from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR
+from train.settings import PhaseSettings
+from train.state import abstract_batch, abstract_mesh, abstract_params, abstract_state, placed
+from train.step import build_step
 
 KERNEL = "dsa_jax_implementation"
-CUDNN = "cuDNN attention"
 OPAQUE = {"custom_vmap_call", "mpmd_map", "pallas_call", "core_map"}  # a kernel's inside: registers and shared memory
 VIEWS = {
     "reshape", "squeeze", "expand_dims", "transpose", "stop_gradient", "name", "copy", "sharding_constraint",
@@ -48,7 +40,7 @@ LOOPS = ("scan", "while")
 
 @dataclasses.dataclass
 class Block:
-    """Operations one after the other; `inputs` and `outputs` are numbers of values, None for a literal's output."""
+    """Holds operations in order; `inputs` and `outputs` are numbers of values, None for a literal's output."""
 
     ops: list["Op"]
     inputs: list[int]
@@ -57,7 +49,7 @@ class Block:
 
 @dataclasses.dataclass
 class Op:
-    """One operation: the values it reads and makes, and of a loop or a choice what it runs, how many times."""
+    """Describes an operation: the values it reads and makes, and of a loop or a choice its blocks, how many times."""
 
     name: str
     inputs: list[int | None]
@@ -73,22 +65,11 @@ class Op:
 
 @dataclasses.dataclass
 class Program:
-    """What one device runs, the bytes of every value, and the mesh."""
+    """Holds the operations of one device, the bytes of every value, and the mesh."""
 
     block: Block
     sizes: list[int]
     shape: Mapping[str, int]
-
-
-def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
-    """A mesh of no devices."""
-    return AbstractMesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def abstract_state(config: Config, settings: PhaseSettings) -> TrainState:
-    """The shapes of a phase's state."""
-    _, params = abstract_params(config)
-    return jax.eval_shape(lambda p: init_state(p, settings, jnp.zeros(2, jnp.uint32)), params)
 
 
 def trace_step(
@@ -100,71 +81,31 @@ def trace_step(
     seq_len: int,
     micro_batches: int,
 ) -> Any:
-    """The jitted step, traced for a mesh of H200s."""
+    """Traces the jitted step for a mesh of H200s."""
     graphdef, _ = abstract_params(config)
     mesh = abstract_mesh(shape)
     arguments = placed(abstract_state(config, settings), mesh), abstract_batch(batch_size, seq_len, mesh)
-    # Not `make_step` itself, which would give a step that was traced for this machine.
-    with _as_on_hopper():
-        return make_step.__wrapped__(graphdef, settings, micro_batches=micro_batches, mesh=mesh).trace(*arguments)
+    with assume_gpu(CAPABILITY):
+        return build_step(graphdef, settings, micro_batches=micro_batches, mesh=mesh).trace(*arguments)
 
 
 def lower_step(traced: Any) -> str:
-    """A traced step lowered for CUDA, kernels and all, as StableHLO; raises what the lowering raises."""
-    with _as_on_hopper():
+    """Lowers a traced step for CUDA, kernels and all, to StableHLO; raises what the lowering raises."""
+    with assume_gpu(CAPABILITY):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def step_program(traced: Any, shape: Mapping[str, int]) -> Program:
-    """What one device of the mesh runs to get its gradients; what no result needs is left out, as XLA does."""
+    """Takes from a traced step the program by which one device gets its gradients, without what no result needs."""
     return program_of(_find(traced.jaxpr, "shard_map").params["jaxpr"], shape)
 
 
 def program_of(jaxpr: Jaxpr, shape: Mapping[str, int]) -> Program:
-    """A jaxpr's operations, calls expanded, that its results need."""
+    """Lists a jaxpr's operations, calls expanded, that its results need."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     builder = _Builder()
     return Program(builder.block(jaxpr), builder.sizes, shape)
-
-
-def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh) -> Batch:
-    """The shapes of a batch, placed on a mesh."""
-    place, shape = NamedSharding(mesh, spec("batch", "sequence")), (batch_size, seq_len)
-    ids, flags = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.bool))
-    return Batch(tokens=ids, targets=ids, valid=flags, start=ids, stop=ids, positions=ids, answers=flags)
-
-
-@contextlib.contextmanager
-def _as_on_hopper() -> Iterator[None]:
-    """Traces as on a machine of Hopper GPUs; cuDNN, which must be there to be traced, is replaced by its name."""
-    instead: list[tuple[Any, str, Callable]] = [
-        (dense_attention, "_cudnn_backward", _cudnn_backward),
-        (pallas_kernels, "gpu_capability", lambda: pallas_kernels.CAPABILITY),
-    ]
-    before = [getattr(module, name) for module, name, _ in instead]
-    for module, name, function in instead:
-        setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for (module, name, _), function in zip(instead, before, strict=True):
-            setattr(module, name, function)
-
-
-def _cudnn_backward(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
-    """Stands for cuDNN's backward: padded values, and sums of the queries' gradients in float32."""
-    del start, stop, d_lse, scale, lse
-    padded = [jnp.pad(x, [(0, 0)] * 3 + [(0, q.shape[3] - v.shape[3])]) for x in (v, d_out)]
-    choose = partial(pallas_kernels.choose_implementation, CUDNN, None, None)
-    call = choose(xla=_cudnn_shapes, pallas=_cudnn_shapes)
-    d_q, d_k, d_v = call(q, k, *padded)
-    return d_q, d_k, d_v[..., : v.shape[3]]
-
-
-def _cudnn_shapes(q, k, v, d_out):
-    sums = jnp.sort(q.astype(jnp.float32))
-    return jnp.sort(sums).astype(q.dtype), jnp.sort(k), jnp.sort(v + d_out)
 
 
 def _find(jaxpr: Any, name: str) -> JaxprEqn:
@@ -184,19 +125,19 @@ def _equations(jaxpr: Any, name: str) -> Iterator[JaxprEqn]:
 
 
 def _inner(eqn: JaxprEqn) -> list[Jaxpr]:
-    """The jaxprs among an equation's parameters."""
+    """Finds the jaxprs among an equation's parameters."""
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else [value])]
     return [getattr(v, "jaxpr", v) for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
 def nbytes(aval: Any) -> int:
-    """Bytes of a value; none for what has no array, such as a token."""
+    """Counts bytes of a value; none where there is no array, such as of a token."""
     inner = getattr(aval, "inner_aval", aval)
     return inner.size * inner.dtype.itemsize if hasattr(inner, "size") and hasattr(inner.dtype, "itemsize") else 0
 
 
 class _Value(NamedTuple):
-    """A value's number, and as what it is seen: the words of the views."""
+    """Names a value by its number, and by the views through which it is seen."""
 
     number: int
     views: tuple[str, ...] = ()
@@ -251,7 +192,7 @@ class _Builder:
             names |= dict(zip(eqn.outvars, results, strict=True))
 
     def control(self, eqn: JaxprEqn, inputs: list[int | None], outputs: list[int]) -> Op:
-        """A loop or a choice, and its blocks."""
+        """Describes a loop or a choice, and its blocks."""
         op = _op(eqn, inputs, outputs)
         if op.name == "cond":
             op.inputs, op.blocks = inputs[1:], [self.block(branch) for branch in _inner(eqn)]
@@ -281,7 +222,7 @@ def _op(eqn: JaxprEqn, inputs: list[int | None], outputs: list[int]) -> Op:
 
 
 def _key(eqn: JaxprEqn, inputs: list) -> tuple | None:
-    """What two operations have in common of which XLA keeps one; None for kernels and what has an effect."""
+    """Makes a key that two operations share of which XLA keeps one; None for kernels and operations with an effect."""
     name = eqn.primitive.name
     if (eqn.effects and name not in COLLECTIVES) or name == KERNEL or _inner(eqn):
         return None
@@ -289,7 +230,7 @@ def _key(eqn: JaxprEqn, inputs: list) -> tuple | None:
 
 
 def _named(variables: Iterable[Any], names: dict) -> list:
-    """The numbers of variables, and literals as they are."""
+    """Looks up the numbers of variables; literals stay as they are."""
     return [var if isinstance(var, Literal) else names[var] for var in variables]
 
 
@@ -298,7 +239,7 @@ def _numbers(values: list) -> list[int | None]:
 
 
 def _is_view(eqn: JaxprEqn) -> bool:
-    """Whether the result is the first argument itself, in other words or another layout, which products take as is."""
+    """Says whether the result is the first argument itself, or another layout of it, which products take as it is."""
     name = eqn.primitive.name
     if not eqn.invars or not eqn.outvars:
         return False
@@ -308,12 +249,12 @@ def _is_view(eqn: JaxprEqn) -> bool:
 
 
 def expected_trips(body: Jaxpr) -> float:
-    """How often a loop runs whose end depends on the data: with experts chosen evenly.
+    """Expects how often a loop runs whose end depends on the data: with experts chosen evenly.
 
-    Rounds of an exchange between shards of experts: one. Chunks of the rows that arrived, in a buffer `CAPACITY` times
-    what even routing fills: those.
+    Rounds of an exchange between shards of experts: one. Chunks of the rows that arrived, in a buffer `CAPACITY_FACTOR`
+    times what even routing fills: those.
     """
     if any(True for name in ("all_to_all", "ragged_all_to_all") for _ in _equations(body, name)):
         return 1
     sliced: list[Any] = [e.invars[0].aval for e in _equations(body, "dynamic_slice") if e.params["slice_sizes"][0] == 1]
-    return math.ceil(max((aval.shape[0] for aval in sliced), default=1) / CAPACITY)
+    return math.ceil(max((aval.shape[0] for aval in sliced), default=1) / CAPACITY_FACTOR)

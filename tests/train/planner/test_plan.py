@@ -1,12 +1,10 @@
 """The planner: exact bytes, collectives as compiled, products as counted by hand, refusals and what they advise."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import re
 from collections import Counter, defaultdict
-from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +12,17 @@ import pytest
 from cases import FAST
 from train_cases import small_config, small_params, small_phases, write_preset
 
-from benchmarks import measure, tables
 from dsa_jax.parallel.sharding import AXES, describe, make_mesh, parse_mesh
+from studies.tiny.settings import make_config
 from train.__main__ import main
 from train.planner import command as plan
 from train.planner import costs, estimate
 from train.planner import hardware as rates
 from train.planner import trace as program
-from train.presets import RunConfig, Stage, deepseek_v32
-from train.run import abstract_params, placed
-from train.step import init_state, make_step, place_state
+from train.presets import deepseek_v32
+from train.settings import RunConfig, Stage
+from train.state import abstract_batch, abstract_params, abstract_state, init_state, place_state, placed
+from train.step import make_step
 
 CONFIG = small_config(
     num_hidden_layers=5, first_k_dense_replace=2, num_attention_heads=4, kv_lora_rank=8, intermediate_size=32
@@ -41,7 +40,7 @@ def traced_once():
     plans, trace = {}, estimate.traced_plan
 
     def traced_plan(work, shape):
-        key = work, tuple(shape.values()), program._as_on_hopper
+        key = work, tuple(shape.values()), program.CAPABILITY
         if key not in plans:
             plans[key] = trace(work, shape)
         return plans[key]
@@ -53,8 +52,8 @@ def traced_once():
 
 @pytest.fixture
 def as_on_cpu(monkeypatch):
-    """Traces what this machine would run."""
-    monkeypatch.setattr(program, "_as_on_hopper", contextlib.nullcontext)
+    """Traces as on a machine without a GPU, such as runs the test."""
+    monkeypatch.setattr(program, "CAPABILITY", None)
 
 
 @pytest.mark.parametrize("phase", ["BASE", "SPARSE"])  # Muon's moments, and AdamW's of both groups
@@ -121,7 +120,7 @@ def test_collectives_are_those_of_the_compiled_step(as_on_cpu):
     """To the byte; all-reduces but for the gradients' norm, which XLA sums over the shards after them."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=2, first_k_dense_replace=0)
     work, mesh = job("WARMUP", config=config), make_mesh(EIGHT)
-    arguments = placed(program.abstract_state(config, work.settings), mesh), program.abstract_batch(8, 32, mesh)
+    arguments = placed(abstract_state(config, work.settings), mesh), abstract_batch(8, 32, mesh)
     step = make_step(abstract_params(config)[0], work.settings, mesh=mesh)
     compiled = sent_by_hlo(step.lower(*arguments).compile(compiler_options=FAST).as_text())
     planned = {kind: sum(parts.values()) for kind, parts in estimate.traced_plan(work, EIGHT).sent.items()}
@@ -132,7 +131,7 @@ def test_collectives_are_those_of_the_compiled_step(as_on_cpu):
 
 
 def traced(function, *shapes):
-    """The program of a function of float32 arrays."""
+    """Traces a function of float32 arrays."""
     return program.program_of(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)), {})
 
 
@@ -160,7 +159,7 @@ def test_the_most_that_is_alive_at_once(function, inputs, bytes_):
 
 
 def test_a_loop_keeps_its_results_and_one_step():
-    """The sums [5, 64], the carry, its successor, and of the scanned weights the slice at hand."""
+    """Counts the sums [5, 64], the carry, its successor, and of the scanned weights the slice at hand."""
     assert costs.peak_bytes(traced(scanned, (5, 64, 64), (64, 64))) == 5 * 64 * 4 + 3 * MATRIX
 
 
@@ -181,7 +180,7 @@ def test_operations_are_those_of_the_formulas():
     """Two dense layers, every product twice, for the remat, and for two gradients; constants have one."""
     config = small_config(**FAST_SHAPES, first_k_dense_replace=2, index_topk=64, dtype="bfloat16")
     work = job(batch=1, length=64, config=config)
-    flops = {name: sum(parts.values()) for name, parts in estimate.traced_plan(work, estimate.ONE).flops.items()}
+    flops = {name: sum(parts.values()) for name, parts in estimate.traced_plan(work, estimate.ONE_DEVICE).flops.items()}
     tokens, layers, dim = 64, 2, config.hidden_size
     heads, query, latent, index = 16, config.q_lora_rank, config.latent_dim, 16 * 64
     head = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -198,15 +197,19 @@ def test_operations_are_those_of_the_formulas():
 
 def test_rates_of_the_network():
     shape = parse_mesh("data=4,context=2,expert=16,tensor=2")
-    nvlink = rates.nvlink_rates()
+    nvlink, network = rates.nvlink_rates(), rates.NETWORK_BYTES_PER_SECOND
     assert all(2e11 < rate < 4.5e11 for rate in nvlink.values())  # what NVLink 4 can is 4.5e11
     for kind, axes, seconds in (
         ("all-reduce", ("tensor",), 1 / nvlink["all-reduce"]),
-        ("all-gather", ("expert",), 12 / 15 / 4 / rates.NETWORK),  # 4 of 16 in a host, which share what comes in
-        ("all-to-all", ("expert",), 12 / 15 / rates.NETWORK),
-        ("all-reduce", ("data",), 1 / rates.NETWORK),
-        ("all-gather", ("expert", "tensor"), 1 / nvlink["all-gather"]),  # more than 24 / 31 / 8 / NETWORK
-        ("ragged all-to-all", ("expert",), 12 / 15 / rates.NETWORK),
+        (
+            "all-gather",
+            ("expert",),
+            12 / 15 / 4 / network,
+        ),  # 4 of 16 in a host, which share what comes in
+        ("all-to-all", ("expert",), 12 / 15 / network),
+        ("all-reduce", ("data",), 1 / network),
+        ("all-gather", ("expert", "tensor"), 1 / nvlink["all-gather"]),  # more than 24 / 31 / 8 / that
+        ("ragged all-to-all", ("expert",), 12 / 15 / network),
     ):
         found = rates.network_seconds(shape, costs.Collective(kind, axes, 1e12))
         assert found == pytest.approx(1e12 * seconds), (kind, axes)
@@ -217,26 +220,26 @@ def test_rates_of_the_network():
 
 
 def test_the_calibration_is_computed(monkeypatch):
-    """On the recorded peaks, and on others that are a tenth larger."""
+    """Computes it on the recorded peaks, and on others that are a tenth larger."""
     found = estimate.calibration()
-    peaks = {phase: estimate._measured_step(phase)["peak_gib"] * estimate.GIB for phase in ("SPARSE", "WARMUP")}
-    raw = {phase: estimate.traced_plan(estimate._measured_job(phase), estimate.ONE) for phase in peaks}
+    peaks = {phase: estimate.measured_step(phase).peak_gib * estimate.GIB for phase in ("SPARSE", "WARMUP")}
+    raw = {phase: estimate.traced_plan(estimate.measured_job(phase), estimate.ONE_DEVICE) for phase in peaks}
     monkeypatch.setattr(estimate, "traced_plan", lambda work, _: raw[work.settings.name])
-    needed = {phase: estimate.make_plan(estimate._measured_job(phase), estimate.ONE).bytes_needed for phase in peaks}
+    plans = {phase: estimate.make_plan(estimate.measured_job(phase), estimate.ONE_DEVICE) for phase in peaks}
+    needed = {phase: found.bytes_needed for phase, found in plans.items()}
     assert needed["SPARSE"] == pytest.approx(peaks["SPARSE"], abs=1)
     assert found.memory_error == pytest.approx(needed["WARMUP"] / peaks["WARMUP"] - 1)
     assert abs(found.memory_error) < 0.05 and 0 < found.copies < 2
     assert f"{found.memory_error:+.1%}" in str(found)
-    step = estimate._measured_step
-    monkeypatch.setattr(
-        estimate, "_measured_step", lambda phase: {**step(phase), "peak_gib": 1.1 * step(phase)["peak_gib"]}
-    )
+    step = estimate.measured_step
+    larger = {phase: dataclasses.replace(step(phase), peak_gib=1.1 * step(phase).peak_gib) for phase in peaks}
+    monkeypatch.setattr(estimate, "measured_step", larger.__getitem__)
     other = estimate.calibration.__wrapped__()
     assert other.copies > found.copies and other.memory_error < found.memory_error - 0.05
 
 
 def test_what_a_config_may_be(tmp_path):
-    """A Hugging Face folder has the published recipe, computed in bfloat16; a run has its own."""
+    """Reads a Hugging Face folder with the published recipe, computed in bfloat16; a run has its own."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
     found = plan.load_run(str(tmp_path))
     assert [phase.indexer for phase in found.phases] == [phase.indexer for phase in deepseek_v32().phases]
@@ -246,12 +249,14 @@ def test_what_a_config_may_be(tmp_path):
     run = RunConfig(CONFIG, tuple(small_phases().values()))
     (tmp_path / "run.json").write_text(json.dumps({"run": run.to_json()}))
     assert plan.load_run(str(tmp_path)) == plan.load_run(str(tmp_path / "run.json")) == run
+    (tmp_path / "study.json").write_text(json.dumps(make_config().to_json()))  # whose data no planner needs to know
+    assert plan.load_run(str(tmp_path / "study.json")).phases == make_config().phases
     assert estimate.Job.of(run, "WARMUP", 32).batch_size == run.phases[1].stages[-1].batch_size
     assert estimate.Job.of(deepseek_v32(), "BASE", 32).settings.backbone is not None
 
 
 def refused(capsys, *arguments):
-    """The line that the command leaves on stderr."""
+    """Reads the line that the command leaves on stderr."""
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -293,8 +298,8 @@ def test_a_mesh_that_is_too_small(capsys, monkeypatch, tmp_path):
     path, small = str(write_preset(run, tmp_path / "small.json")), parse_mesh("data=1")
     work = estimate.Job.of(run, "WARMUP", 32)
     needed = {axis: estimate.make_plan(work, {**small, axis: 2}).bytes_needed for axis in ("context", "expert")}
-    monkeypatch.setattr(rates, "SHARE", 1)
-    monkeypatch.setattr(rates, "MEMORY", min(needed.values()))
+    monkeypatch.setattr(rates, "USABLE_FRACTION", 1)
+    monkeypatch.setattr(rates, "MEMORY_BYTES", min(needed.values()))
     error = refused(capsys, "--config", path, "--mesh", "data=1", "--seq-len", "32", "--phase", "WARMUP")
     before, after = f"{estimate.make_plan(work, small).bytes_needed:,} bytes", f"({min(needed.values()):,})"
     assert before in error and after in error
@@ -309,8 +314,8 @@ def test_a_mesh_that_is_too_small(capsys, monkeypatch, tmp_path):
 @pytest.fixture
 def pretended(monkeypatch):
     """Plans of a formula instead of a trace: bytes 4096 / (data · expert²) of 64 that are there, seconds 1 / tensor."""
-    monkeypatch.setattr(rates, "MEMORY", 64)
-    monkeypatch.setattr(rates, "SHARE", 1)
+    monkeypatch.setattr(rates, "MEMORY_BYTES", 64)
+    monkeypatch.setattr(rates, "USABLE_FRACTION", 1)
     monkeypatch.setattr(plan, "_state_bytes", lambda _, shape: math.inf if shape["expert"] > 4 else 0)
 
     def make(work, shape):
@@ -334,7 +339,7 @@ def test_the_smallest_growth_of_one_axis(pretended, mesh, larger):
 
 
 def test_the_growth_of_several_axes(pretended, monkeypatch):
-    """Where none alone suffices; and none at all."""
+    """Grows several where none alone suffices, and none where nothing does."""
     sizes = {"data": 16, "expert": 2, "tensor": 2, "context": 2}
     monkeypatch.setattr(
         plan, "_state_bytes", lambda _, shape: math.inf if any(shape[axis] > sizes[axis] for axis in AXES) else 0
@@ -348,22 +353,7 @@ def test_the_growth_of_several_axes(pretended, monkeypatch):
 
 
 def test_the_best_mesh(pretended):
-    """The fastest, with most over tensor, of those that fit: data · expert² of 64 leaves 4 of 64 devices to tensor."""
+    """Finds the fastest of those that fit, most over tensor: data · expert² of 64 leaves 4 of 64 devices to tensor."""
     found = plan.best_plan(job(), 64)
     assert found is not None and found.shape == parse_mesh("data=4,expert=4,tensor=4")
     assert plan.best_plan(job(), 8) is None
-
-
-def test_the_readme_shows_the_recorded_plan():
-    results = json.loads((measure.RESULTS / "plan.json").read_text())
-    section, readme = tables.plan(results), tables.README.read_text()
-    assert readme == tables.updated(readme, "plan", section)
-    part, runs = results["plans"], results["runs"]["rows"]
-    assert len(runs) == 8 and all(abs(row["memory_error"]) < 0.25 and abs(row["seconds_error"]) < 0.25 for row in runs)
-    assert [(row["phase"], row["gpus"]) for row in part["rows"]] == list(product(estimate.PUBLISHED, (64, 256, 1024)))
-    for row in part["rows"]:
-        assert (
-            row["needed_gib"] <= part["usable_gib"]
-            and math.prod(parse_mesh(row["mesh"]).values()) == row["planned_gpus"]
-        )
-        assert ("none fits" in tables._planned(row)[0]) == (row["planned_gpus"] > row["gpus"])

@@ -1,0 +1,1 @@
+"""Small programs over `train`, each with its settings and a recorded report."""

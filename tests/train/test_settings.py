@@ -1,0 +1,124 @@
+"""Runs as JSON: they come back as they went, and what is wrong in them is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from train_cases import small_phases, small_run
+
+from studies.tiny.recall import RecallConfig
+from studies.tiny.settings import make_config
+from train.optimizer import OptimizerSettings
+from train.phases import CONTROLS, WARMUP
+from train.presets import deepseek_v32, load_preset, tiny
+from train.settings import PhaseSettings, RunConfig, Stage, differences
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Makes a run of ten steps in each of two phases."""
+    phases = small_phases(Stage(10, 2, 16))
+    return small_run(tmp_path / "text", phases=(phases["BASE"], phases["SPARSE"]))
+
+
+def test_runs_come_back_from_json(run):
+    for config in (run, tiny(), deepseek_v32()):
+        assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(batch=3), r"run has unknown fields \['batch'\]"),
+        (lambda v: v["model"].update(index_topk=0), "index_topk must be at least 1, got 0"),
+        (lambda v: v["model"].update(param_dtype="bfloat16"), "parameters in float32"),
+        (lambda v: v["phases"][0]["stages"][0].update(seq_len=65), "seq_len must be at most .* 64, got 65"),
+        (
+            lambda v: v["phases"][0]["stages"][0].update(micro_batches=3),
+            "must divide batch_size 2, got 3",
+        ),
+        (lambda v: v["phases"][0]["stages"][0].update(steps="3"), r"run.phases\[0\].stages\[0\].steps must be int"),
+        (lambda v: v["phases"][0].pop("stages"), r"lacks the fields \['stages'\]"),
+        (lambda v: v.update(phases=[]), "at least one phase"),
+        (
+            lambda v: v["phases"][1].update(name="COOLDOWN"),
+            r"phases\[1\].name must be one of BASE, .*'COOL",
+        ),
+        (lambda v: v["phases"][1].update(name=["SPARSE"]), r"phases\[1\].name must be one of BASE"),
+        (lambda v: v["phases"][1].pop("name"), r"lacks the fields \['name'\] of PhaseSettings"),
+        (lambda v: v["data"].update(recall=0.5), r"run.data has unknown fields \['recall'\]"),
+        (lambda v: v.update(checkpoint_every=0), "checkpoint_every must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_run_is_named(run, change, message):
+    values = run.to_json()
+    change(values)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_json(values)
+
+
+def test_presets_carry_the_published_recipe(tmp_path):
+    warmup, sparse = deepseek_v32().phases
+    assert (warmup.name, warmup.stages[0].steps, warmup.stages[0].batch_size) == ("WARMUP", 1000, 16)
+    assert (sparse.name, sparse.stages[0].steps, sparse.stages[0].batch_size) == ("SPARSE", 15000, 480)
+    assert warmup.stages[0].seq_len == sparse.stages[0].seq_len == 131072
+    assert warmup.indexer == OptimizerSettings(1e-3) and sparse.backbone == sparse.indexer == OptimizerSettings(7.3e-6)
+    with pytest.raises(ValueError, match="preset must be tiny or deepseek_v32 or a .json file, got 'huge'"):
+        load_preset("huge")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="readable JSON"):
+        load_preset(str(tmp_path / "bad.json"))
+
+
+def test_phases_are_taken_in_training_order(run):
+    assert [phase.name for phase in tiny().select(("SPARSE", "WARMUP")).phases] == ["WARMUP", "SPARSE"]
+    with pytest.raises(ValueError, match="WARMUP"):
+        run.select(("WARMUP",))
+    with pytest.raises(ValueError, match="trains the indexer"):
+        PhaseSettings(WARMUP, run.phases[0].stages)
+
+
+def test_a_file_may_be_called_like_a_preset(run, tmp_path):
+    """Its name says nothing: not even which model it is."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(run.to_json()))
+    assert load_preset(str(path)) == run != tiny()
+    path.write_text(json.dumps({"run": run.to_json(), "identity": {}}))
+    assert load_preset(str(path)) == run
+
+
+def test_the_names_in_json_stay():
+    """Keeps the run.json of older runs readable."""
+    values = tiny().to_json()
+    assert list(values) == "model phases data seed checkpoint_every keep_checkpoints evaluation_batches".split()
+    assert list(values["phases"][0]) == ["name", "stages", "backbone", "indexer", "bias_rate"]
+    assert [phase["name"] for phase in values["phases"]] == ["BASE", "WARMUP", "SPARSE"]
+    study = make_config(("a", "b")).to_json()
+    assert study["data"] == {
+        "data": ["a", "b"],
+        "tokenizer": None,
+        "held_out": 0.1,
+        "max_bytes": 1 << 26,
+        "recall": 0.5,
+    }
+
+
+def test_data_of_another_class_are_asked_for():
+    config = make_config()
+    assert RunConfig.from_json(config.to_json(), data=RecallConfig) == config
+    with pytest.raises(ValueError, match="unknown fields"):
+        RunConfig.from_json(config.to_json())
+
+
+def test_controls_come_back_by_name(run):
+    for phase in CONTROLS:
+        settings = PhaseSettings(phase, (Stage(1, 2, 16),), backbone=OptimizerSettings(1e-3))
+        config = RunConfig(run.model, (settings,))
+        assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_differences_name_both_values():
+    ours = {"a": [1, {"b": 2}], "c": Path("x").name, "only": 1}
+    theirs = {"a": [1, {"b": 3}], "c": "x"}
+    assert differences(ours, theirs) == ["a[1].b 3, here 2", "only None, here 1"]
+    assert not differences(ours, ours)

@@ -1,0 +1,99 @@
+"""The state that a training step reads and writes: made, described without arrays, and placed on a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jaxtyping import Array
+
+from dsa_jax import Config, Transformer
+from dsa_jax.parallel.sharding import AXES, check_batch, parameter_shardings, shards, spec
+from train.data import Batch
+from train.optimizer import make_optimizer
+from train.phases import Params, split_groups
+from train.settings import PhaseSettings, Stage
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Holds all that a step reads and writes."""
+
+    step: Array  # int32, steps done within the phase
+    params: Params  # group -> parameters, float32
+    opt_state: dict[str, Any]  # group -> optax state, of the groups that the phase trains alone
+    random: Array  # uint32 [2], key data for what is drawn in and after training
+
+
+def make_optimizers(settings: PhaseSettings) -> dict[str, optax.GradientTransformation]:
+    """Makes the optimizer of each group that the phase trains."""
+    return {group: make_optimizer(getattr(settings, group), settings.steps) for group in settings.phase.trains}
+
+
+def init_state(params: Params, settings: PhaseSettings, random: Array) -> TrainState:
+    """Makes the state at the start of a phase: fresh optimizers, the parameters as they come."""
+    opt_state = {group: optimizer.init(params[group]) for group, optimizer in make_optimizers(settings).items()}
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, random)
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Puts a state on a mesh."""
+    return jax.device_put(state, parameter_shardings(state, mesh))
+
+
+# Without arrays
+
+
+@functools.cache
+def abstract_params(config: Config, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, Params]:
+    """Gives the model's definition, and shapes, dtypes and places of its parameters, without making them."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graphdef, params = split_groups(model)
+    return graphdef, placed(params, mesh)
+
+
+def abstract_state(config: Config, settings: PhaseSettings) -> TrainState:
+    """Gives the shapes of the state at the start of a phase."""
+    _, params = abstract_params(config)
+    return jax.eval_shape(lambda p: init_state(p, settings, jnp.zeros(2, jnp.uint32)), params)
+
+
+def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
+    """Makes a mesh of no devices, from the sizes of all axes."""
+    return AbstractMesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh) -> Batch:
+    """Gives the shapes of a batch, placed on a mesh."""
+    place, shape = NamedSharding(mesh, spec("batch", "sequence")), (batch_size, seq_len)
+    ids, flags = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.bool))
+    return Batch(tokens=ids, targets=ids, valid=flags, start=ids, stop=ids, positions=ids)
+
+
+def placed(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:
+    """Places shapes and dtypes of parameters or of a state on a mesh, or on this process's first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: first, tree) if mesh is None else parameter_shardings(tree, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def check_stage(mesh: Mesh | AbstractMesh, stage: Stage) -> None:
+    """Checks that batches of a stage can be split over the mesh, and a shard's rows into its micro-batches.
+
+    Raises:
+      ValueError: if they cannot, with the nearest number that can be.
+    """
+    check_batch(mesh, batch_size=stage.batch_size, seq_len=stage.seq_len)
+    rows = stage.batch_size // shards(mesh, "batch")
+    if rows % min(rows, stage.micro_batches):
+        nearest = max(n for n in range(1, stage.micro_batches + 1) if rows % n == 0)
+        raise ValueError(
+            f"micro_batches must divide the {rows} rows of a shard of the batch, got {stage.micro_batches}; "
+            f"nearest: {nearest}"
+        )
