@@ -49,7 +49,9 @@ class HeldOut:
       ValueError: if a subset or a weight is of no part, or a part has not a mask for each batch.
 
     Examples:
-      >>> HeldOut({"text": draw_batches(load(config.data), 4, batch_size=4, seq_len=512)})
+      >>> from train.data import DataConfig, load
+      >>> corpus = load(DataConfig(data=("books/*.txt",)))
+      >>> held_out = HeldOut({"text": draw_batches(corpus, 4, batch_size=4, seq_len=512)})
     """
 
     parts: Mapping[str, tuple[Batch, ...]]

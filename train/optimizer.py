@@ -29,7 +29,7 @@ class OptimizerSettings:
     """Holds the settings of AdamW at `learning_rate`; `muon_learning_rate` hands the layers' matrices to Muon.
 
     Examples:
-      >>> OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine")
+      >>> settings = OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine")
 
     Raises:
       ValueError: if a schedule is not known, or a rate or the clip is not positive.

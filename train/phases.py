@@ -37,10 +37,12 @@ class Phase:
       ValueError: if a group or a name of a loss cannot be, or there is no loss.
 
     Examples:
-      Fine-tuning by a loss of one's own (see `train.losses.Loss`), read from a run.json by name:
+      Fine-tuning that leaves the indexer as it is. A loss of one's own is a `train.losses.Loss`, and
+      `RunConfig.from_json(values, phases=PHASES | {"SFT": SFT})` reads such a phase from a run.json by name.
 
-      >>> SFT = Phase("SFT", "sparse", trains=("backbone",), losses=(("sft_loss", COMPLETION),))
-      >>> RunConfig.from_json(values, phases=PHASES | {"SFT": SFT})
+      >>> SFT = Phase("SFT", "sparse", trains=("backbone",), losses=(("sft_loss", LM_LOSS),))
+      >>> SFT.balances
+      True
     """
 
     name: str

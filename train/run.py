@@ -40,7 +40,9 @@ class Run:
       mesh: the devices. It is no part of what a run is: that may be continued on another mesh, or on one device (None).
 
     Examples:
-      >>> config = tiny()
+      >>> from train.data import load
+      >>> from train.presets import load_preset
+      >>> config = load_preset("small.json")
       >>> state = Run(config, Path("runs/mine")).train(load(config.data))
       >>> model = load_model("runs/mine")
     """
@@ -220,9 +222,8 @@ class Run:
 def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:
     """Reads the model of a run's folder, from its newest checkpoint or from that of `step`.
 
-    Examples:
-      >>> load_model("runs/tiny").config.index_topk
-      32
+    Raises:
+      ValueError: if the folder holds no run, or no such checkpoint.
     """
     graphdef, like = abstract_params(read_model_config(Path(folder)))
     return merge_groups(graphdef, load_params(Path(folder), like, step=step))

@@ -39,8 +39,10 @@ class PhaseSettings:
     """Holds a phase of a run: its stages share one schedule and one optimizer state.
 
     Examples:
+      >>> from train.phases import WARMUP
       >>> adamw = OptimizerSettings(learning_rate=1e-3)
-      >>> PhaseSettings(WARMUP, (Stage(steps=1000, batch_size=16, seq_len=4096),), indexer=adamw)
+      >>> PhaseSettings(WARMUP, (Stage(steps=1000, batch_size=16, seq_len=4096),), indexer=adamw).steps
+      1000
     """
 
     phase: Phase

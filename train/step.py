@@ -45,9 +45,12 @@ def make_step(
       name, "tokens" (queries that have keys), gradient norms by group, and the experts' imbalance.
 
     Examples:
-      >>> graphdef, _ = abstract_params(config)
-      >>> step = make_step(graphdef, PhaseSettings(BASE, (Stage(100, 4, 512),), backbone=OptimizerSettings(1e-3)))
-      >>> state, metrics = step(state, batch)
+      >>> from train.phases import BASE, split_groups
+      >>> from train.settings import OptimizerSettings, PhaseSettings, Stage
+      >>> from train.state import init_state
+      >>> settings = PhaseSettings(BASE, (Stage(100, 4, 16),), backbone=OptimizerSettings(learning_rate=1e-3))
+      >>> graphdef, params = split_groups(model)
+      >>> state, metrics = make_step(graphdef, settings)(init_state(params, settings, jax.random.PRNGKey(0)), batch)
     """
     return build_step(graphdef, settings, micro_batches=micro_batches, mesh=mesh)
 
