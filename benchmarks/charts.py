@@ -62,7 +62,7 @@ DRAWN_HEADS = "N 128"  # of the attention's rows; the others stand in the table
 
 
 def kernel_rows() -> list[dict[str, Any]]:
-    """What the chart of kernels shows, a row for each pair of bars, all in TFLOP/s or TB/s."""
+    """Collects the rows of the chart of kernels, one for each pair of bars, all in TFLOP/s or TB/s."""
     peers, timings = load("peers")["kernels"]["rows"], recorded(load("forward"), load("training"))
     rows = []
     for peer in peers:
@@ -118,7 +118,7 @@ def kernels() -> Figure:
 
 
 def _peak(operation: str, peaks: dict[str, float]) -> tuple[float, str]:
-    """What the card reaches at this kind of work, and its name."""
+    """Returns the card's measured peak at this kind of work, and its name."""
     if operation == "select_topk":
         return peaks["copy_tb_per_s"], "a copy:"
     fp8 = operation.endswith("e4m3")
@@ -147,7 +147,7 @@ STEPS = {  # part of training.json -> how its bars are named and coloured
 
 
 def step_rows() -> list[dict[str, Any]]:
-    """What the chart of steps shows, a row a bar."""
+    """Collects the rows of the chart of steps, one a bar."""
     results, rows = load("training"), []
     for part, (label, color) in STEPS.items():
         for timed in results[part]["timings"]:

@@ -71,7 +71,7 @@ SLOW = 60.0  # seconds: a step that took longer is not repeated
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def backward_inputs(key, heads, size):
-    """What the backward takes, `out` and `lse` of the forward among it."""
+    """Makes the backward's arguments, `out` and `lse` of the forward among them."""
     parts = jax.random.split(key, 3)
     q, kv, indices = attention_inputs(parts[0], heads, size)
     out, lse = attend(q, kv, indices, None)

@@ -39,7 +39,7 @@ class Results:
 
     name: str
     setup: dict[str, str | int | float]
-    """What was run, as shown: model, sequence length, K, steps."""
+    """The run's description, as shown: model, sequence length, K, steps."""
     seeds: list[SeedResult]
     seconds: float
     """Wall time of everything."""

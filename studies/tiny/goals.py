@@ -1,4 +1,4 @@
-"""What the demo is held to: the gap that the indexer closes, and of one seed alone the time and the memory it takes."""
+"""The demo's goals: the gap that the indexer closes, and of one seed alone the time and the memory that it takes."""
 
 from studies.tiny.settings import GAP_CLOSED, MAX_RSS_BYTES, MAX_SECONDS
 from train.layout import Goal

@@ -1,4 +1,4 @@
-"""What the demo trains: the recipe of the preset `tiny` on text and recall episodes, half of each."""
+"""The demo's run: the recipe of the preset `tiny` on text and recall episodes, half of each."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the documents show runs and prints what they say, and what they name exists."""
+"""The documents' code runs and prints what they say, and the things that they name exist."""
 
 import importlib.util
 import json

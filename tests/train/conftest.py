@@ -1,4 +1,4 @@
-"""What the tests of the training command share."""
+"""Fixtures that the tests of the training command share."""
 
 import os
 from pathlib import Path
