@@ -5,11 +5,13 @@ The backward recomputes the probabilities of one block of queries at a time from
 queries share, add up in float32.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import contract, map_queries, queries_per_block
@@ -54,7 +56,7 @@ def sparse_attention(
     q, kv, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(indices)
     check_latents(q, kv, indices)
     check_value_dim(value_dim, kv)
-    return _sparse_attention(value_dim, scale, implementation, q, kv, indices)
+    return _sparse_attention(value_dim, static_scale(scale), implementation, q, kv, indices)
 
 
 def attention_target(
@@ -85,7 +87,7 @@ def attention_target(
     check_latents(q, kv, indices)
     check_lse(lse, q)
     constants = jax.lax.stop_gradient((q, kv, lse, indices))
-    sums = attention_sums(*constants, scale=scale, implementation=implementation)
+    sums = attention_sums(*constants, scale=static_scale(scale), implementation=implementation)
     return normalise_target(sums)
 
 
@@ -263,6 +265,23 @@ def check_latents(q, kv, indices=None):
     check_one_dtype(q=q, kv=kv)
     if indices is not None:
         check_indices(indices, batch, length)
+
+
+def static_scale(scale) -> float:
+    """Returns the softmax scale as a number.
+
+    Raises:
+      ValueError: if it is traced, no number, or not finite.
+    """
+    if isinstance(scale, Tracer):
+        raise ValueError("scale must be a number known when traced: close over it, or make it a static argument")
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        raise ValueError(f"scale must be a number, got {type(scale).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite, got {number}")
+    return number
 
 
 def check_value_dim(value_dim, kv):

@@ -18,6 +18,7 @@ from dsa_jax.attention import (
     check_value_dim,
     no_gradient,
     scatter_rows,
+    static_scale,
     zero_unreached,
 )
 from dsa_jax.blockwise import map_queries, queries_per_block
@@ -68,7 +69,7 @@ def latent_attention(
     check_value_dim(value_dim, kv)
     check_implementation("latent_attention", implementation)
     kv = zero_unreached(kv, keys)
-    return _dense_attention(scale, "sh", "xla", q, kv, kv[..., :value_dim], keys, None)
+    return _dense_attention(static_scale(scale), "sh", "xla", q, kv, kv[..., :value_dim], keys, None)
 
 
 def multihead_attention(
@@ -109,7 +110,7 @@ def multihead_attention(
         check_indices(indices, *q.shape[:2])
         check_implementation("multihead_attention over a selection", implementation)
     k, v = zero_unreached(k, keys), zero_unreached(v, keys)
-    return _dense_attention(scale, "snh", implementation, q, k, v, keys, indices)
+    return _dense_attention(static_scale(scale), "snh", implementation, q, k, v, keys, indices)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from dsa_jax.blockwise import contract, join_queries, map_rows, split_queries
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange, check_keys
-from dsa_jax.nn import LayerNorm, new_weight, project
+from dsa_jax.nn import LayerNorm, new_weight, project, show_arguments
 from dsa_jax.pallas_kernels import Implementation, choose_implementation
 from dsa_jax.pallas_kernels import index_scores as scores_kernels
 from dsa_jax.quantization import hadamard
@@ -161,6 +161,7 @@ def widen(x):
     return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
 
 
+@show_arguments
 class LightningIndexer(nnx.Module):
     """Makes the index queries, keys and head weights of one layer, as the indexer was corrected in November 2025.
 

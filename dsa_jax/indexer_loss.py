@@ -76,7 +76,7 @@ def sparse_indexer_kl(
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, everywhere, k_scale)
     _check_same_keys(k_index, kv, "kv")
     constants = jax.lax.stop_gradient((q, kv, lse, indices, k_scale))
-    return _kl(_sparse_kl, (scale, implementation), (q_index, k_index, weights), constants)
+    return _kl(_sparse_kl, (attention.static_scale(scale), implementation), (q_index, k_index, weights), constants)
 
 
 def dense_indexer_kl(
@@ -119,7 +119,7 @@ def dense_indexer_kl(
     _check_same_keys(k_index, k, "k")
     k_index, k_scale, k = (zero_unreached(x, keys) for x in (k_index, k_scale, k))
     constants = jax.lax.stop_gradient((q, k, lse, keys, k_scale))
-    return _kl(_dense_kl, (scale, implementation), (q_index, k_index, weights), constants)
+    return _kl(_dense_kl, (attention.static_scale(scale), implementation), (q_index, k_index, weights), constants)
 
 
 def _check_same_keys(k_index, k, name):

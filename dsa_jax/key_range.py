@@ -51,6 +51,8 @@ class KeyRange:
           [[0, 0, 2, 3]]
         """
         segment_ids = jnp.asarray(segment_ids)
+        if segment_ids.ndim != 2 or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(f"segment_ids must be integers [B, T], got {segment_ids.dtype} {list(segment_ids.shape)}")
         position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
         first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
         start = jax.lax.cummax(jnp.where(first, position, 0), axis=1)
@@ -84,7 +86,12 @@ class KeyRange:
 
 
 def check_keys(keys: KeyRange, batch: int, length: int) -> None:
-    """Raises ValueError unless the key range has one interval for each of `batch` × `length` queries."""
+    """Raises ValueError unless `keys` is a key range of one interval for each of `batch` × `length` queries."""
+    if not isinstance(keys, KeyRange):
+        shape = f" of shape {list(keys.shape)}" if hasattr(keys, "shape") else ""
+        raise ValueError(
+            f"keys must be a KeyRange, made by KeyRange.causal, packed or lengths, got {type(keys).__name__}{shape}"
+        )
     if keys.start.shape != (batch, length) or keys.stop.shape != (batch, length):
         raise ValueError(
             f"keys must hold start and stop of shape [{batch}, {length}], one for each query, "

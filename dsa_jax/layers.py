@@ -16,7 +16,7 @@ from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
-from dsa_jax.nn import RMSNorm, new_weight, project
+from dsa_jax.nn import RMSNorm, new_weight, project, show_arguments
 from dsa_jax.parallel.collectives import (
     gather_head_weights,
     gather_sequence,
@@ -28,7 +28,7 @@ from dsa_jax.parallel.collectives import (
     sum_shards,
     tokens_to_heads,
 )
-from dsa_jax.quantization import dequantize, quantize, straight_through_quantize
+from dsa_jax.quantization import dequantize, quantize, straight_through_dequantize
 from dsa_jax.rope import rotate_interleaved
 from dsa_jax.selection import select_keys
 
@@ -55,12 +55,12 @@ class Projections:
 class LayerOutput:
     """Holds a layer's results.
 
-    x [B, T, D]; indexer_kl [B, T]; selected [B, T, K] of sparse attention; the new cache if there was one; of MoE
+    x [B, T, D]; indexer_kl [B, T] and selected [B, T, K] if they were asked for; the new cache if there was one; of MoE
     layers the load of each expert and the experts of each token.
     """
 
     x: Array
-    indexer_kl: Array
+    indexer_kl: Array | None
     selected: Array | None
     cache: Cache | None
     expert_load: Array | None = None  # float32 [X]
@@ -80,6 +80,7 @@ class _Shard(NamedTuple):
     cache: Cache | None
 
 
+@show_arguments
 class SparseMLA(nnx.Module):
     """Multi-head latent attention over the keys that the lightning indexer selects (Figure 1 of the paper).
 
@@ -115,6 +116,8 @@ class SparseMLA(nnx.Module):
         selected: Int[Array, "B T K"] | None = None,
         cache: Cache | None = None,
         layer: Any = 0,
+        return_selected: bool = False,
+        return_indexer_kl: bool = True,
     ) -> LayerOutput:
         """Attends with the T tokens of `x`.
 
@@ -126,32 +129,32 @@ class SparseMLA(nnx.Module):
           selected: a selection to attend to instead of the indexer's own.
           cache: earlier tokens; the new ones are written to its layer number `layer` before they attend.
           layer: this layer's number.
+          return_selected: whether the selection is wanted of dense attention too; sparse attention always returns it.
+          return_indexer_kl: whether the indexer's divergence from the attention is wanted.
 
         Returns:
           a `LayerOutput`, `x` before the residual sum.
         """
         projections = self.project(x, rotation)
         if attention == "dense":
-            return self._dense(projections, keys, cache, layer)
-        return self._sparse(projections, keys, selected, cache, layer)
+            return self._dense(projections, keys, cache, layer, return_selected, return_indexer_kl)
+        return self._sparse(projections, keys, selected, cache, layer, return_indexer_kl)
 
-    def _sparse(self, p: Projections, keys, selected, cache, layer) -> LayerOutput:
+    def _sparse(self, p: Projections, keys, selected, cache, layer, wants_kl) -> LayerOutput:
         shard = self._to_shard(p, keys, selected, cache, layer)
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
-        selected = shard.selected
-        if selected is None:
-            with jax.named_scope("select"):
-                selected = select_keys(*shard.index, shard.keys, k=self.config.index_topk, k_scale=shard.k_scale)
-        selected = checkpoint_name(selected, "indices")
+        selected = self._select(shard) if shard.selected is None else shard.selected
+        selected, kl = checkpoint_name(selected, "indices"), None
         q = self.absorb(shard.q)
         with jax.named_scope("sparse_attention"):
             out, lse = sparse_attention(q, shard.kv, selected, value_dim=value_dim, scale=scale)
         lse = checkpoint_name(lse, "lse")
-        with jax.named_scope("sparse_indexer_kl"):
-            kl = sparse_indexer_kl(*shard.trained_index, q, shard.kv, lse, selected, scale=scale)
+        if wants_kl:
+            with jax.named_scope("sparse_indexer_kl"):
+                kl = sparse_indexer_kl(*shard.trained_index, q, shard.kv, lse, selected, scale=scale)
         return self._from_shard(self._head_values(out), kl, selected, shard.cache)
 
-    def _dense(self, p: Projections, keys, cache, layer) -> LayerOutput:
+    def _dense(self, p: Projections, keys, cache, layer, wants_selected, wants_kl) -> LayerOutput:
         shard = self._to_shard(p, keys, None, cache, layer)
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
         k, v = self.expand(shard.kv)
@@ -162,11 +165,20 @@ class SparseMLA(nnx.Module):
                 q = self.absorb(shard.q)
                 out, lse = latent_attention(q, shard.kv, shard.keys, value_dim=value_dim, scale=scale)
                 out, lse = self._head_values(out), tokens_to_heads(lse)
-        lse = checkpoint_name(lse, "lse")
-        with jax.named_scope("dense_indexer_kl"):
-            constants = jax.lax.stop_gradient((shard.q, self._keys_of_all_heads(shard.kv, k), heads_to_tokens(lse)))
-            kl = dense_indexer_kl(*shard.trained_index, *constants, shard.keys, scale=scale)
-        return self._from_shard(out, kl, None, shard.cache)
+        lse, kl = checkpoint_name(lse, "lse"), None
+        selected = self._select(shard) if wants_selected else None
+        if wants_kl:
+            with jax.named_scope("dense_indexer_kl"):
+                constants = shard.q, self._keys_of_all_heads(shard.kv, k), heads_to_tokens(lse)
+                constants = jax.lax.stop_gradient(constants)
+                kl = dense_indexer_kl(*shard.trained_index, *constants, shard.keys, scale=scale)
+        return self._from_shard(out, kl, selected, shard.cache)
+
+    def _select(self, shard: _Shard) -> Int[Array, "B T K"]:
+        """Selects as many keys as the config says, or all that there are if these are fewer."""
+        with jax.named_scope("select"):
+            k = min(self.config.index_topk, shard.kv.shape[1])
+            return select_keys(*shard.index, shard.keys, k=k, k_scale=shard.k_scale)
 
     def project(self, x: Float[Array, "B T D"], rotation: Rotation) -> Projections:
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""
@@ -220,7 +232,8 @@ class SparseMLA(nnx.Module):
             scored_weights = weights * q_scale
             # The loss sees the rounded values with gradients straight through. Scales are powers of two, so these make
             # the very scores that the e4m3 numbers and their scales make.
-            q_index, k_index = straight_through_quantize(q_index), straight_through_quantize(k_index)
+            q_index = straight_through_dequantize(q_index, q_scored, q_scale)
+            k_index = straight_through_dequantize(k_index, k_scored, k_scale)
         if cache is None:
             kv, k_scored, k_scale, k_index = (gather_sequence(x) for x in (kv, k_scored, k_scale, k_index))
         else:
@@ -248,6 +261,7 @@ class SparseMLA(nnx.Module):
         return self.expand(*jax.lax.stop_gradient((kv, self._key_weight())))[0]
 
 
+@show_arguments
 class MLP(nnx.Module):
     """The gated feed-forward: down(silu(gate(x)) · up(x))  (SwiGLU, arXiv:2002.05202)."""
 

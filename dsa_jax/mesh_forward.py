@@ -29,6 +29,7 @@ def forward_on_mesh(
     return_selected: bool = False,
     routed: Int[Array, "moe_layers B T k"] | None = None,
     return_routed: bool = False,
+    return_indexer_kl: bool = False,
 ) -> Output:
     """Runs `model(tokens, …)` on all devices of a mesh; arguments and results in natural order.
 
@@ -39,6 +40,7 @@ def forward_on_mesh(
       model: the transformer.
       mesh: as `make_mesh` gives it.
       tokens, keys, positions, attention, selected, return_selected, routed, return_routed: as in `Transformer`.
+      return_indexer_kl: likewise, but not wanted unless asked for.
 
     Returns:
       what the model returns, on the mesh.
@@ -46,14 +48,14 @@ def forward_on_mesh(
     Raises:
       ValueError: if the model, the batch or the sequence cannot be split over the mesh.
     """
-    tokens = jnp.asarray(tokens)
-    model._check(tokens, keys, positions, attention, selected, return_selected, routed, None)
+    tokens = model.check_inputs(tokens, keys, positions, attention, selected, routed, None)
     check_model(mesh, model.config)
     check_batch(mesh, batch_size=tokens.shape[0], seq_len=tokens.shape[1])
     graph, state = nnx.split(model)
     keys = KeyRange.causal(*tokens.shape) if keys is None else keys
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
-    options = dict(attention=attention, return_selected=return_selected, return_routed=return_routed)
+    options: dict[str, Any] = dict(attention=attention, return_selected=return_selected, return_routed=return_routed)
+    options |= dict(return_indexer_kl=return_indexer_kl)
     return _forward_on_mesh(graph, mesh, tuple(options.items()), state, (tokens, keys, positions), (selected, routed))
 
 
@@ -65,7 +67,8 @@ def _forward_on_mesh(graph, mesh, options, state, inputs, imposed):
     def run(state, inputs, imposed):
         (tokens, keys, positions), (selected, routed) = inputs, imposed
         model = nnx.merge(graph, state)
-        return model(tokens, keys=keys, positions=positions, selected=selected, routed=routed, **dict(options))
+        chosen: dict[str, Any] = dict(options) | dict(selected=selected, routed=routed)
+        return model(tokens, keys=keys, positions=positions, **chosen)
 
     arguments = state, jax.tree.map(lambda x: x[:, order], inputs), jax.tree.map(lambda x: x[:, :, order], imposed)
     results: Any = dict(hidden=token, indexer_kl=layer, expert_load=spec(), selected=layer, cache=None, routed=layer)

@@ -1,6 +1,7 @@
 """The DSA transformer: tokens in, hidden states and the indexer's losses out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,10 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.blockwise import contract
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
-from dsa_jax.key_range import KeyRange
+from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.layers import MLP, Attention, LayerOutput, Rotation, SparseMLA
 from dsa_jax.moe import MoE
-from dsa_jax.nn import RMSNorm, new_weight
+from dsa_jax.nn import RMSNorm, new_weight, show_arguments
 from dsa_jax.parallel.collectives import (
     exchange_columns,
     gather_parameters,
@@ -36,7 +37,8 @@ class Output:
 
     Attributes:
       hidden: [B, T, D] after the last norm, for `Transformer.unembed`.
-      indexer_kl: float32 [layers, B, T], the divergence of the indexer from the attention (Eq. 4, or Eq. 3 if dense).
+      indexer_kl: float32 [layers, B, T], the divergence of the indexer from the attention (Eq. 4, or Eq. 3 if dense),
+        if it was asked for.
       expert_load: float32 [moe_layers, X], the number of (token, slot) pairs that each expert got.
       selected: int32 [layers, B, T, K], the selections, if they were asked for.
       cache: the new cache, if one was given.
@@ -44,13 +46,14 @@ class Output:
     """
 
     hidden: Array
-    indexer_kl: Array
+    indexer_kl: Array | None
     expert_load: Array
     selected: Array | None
     cache: Cache | None
     routed: Array | None = None
 
 
+@show_arguments
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each on the normalised residual stream."""
 
@@ -81,6 +84,7 @@ class DecoderLayer(nnx.Module):
         return dataclasses.replace(attended, x=x + y, expert_load=load, routed=routed)
 
 
+@show_arguments
 class Transformer(nnx.Module):
     """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised.
 
@@ -111,6 +115,7 @@ class Transformer(nnx.Module):
         return_selected: bool = False,
         routed: Int[Array, "moe_layers B T k"] | None = None,
         return_routed: bool = False,
+        return_indexer_kl: bool = True,
         cache: Cache | None = None,
     ) -> Output:
         """Runs the model over T tokens a row.
@@ -122,31 +127,41 @@ class Transformer(nnx.Module):
           positions: rotary positions, counted from 0 (or from the cache's lengths) if None.
           attention: "sparse" over the selection, or "dense" over all reachable keys.
           selected: a selection to attend to instead of the indexer's own (sparse attention only).
-          return_selected: whether `Output.selected` is wanted (sparse attention only).
+          return_selected: whether `Output.selected` is wanted: what is attended to, or, under dense attention, what the
+            indexer would select, to watch a warm-up.
           routed: the experts that tokens go to instead of the routers' own choice; the gates are still the routers'.
           return_routed: whether `Output.routed` is wanted.
+          return_indexer_kl: whether `Output.indexer_kl` is wanted; without it nothing of it is computed.
           cache: keys of earlier tokens; the new ones are appended.
 
         Raises:
           ValueError: if shapes, options or, outside `jit`, token ids are wrong, or the tokens do not fit.
         """
-        self._check(tokens, keys, positions, attention, selected, return_selected, routed, cache)
+        tokens = self.check_inputs(tokens, keys, positions, attention, selected, routed, cache)
         batch, length = tokens.shape
         before = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
         positions = before[:, None] + jnp.arange(length) if positions is None else positions
         self._check_values(tokens, keys, cache)
-        x = self._embed(tokens)
-        rotation = rope_rotation(positions, self.config)
+        inputs = tokens, keys, positions, selected, routed, cache
+        wanted = dict(return_selected=return_selected, return_indexer_kl=return_indexer_kl)
+        options = dict(attention=attention, return_routed=return_routed, **wanted)
+        if isinstance(tokens, Tracer):
+            return self._run(*inputs, options)
+        # Outside `jit` the whole forward is compiled, once a shape: a scan by itself would be compiled at every call.
+        graph, state = nnx.split(self)
+        return _run_compiled(graph, tuple(options.items()), state, inputs)
 
+    def _run(self, tokens, keys, positions, selected, routed, cache, options) -> Output:
+        """Runs the model on what was checked."""
+        x, rotation = self._embed(tokens), rope_rotation(positions, self.config)
         results, first = [], 0
         for stack, count in self._stacks():
             imposed = (
                 None if selected is None else selected[first : first + count],
                 routed if stack is self.moe_layers else None,
             )
-            wanted = return_selected, return_routed
-            (x, cache), ys = _scan_layers(stack, first, (x, cache), imposed, rotation, keys, attention, wanted)
+            (x, cache), ys = _scan_layers(stack, first, (x, cache), imposed, rotation, keys, options)
             results.append(ys)
             first += count
 
@@ -154,11 +169,11 @@ class Transformer(nnx.Module):
         load = [each for each in load if each is not None]
         return Output(
             hidden=_gathered(self.norm)(x),
-            indexer_kl=jnp.concatenate(kl),
+            indexer_kl=jnp.concatenate(kl) if options["return_indexer_kl"] else None,
             expert_load=load[0] if load else jnp.zeros((0, self.config.n_routed_experts), jnp.float32),
-            selected=jnp.concatenate(chosen) if return_selected else None,
+            selected=jnp.concatenate(chosen) if options["return_selected"] else None,
             cache=None if cache is None else cache.advance(jnp.sum(keys.nonempty(), axis=1, dtype=jnp.int32)),
-            routed=experts[-1] if return_routed else None,
+            routed=experts[-1] if options["return_routed"] else None,
         )
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
@@ -203,9 +218,9 @@ class Transformer(nnx.Module):
         stacks = (self.dense_layers, self.config.num_dense_layers), (self.moe_layers, self.config.num_moe_layers)
         return [(stack, count) for stack, count in stacks if stack is not None]
 
-    def _check(self, tokens, keys, positions, attention, selected, return_selected, routed, cache):
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
+    def check_inputs(self, tokens, keys, positions, attention, selected, routed, cache) -> Int[Array, "B T"]:
+        """Returns the tokens as an array; raises ValueError unless everything fits the model and each other."""
+        tokens = _as_tokens(tokens)
         batch, length = tokens.shape
         limit = self.config.max_position_embeddings if cache is None else cache.size
         if length > limit:
@@ -213,12 +228,12 @@ class Transformer(nnx.Module):
             raise ValueError(f"tokens must be at most {limit} long to fit {where}, got {length}")
         if attention not in ("sparse", "dense"):
             raise ValueError(f"attention must be 'sparse' or 'dense', got {attention!r}")
-        if attention == "dense" and (selected is not None or return_selected):
-            raise ValueError("selected and return_selected need attention='sparse', got attention='dense'")
-        shapes = {"positions": positions} if keys is None else {"keys": keys.start, "positions": positions}
-        for name, value in shapes.items():
-            if value is not None and value.shape != (batch, length):
-                raise ValueError(f"{name} must be [{batch}, {length}] like tokens, got shape {value.shape}")
+        if attention == "dense" and selected is not None:
+            raise ValueError("selected needs attention='sparse', got attention='dense'")
+        if keys is not None:
+            check_keys(keys, batch, length)
+        if positions is not None and positions.shape != (batch, length):
+            raise ValueError(f"positions must be [{batch}, {length}] like tokens, got shape {positions.shape}")
         if num_shards("sequence") > 1 and (keys is None or positions is None or cache is not None):
             raise ValueError(
                 "where the sequence is sharded, keys and positions must be given, and no cache: "
@@ -237,6 +252,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"routed must be {list(slots)}, got shape {routed.shape}")
         if cache is not None:
             _check_cache(cache, jax.eval_shape(lambda: Cache.empty(self.config, batch, cache.size)))
+        return tokens
 
     def _check_values(self, tokens, keys, cache):
         """Checks token ids and the cache's room where values are known: outside `jit`, on one host."""
@@ -283,6 +299,22 @@ def _gathered(module):
     return nnx.merge(graph, gather_parameters(state))
 
 
+def _as_tokens(tokens):
+    """Returns token ids as an array [B, T]; lists of lists are taken too.
+
+    Raises:
+      ValueError: for anything that is no rectangle of integers.
+    """
+    if not hasattr(tokens, "ndim"):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            raise ValueError("tokens must be integers [B, T], got rows of different lengths: pad them") from None
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+    return jnp.asarray(tokens)
+
+
 def _known(x):
     """Returns an array's value on the host, None where it is traced or spread over hosts."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
@@ -302,16 +334,18 @@ def _stack_layers(config, count, *, moe, rngs):
     return make(rngs)
 
 
-def _scan_layers(stack, first, carry, imposed, rotation, keys, attention, wanted):
+def _scan_layers(stack, first, carry, imposed, rotation, keys, options):
     graph, state = nnx.split(stack)
+    wanted = {name: options[name] for name in ("attention", "return_selected", "return_indexer_kl")}
 
     def body(carry, scanned):
         (x, cache, keys), (layer, state, (selected, routed)) = carry, scanned
-        options = dict(attention=attention, selected=selected, routed=routed, cache=cache, layer=layer)
         state = gather_parameters(state, dtype=stack.self_attn.config.dtype)
-        out = nnx.merge(graph, state)(x, rotation, keys, **options)
-        choices = (out.selected if wanted[0] else None, out.routed if wanted[1] else None)
-        return (out.x, out.cache, keys), (out.indexer_kl, out.expert_load, *choices)
+        choices = dict(selected=selected, routed=routed, cache=cache, layer=layer)
+        out = nnx.merge(graph, state)(x, rotation, keys, **choices, **wanted)
+        chosen = out.selected if options["return_selected"] else None
+        routed = out.routed if options["return_routed"] else None
+        return (out.x, out.cache, keys), (out.indexer_kl, out.expert_load, chosen, routed)
 
     # A selection is kept, not found again: a second indexer pass costs time and could choose otherwise.
     keep = jax.checkpoint_policies.save_only_these_names("indices", "lse")
@@ -321,3 +355,8 @@ def _scan_layers(stack, first, carry, imposed, rotation, keys, attention, wanted
     # T × S of them, ahead of the loop.
     (x, cache, _), ys = jax.lax.scan(jax.checkpoint(body, policy=keep), (*carry, keys), scanned)
     return (x, cache), ys
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_compiled(graph, options, state, inputs):
+    return nnx.merge(graph, state)._run(*inputs, dict(options))

@@ -16,7 +16,7 @@ from dsa_jax.blockwise import contract
 from dsa_jax.config import Config
 from dsa_jax.grouped_ffn import expert_ffn
 from dsa_jax.layers import MLP
-from dsa_jax.nn import new_weight
+from dsa_jax.nn import new_weight, show_arguments
 from dsa_jax.parallel.collectives import mesh_axes, sum_gradients, sum_shards, sum_statistics
 from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, has_ragged_exchange
 
@@ -98,6 +98,7 @@ def update_bias(bias: Float[Array, "*L X"], load: Float[Array, "*L X"], rate: fl
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
+@show_arguments
 class Router(nnx.Module):
     """The router: its weight, and the bias that evens the load, which has a say in the choice and no gradient."""
 
@@ -113,6 +114,7 @@ class Router(nnx.Module):
         return route(x, self.weight[...], self.e_score_correction_bias[...], config=self.config, experts=experts)
 
 
+@show_arguments
 class Experts(nnx.Module):
     """The routed experts: their weights, stacked; on a mesh, this shard's experts and its part of their width."""
 
@@ -135,6 +137,7 @@ class Experts(nnx.Module):
         return sum_shards(y, "width")
 
 
+@show_arguments
 class MoE(nnx.Module):
     """The feed-forward of most layers: routed experts, and shared ones that every token passes through.
 

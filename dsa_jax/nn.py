@@ -1,11 +1,20 @@
 """The small parts that every layer is made of: new weights, projections and normalisations."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dsa_jax.config import Config
+
+
+def show_arguments[M: type](module: M) -> M:
+    """Gives a module's class the signature of its `__init__`, which nnx hides behind its own."""
+    first, *others = inspect.signature(module.__init__).parameters.values()
+    module.__signature__ = inspect.Signature(others)  # pyright: ignore[reportAttributeAccessIssue]
+    return module
 
 
 def new_weight(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:

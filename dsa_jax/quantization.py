@@ -73,6 +73,19 @@ def dequantize(
 
 
 @jax.custom_jvp
+def straight_through_dequantize(
+    x: Float[Array, "*rows E"], values: Float[Array, "*rows E"], scale: Float32[Array, "*rows"]
+) -> Float[Array, "*rows E"]:
+    """Computes values · scale, which `quantize` made of `x`, in its dtype; the gradient is `x`'s own, unrounded."""
+    return dequantize(values, scale, dtype=x.dtype)
+
+
+@straight_through_dequantize.defjvp
+def _straight_through_dequantize_jvp(primals, tangents):
+    return straight_through_dequantize(*primals), tangents[0]
+
+
+@jax.custom_jvp
 def straight_through_quantize(x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
     """Rounds each row to e4m3 with a scale of its own, in the dtype of `x`; the gradient is that of the identity."""
     return dequantize(*quantize(x), dtype=x.dtype)

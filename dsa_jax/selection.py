@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import map_queries, queries_per_block
@@ -114,6 +115,8 @@ def _tiled_keys(q_index, k_index, weights, start, stop, k_scale, *, k):
 
 
 def _check_k(k):
+    if not isinstance(k, int | np.integer) or isinstance(k, bool):
+        raise ValueError(f"k must be an int that is known when traced, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
 

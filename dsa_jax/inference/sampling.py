@@ -26,16 +26,30 @@ def sample(
       >>> sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), temperature=0.0).tolist()
       [1]
     """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
-    probabilities = jax.nn.softmax(ranked)
-    keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the likeliest always stays
-    if top_k is not None:
+    number = float(temperature)
+    return sample_traced(logits, key, temperature=number, top_k=top_k or logits.shape[-1], top_p=float(top_p))
+
+
+def sample_traced(
+    logits: Float[Array, "B vocab"],
+    key: Array,
+    *,
+    temperature: Float[Array, ""] | float,
+    top_k: Int[Array, ""] | int,
+    top_p: Float[Array, ""] | float,
+) -> Int[Array, " B"]:
+    """Draws like `sample`, whose settings may be traced here: one program serves all of them."""
+
+    def draw(logits):
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+        probabilities = jax.nn.softmax(ranked)
+        keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the likeliest always stays
         keep &= jnp.arange(logits.shape[-1]) < top_k
-    rank = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        rank = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    return jax.lax.cond(temperature == 0, lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32), draw, logits)
 
 
 def check_sampling(key: Array | None, temperature: float, top_k: int | None, top_p: float) -> None:

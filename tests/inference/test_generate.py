@@ -1,6 +1,7 @@
 """Generation against repeated full forward passes, and sampling against the distribution it draws from."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,17 @@ import pytest
 from cases import same_bits, unchecked
 from model_cases import forward, small_config, small_model, tokens
 
-from dsa_jax import KeyRange
-from dsa_jax.inference.generate import generate, sample
+from dsa_jax import KeyRange, generate, sample
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
+module = importlib.import_module("dsa_jax.inference.generate")  # the door has the function under this name
 
 CONFIG = small_config(first_k_dense_replace=2)  # no experts: half the compilation, and they know nothing of caches
 PROMPTS, LENGTHS, NEW = tokens(2, 12), np.array([12, 7]), 6
 
 
 @functools.cache
-def greedy(attention="sparse", chunk=8, stop_token=None):
+def greedy(attention="sparse", chunk=8, stop_token=None) -> np.ndarray:
     """The continuation of the ragged prompts by their likeliest tokens."""
     return np.asarray(
         generate(
@@ -75,6 +76,37 @@ def test_a_row_repeats_the_stop_token_once_it_comes():
         if stop in row:
             row[row.tolist().index(stop) :] = stop
     assert np.array_equal(greedy(stop_token=stop), expected) and stop in free[0]
+
+
+def test_a_row_stops_at_any_of_several_tokens():
+    free = greedy()
+    stops = int(free[0, 2]), int(free[1, 4])
+    expected = free.copy()
+    for row in expected:
+        at = next((i for i, token in enumerate(row) if token in stops), None)
+        if at is not None:
+            row[at:] = row[at]
+    assert not np.array_equal(expected, free)
+    assert np.array_equal(greedy(stop_token=stops), expected)
+    assert np.array_equal(greedy(stop_token=np.array(stops)[:1].tolist()[0]), greedy(stop_token=stops[:1]))
+
+
+def test_other_lengths_settings_and_stop_tokens_take_the_same_program():
+    model, key = small_model(CONFIG), jax.random.key(0)
+    sizes = lambda: (module._extend._cache_size(), module._decode._cache_size())
+    for stop_token in (None, (3, 4)):  # one stop token or none take a bucket, two the next
+        generate(model, PROMPTS, max_new_tokens=NEW, key=key, temperature=0.7, stop_token=stop_token)
+    before = sizes()
+    for width in (12, 9, 3):
+        for options in (dict(temperature=0), dict(top_p=0.5), dict(top_k=3, stop_token=5), dict(stop_token=(1, 2))):
+            generate(model, PROMPTS[:, :width], max_new_tokens=NEW - 1, **dict(key=key, temperature=1.3) | options)
+    assert sizes() == before
+
+
+def test_rows_that_have_all_stopped_end_the_loop():
+    """The last token of a row is repeated to the end, whatever the number of steps that ran."""
+    stop = tuple(range(CONFIG.vocab_size))  # whatever comes first
+    assert np.array_equal(greedy(stop_token=stop), np.repeat(greedy()[:, :1], NEW, 1))
 
 
 def test_a_key_draws_the_same_tokens_twice():
@@ -158,6 +190,8 @@ def test_rows_draw_independently():
         (dict(top_p=1.5), ["top_p", "1.5"]),
         (dict(attention="linear"), ["attention", "linear"]),
         (dict(stop_token=64), ["stop_token", "64"]),
+        (dict(stop_token=(1, -1)), ["stop_token", "-1"]),
+        (dict(stop_token=("a",)), ["stop_token", "'a'"]),
         (dict(temperature=1.0, key=None), ["key", "temperature=0"]),
     ],
     ids=str,
