@@ -121,9 +121,9 @@ def sum_heads(q, k, lse, mask, *, scale, dims):
 
 
 def normalise_target(total):
-    """L1-normalises head sums over the last axis."""
+    """L1-normalises head sums over the last axis; what is 0 stays 0, in a row with NaN too."""
     norm = jnp.sum(total, axis=-1, keepdims=True)
-    return total / jnp.where(norm == 0, 1.0, norm)
+    return jnp.where(total == 0, 0.0, total / jnp.where(norm == 0, 1.0, norm))
 
 
 def gather_rows(x, indices):
@@ -146,32 +146,41 @@ def zero_unreached(x, keys):
 
 
 # The softmax over one block. `dims` names the axes of the keys: "sh" latents shared by queries and heads, "snh" keys of
-# each head, "tsh" rows gathered for each query. `bias` [t, s] is the log of how often a key counts: -inf for never.
+# each head, "tsh" rows gathered for each query. `bias` [t, s] is the log of how often a key counts: -inf for never, and
+# then its logit is -inf even where the product is NaN. An empty row is one whose denominator is 0: a sum keeps NaN, where
+# XLA's maximum on a CPU may drop it, and one of +inf is NaN, since exp(inf - inf) is.
 
 
 def attend(q, k, v, bias, *, scale, dims):
     """Computes `out` and `lse` of one block."""
-    logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
+    logits = _logits(q, k, bias, scale, dims)
     peak = jnp.max(logits, axis=-1)
-    empty = peak == -jnp.inf
-    weights = jnp.exp(logits - jnp.where(empty, 0.0, peak)[..., None])
-    denominator = jnp.where(empty, 1.0, jnp.sum(weights, axis=-1))
+    weights = jnp.exp(logits - jnp.where(peak == -jnp.inf, 0.0, peak)[..., None])
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0
+    denominator = jnp.where(empty, 1.0, total)
     out = contract(f"tns,{_values(dims)}->tnv", weights.astype(v.dtype), v) / denominator[..., None]
     return out.astype(q.dtype), jnp.where(empty, -jnp.inf, peak + jnp.log(denominator))
 
 
 def attend_backward(q, k, v, bias, lse, d_out, d_lse, *, scale, dims):
     """Computes the gradients of `attend` by q, k and v; the last two in float32."""
-    logits = contract(f"tnh,{dims}->tns", q, k) * scale + bias[:, None]
-    weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+    logits, has_key = _logits(q, k, bias, scale, dims), bias[:, None] > -jnp.inf
+    # Masked once more, as a row whose lse is NaN has no weight of 0.
+    weights = jnp.where(has_key, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]), 0.0)
     d_weights = contract(f"tnv,{_values(dims)}->tns", d_out, v)
     # The mean of d_weights is d_out · out; summed from the weights, the backward need not keep `out`.
     mean = jnp.sum(weights * d_weights, axis=-1) - d_lse
-    d_logits = jnp.where(bias[:, None] > -jnp.inf, weights * (d_weights - mean[..., None]) * scale, 0.0).astype(q.dtype)
+    d_logits = jnp.where(has_key, weights * (d_weights - mean[..., None]) * scale, 0.0).astype(q.dtype)
     d_q = contract(f"tns,{dims}->tnh", d_logits, k).astype(q.dtype)
     d_k = contract(f"tns,tnh->{dims}", d_logits, q)
     d_v = contract(f"tns,tnv->{_values(dims)}", weights.astype(d_out.dtype), d_out)
     return d_q, d_k, d_v
+
+
+def _logits(q, k, bias, scale, dims):
+    bias = bias[:, None]
+    return jnp.where(bias == -jnp.inf, -jnp.inf, contract(f"tnh,{dims}->tns", q, k) * scale + bias)
 
 
 def _values(dims):

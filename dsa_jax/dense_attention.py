@@ -196,10 +196,13 @@ def cudnn_attention(q, k, v, *, scale):
 
 
 def _cudnn_backward(q, k, v, start, stop, lse, d_out, d_lse, *, scale):
-    """Runs cuDNN's backward where the ranges are causal, as in training on unpacked documents, else XLA's."""
+    """Runs cuDNN's backward where the ranges are causal, as in training on unpacked documents, else XLA's.
+
+    XLA's too where `lse` is NaN: nobody says what cuDNN makes of it.
+    """
     causal = KeyRange.causal(*q.shape[:2])
     return jax.lax.cond(
-        jnp.all((start <= 0) & (stop == causal.stop)) & jnp.all(d_lse == 0),
+        jnp.all((start <= 0) & (stop == causal.stop)) & jnp.all((d_lse == 0) & ~jnp.isnan(lse)),
         lambda: jax.vjp(partial(cudnn_attention, scale=scale), q, k, v)[1](d_out),
         lambda: _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, scale=scale, dims="snh"),
     )

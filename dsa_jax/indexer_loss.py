@@ -238,8 +238,9 @@ def _in_chunks(chunk, queries, keys, d_kl, block):
 
 
 def _kl_terms(target, scores, mask):
-    terms = target * (jnp.log(jnp.where(target > 0, target, 1.0)) - _log_softmax(scores, mask))
-    return jnp.sum(jnp.where(target > 0, terms, 0.0), axis=-1)
+    nothing = target == 0  # false for NaN, which shall show
+    terms = target * (jnp.log(jnp.where(nothing, 1.0, target)) - _log_softmax(scores, mask))
+    return jnp.sum(jnp.where(nothing, 0.0, terms), axis=-1)
 
 
 def _score_gradient(target, scores, mask, d_kl):
@@ -260,7 +261,8 @@ def _head_sum_gradient(q_index, k_index, weights, d_scores):
     keys = "se" if k_index.ndim == 2 else "tse"
     active = relu(contract(f"tje,{keys}->tjs", q_index, k_index))
     d_weights = jnp.sum(active * d_scores[:, None], axis=-1)
-    d_logits = jnp.where(active > 0, d_scores[:, None] * weights[..., None], 0.0).astype(q_index.dtype)
+    # NaN passes relu, and so does its gradient.
+    d_logits = jnp.where(active == 0, 0.0, d_scores[:, None] * weights[..., None]).astype(q_index.dtype)
     return contract(f"tjs,{keys}->tje", d_logits, k_index), contract(f"tjs,tje->{keys}", d_logits, q_index), d_weights
 
 

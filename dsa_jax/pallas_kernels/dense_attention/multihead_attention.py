@@ -467,11 +467,11 @@ def _block(
 
         def store(batch, head, rows, accumulator, maximum, denominator):
             """Writes `out` over this warpgroup's queries, and from there to its place."""
-            has_keys = denominator > 0
-            inverse = jnp.where(has_keys, 1 / denominator, 0.0)
+            is_empty = denominator == 0  # not of NaN, which shall show
+            inverse = jnp.where(is_empty, 0.0, 1 / denominator)
             # A block of keys out of everyone's reach was taken where there was none: its values may be NaN.
-            result = jnp.where(over(has_keys, value_dim), accumulator * over(inverse, value_dim), 0.0)
-            lse = jnp.where(has_keys, maximum * math.log(2) + jnp.log(denominator), -jnp.inf)
+            result = jnp.where(over(is_empty, value_dim), 0.0, accumulator * over(inverse, value_dim))
+            lse = jnp.where(is_empty, -jnp.inf, maximum * math.log(2) + jnp.log(denominator))
             plgpu.commit_smem()  # all of this warpgroup are done with the queries
             q_smem[warpgroup, :, pl.ds(0, value_dim)] = result.astype(jnp.bfloat16)
             lse_smem[warpgroup] = lse

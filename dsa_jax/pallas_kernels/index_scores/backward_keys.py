@@ -108,7 +108,8 @@ def keys_kernel(shape: Shape, interpret: bool):
 
                     def combine(logits, state):
                         # Rounded to bfloat16 for the second product: the sums' error is that of this rounding.
-                        x = jnp.where(logits > 0, g * lax.broadcast_in_dim(weights, g.shape, [1]), 0.0)
+                        # A logit of NaN passes, as in relu.
+                        x = jnp.where(logits <= 0, 0.0, g * lax.broadcast_in_dim(weights, g.shape, [1]))
                         return x.astype(jnp.bfloat16), state
 
                     return combine

@@ -125,7 +125,7 @@ def queries_kernel(shape: Shape, interpret: bool):
 
                     def combine(logits, d_weights):
                         # The weights come in at the end: they are the same for all keys of a row.
-                        x = jnp.where(logits > 0, g, 0.0)
+                        x = jnp.where(logits <= 0, 0.0, g)  # a logit of NaN passes, as in relu
                         return x.astype(jnp.bfloat16), d_weights + (x * logits).sum(axis=1)
 
                     return combine

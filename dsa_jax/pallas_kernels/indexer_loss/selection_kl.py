@@ -492,8 +492,8 @@ def statistics(ids_gmem, sums_gmem, scale_gmem, d_kl_gmem, kl_gmem, query, score
         target = target / jnp.where(target.sum() == 0, 1.0, target.sum())
         x = jnp.where(present, scores[...] * scale, -jnp.inf)
         log_softmax = jnp.where(present, x - jax.nn.logsumexp(jnp.where(present.any(), x, 0.0)), -jnp.inf)
-        terms = target * (jnp.log(jnp.where(target > 0, target, 1.0)) - log_softmax)
-        kl_gmem[query] = jnp.where(target > 0, terms, 0.0).sum()
+        terms = target * (jnp.log(jnp.where(target == 0, 1.0, target)) - log_softmax)
+        kl_gmem[query] = jnp.where(present & (target != 0), terms, 0.0).sum()
         for ref in d_kl_gmem:
             scores[...] = jnp.where(present, (jnp.exp(log_softmax) - target) * ref[query] * scale, 0.0)
         return
@@ -632,9 +632,9 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
 
 
 def signs(logits, interpret: bool = False):
-    """Packs where `logits` [64 keys, 64 heads] > 0 into one int32 a thread."""
+    """Packs where `logits` [64 keys, 64 heads] > 0, or NaN, into one int32 a thread."""
     if interpret:
-        bits = (logits > 0).reshape(WARPGROUP_THREADS, 32).astype(jnp.uint32)
+        bits = ~(logits <= 0).reshape(WARPGROUP_THREADS, 32).astype(jnp.uint32)
         words = (bits << lax.broadcasted_iota(jnp.uint32, bits.shape, 1)).sum(axis=1, dtype=jnp.uint32)
         return lax.bitcast_convert_type(words, jnp.int32)
 
@@ -643,14 +643,15 @@ def signs(logits, interpret: bool = False):
     )
     def pack(ctx, logits):
         registers = logits.registers.reshape(COLUMN_GROUPS, 2)
-        # 0 - x has a sign where x > 0 alone. Four chains of eight, as a chain of all would take four times as long.
+        # x less the least float32 has a sign where x <= 0 alone, and not where it is NaN: the bits are inverted at the
+        # end. Four chains of eight, as a chain of all would take four times as long.
         code = [".reg .b32 x, b<4>;", *(f"mov.b32 b{i}, 0;" for i in range(4))]
         values = []
         for tile in registers:
             for byte, (vector, element) in enumerate((v, e) for v in tile for e in range(2)):
                 values.append(llvm.extractelement(vector, ptx.i32(element)))
-                code.append(f"sub.f32 x, 0f00000000, ${len(values)}; shf.l.wrap.b32 b{byte}, x, b{byte}, 1;")
-        code.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040; prmt.b32 $0, b0, b2, 0x5410;")
+                code.append(f"sub.f32 x, ${len(values)}, 0f00000001; shf.l.wrap.b32 b{byte}, x, b{byte}, 1;")
+        code.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040; prmt.b32 b0, b0, b2, 0x5410; not.b32 $0, b0;")
         word = ptx.ptx("{" + "\n".join(code) + "}", *values, result_types=ptx.i32_type(), has_side_effects=True)
         return ptx.private_values([word], WORD_PER_THREAD)
 

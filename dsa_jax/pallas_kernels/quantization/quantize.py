@@ -152,7 +152,7 @@ def _quantize_rows(values, outs, row, lane, is_row, dim):
     exponent = arith.subi(arith.shrui(arith.addi(bits, i32((1 << 21) - 1)), i32(23)), i32(8))
     scale = arith.bitcast(ir.F32Type.get(), arith.shli(exponent, i32(23)))
     inverse = arith.bitcast(ir.F32Type.get(), arith.shli(arith.subi(i32(254), exponent), i32(23)))
-    words = [_four_e4m3([_mul(value, inverse) for value in values[i : i + 4]]) for i in (0, 4)]
+    words = [_four_e4m3([_nan_if_infinite(_mul(value, inverse)) for value in values[i : i + 4]]) for i in (0, 4)]
     address = _offset(outs[0], row, lane, dim, THREAD_COLUMNS)
     first = arith.cmpi(arith.CmpIPredicate.eq, lane, i32(0))  # one thread of a row stores its scale
     with mgpu.utils.when(is_row):
@@ -202,6 +202,11 @@ def _mul(a, b):
     return _float("mul.rn.f32 $0, $1, $2;", a, b)
 
 
+def _nan_if_infinite(x):
+    """Computes x + 0 · x: NaN of an infinite number, which e4m3 has none of, and all others as they are, -0.0 too."""
+    return _float("fma.rn.f32 $0, $1, 0f00000000, $1;", x)
+
+
 def _largest(amax, value):
     """Takes the larger of `amax` and |value|; NaN if either is."""
     return _float("{.reg .f32 a; abs.f32 a, $2; max.NaN.f32 $0, $1, a;}", amax, value)
@@ -219,7 +224,7 @@ def _two_bf16(low, high):
 
 
 def _four_e4m3(values):
-    """Rounds four float32 into an int32 of e4m3; beyond the largest finite number they become that."""
+    """Rounds four float32 into an int32 of e4m3; beyond the largest finite number they become that, infinite ones too."""
     return ptx(
         "{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;"
         " mov.b32 $0, {a, b};}",

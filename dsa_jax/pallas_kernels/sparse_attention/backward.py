@@ -102,6 +102,7 @@ def sparse_attention_backward(
         q, indices, out, lse, d_out, d_lse = queries
         # dS = P · (dP - delta): the softmax's own gradient, out · d_out, less what `lse` is asked for.
         delta = sum_in_order(out.astype(jnp.float32) * d_out.astype(jnp.float32)) - d_lse
+        delta = jnp.where(lse == -jnp.inf, 0.0, delta)  # of a row without keys, whatever its cotangents hold
         indices = jnp.pad(indices, ((0, 0), (0, -selected % PAIR_KEYS)), constant_values=-1)
         spare = ((0, 0), (0, max(0, BLOCK_HEADS - heads)))
         q, d_out = (jnp.pad(x, (*spare, (0, 0))) for x in (q, d_out))

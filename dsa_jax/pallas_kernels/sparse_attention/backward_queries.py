@@ -91,7 +91,7 @@ def sparse_backward_queries(ds, kv, indices, *, blocks: int | None = None, inter
     """Computes d_q of sparse attention, from the gradient of its logits times the scale.
 
     Args:
-      ds: [B·T, N, K] bfloat16, finite; N is a multiple of 64, K of 128.
+      ds: [B·T, N, K] bfloat16; N is a multiple of 64, K of 128. NaN makes d_q of its query and head NaN.
       kv: [B, S, H] bfloat16, H a multiple of 64 up to 640; query i belongs to batch row i // T.
       indices: [B·T, K] int32; what lies outside [0, S) adds nothing.
       blocks: how many thread blocks share the work, in whole pairs where an item has half of the columns; None for one

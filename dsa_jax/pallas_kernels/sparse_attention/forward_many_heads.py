@@ -289,7 +289,7 @@ def _block(
         if count == 0:
             return
         query, first_head = place(item)
-        inverse = jnp.where(denominator > 0, 1 / denominator, 0.0)  # a query without keys has zeros
+        inverse = jnp.where(denominator == 0, 0.0, 1 / denominator)  # a query without keys has zeros
         k_smem[1, :, pl.ds(start, count)] = (accumulator * over(inverse, count)).astype(jnp.bfloat16)
         plgpu.commit_smem()
         for row in range(0, BLOCK_HEADS, 8):  # eight rows are contiguous in tiles
@@ -383,8 +383,8 @@ def _block(
             plgpu.barrier_arrive(sum_barriers.at[0])
             plgpu.barrier_wait(sum_barriers.at[1])
             denominator = denominator + row_values(odd_sum_smem)
-            # The natural logarithm; the maximum is one of powers of two.
-            lse_smem[...] = jnp.where(denominator > 0, maximum * math.log(2) + jnp.log(denominator), -jnp.inf)
+            # The natural logarithm; the maximum is one of powers of two. A denominator of NaN shows in it.
+            lse_smem[...] = jnp.where(denominator == 0, -jnp.inf, maximum * math.log(2) + jnp.log(denominator))
             plgpu.commit_smem()
             query, first_head = place(item)
             plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[query, pl.ds(first_head, BLOCK_HEADS)])
