@@ -147,8 +147,8 @@ def zero_unreached(x, keys):
 
 # The softmax over one block. `dims` names the axes of the keys: "sh" latents shared by queries and heads, "snh" keys of
 # each head, "tsh" rows gathered for each query. `bias` [t, s] is the log of how often a key counts: -inf for never, and
-# then its logit is -inf even where the product is NaN. An empty row is one whose denominator is 0: a sum keeps NaN, where
-# XLA's maximum on a CPU may drop it, and one of +inf is NaN, since exp(inf - inf) is.
+# then its logit is -inf even where the product is NaN. An empty row is one whose denominator is 0: the sum keeps NaN,
+# which XLA's maximum on a CPU may drop, and a logit of +inf makes it NaN, since exp(inf - inf) is.
 
 
 def attend(q, k, v, bias, *, scale, dims):

@@ -343,7 +343,9 @@ def _block(
                 if backward:
                     signs_gmem[0][first, block] = signs(logits, interpret)
                 # The sum over heads is one along a row, of 16 columns a thread and four lanes.
-                terms = jnp.maximum(logits, 0.0) * lax.broadcast_in_dim(weights, shape, [1])
+                # On the card the maximum is max.NaN, which keeps NaN; XLA's on a CPU may drop it.
+                passed = jnp.where(logits <= 0, 0.0, logits) if interpret else jnp.maximum(logits, 0.0)
+                terms = passed * lax.broadcast_in_dim(weights, shape, [1])
                 key_block(block)[...] = terms.sum(axis=1)
 
             def step(block, logits):
@@ -651,7 +653,9 @@ def signs(logits, interpret: bool = False):
             for byte, (vector, element) in enumerate((v, e) for v in tile for e in range(2)):
                 values.append(llvm.extractelement(vector, ptx.i32(element)))
                 code.append(f"sub.f32 x, ${len(values)}, 0f00000001; shf.l.wrap.b32 b{byte}, x, b{byte}, 1;")
-        code.append("prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040; prmt.b32 b0, b0, b2, 0x5410; not.b32 $0, b0;")
+        code.append(
+            "prmt.b32 b0, b0, b1, 0x0040; prmt.b32 b2, b2, b3, 0x0040; prmt.b32 b0, b0, b2, 0x5410; not.b32 $0, b0;"
+        )
         word = ptx.ptx("{" + "\n".join(code) + "}", *values, result_types=ptx.i32_type(), has_side_effects=True)
         return ptx.private_values([word], WORD_PER_THREAD)
 

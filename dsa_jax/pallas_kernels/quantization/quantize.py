@@ -224,7 +224,7 @@ def _two_bf16(low, high):
 
 
 def _four_e4m3(values):
-    """Rounds four float32 into an int32 of e4m3; beyond the largest finite number they become that, infinite ones too."""
+    """Rounds four float32 into an int32 of e4m3; beyond the largest finite number, inf included, they become that."""
     return ptx(
         "{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;"
         " mov.b32 $0, {a, b};}",

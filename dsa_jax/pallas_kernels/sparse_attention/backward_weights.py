@@ -100,8 +100,8 @@ def sparse_backward_weights(
 ):
     """Computes p = exp(scale · q·k − lse) and ds = scale · p · (d_out·v − delta) of every head and selected key.
 
-    Where an index is outside [0, S), and in rows whose lse is -inf, p is exactly 0, and so is ds unless delta is NaN: what
-    ds of an absent key holds goes nowhere but into the query's own d_q.
+    Where an index is outside [0, S), and in rows whose lse is -inf, p is exactly 0, and so is ds unless delta is NaN:
+    what ds of an absent key holds goes nowhere but into the query's own d_q.
 
     Args:
       q: [B·T, N, H] bfloat16, N a multiple of 64.
