@@ -6,6 +6,8 @@ import math
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dsa_jax import Config, YaRN
@@ -28,8 +30,8 @@ def refused(data):
 
 def test_overrides_replace_fields():
     assert Config.tiny(index_topk=8) == dataclasses.replace(Config.tiny(), index_topk=8)
-    assert Config.deepseek_v32(rope_scaling=None) == dataclasses.replace(Config(), rope_scaling=None)
-    assert Config.deepseek_v32() == Config()
+    assert Config.deepseek_v32(rope_scaling=None) == dataclasses.replace(Config.deepseek_v32(), rope_scaling=None)
+    assert Config.deepseek_v32() == Config(bos_token_id=0, eos_token_id=(1,))
 
 
 @pytest.mark.parametrize("make", [Config.tiny, Config.deepseek_v32])
@@ -51,11 +53,61 @@ def test_unknown_overrides_are_named_with_their_like(make):
         ("n_group", 8, "at least two experts a group, got 8 experts in 8 groups"),
         ("topk_group", 5, "topk_group must be at most n_group, got 5 > 4"),
         ("num_experts_per_tok", 5, "num_experts_per_tok must be at most the 4 experts of topk_group groups, got 5"),
+        ("n_routed_experts", 0, "for a model without MoE layers set first_k_dense_replace = num_hidden_layers"),
+        ("hidden_size", "wide", "hidden_size must be an integer, got 'wide'"),
+        ("hidden_size", 2.0, "hidden_size must be an integer, got 2.0"),
+        ("hidden_size", True, "hidden_size must be an integer, got True"),
+        ("vocab_size", 2**31, "vocab_size must be at most 2147483647, got 2147483648"),
+        ("num_hidden_layers", 10**6, "num_hidden_layers must be at most 10000, got 1000000"),
+        ("rms_norm_eps", math.nan, "rms_norm_eps must be a finite number, got nan"),
+        ("rms_norm_eps", 0.0, "rms_norm_eps must be above 0, got 0.0"),
+        ("initializer_range", -0.1, "initializer_range must be at least 0, got -0.1"),
+        ("routed_scaling_factor", 10**400, "routed_scaling_factor must be a finite number, got 1000"),
+        ("rope_theta", 1.0, "rope_theta must be above 1, got 1.0"),
+        ("rope_scaling", {"factor": 2}, "rope_scaling must be YaRN or None, got {'factor': 2}"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings must be True or False, got 'no'"),
+        ("eos_token_id", (1, -1), "eos_token_id must be at least 0, got -1"),
+        ("bos_token_id", "<s>", "bos_token_id must be an integer, got '<s>'"),
+        ("param_dtype", None, "param_dtype must be 'float32' or 'bfloat16', got None"),
+        ("dtype", jnp.float16, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
     ],
 )
 def test_values_that_do_not_fit_are_named(field, value, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Config.tiny(**{field: value})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype(jnp.bfloat16), jnp.zeros(0, jnp.bfloat16).dtype, "bfloat16"])
+def test_dtypes_are_kept_as_names(dtype):
+    config = Config.tiny(dtype=dtype, param_dtype=dtype)
+    assert (config.dtype, config.param_dtype) == ("bfloat16", "bfloat16")
+    assert config == Config.tiny(dtype="bfloat16", param_dtype="bfloat16")
+
+
+def test_an_integer_that_python_does_not_write():
+    with pytest.raises(ValueError, match="vocab_size must be at most 2147483647, got a value of type int too large"):
+        Config.tiny(vocab_size=10**5000)
+
+
+def test_values_are_kept_as_pythons():
+    config = Config.tiny(index_topk=np.int32(8), rope_theta=10**4, eos_token_id=[np.int64(5), 6])
+    assert config == Config.tiny(index_topk=8, rope_theta=1e4, eos_token_id=(5, 6))
+    assert [type(x) for x in (config.index_topk, config.rope_theta, config.eos_token_id[0])] == [int, float, int]
+    assert Config.tiny(eos_token_id=5).eos_token_id == (5,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("factor", math.nan, "rope_scaling factor must be a finite number, got nan"),
+        ("factor", "40", "rope_scaling factor must be a finite number, got '40'"),
+        ("beta_fast", 0.0, "rope_scaling beta_fast must be at least 1e-30, got 0.0"),
+        ("mscale_all_dim", -1e9, "rope_scaling mscale_all_dim must give a magnitude above 0, got -1000000000.0"),
+    ],
+)
+def test_yarn_checks_its_numbers(field, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(YaRN(4.0, 512), **{field: value})
 
 
 def test_limits_are_allowed():
@@ -104,6 +156,68 @@ def test_both_rope_spellings_are_one():
     assert "rope_parameters" in json.loads((ORACLE / "deepseek_a1" / "config.json").read_text())
 
 
+GLM_ROPE = {"model_type": "glm_moe_dsa", "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}}
+LONG = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 202752}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(rope_scaling=LONG),
+        dict(rope_scaling={**LONG, "rope_theta": 8e6}, rope_theta=8000000),
+        dict(rope_parameters={**LONG, "rope_theta": 8e6}, rope_scaling={"type": "default"}),
+        dict(rope_parameters=LONG, rope_theta=8e6),
+        dict(rope_parameters=LONG, rope_scaling={"rope_theta": 8e6, "type": "yarn", "factor": 4}),
+    ],
+)
+def test_both_rope_spellings_together_are_merged(keys):
+    config = Config.from_hf(GLM_ROPE | keys)
+    assert config.rope_theta == 8e6
+    assert config.rope_scaling == YaRN(4.0, 202752, mscale=1.0, mscale_all_dim=0.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (dict(rope_theta=1e4), "rope_theta 10000.0 contradicts rope_parameters.rope_theta 8000000.0"),
+        (
+            dict(rope_scaling={**LONG, "rope_theta": 5e5}),
+            "rope_scaling.rope_theta 500000.0 contradicts rope_parameters.rope_theta 8000000.0",
+        ),
+        (
+            dict(rope_scaling=LONG, rope_parameters={**LONG, "factor": 8.0, "rope_theta": 8e6}),
+            "rope_scaling.factor 4.0 contradicts rope_parameters.factor 8.0",
+        ),
+        (
+            dict(rope_scaling=LONG, rope_parameters={"type": "linear"}),
+            "type of rope_scaling 'yarn' contradicts type of rope_parameters 'linear'",
+        ),
+        (
+            dict(rope_scaling={**LONG, "type": "default"}),
+            "rope_scaling has rope_type 'yarn' and type 'default', which must agree",
+        ),
+    ],
+)
+def test_rope_spellings_that_contradict_each_other_are_named(keys, named):
+    assert named in refused(GLM_ROPE | keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ids"),
+    [
+        ({}, (0, (1,), None)),
+        (dict(bos_token_id=None, eos_token_id=None), (None, (), None)),
+        (dict(bos_token_id=3, eos_token_id=[5, 7, 9], pad_token_id=5), (3, (5, 7, 9), 5)),
+    ],
+)
+def test_token_ids_are_read_and_written(keys, ids):
+    config = Config.from_hf(deepseek(**keys))
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == ids
+    assert Config.from_hf(config.to_hf()) == config
+    stop = config.to_hf()["eos_token_id"]
+    assert stop == (list(ids[1]) if len(ids[1]) > 1 else ids[1][0] if ids[1] else None)
+
+
 @pytest.mark.parametrize(
     ("given", "stretch", "softmax"),
     [
@@ -138,6 +252,7 @@ def test_absent_mscales_mean_what_transformers_says(given, stretch, softmax):
         Config.tiny(index_rope_interleave=True, rope_scaling=YaRN(4.0, 512)),
         Config.tiny(rope_scaling=YaRN(4.0, 512, mscale=0.7, mscale_all_dim=0.0)),
         Config.tiny(tie_word_embeddings=True, first_k_dense_replace=9, n_shared_experts=0),
+        Config.tiny(bos_token_id=0, eos_token_id=(1, 2, 3), pad_token_id=4),
     ],
 )
 def test_round_trip(config):
@@ -171,17 +286,38 @@ def test_every_key_that_changes_the_model_is_named():
         (dict(rope_scaling={**YARN, "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
         (dict(rope_scaling={**YARN, "low_freq_factor": 1.0}), "unknown rotary key low_freq_factor"),
         (dict(rope_scaling={**YARN, "factor": 0.5}), "factor must be at least 1"),
-        (dict(rope_theta=-1.0), "rope_theta must be a number above 0, got -1.0"),
+        (dict(rope_theta=-1.0), "rope_theta must be a number above 1, got -1.0"),
         (dict(indexer_rope_interleave=True), "indexer_rope_interleave must be False"),
         (dict(quantization_config={"quant_method": "awq"}), "quant_method must be 'fp8', got 'awq'"),
         (dict(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}), "weight_block_size"),
         (dict(model_type="deepseek_v2"), "model_type must be one of"),
         (dict(index_topk=0), "index_topk must be at least 1, got 0"),
         (dict(indexer_types="full"), "indexer_types must be of type list"),
+        (dict(indexer_types=[[]] * 61), "indexer_types (or index_topk_pattern, index_topk_freq) must be 'full'"),
+        (dict(index_topk_pattern=[{}]), "index_topk_pattern"),
+        (dict(layer_types=[{}]), "layer_types must be 'indexed_attention' for all 61 layers, got [{}]"),
+        (dict(mlp_layer_types=[None]), "mlp_layer_types must be 61 layers"),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers must be at most 10,000, got 1,000,000,000"),
+        (dict(vocab_size=10**400), "vocab_size must be of type int, at most 2,147,483,647"),
+        (dict(rms_norm_eps=math.nan), "rms_norm_eps must be a finite number, got nan"),
+        (dict(rms_norm_eps=10**400), "rms_norm_eps must be a finite number, got 1000"),
+        (dict(rope_theta=1), "rope_theta must be a number above 1, got 1"),
+        (dict(rope_scaling={**YARN, "type": []}), "rope_type must be 'default' or 'yarn', got []"),
+        (dict(rope_scaling={**YARN, "beta_fast": "x"}), "rotary key beta_fast must be a finite number, got 'x'"),
+        (dict(rope_scaling={**YARN, "mscale_all_dim": -10.0}), "mscale_all_dim must give a magnitude above 0"),
+        (dict(rope_scaling={**YARN, "attention_factor": 0.0}), "attention_factor must be above 0, got 0.0"),
+        (dict(attention_bias=0), "attention_bias must be False, got 0"),
+        (dict(eos_token_id=[1, "2"]), "eos_token_id must hold token ids, got '2'"),
+        (dict(eos_token_id=-1), "eos_token_id must be at least 0, got -1"),
+        (dict(pad_token_id=0.5), "pad_token_id must be of type int"),
+        (dict(n_routed_experts=0), "set first_k_dense_replace = num_hidden_layers"),
+        (dict(model_type=[]), "model_type must be one of"),
+        ({7: 8}, "keys must be strings, got 7"),
     ],
 )
 def test_what_is_not_supported_is_refused(keys, named):
-    assert named in refused(deepseek(**keys))
+    message = refused(deepseek() | keys)
+    assert named in message and len(message) < 1000 and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -213,3 +349,33 @@ def test_a_file_that_is_no_configuration(tmp_path):
     assert "not JSON" in refused(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     assert "JSON object" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"vocab_size": 3, "vocab_size": 4}', "config.json holds the key vocab_size twice"),
+        ('{"rope_scaling": {"factor": 3, "factor": 4}}', "config.json holds the key factor twice"),
+        ('{"rms_norm_eps": NaN}', "config.json holds a number that is not finite: NaN"),
+        ('{"rms_norm_eps": 1e999}', "config.json holds a number that is not finite: 1e999"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "config.json is not JSON: Exceeds the limit"),
+        ("[" * 100_000, "config.json is not JSON"),
+        ('{"' + "k" * 5000 + '": 1, "model_type": "deepseek_v32"}', "config.json is not supported: unknown key kkk"),
+        ('{"a\\nb": 1, "model_type": "deepseek_v32"}', r"config.json is not supported: unknown key 'a\nb' = 1"),
+        (
+            '{"hidden_size": null, "model_type": "deepseek_v32", "index_topk": 0}',
+            "index_topk must be at least 1, got 0",
+        ),
+    ],
+)
+def test_json_is_read_strictly(text, named, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    message = refused(tmp_path)
+    assert named in message and len(message) < 1000 and "\n" not in message
+
+
+def test_a_thousand_things_wrong_are_one_line():
+    message = refused(deepseek(**{f"key_{i}": i for i in range(1000)}))
+    assert len(message) < 1000 and message.startswith("this configuration is not supported: unknown key key_0 = 0; ")
+    named = message.count("unknown key")
+    assert message.endswith(f"; and {1000 - named} problems more") and named > 20

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsa_jax.config import Config, read_json
+from dsa_jax.config import Config
+from dsa_jax.config_hf import read_json
 from dsa_jax.hf.files import BFLOAT16, DTYPES, FLOAT32, FP8, new_folder, read_headers, write_json, write_shards
 from dsa_jax.hf.stacked import Part, Piece, Stack, is_sharded, tensor_at
 from dsa_jax.hf.table import ALWAYS_FLOAT32, FLOAT32_IF_STORED, ROWS, Entry, Leaf, leaves
