@@ -15,8 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsa_jax.hf import MAX_SHARD_BYTES, Checkpoint, convert_hf
+from dsa_jax.strict_json import shorten
 
 PURPOSE = "DeepSeek Sparse Attention for JAX: work with checkpoints."
+
+MAX_LINE = 950  # characters of what is wrong with the input
 
 # The group in which `info` counts a parameter, by the first of these parts that its path holds.
 GROUPS = {
@@ -118,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program, args=arguments, description=PURPOSE)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {shorten(str(error), MAX_LINE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

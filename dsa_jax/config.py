@@ -10,7 +10,6 @@ Letter table, used in every signature, einsum and comment:
 
 import dataclasses
 import difflib
-import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -219,7 +218,11 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if name == "eos_token_id":
         return tuple(_integer(name, each, 0) for each in (value if isinstance(value, tuple | list) else (value,)))
     if field.type is float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -MAX_FLOAT <= value <= MAX_FLOAT:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float | np.integer | np.floating)
+            or not -MAX_FLOAT <= value <= MAX_FLOAT
+        ):
             raise ValueError(f"{name} must be a finite number, got {shown(value)}")
         return float(value)
     if field.type is bool and not isinstance(value, bool | np.bool_):
@@ -231,7 +234,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
 
 def _integer(name: str, value: Any, least: int) -> int:
     """Checks an integer field."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name} must be an integer, got {shown(value)}")
     if not least <= value <= MAX_INT:
         bound = f"at least {least}" if value < least else f"at most {MAX_INT}"

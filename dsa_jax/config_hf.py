@@ -204,7 +204,7 @@ def _check_keys(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
         if given is not None and not _equals(given, value):
             problems.append(f"{key} must be {value!r}, got {shown(given)}")
     layers = data.get("num_hidden_layers")
-    if _is_a(layers, int) and layers > MAX_LAYERS:
+    if isinstance(layers, int) and MAX_LAYERS < layers <= MAX_INT:
         problems.append(f"num_hidden_layers must be at most {MAX_LAYERS:,}, got {layers:,}")
     return problems
 

@@ -63,7 +63,9 @@ def refused(folder):
     """Gives the message of the error that `load_hf` must raise."""
     with pytest.raises(ValueError) as caught:
         load_hf(folder)
-    return str(caught.value)
+    message = str(caught.value)
+    assert len(message) < 1000 and "\n" not in message
+    return message
 
 
 def to_fp8(tensors, scale_dtype):

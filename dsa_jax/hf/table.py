@@ -10,7 +10,7 @@ from dsa_jax.config import Config
 
 # Parts of paths and names alike. The first parameters are float32 if the file has them so, the second always; none of
 # them is ever rounded.
-FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm")
+FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm", ".mlp.gate.weight")
 ALWAYS_FLOAT32 = ".e_score_correction_bias"
 
 
@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def keeps_float32(self) -> bool:
-        """Tells whether it stays float32 if the file has it so: the index weights and the index key's norm."""
+        """Tells whether it stays float32 if the file has it so: the router, the index weights, the index key's norm."""
         return any(part in self.path for part in FLOAT32_IF_STORED)
 
     @property

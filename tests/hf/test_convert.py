@@ -34,7 +34,8 @@ from dsa_jax import Config, Transformer
 from dsa_jax.__main__ import main
 from dsa_jax.hf import files as hf_files
 from dsa_jax.hf import stacked
-from dsa_jax.hf.convert import Checkpoint, convert_hf, load_hf, save_hf, to_hf
+from dsa_jax.hf.checkpoint import Checkpoint
+from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.hf.table import TABLE, leaves
 
 ORACLE = Path(__file__).parents[1] / "oracle"
@@ -136,6 +137,54 @@ def test_bfloat16_round_trip_is_bitwise(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+ROUTER = "model.layers.1.mlp.gate.weight"
+
+
+@pytest.mark.parametrize("router", [np.float32, BFLOAT16])
+def test_a_router_keeps_its_dtype(router, tmp_path):
+    """In bfloat16 one token in a hundred would go to other experts."""
+    tensors = random_tensors()
+    tensors[ROUTER] = np.random.default_rng(1).normal(size=tensors[ROUTER].shape).astype(router)
+    folder = write(tmp_path / "in", tensors)
+    model = load_hf(folder, dtype="bfloat16")
+    weight = np.asarray(parameter(model, "moe_layers.mlp.gate.weight")[0])
+    assert weight.dtype == router
+    np.testing.assert_array_equal(weight, tensors[ROUTER].T)
+    save_hf(model, tmp_path / "saved", dtype="bfloat16")
+    convert_hf(folder, tmp_path / "converted", dtype="bfloat16")
+    for out in ("saved", "converted"):
+        same(read(tmp_path / out), tensors)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_the_stored_dtype_is_kept_without_another(stored, tmp_path, caplog):
+    tensors = random_tensors(dtype=jnp.dtype(stored))
+    folder = write(tmp_path / "in", tensors)
+    model = load_hf(folder)
+    assert (model.config.dtype, model.config.param_dtype) == (stored, stored) and not caplog.records
+    same({name: np.asarray(x) for name, x in to_hf(model)}, tensors)
+    assert load_hf(folder, param_dtype=jnp.float32).config.dtype == stored
+    wide = load_hf(folder, dtype=jnp.float32).config
+    assert (wide.dtype, wide.param_dtype) == ("float32", "float32")
+
+
+def test_the_dtype_of_most_parameters_wins_and_says_what_it_rounds(tmp_path, caplog):
+    tensors = random_tensors()
+    norms = [name for name in tensors if name.endswith("layernorm.weight")]
+    folder = write(tmp_path / "in", tensors | {name: tensors[name].astype(np.float32) for name in norms})
+    assert load_hf(folder).config.param_dtype == "bfloat16"
+    (record,) = caplog.records
+    assert record.message == (
+        f"rounded {len(norms)} float32 tensors, such as model.layers.0.input_layernorm.weight, to bfloat16, which most "
+        "parameters have: choose with dtype="
+    )
+    caplog.clear()
+    load_hf(folder, dtype="bfloat16")
+    assert not caplog.records
+    convert_hf(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def test_bfloat16_survives_float32_parameters(tmp_path):
     """Trained parameters are float32; what has not moved is exported with the bits it came with."""
     tensors = random_tensors()
@@ -145,7 +194,8 @@ def test_bfloat16_survives_float32_parameters(tmp_path):
     save_hf(model, tmp_path / "out", dtype="bfloat16")
     exported = read(tmp_path / "out")
     kept = {name for name, x in exported.items() if x.dtype == np.float32}
-    assert all(name.endswith(FLOAT32_IN_HF) or ".indexer.k_norm." in name for name in kept)
+    never_rounded = (*FLOAT32_IN_HF, ".indexer.k_norm.weight", ".indexer.k_norm.bias", ".mlp.gate.weight")
+    assert kept == {name for name in tensors if name.endswith(never_rounded)}
     same({name: x.astype(tensors[name].dtype) for name, x in exported.items()}, tensors)
 
 
@@ -222,11 +272,54 @@ def test_prediction_layers_are_skipped_with_one_warning(tmp_path, caplog):
     extra = {f"model.layers.2.{name}.weight": np.ones(3, np.float32) for name in ("enorm", "eh_proj", "mlp.gate")}
     model = load_hf(write(tmp_path / "in", tensors | extra))
     assert [(r.name, r.levelname, r.message) for r in caplog.records] == [
-        ("dsa_jax.hf.convert", "WARNING", "skipped 3 tensors of layer 2, past num_hidden_layers = 2")
+        ("dsa_jax.hf.checkpoint", "WARNING", "skipped 3 tensors of layer 2, past num_hidden_layers = 2")
     ]
     same({name: np.asarray(x) for name, x in to_hf(model)}, tensors)
     convert_hf(tmp_path / "in", tmp_path / "out")
     same(read(tmp_path / "out"), tensors)
+
+
+def test_what_nobody_needs_is_skipped(tmp_path, caplog):
+    tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    tensors = random_tensors(tied)
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(2)}
+    extra["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model = load_hf(write(tmp_path / "in", tensors | extra, tied))
+    same({name: np.asarray(x) for name, x in to_hf(model)}, tensors)
+    assert not caplog.records
+    convert_hf(tmp_path / "in", tmp_path / "out")
+    same(read(tmp_path / "out"), tensors)
+
+
+@pytest.mark.parametrize("change", ["values", "shape", "dtype"])
+def test_a_tied_head_that_differs_is_refused(change, tmp_path):
+    tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    tensors = random_tensors(tied)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    other = {"values": head, "shape": head[:-1], "dtype": head.astype(np.float32)}[change]
+    message = refused(write(tmp_path / "in", tensors | {"lm_head.weight": other}, tied))
+    assert (
+        "lm_head.weight differs from model.embed_tokens.weight, to which tie_word_embeddings = true ties it" in message
+    )
+
+
+@pytest.mark.parametrize("left", ["nothing", "damaged", "whole"])
+def test_a_shard_past_the_last_layer_is_not_opened(left, tmp_path, caplog):
+    save_hf(load_hf(write(tmp_path / "in", random_tensors())), tmp_path / "hf", max_shard_bytes=200_000)
+    path = tmp_path / "hf" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {f"model.layers.2.{name}.weight": "last.safetensors" for name in ("enorm", "hnorm")}
+    path.write_text(json.dumps(index))
+    if left == "whole":
+        save_file(
+            {f"model.layers.2.{name}.weight": np.ones(3) for name in ("enorm", "hnorm")},
+            path.parent / "last.safetensors",
+        )
+    elif left == "damaged":
+        (path.parent / "last.safetensors").write_bytes(b"no safetensors")
+    same({name: np.asarray(x) for name, x in to_hf(load_hf(tmp_path / "hf"))}, random_tensors())
+    assert [r.message for r in caplog.records] == ["skipped 2 tensors of layer 2, past num_hidden_layers = 2"]
 
 
 def test_one_error_names_everything(tmp_path):
@@ -283,7 +376,7 @@ def test_a_checkpoint_of_another_config(tmp_path):
     folder = write(tmp_path / "hf", random_tensors(), dataclasses.replace(SMALL, hidden_size=128, num_hidden_layers=3))
     message = refused(folder)
     assert "model.embed_tokens.weight must have shape [32, 128], got [32, 160]" in message
-    assert "model.layers.2.mlp.gate.weight is missing" in message
+    assert "model.layers.2.input_layernorm.weight is missing" in message and "problems more" in message
 
 
 def test_what_load_hf_cannot_do(tmp_path):

@@ -21,7 +21,8 @@ from sharded_cases import mesh_of
 
 from dsa_jax.hf import convert, stacked
 from dsa_jax.hf import files as hf_files
-from dsa_jax.hf.convert import Checkpoint, load_hf, save_hf
+from dsa_jax.hf.checkpoint import Checkpoint
+from dsa_jax.hf.convert import load_hf, save_hf
 from dsa_jax.hf.stacked import Piece, Stack
 from dsa_jax.hf.table import leaves
 from dsa_jax.parallel.sharding import make_mesh, parameter_axes, path_names, spec

@@ -1,0 +1,207 @@
+"""Checks a checkpoint's folder against its configuration, and reads its tensors one at a time."""
+
+import collections
+import logging
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.config import Config
+from dsa_jax.config_hf import read_json
+from dsa_jax.hf.complaints import grouped, likely_cause
+from dsa_jax.hf.files import BFLOAT16, DTYPES, FP8, read_headers
+from dsa_jax.hf.stacked import Part, Piece
+from dsa_jax.hf.table import Entry, leaves
+from dsa_jax.quantization import dequantize_blocks
+from dsa_jax.strict_json import one_line, shown, shown_path
+
+FP8_BLOCK_SIZE = 128  # rows and columns of a block of e4m3 weights that has one scale
+MAX_TENSORS = 2_000_000  # of a model; DeepSeek-V3.2 has 46,000
+COMPARED_BYTES = 1 << 26  # of two tensors at a time
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+logger = logging.getLogger(__name__)
+
+
+def layer_of(name: str) -> float:
+    """Reads a tensor's layer number off its name; the embedding comes before all layers, norm and head after them."""
+    match = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    return int(match[1]) if match else -1 if name.startswith("model.embed") else math.inf
+
+
+class Checkpoint:
+    """A checkpoint's folder, its files checked against its configuration; tensors are read one at a time.
+
+    Making one reads the configuration and every file's header, but no tensor, unless the head is there though it is
+    tied to the embedding: then both are compared. Tables of rotary frequencies and such a head are passed over. Two
+    things are no errors but are logged as warnings: layers past the last, which prediction layers are, and a
+    `deepseek_v3` checkpoint without any indexer.
+
+    Attributes:
+      directory: the folder.
+      config_json: the contents of its `config.json`.
+      config: the same as a `Config`.
+      stored: the tensors that the files hold, by name.
+      expected: the table's rows of the tensors that the model needs, by name.
+      has_indexer: whether the files hold one.
+
+    Raises:
+      ValueError: one line that names all that is missing, unexpected, mis-shaped, of another dtype, or truncated, the
+        tensors of a kind together.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.config_json = read_json(self.directory)
+        self.config = Config.from_hf(self.directory)
+        self.expected = _expected(self.config)
+        headers = read_headers(self.directory, lambda name: not self._is_past(name) and not _is_derived(name))
+        self.stored = headers.stored
+        indexer = {name for name, entry in self.expected.items() if entry.indexer}
+        present = indexer & (self.stored.keys() | headers.unread)
+        self.has_indexer = self.config_json["model_type"] != "deepseek_v3" or bool(present)
+        if not self.has_indexer:
+            self.expected = {name: entry for name, entry in self.expected.items() if not entry.indexer}
+        missing = self.expected.keys() - self.stored.keys() - headers.unread
+        extra = [name for name in self.stored if not self._has_place(name)]
+        unexpected = [name for name in extra if not self._is_past(name) and not _is_derived(name)]
+        tied = HEAD in unexpected and self.config.tie_word_embeddings and EMBEDDING in self.stored
+        problems = [(name, "is missing") for name in self.expected if name in missing]
+        for name in self.expected:
+            problems += self._check(name) if name in self.stored else []
+        problems += [(name, "is unexpected") for name in unexpected if not (tied and name == HEAD)]
+        problems += headers.misplaced
+        if tied and not problems and not headers.damaged and not self._same_bytes(HEAD, EMBEDDING):
+            problems.append((HEAD, f"differs from {EMBEDDING}, to which tie_word_embeddings = true ties it"))
+        if problems or headers.damaged:
+            cause = likely_cause(missing, set(unexpected)) if missing else []
+            head = f"{shown_path(self.directory)} does not hold the model of its config.json"
+            raise ValueError(one_line(head, [*headers.damaged, *cause, *grouped(problems)]))
+        self._warn_of_past(headers.skipped.union(extra))
+        if not self.has_indexer:
+            logger.warning(
+                "a dense checkpoint, deepseek_v3 without an indexer: load_hf draws the indexer anew, from its seed"
+            )
+
+    @property
+    def most_common_dtype(self) -> str:
+        """Names the dtype that most parameters have, FP8 counted as bfloat16."""
+        return self._counts().most_common(1)[0][0]
+
+    def _counts(self) -> collections.Counter[str]:
+        """Counts the parameters of each dtype."""
+        counts: collections.Counter[str] = collections.Counter()
+        for name in self.expected:
+            counts[self.dtype(name).name] += math.prod(self.stored[name].shape)
+        return counts
+
+    def dtype(self, name: str) -> np.dtype:
+        """Gives the dtype in which `read` returns a tensor: its own, bfloat16 for FP8."""
+        dtype = DTYPES[self.stored[name].dtype]
+        return BFLOAT16 if dtype == FP8 else dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads a tensor as the file has it; FP8 comes out as bfloat16."""
+        stored = self.stored[name]
+        if DTYPES[stored.dtype] != FP8:
+            return stored.read()
+        scale = self.stored[name + "_scale_inv"].read().astype(np.float32)
+        return np.asarray(_dequantize(stored.read(), scale))
+
+    def read_part(self, name: str, part: Part) -> Piece:
+        """Reads a part of a tensor, given by slices of the parameter's dimensions; FP8 stays FP8, beside its scales."""
+        entry, stored = self.expected[name], self.stored[name]
+        sizes, part = entry.in_file(entry.shape(self.config)), entry.in_file(part)
+        values = stored.read(sizes, part)
+        if values.dtype != FP8:
+            return Piece(values)
+        rows = len(sizes) - (entry.inputs or 1)
+        scale = self.stored[name + "_scale_inv"].read().astype(np.float32)
+        return Piece(values, scale, _blocks(sizes[:rows], part[:rows]), _blocks(sizes[rows:], part[rows:]))
+
+    def _check(self, name: str) -> Iterator[tuple[str, str]]:
+        """Names what is wrong with a stored tensor."""
+        stored, shape = self.stored[name], self.expected[name].file_shape(self.config)
+        if stored.shape != shape:
+            yield name, f"must have shape {list(shape)}, got {shown(list(stored.shape))}"
+            return
+        if stored.dtype != "F8_E4M3" or len(shape) != 2:
+            if stored.dtype not in ("F32", "BF16"):
+                yield name, f"must be F32, BF16 or block-scaled F8_E4M3, got {shown(stored.dtype)[1:-1]}"
+            return
+        scale, expected = self.stored.get(name + "_scale_inv"), [-(-size // FP8_BLOCK_SIZE) for size in shape]
+        if scale is None:
+            yield name + "_scale_inv", "is missing, the scales of an F8_E4M3 weight"
+        elif list(scale.shape) != expected or scale.dtype not in ("F32", "BF16", "F8_E8M0"):
+            yield name + "_scale_inv", f"must be F32 {expected}, got {scale.dtype[:20]} {shown(list(scale.shape))}"
+
+    def _has_place(self, name: str) -> bool:
+        """Tells whether the model needs a stored tensor: it is a parameter, or the scales of one."""
+        weight = name.removesuffix("_scale_inv")
+        return name in self.expected or (weight in self.expected and weight in self.stored and self._is_fp8(weight))
+
+    def _is_fp8(self, name: str) -> bool:
+        """Tells whether a tensor is stored in FP8."""
+        return self.stored[name].dtype == "F8_E4M3"
+
+    def _is_past(self, name: str) -> bool:
+        """Tells whether a tensor is of a layer past the last."""
+        return self.config.num_hidden_layers <= layer_of(name) < math.inf
+
+    def _same_bytes(self, name: str, other: str) -> bool:
+        """Compares two tensors."""
+        one, two = self.stored[name], self.stored[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        with open(one.file, "rb") as first, open(two.file, "rb") as second:
+            first.seek(one.offset)
+            second.seek(two.offset)
+            for done in range(0, one.nbytes, COMPARED_BYTES):
+                count = min(COMPARED_BYTES, one.nbytes - done)
+                if first.read(count) != second.read(count):
+                    return False
+        return True
+
+    def _warn_of_past(self, names: set[str]) -> None:
+        """Logs which layers are left out."""
+        past = sorted(int(layer_of(name)) for name in names if self._is_past(name))
+        if past:
+            where = f"layer {past[0]}" if past[0] == past[-1] else f"layers {past[0]} to {past[-1]}"
+            last = self.config.num_hidden_layers
+            logger.warning("skipped %d tensors of %s, past num_hidden_layers = %d", len(past), where, last)
+
+
+def _expected(config: Config) -> dict[str, Entry]:
+    """Lists the tensors of a model by name; raises ValueError if they are more than any model has."""
+    expected: dict[str, Entry] = {}
+    all_leaves = leaves(config)
+    count = sum((leaf.layers or 1) * (leaf.experts or 1) for leaf in all_leaves)
+    if count > MAX_TENSORS:
+        raise ValueError(
+            f"config.json describes {count:,} tensors, more than {MAX_TENSORS:,}: num_hidden_layers is "
+            f"{config.num_hidden_layers:,}, n_routed_experts {config.n_routed_experts:,}"
+        )
+    for leaf in all_leaves:
+        expected |= {name: leaf.entry for _, name in leaf.tensors()}
+    return expected
+
+
+def _is_derived(name: str) -> bool:
+    """Tells whether a tensor follows from the configuration: old checkpoints hold their rotary frequencies."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _blocks(sizes: tuple[int, ...], part: Part) -> np.ndarray:
+    """Finds the FP8 block of each row, or column, of a part; `sizes` are the dimensions that make up the rows."""
+    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)[part].reshape(-1) // FP8_BLOCK_SIZE
+
+
+@jax.jit
+def _dequantize(weight, scale):
+    return dequantize_blocks(weight, scale).astype(jnp.bfloat16)
