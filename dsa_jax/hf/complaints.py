@@ -73,7 +73,7 @@ def likely_cause(missing: Collection[str], found: Collection[str]) -> list[str]:
         return ["the names lack their beginning 'model.'"]
     fused = [name for name in found if re.search(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$", name)]
     if fused and any(re.search(r"\.experts\.\d+\.", name) for name in missing):
-        example = shown_name(min(fused).split(".mlp.")[-1])
+        example = shown_name(max(fused).split(".mlp.")[-1])
         return [
             f"the experts of a layer are fused in one tensor, `{example}`, where each expert must have its own: save "
             "them with transformers' save_original_format=True"

@@ -111,7 +111,7 @@ def test_the_reference_has_every_public_name():
 
 def test_one_version_everywhere():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    latest = re.search(r"^## (.*)$", TEXTS["CHANGELOG.md"], re.M)
+    latest = re.search(r"^## (\d.*)$", TEXTS["CHANGELOG.md"], re.M)
     assert latest is not None and latest[1] == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"version = {{{version}}}" in TEXTS["README.md"]

@@ -27,7 +27,7 @@ def fuse(tensors):
 
 def test_fused_experts_are_named(tmp_path):
     message = refused(write(tmp_path / "hf", fuse(random_tensors())))
-    assert "the experts of a layer are fused in one tensor, `experts.down_proj`" in message
+    assert "the experts of a layer are fused in one tensor, `experts.gate_up_proj`" in message
     assert "model.layers.1.mlp.experts.{0–3}.gate_proj.weight is missing, 4 tensors" in message
     assert "model.layers.1.mlp.experts.gate_up_proj is unexpected" in message
 
