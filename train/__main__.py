@@ -34,6 +34,10 @@ class Arguments:
     """Globs of text files; without it the preset's, for tiny the standard library of the running Python."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; without it bytes are the tokens."""
+    append: bool = True
+    """End every document with the tokenizer's end token, such as </s>, if it has one."""
+    max_bytes: int | None = None
+    """Read so much text at most; without it as much as the preset says, 64 MiB unless that is another number."""
     out: Path | None = None
     """Folder of the run; without it runs/PRESET."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -78,7 +82,11 @@ class Arguments:
         """
         config = load_preset(self.preset)
         data = dataclasses.replace(
-            config.data, data=self.data or config.data.data, tokenizer=self.tokenizer or config.data.tokenizer
+            config.data,
+            data=self.data or config.data.data,
+            tokenizer=self.tokenizer or config.data.tokenizer,
+            append=self.append and config.data.append,
+            max_bytes=config.data.max_bytes if self.max_bytes is None else self.max_bytes,
         )
         if self.init is not None:
             config = dataclasses.replace(config, model=InitialParams(self.init).config(config.model.dtype))

@@ -13,7 +13,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 
 from dsa_jax import Config
 from train.phases import Params
-from train.settings import RunConfig, differences, read_json
+from train.settings import RunConfig, differences, listed, read_json
 from train.state import TrainState
 
 
@@ -82,7 +82,7 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         changed = differences(self._identity, restored["meta"]["run"])
         if changed:
-            raise ValueError(f"the checkpoint {self.path(step)} is of another configuration: {'; '.join(changed)}")
+            raise ValueError(f"the checkpoint {self.path(step)} is of another configuration: {listed(changed)}")
         return Position(**restored["meta"]["position"])
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -127,6 +127,8 @@ def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
     values = {**config.to_json(), "init": init}
     for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
         del values[name]
+    if values["data"].get("append"):  # the default, of which older runs do not speak: text by bytes has no end tokens
+        del values["data"]["append"]
     return values
 
 

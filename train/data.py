@@ -1,15 +1,12 @@
 """Text files as batches of packed documents.
 
-Whole files are either training text or held-out text, decided by a hash of their contents. Batches are a pure function
+Whole files are either training text or held-out text, decided by hashes of their contents. Batches are a pure function
 of the seed, the split, the sizes and the text, in random access, so a run continues where its saved state says. Rows
 are built with NumPy alone.
 """
 
 import dataclasses
-import glob
 import hashlib
-import os
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, SupportsInt
@@ -22,6 +19,9 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from dsa_jax.key_range import KeyRange
+from train.checks import check_integer, check_number, shown
+from train.text import choose_held_out, find_files, read_files
+from train.tokenizing import BYTES, encode_files, find_end_token, load_tokenizer
 
 SplitName = Literal["train", "held_out"]
 
@@ -35,15 +35,23 @@ class DataConfig:
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; none: bytes are the tokens."""
     held_out: float = 0.1
-    """The share of files kept out of training."""
+    """About the share of the text, in whole files, that is kept out of training."""
     max_bytes: int = 64 * 2**20
-    """Files beyond this total are left unread, the same ones every time."""
+    """Files beyond this total are left unread, the same ones every time; how many is said."""
+    append: bool = True
+    """End every document with the tokenizer's end token, if it has one."""
 
     def __post_init__(self):
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, both excluded, got {self.held_out}")
-        if self.max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, got {self.max_bytes}")
+        if not isinstance(self.data, tuple) or not all(isinstance(pattern, str) for pattern in self.data):
+            raise ValueError(f"data must be a tuple of globs, got {shown(self.data)}")
+        if self.tokenizer is not None:
+            if not isinstance(self.tokenizer, str | Path):
+                raise ValueError(f"tokenizer must be a path, got {shown(self.tokenizer)}")
+            object.__setattr__(self, "tokenizer", Path(self.tokenizer))
+        check_number("held_out", self.held_out, above=0, below=1)
+        check_integer("max_bytes", self.max_bytes, most=2**63 - 1)
+        if not isinstance(self.append, bool):
+            raise ValueError(f"append must be True or False, got {shown(self.append)}")
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +115,10 @@ class Corpus:
     tokenizer: Tokenizer | None
     fingerprint: str
     """Changes with the text, the tokenizer and the split."""
+    end_token: str | None = None
+    """What ends every document."""
+    left_out: tuple[int, int] = (0, 0)
+    """Files, and their bytes, that `max_bytes` had no room for."""
 
     def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> "BatchIterator":
         """Begins an endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
@@ -155,7 +167,8 @@ class Corpus:
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
         """Makes the text of tokens; bytes that are no text come out as the replacement character."""
         if self.tokenizer is None:
-            return bytes(int(token) for token in tokens).decode(errors="replace")
+            none = BYTES - 1  # a byte that is in no text: a model may have more tokens than bytes
+            return bytes(min(int(token), none) for token in tokens).decode(errors="replace")
         return self.tokenizer.decode([int(token) for token in tokens])
 
 
@@ -197,8 +210,8 @@ class BatchIterator(Iterator[Batch]):
 def load(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
     """Reads, tokenises and splits the text.
 
-    A file is held out if a hash of its contents says so; identical files are read once, empty ones never. With two
-    files or more both splits have at least one.
+    About `config.held_out` of the bytes are held out, by hashes of the files' contents; identical files are read once,
+    empty ones never. With two files or more both splits have at least one.
 
     Args:
       config: which text, and by which tokenizer.
@@ -207,26 +220,42 @@ def load(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
     Raises:
       ValueError: if there are no two files to read, or the tokenizer does not fit.
     """
-    tokenizer = _tokenizer(config.tokenizer, vocab_size)
-    files = _read(_paths(config.data), config.max_bytes)
+    tokenizer = load_tokenizer(config.tokenizer, vocab_size)
+    end = None if tokenizer is None or not config.append else find_end_token(tokenizer, _path(config))
+    found = read_files(find_files(config.data), config.max_bytes)
+    files = found.read
     if len(files) < 2:
         raise ValueError(
             f"text must come in at least two different files that are not empty, one to train on and one to hold out, "
-            f"got {len(files)} within max_bytes {config.max_bytes} of {_described(config.data)}; split it up"
+            f"got {len(files)} within max_bytes {config.max_bytes} of {_described(config.data)}, and {found.left_out} "
+            "past it; split it up"
         )
-    texts = [text for _, text in sorted(files.items())]
-    # Digests are uniform, so their order is a shuffle, and a prefix of that order is a fair share of the files.
-    shares = [int.from_bytes(digest[:8]) / 2**64 for digest in sorted(files)]
-    held_out = min(max(sum(share < config.held_out for share in shares), 1), len(texts) - 1)
-    name = hashlib.blake2b(b"".join(sorted(files)) + repr(held_out).encode(), digest_size=8)
-    if config.tokenizer is not None:
-        name.update(config.tokenizer.read_bytes())
+    marks = choose_held_out(files, config.held_out)
+    splits = [[file for file, is_held in zip(files, marks, strict=True) if is_held is held] for held in (False, True)]
+    train, held_out = (Documents.join(encode_files(split, tokenizer, end, vocab_size)) for split in splits)
     return Corpus(
-        train=Documents.join(_encode(texts[held_out:], tokenizer)),
-        held_out=Documents.join(_encode(texts[:held_out], tokenizer)),
+        train=train,
+        held_out=held_out,
         tokenizer=tokenizer,
-        fingerprint=name.hexdigest(),
+        fingerprint=_fingerprint(config, [file.digest for file in files], marks, None if end is None else end.id),
+        end_token=None if end is None else end.token,
+        left_out=(found.left_out, found.left_out_bytes),
     )
+
+
+def _fingerprint(config: DataConfig, digests: Sequence[bytes], marks: Sequence[bool], end: int | None) -> str:
+    """Names a text by its files, their split and how they become tokens."""
+    count = sum(marks)
+    name = hashlib.blake2b(b"".join(digests) + repr(count).encode(), digest_size=8)
+    if not all(marks[:count]):  # else the count says which, as it did when only the first hashes were held out
+        name.update(bytes(marks))
+    if config.tokenizer is not None:
+        name.update(_path(config).read_bytes() + repr(end).encode())
+    return name.hexdigest()
+
+
+def _path(config: DataConfig) -> Path:
+    return Path(config.tokenizer or "")
 
 
 def text_row(documents: Documents, begin: int, seq_len: int) -> Batch:
@@ -244,77 +273,6 @@ def window_row(window: Int[np.ndarray, " L"], start: Int[np.ndarray, " L"]) -> B
     return Batch(window[:-1], window[1:], valid, start[:-1], place + 1, place - start[:-1])
 
 
-def _paths(patterns: Sequence[str]) -> list[Path]:
-    if not patterns:
-        return _standard_library()
-    paths = set()
-    for pattern in patterns:
-        found = [Path(path) for path in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        files = [path for path in found if path.is_file()]
-        if not files:
-            hint = "; it names a folder, add '/**/*.txt' or the like" if found else ""
-            raise ValueError(f"data must name text files, got {pattern!r}, which matches none{hint}")
-        paths.update(files)
-    return sorted(paths)
-
-
-def _standard_library() -> list[Path]:
-    """Lists its modules without its tests, which some distributions leave out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    paths = sorted(path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts))
-    if not paths:
-        raise ValueError(f"the standard library must come as .py files, got none under {root}; give text by --data")
-    return paths
-
-
 def _described(patterns: Sequence[str]) -> str:
-    return ", ".join(map(repr, patterns)) or "the standard library"
-
-
-def _read(paths: Sequence[Path], max_bytes: int) -> dict[bytes, bytes]:
-    """Reads the different non-empty contents by hash, until `max_bytes`; past it, which files stay is a fair draw."""
-    files, total = {}, 0
-    for path in sorted(paths, key=lambda path: hashlib.blake2b(str(path).encode(), digest_size=8).digest()):
-        try:
-            if total + path.stat().st_size > max_bytes:
-                continue
-            text = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"data must be readable files, got {path}: {error.strerror}") from error
-        digest = hashlib.blake2b(text, digest_size=16).digest()
-        if text and digest not in files:
-            files[digest] = text
-            total += len(text)
-    return files
-
-
-def _tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
-    if path is None:
-        if vocab_size < 256:
-            raise ValueError(f"vocab_size must be at least 256 when bytes are the tokens, got {vocab_size}")
-        return None
-    try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {error}") from error
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"the tokenizer's vocabulary must fit the model's vocab_size {vocab_size}, "
-            f"got {tokenizer.get_vocab_size()} tokens in {path}"
-        )
-    return tokenizer
-
-
-def _encode(texts: Sequence[bytes], tokenizer: Tokenizer | None) -> list[np.ndarray]:
-    """Makes the tokens of each document, with the tokenizer's own special tokens."""
-    if tokenizer is None:
-        return [np.frombuffer(text, np.uint8) for text in texts]
-    documents = []
-    for text in texts:
-        try:
-            decoded = text.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text for a tokenizer must be UTF-8, got a file of {text[:40]!r}…: {error}") from error
-        documents.append(np.asarray(tokenizer.encode(decoded).ids, np.int32))
-    return documents
+    """Names the sources of the text, in a message."""
+    return shown(", ".join(patterns)) if patterns else "the standard library"

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from dsa_jax import generate
+from train.checks import check_integer
 from train.data import BatchSource, Corpus
 from train.evaluate import Evaluation, HeldOut, draw_batches, evaluate_run
 from train.initial import InitialParams
@@ -24,6 +25,7 @@ from train.run import Run, check_unused
 from train.settings import RunConfig
 from train.state import TrainState, abstract_params
 
+MAX_SEEDS = 1000
 PROMPT_TOKENS, CONTINUATION_TOKENS = 96, 160  # of the sample at the end
 
 type DrawHeldOut = Callable[[RunConfig], HeldOut]
@@ -128,15 +130,14 @@ def seed_runs(
     mesh: Mesh | None = None,
     resume: bool = False,
 ) -> tuple[Run, ...]:
-    """Makes the run of each seed, in the folder itself if there is one alone.
+    """Makes the run of each seed, the configuration's and those that follow, in the folder itself if it is one alone.
 
     Raises:
-      ValueError: if `seeds` is below 1, or a folder holds a run and `resume` does not say to continue it.
+      ValueError: if `seeds` is not from 1 to `MAX_SEEDS`, or a folder holds a run that `resume` does not continue.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check_integer("seeds", seeds, most=MAX_SEEDS)
     folders = [folder] if seeds == 1 else [folder / f"seed{i}" for i in range(seeds)]
-    runs = [Run(dataclasses.replace(config, seed=i), each, init, mesh) for i, each in enumerate(folders)]
+    runs = [Run(dataclasses.replace(config, seed=config.seed + i), each, init, mesh) for i, each in enumerate(folders)]
     for each in () if resume else (folder, *folders):
         check_unused(each)
     return tuple(runs)
@@ -214,5 +215,13 @@ def describe_run(run: Run, corpus: Corpus) -> dict[str, str | int | float]:
         **stages,
         "training text": f"{len(corpus.train.tokens):,} tokens in {len(corpus.train)} files",
         "held-out text": f"{len(corpus.held_out.tokens):,} tokens in {len(corpus.held_out)} files",
+        **_describe_reading(corpus),
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
+
+
+def _describe_reading(corpus: Corpus) -> dict[str, str]:
+    """Says how documents end, and which text was not read."""
+    rows = {} if corpus.tokenizer is None else {"end of a document": corpus.end_token or "no token"}
+    files, size = corpus.left_out
+    return rows | ({"text left out": f"{files:,} files of {size:,} bytes, past max_bytes"} if files else {})

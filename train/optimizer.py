@@ -4,8 +4,11 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
+
+from train.checks import check_integer, check_number, shown
 
 # Axes (reduction, output) of the matrices that Muon orthogonalises, counted from the end: leading axes (layers,
 # experts) are batches of matrices, and a head axis is folded into the side it stands on. The router is left to AdamW.
@@ -32,7 +35,7 @@ class OptimizerSettings:
       >>> settings = OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine")
 
     Raises:
-      ValueError: if a schedule is not known, or a rate or the clip is not positive.
+      ValueError: naming the field, if a schedule is not known or a number is not finite or out of range.
     """
 
     learning_rate: float
@@ -46,10 +49,15 @@ class OptimizerSettings:
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+            raise ValueError(f"schedule must be 'constant' or 'cosine', got {shown(self.schedule)}")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), above=0)
+        if self.muon_learning_rate is not None:
+            check_number("muon_learning_rate", self.muon_learning_rate, above=0)
+        check_integer("warmup_steps", self.warmup_steps, least=0)
+        for name in ("b1", "b2"):
+            check_number(name, getattr(self, name), least=0, below=1)
+        check_number("weight_decay", self.weight_decay, least=0)
 
 
 def make_schedule(peak: float, settings: OptimizerSettings, steps: int) -> optax.Schedule:
@@ -73,15 +81,27 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
             adam_rate, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=decay_mask
         )
     else:
-        inner = optax.contrib.muon(
+        muon = optax.contrib.muon(
             make_schedule(settings.muon_learning_rate, settings, steps),
             weight_decay=settings.weight_decay,
             adam_b1=settings.b1,
             adam_b2=settings.b2,
+            adam_weight_decay=settings.weight_decay,
             adam_learning_rate=adam_rate,
             muon_weight_dimension_numbers=muon_dimensions,
         )
+        inner = _spare_normalisations(muon)
     return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+
+
+def _spare_normalisations(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows zeros to a transformation instead of what does not decay: optax's Muon has no mask for its AdamW part."""
+
+    def update(updates, state, params=None):
+        shown = jax.tree.map(lambda decays, x: x if decays else jnp.zeros_like(x), decay_mask(params), params)
+        return inner.update(updates, state, shown)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def muon_dimensions(params: Any) -> Any:

@@ -22,7 +22,7 @@ from train.initial import InitialParams, random_params
 from train.metrics import DivergedError, MetricsLog, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
-from train.settings import PhaseSettings, RunConfig, differences
+from train.settings import PhaseSettings, RunConfig, differences, listed, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, init_state, placed
 from train.step import make_step
 
@@ -117,7 +117,7 @@ class Run:
         if (self.folder / "run.json").exists():
             changed = differences(self._identity(), read_run(self.folder)["identity"])
             if changed:
-                raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(changed)}")
+                raise ValueError(f"{self.folder} holds a run of another configuration: {listed(changed)}")
         elif self.folder.exists() and (not self.folder.is_dir() or checkpoint_steps(self.folder)):
             raise ValueError(f"{self.folder} must be a new or an empty folder")
 
@@ -209,7 +209,7 @@ class Run:
 
     def _batches(self, data: BatchSource, settings: PhaseSettings, number: int) -> BatchIterator:
         """Begins the stream of batches of a stage."""
-        stage, seed = settings.stages[number], 1000 * self.config.seed + 100 * settings.phase.stream + number
+        stage, seed = settings.stages[number], stream_seed(self.config.seed, settings.phase.stream, number)
         return data.batches("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
 
     def _next_batch(self, batches: BatchIterator) -> Batch:

@@ -10,11 +10,27 @@ from pathlib import Path
 from typing import Any, Self
 
 from dsa_jax import Config
+from train.checks import check_integer, check_number, shown
 from train.data import DataConfig
 from train.optimizer import OptimizerSettings
-from train.phases import PHASES, Phase
+from train.phases import PHASES, STREAMS, TRAINABLE, Phase
 
 JSON_NAMES = {"phase": "name"}  # fields that are called otherwise in JSON
+MAX_STAGES = 100  # each of a phase draws its batches from a seed of its own
+MAX_SEED = 2**32 // (MAX_STAGES * STREAMS) - 2  # seeds of batches are 32 bits
+MAX_INTEGER = 2**63 - 1  # in JSON
+MAX_DIFFERENCES = 8  # that a message names
+MAX_FIELDS = 12  # of a class whose fields a message lists
+
+
+def stream_seed(seed: int, stream: int, stage: int) -> int:
+    """Gives the seed of a stage's batches; streams and stages of one run, and those of other runs, have others."""
+    return MAX_STAGES * (STREAMS * seed + stream) + stage
+
+
+def _check_tuple(name: str, values: Any, kind: type) -> None:
+    if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"{name} must be a tuple of {kind.__name__}, got {shown(values)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +44,7 @@ class Stage:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name))
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches must divide batch_size {self.batch_size}, got {self.micro_batches}")
 
@@ -52,11 +67,27 @@ class PhaseSettings:
     bias_rate: float = 0.0  # the step of the router's bias against the expert load
 
     def __post_init__(self):
-        for group in self.phase.trains:
-            if getattr(self, group) is None:
-                raise ValueError(f"phase {self.name} trains the {group}: give its optimizer settings")
-        if not self.stages:
-            raise ValueError(f"phase {self.name} must have at least one stage")
+        if not isinstance(self.phase, Phase):
+            raise ValueError(f"phase must be a Phase, like train.phases.BASE, got {shown(self.phase)}")
+        _check_tuple("stages", self.stages, Stage)
+        if not 1 <= len(self.stages) <= MAX_STAGES:
+            raise ValueError(f"phase {self.name} must have from one to {MAX_STAGES} stages, got {len(self.stages)}")
+        check_integer(f"the steps of phase {self.name}", self.steps)
+        for group in TRAINABLE:
+            self._check_optimizer(group)
+        check_number("bias_rate", self.bias_rate, least=0)
+
+    def _check_optimizer(self, group: str) -> None:
+        settings = getattr(self, group)
+        if settings is None and group in self.phase.trains:
+            raise ValueError(f"phase {self.name} trains the {group}: give its optimizer settings")
+        if settings is not None and not isinstance(settings, OptimizerSettings):
+            raise ValueError(f"{group} must be OptimizerSettings, got {shown(settings)}")
+        if settings is not None and settings.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps of the {group} must be at most the {self.steps} steps of phase {self.name}, "
+                f"got {settings.warmup_steps}"
+            )
 
     @property
     def name(self) -> str:
@@ -82,11 +113,14 @@ class RunConfig:
     evaluation_batches: int = 4  # held-out batches of each kind
 
     def __post_init__(self):
+        if not isinstance(self.model, Config) or not isinstance(self.data, DataConfig):
+            raise ValueError(f"model must be a Config and data a DataConfig, got {shown((self.model, self.data))}")
         if self.model.param_dtype != "float32":
             raise ValueError(f"training keeps its parameters in float32, got param_dtype {self.model.param_dtype!r}")
+        check_integer("seed", self.seed, least=0, most=MAX_SEED)
         for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name))
+        _check_tuple("phases", self.phases, PhaseSettings)
         if not self.phases:
             raise ValueError("a run must have at least one phase")
         longest = max(stage.seq_len for phase in self.phases for stage in phase.stages)
@@ -143,7 +177,7 @@ class RunConfig:
 
 def _phase_named(phases: Mapping[str, Phase], name: Any, where: str) -> Phase:
     if not isinstance(name, str) or name not in phases:
-        raise ValueError(f"{where} must be one of {', '.join(phases)}, got {name!r}")
+        raise ValueError(f"{where} must be one of {', '.join(phases)}, got {shown(name)}")
     return phases[name]
 
 
@@ -168,7 +202,13 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
         return [d for key in keys for d in differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))]
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         return [d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in differences(*pair, f"{name}[{i}]")]
-    return [] if ours == theirs else [f"{name} {theirs!r}, here {ours!r}"]
+    return [] if ours == theirs else [f"{name} {shown(theirs)}, here {shown(ours)}"]
+
+
+def listed(changes: list[str]) -> str:
+    """Writes differences as one line; the first of many, and how many more there are."""
+    more = len(changes) - MAX_DIFFERENCES
+    return "; ".join(changes[:MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 type Readers = Mapping[type, Callable[[Any, str], Any]]
@@ -193,7 +233,7 @@ def read_json(kind: Any, value: Any, name: str, readers: Readers = types.Mapping
         return read_json(next(a for a in arguments if a is not types.NoneType), value, name, readers)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{name} must be a list, got {value!r}")
+            raise ValueError(f"{name} must be a list, got {shown(value)}")
         return tuple(read_json(arguments[0], part, f"{name}[{i}]", readers) for i, part in enumerate(value))
     if isinstance(kind, type) and (reader := readers.get(kind)) is not None:
         return reader(value, name)
@@ -201,23 +241,33 @@ def read_json(kind: Any, value: Any, name: str, readers: Readers = types.Mapping
         return _read_dataclass(kind, value, name, readers)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float:
+        check_number(name, value)
         return float(value)
     if isinstance(kind, type) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-        raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be {kind.__name__}, got {shown(value)}")
+    if kind is int:
+        check_integer(name, value, least=-MAX_INTEGER, most=MAX_INTEGER)
     return value
+
+
+def _named(names: list[str]) -> str:
+    """Writes names as a list, the first of many."""
+    more = f" and {len(names) - MAX_DIFFERENCES} more" if len(names) > MAX_DIFFERENCES else ""
+    return f"[{', '.join(map(shown, names[:MAX_DIFFERENCES]))}]{more}"
 
 
 def _read_dataclass(kind: Any, value: Any, name: str, readers: Readers) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be an object with the fields of {kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be an object with the fields of {kind.__name__}, got {shown(value)}")
     fields = {JSON_NAMES.get(field.name, field.name): field for field in dataclasses.fields(kind)}
     unknown = sorted(value.keys() - fields.keys())
     if unknown:
-        raise ValueError(f"{name} has unknown fields {unknown}; {kind.__name__} has {sorted(fields)}")
+        known = "" if len(fields) > MAX_FIELDS else f"; {kind.__name__} has {sorted(fields)}"
+        raise ValueError(f"{name} has unknown fields {_named(unknown)}{known}")
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [field for field in required if field not in value]
     if missing:
-        raise ValueError(f"{name} lacks the fields {missing} of {kind.__name__}")
+        raise ValueError(f"{name} lacks the fields {_named(missing)} of {kind.__name__}")
     parts = {key: read_json(fields[key].type, part, f"{name}.{key}", readers) for key, part in value.items()}
     return kind(**{fields[key].name: part for key, part in parts.items()})

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from train import data
+from train.checks import check_number, shown
 from train.data import Batch, BatchIterator, Corpus, DataConfig, SplitName, stream_name, text_row, window_row
 from train.evaluate import HeldOut, draw_batches
 
@@ -34,8 +35,9 @@ class RecallConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.recall <= 1:
-            raise ValueError(f"recall must be between 0 and 1, got {self.recall}")
+        check_number("recall", self.recall, least=0)
+        if self.recall > 1:
+            raise ValueError(f"recall must be between 0 and 1, got {shown(self.recall)}")
         if self.tokenizer is not None:
             raise ValueError(f"recall episodes are made of bytes: tokenizer must be None, got {self.tokenizer}")
 

@@ -1,6 +1,7 @@
 """Splits share nothing, streams resume bitwise, and packed rows do not leak."""
 
 import dataclasses
+import gzip
 import json
 import os
 
@@ -14,6 +15,7 @@ from train_cases import DOCUMENTS, batch_at, write_documents
 from dsa_jax.key_range import KeyRange
 from train import data
 from train.data import Batch, DataConfig, load
+from train.text import choose_held_out, find_files, read_files
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_text_row_is_the_file_with_a_document_a_key_range(folder):
 
 
 def test_packed_rows_occur(folder):
-    batch = batch_at(load(text_config(folder)).dataset("train", batch_size=8, seq_len=300, seed=0), 0)
+    batch = batch_at(load(text_config(folder)).dataset("train", batch_size=32, seq_len=300, seed=0), 0)
     assert (batch.start > 0).any() and (~batch.valid).any()
     assert (batch.positions == np.arange(300) - batch.start).all()
 
@@ -175,8 +177,144 @@ def test_tokenizer(folder, tokenizer):
     split = corpus.train
     assert split.tokens.max() < 50 and (split.tokens[split.offsets[:-1]] == 0).all()
     assert corpus.decode(corpus.encode("file03 = file04")) == "file03 = file04"
-    with pytest.raises(ValueError, match="vocab_size 44, got 45"):
+    with pytest.raises(ValueError, match="vocab_size 44, got 45 tokens up to id 44"):
         load(text_config(folder, tokenizer=tokenizer), vocab_size=44)
+
+
+def test_truncation_and_padding_of_the_last_use_are_forgotten(folder, tokenizer):
+    expected = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    used = Tokenizer.from_file(str(tokenizer))
+    used.enable_truncation(4)
+    used.enable_padding(length=5000)
+    used.save(str(tokenizer))
+    corpus = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    for split in ("train", "held_out"):
+        np.testing.assert_array_equal(corpus.documents(split).tokens, expected.documents(split).tokens)
+        np.testing.assert_array_equal(corpus.documents(split).offsets, expected.documents(split).offsets)
+    assert len(corpus.encode("= = = = = = =")) == 8
+
+
+def test_an_id_past_the_vocabulary_is_refused_when_it_is_read(folder, tmp_path):
+    """Fewer tokens than the model's vocabulary, of which one has an id of its own choice."""
+    words = {"[UNK]": 0, "=": 1, "<think>": 300}
+    path = tmp_path / "gap.json"
+    Tokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(path))
+    with pytest.raises(ValueError, match=r"vocab_size 256, got 3 tokens up to id 300 \('<think>'\)"):
+        load(text_config(folder, tokenizer=path))
+    load(text_config(folder, tokenizer=path), vocab_size=301)
+    odd = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    odd.post_processor = processors.TemplateProcessing(single="[B] $A", special_tokens=[("[B]", 400)])
+    odd.save(str(path))
+    with pytest.raises(ValueError, match=r"vocab_size 256, got 400 for .*\.txt"):
+        load(text_config(folder, tokenizer=path))
+
+
+def with_end(path, token, *, special=True, adds=False):
+    """Writes the tokenizer again with one more token, which its post-processor adds or not; returns the token's id."""
+    tokenizer = Tokenizer.from_file(str(path))
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    number = tokenizer.token_to_id(token)
+    if adds:
+        special_tokens = [("[BOS]", 0), (token, number)]
+        tokenizer.post_processor = processors.TemplateProcessing(f"[BOS] $A {token}", special_tokens=special_tokens)
+    tokenizer.save(str(path))
+    return number
+
+
+def last_tokens(corpus):
+    return {int(split.tokens[end - 1]) for split in (corpus.train, corpus.held_out) for end in split.offsets[1:]}
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>"])
+def test_a_document_ends_with_the_tokenizers_end_token(folder, tokenizer, token):
+    before = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    assert before.end_token is None
+    end = with_end(tokenizer, token)
+    corpus, plain = (load(text_config(folder, tokenizer=tokenizer, append=a), vocab_size=50) for a in (True, False))
+    assert corpus.end_token == token and last_tokens(corpus) == {end}
+    assert plain.end_token is None and end not in last_tokens(plain)
+    assert corpus.fingerprint != plain.fingerprint
+    for split in ("train", "held_out"):
+        np.testing.assert_array_equal(plain.documents(split).tokens, before.documents(split).tokens)
+        assert len(corpus.documents(split).tokens) == len(plain.documents(split).tokens) + len(plain.documents(split))
+    row = data.text_row(corpus.train, 0, int(corpus.train.offsets[1]))
+    assert row.valid.tolist() == [True] * (len(row.tokens) - 1) + [False] and row.targets[-2] == end  # it is trained
+
+
+def test_an_end_token_that_is_there_is_not_doubled(folder, tokenizer):
+    end = with_end(tokenizer, "</s>", adds=True)
+    corpus = load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    assert last_tokens(corpus) == {end} and (corpus.train.tokens == end).sum() == len(corpus.train)
+
+
+def test_the_end_token_that_is_configured_comes_first(folder, tokenizer):
+    with_end(tokenizer, "</s>")
+    mine = with_end(tokenizer, "[MINE]", special=False)
+    settings = tokenizer.with_name("tokenizer_config.json")
+    for value in ("[MINE]", {"content": "[MINE]", "lstrip": False}):
+        settings.write_text(json.dumps({"eos_token": value}))
+        assert last_tokens(load(text_config(folder, tokenizer=tokenizer), vocab_size=50)) == {mine}
+    settings.write_text(json.dumps({"eos_token": "[GONE]"}))
+    with pytest.raises(ValueError, match=r"eos_token '\[GONE\]', which .* does not have.*--no-append"):
+        load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    settings.write_text("{")
+    with pytest.raises(ValueError, match="must be readable JSON"):
+        load(text_config(folder, tokenizer=tokenizer), vocab_size=50)
+    load(text_config(folder, tokenizer=tokenizer, append=False), vocab_size=50)
+
+
+def test_an_unknown_word_without_a_token_for_it_names_the_file(folder, tmp_path):
+    path = tmp_path / "strict.json"
+    Tokenizer(models.WordLevel({"[X]": 0}, unk_token="[UNK]")).save(str(path))
+    with pytest.raises(ValueError, match=r"cannot read .*\.txt"):
+        load(text_config(folder, tokenizer=path))
+
+
+def test_ids_beyond_bytes_are_written_as_no_text(folder):
+    assert load(text_config(folder)).decode([104, 300, 105]) == "h\N{REPLACEMENT CHARACTER}i"
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.parquet", "a.JSONL", "a.ndjson", "a.zst"])
+def test_files_that_are_no_text_are_refused_by_name(folder, name):
+    for other in (name, f"b{name}"):
+        (folder / other).write_text("text\n")
+    with pytest.raises(ValueError, match=f"must be plain text, got .*{name} and 1 more, "):
+        load(DataConfig(data=(f"{folder}/*",)))
+
+
+def test_a_compressed_file_of_another_name_is_refused(folder):
+    (folder / "f03.txt").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(ValueError, match="must be plain text, got .*f03.txt, which begins with"):
+        load(text_config(folder))
+
+
+def share_held_out(tmp_path, sizes, share=0.1):
+    """Writes files of these sizes and contents of their own; (sizes held out, share of the bytes)."""
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.txt").write_bytes(np.random.default_rng((i, *sizes)).integers(97, 122, size, np.uint8))
+    held = np.diff(load(text_config(tmp_path, held_out=share)).held_out.offsets).tolist()
+    return held, sum(held) / sum(sizes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_a_large_and_a_small_file_the_small_one_is_held_out(tmp_path, seed):
+    assert share_held_out(tmp_path, (100_000 + seed, 3_000))[0] == [3_000]
+    assert share_held_out(tmp_path, (3_000, 100_000 + seed))[0] == [3_000]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_split_is_by_bytes(tmp_path, seed, share):
+    sizes = (np.random.default_rng(seed).pareto(2.0, 60) * 1000 + 50).astype(int).tolist()
+    assert 0.75 * share <= share_held_out(tmp_path, sizes, share)[1] <= 1.25 * share
+
+
+def test_both_splits_have_a_file_whatever_the_share(tmp_path):
+    for i, share in enumerate((1e-9, 0.5, 1 - 1e-6)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        held, _ = share_held_out(folder, (100, 200, 70), share)
+        assert 1 <= len(held) <= 2
 
 
 def test_bytes_round_trip(folder):
@@ -189,6 +327,27 @@ def test_standard_library_is_the_default():
     corpus = load(DataConfig())
     assert any(b"def namedtuple(" in document for document in documents(corpus.train) + documents(corpus.held_out))
     assert 2_000_000 < len(corpus.train.tokens) + len(corpus.held_out.tokens) < 40_000_000
+
+
+def test_the_split_of_the_standard_library_is_that_of_the_hashes():
+    """Keeps the demo's text as it was recorded: the same files and the same fingerprint as from the hashes alone."""
+    files = read_files(find_files(()), 1 << 26).read
+    assert choose_held_out(files, 0.1) == [int.from_bytes(file.digest[:8]) < 0.1 * 2**64 for file in files]
+
+
+def test_what_max_bytes_leaves_out_is_said(folder, caplog):
+    load(text_config(folder))
+    assert not caplog.messages
+    corpus = load(text_config(folder, max_bytes=20_000))
+    total = sum(path.stat().st_size for path in folder.glob("*.txt"))
+    read = len(corpus.train.tokens) + len(corpus.held_out.tokens)
+    files = DOCUMENTS - len(corpus.train) - len(corpus.held_out)
+    assert corpus.left_out == (files, total - read)
+    assert caplog.messages == [
+        f"{files} of {DOCUMENTS} files, {total - read:,} of {total:,} bytes, are left out: max_bytes is 20,000"
+    ]
+    with pytest.raises(ValueError, match="got 0 within max_bytes 10 of .*, and 40 past it"):
+        load(text_config(folder, max_bytes=10))
 
 
 def test_max_bytes_caps_what_is_read_the_same_way_every_time(folder):
@@ -234,7 +393,7 @@ def test_unreadable_file(folder):
 
 
 def test_vanished_file(folder, monkeypatch):
-    monkeypatch.setattr(data, "_paths", lambda patterns: [folder / "f00.txt", folder / "gone.txt"])
+    monkeypatch.setattr(data, "find_files", lambda patterns: [folder / "f00.txt", folder / "gone.txt"])
     with pytest.raises(ValueError, match="gone.txt: No such file"):
         load(text_config(folder))
 
@@ -242,7 +401,7 @@ def test_vanished_file(folder, monkeypatch):
 def test_text_that_is_not_utf8(folder, tokenizer):
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
     load(text_config(folder))  # bytes are bytes
-    with pytest.raises(ValueError, match="must be UTF-8"):
+    with pytest.raises(ValueError, match="must be UTF-8, got .*latin.txt"):
         load(text_config(folder, tokenizer=tokenizer))
 
 

@@ -1,5 +1,6 @@
 """Schedules, clipping by group, and Muon on stacked matrices."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 import pytest
 from train_cases import small_config, small_params
 
-from train.optimizer import OptimizerSettings, decay_mask, make_optimizer, make_schedule, muon_dimensions
+from train.optimizer import MATRICES, OptimizerSettings, decay_mask, make_optimizer, make_schedule, muon_dimensions
 
 
 def test_schedules():
@@ -23,10 +24,30 @@ def test_schedules():
         np.testing.assert_allclose(jnp.asarray(cosine(step)), rate, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"schedule": "linear"}, {"learning_rate": 0.0}, {"clip": -1.0}])
-def test_bad_settings_are_named(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        OptimizerSettings(**{"learning_rate": 1e-3} | changes)
+NO_NUMBERS = (float("nan"), float("inf"), True, "1", None, 10**400, 1e39)
+BAD = {
+    "schedule": ("linear", None, []),
+    "learning_rate": (0.0, -1e-3, 1e-60, *NO_NUMBERS),
+    "muon_learning_rate": (0.0, -1.0, *(x for x in NO_NUMBERS if x is not None)),
+    "warmup_steps": (-1, 1.5, 2**31, 10**5000, *NO_NUMBERS),
+    "b1": (1.0, 2, -0.1, 1 - 1e-12, *NO_NUMBERS),
+    "b2": (1.0, 2, -0.1, 1 - 1e-12, *NO_NUMBERS),
+    "weight_decay": (-1.0, *NO_NUMBERS),
+    "clip": (0, -1.0, *NO_NUMBERS),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_are_named_in_one_line(name):
+    assert BAD.keys() == {field.name for field in dataclasses.fields(OptimizerSettings)}
+    for value in BAD[name]:
+        with pytest.raises(ValueError, match=f"^{name} must be") as error:
+            OptimizerSettings(**{"learning_rate": 1e-3, name: value})
+        assert len(str(error.value)) < 200
+
+
+def test_settings_at_the_edge_of_their_range():
+    OptimizerSettings(1, muon_learning_rate=None, warmup_steps=0, b1=0, b2=0.0, weight_decay=0, clip=1e12)
 
 
 def first_update(settings, grads, params) -> Any:
@@ -82,6 +103,19 @@ def test_normalisations_do_not_decay():
     np.testing.assert_allclose(updates["lm_head"], -0.05, rtol=1e-6)
     assert all(not leaf.any() for name in norms for leaf in jax.tree.leaves(updates[name]))
     assert jax.tree.leaves(decay_mask(params)) == [False, True, False, False]
+
+
+def test_what_muon_leaves_to_adamw_decays_too():
+    """By each part's own rate; normalisations never."""
+    params = jax.tree.map(jnp.ones_like, small_params(small_config())["backbone"])
+    settings = OptimizerSettings(0.1, muon_learning_rate=0.02, weight_decay=0.5)
+    updates = first_update(settings, jax.tree.map(jnp.zeros_like, params), params)
+    flat = jax.tree_util.tree_flatten_with_path(updates)[0]
+    updates = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    for name, leaf in updates.items():
+        is_norm, is_matrix = "norm" in name, name.rsplit("/", 1)[-1] in MATRICES
+        np.testing.assert_allclose(leaf, 0.0 if is_norm else -0.01 if is_matrix else -0.05, rtol=1e-5, err_msg=name)
+    assert {"embed_tokens", "lm_head", "moe_layers/mlp/gate/weight", "norm/weight"} <= updates.keys()
 
 
 def test_a_group_is_clipped_by_its_own_norm():

@@ -1,0 +1,115 @@
+"""Tokenizer files: read, checked against the model's vocabulary, and what ends a document."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer
+
+from train.checks import shown
+from train.text import TextFile
+
+BYTES = 256
+END_TOKENS = ("<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # as published models say
+
+
+@dataclasses.dataclass(frozen=True)
+class EndToken:
+    """Names the token that ends every document."""
+
+    token: str
+    id: int
+
+
+def load_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
+    """Reads a tokenizer, without the truncation and the padding that it remembers from its last use.
+
+    Raises:
+      ValueError: if the file is no tokenizer, or one of its ids is none of the model's vocabulary.
+    """
+    if path is None:
+        if vocab_size < BYTES:
+            raise ValueError(f"vocab_size must be at least {BYTES} when bytes are the tokens, got {vocab_size}")
+        return None
+    try:
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exceptions
+        message = f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {str(error)[:300]}"
+        raise ValueError(message) from error
+    if not vocabulary:
+        raise ValueError(f"the tokenizer must have a vocabulary, got none in {path}")
+    token = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[token] >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids must fit the model's vocab_size {vocab_size}, got {len(vocabulary)} tokens up to id "
+            f"{vocabulary[token]} ({shown(token)}) in {path}"
+        )
+    return tokenizer
+
+
+def find_end_token(tokenizer: Tokenizer, path: Path) -> EndToken | None:
+    """Finds the token that ends a document, None where there is none.
+
+    It is the eos_token of a tokenizer_config.json beside the file, else a special token of a usual name.
+
+    Raises:
+      ValueError: if that file cannot be read, or names a token that the tokenizer does not have.
+    """
+    named = _configured_end_token(path.with_name("tokenizer_config.json"))
+    if named is not None:
+        number = tokenizer.token_to_id(named)
+        if number is None:
+            raise ValueError(
+                f"tokenizer_config.json names the eos_token {shown(named)}, which {path} does not have: correct "
+                "it, or give --no-append"
+            )
+        return EndToken(named, number)
+    special = {added.content: number for number, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    return next((EndToken(token, special[token]) for token in END_TOKENS if token in special), None)
+
+
+def _configured_end_token(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be readable JSON, or give --no-append: {str(error)[:300]}") from error
+    token = values.get("eos_token") if isinstance(values, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token  # a string, or an added token's description
+    return token if isinstance(token, str) else None
+
+
+def encode_files(
+    files: Sequence[TextFile], tokenizer: Tokenizer | None, end: EndToken | None, vocab_size: int
+) -> list[np.ndarray]:
+    """Makes the tokens of each file, with the tokenizer's own special tokens, and `end` behind unless it is there.
+
+    Raises:
+      ValueError: naming a file that is not UTF-8, or that the tokenizer cannot read within the vocabulary.
+    """
+    if tokenizer is None:
+        return [np.frombuffer(file.text, np.uint8) for file in files]
+    return [_encode(file, tokenizer, end, vocab_size) for file in files]
+
+
+def _encode(file: TextFile, tokenizer: Tokenizer, end: EndToken | None, vocab_size: int) -> Int[np.ndarray, " T"]:
+    try:
+        ids = tokenizer.encode(file.text.decode()).ids
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text for a tokenizer must be UTF-8, got {file.path}: {error.reason}") from error
+    except Exception as error:  # the library raises bare Exceptions, as for an unknown word without a token for it
+        raise ValueError(f"the tokenizer cannot read {file.path}: {str(error)[:300]}") from error
+    if end is not None and ids[-1:] != [end.id]:
+        ids.append(end.id)
+    if ids and max(ids) >= vocab_size:  # a post-processor may add ids that the vocabulary does not have
+        raise ValueError(
+            f"the tokenizer's ids must fit the model's vocab_size {vocab_size}, got {max(ids)} for {file.path}"
+        )
+    return np.asarray(ids, np.int32)
