@@ -33,6 +33,7 @@ class InitialParams:
     label: str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "folder", Path(self.folder))
         if not self.is_run and not (self.folder / "config.json").is_file():
             raise ValueError(
                 f"init must be a folder with a checkpoint's config.json or a run's run.json, got {self.folder}"

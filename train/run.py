@@ -16,17 +16,18 @@ from jax.sharding import Mesh
 from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
 from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params, read_model_config, read_run
-from train.data import Batch, BatchIterator, BatchSource
+from train.checks import shown
+from train.data import Batch, BatchSource, BatchStream
 from train.files import replace_text
 from train.initial import InitialParams, random_params
 from train.metrics import DivergedError, MetricsLog, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
-from train.settings import PhaseSettings, RunConfig, differences, listed, stream_seed
-from train.state import TrainState, abstract_params, abstract_state, check_stage, init_state, placed
+from train.settings import PhaseSettings, RunConfig, Stage, differences, listed, stream_seed
+from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
 
-__all__ = ["DivergedError", "Run", "check_tokens", "check_unused", "load_model"]
+__all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "check_unused", "load_model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Run:
 
     Args:
       config: what is trained, and how.
-      folder: where; with several processes one that all of them see.
+      folder: where, a path or a string; with several processes one that all of them see.
       init: where the first parameters come from; without it they are drawn.
       mesh: the devices. It is no part of what a run is: that may be continued on another mesh, or on one device (None).
 
@@ -53,6 +54,7 @@ class Run:
     mesh: Mesh | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "folder", Path(self.folder))
         if self.mesh is not None:
             check_model(self.mesh, self.config.model)
             for stage in (stage for phase in self.config.phases for stage in phase.stages):
@@ -126,23 +128,30 @@ class Run:
         sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params(self.config.model)[1])]
         return 3 * sum(sizes) * (self.config.keep_checkpoints + 1 + len(self.config.phases))
 
-    def train(self, data: BatchSource, progress: RunProgress | None = None, *, resume: bool = False) -> TrainState:
+    def train(
+        self, data: BatchSource | BatchStream, progress: RunProgress | None = None, *, resume: bool = False
+    ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
         Args:
-          data: gives the batches.
+          data: gives the batches: a source such as a `Corpus`, or an iterator of one's own that can save its position.
+            With several processes each gives the same, whole batches.
           progress: shows where the run stands.
           resume: continues from the newest checkpoint, if there is one.
 
         Raises:
-          ValueError: if the folder or a checkpoint in it cannot be used, or a checkpoint cannot be written.
+          ValueError: if the folder or a checkpoint in it cannot be used, a checkpoint cannot be written, or a batch is
+            not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
         """
+        check_data(data)
         self.open(resume=resume)
         label = None if self.init is None else str(self.init)
         on_step = None if progress is None else progress.update
         with Checkpoints(self.folder / "checkpoints", self.config, init=label) as checkpoints:
             state, position = self._start(checkpoints)
+            if position.step and not isinstance(data, BatchSource):
+                data.set_state(position.data)
             log = MetricsLog(self.folder / "metrics.jsonl", keep=position.step, on_step=on_step)
             with progress or contextlib.nullcontext(), log:
                 try:
@@ -171,8 +180,8 @@ class Run:
     def _begin(self, params: Params, settings: PhaseSettings, random: Any) -> TrainState:
         """Makes the state at the start of a phase, on the mesh if there is one; `params` are taken over."""
         if self.mesh is None:  # all of it put there, as restored parameters are: else the step is compiled twice
-            return jax.device_put(init_state(params, settings, random), jax.local_devices()[0])
-        begin = lambda params, random: init_state(params, settings, random)  # noqa: E731
+            return jax.device_put(fresh_state(params, random, settings), jax.local_devices()[0])
+        begin = lambda params, random: fresh_state(params, random, settings)  # noqa: E731
         places = parameter_shardings(jax.eval_shape(begin, params, random), self.mesh)
         return jax.jit(begin, out_shardings=places, donate_argnums=0)(params, np.asarray(random))
 
@@ -181,7 +190,7 @@ class Run:
         index: int,
         state: TrainState,
         position: Position,
-        data: BatchSource,
+        data: BatchSource | BatchStream,
         checkpoints: Checkpoints,
         log: MetricsLog,
     ) -> tuple[TrainState, Position]:
@@ -195,10 +204,10 @@ class Run:
             if position.phase_step < last:
                 step = make_step(self.graphdef, settings, micro_batches=stage.micro_batches, mesh=self.mesh)
                 batches = self._batches(data, settings, number)
-                if position.phase_step > first:
+                if position.phase_step > first and batches is not data:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
-                    state, metrics = step(state, self._next_batch(batches))
+                    state, metrics = step(state, self._next_batch(batches, stage))
                     log.put(before + done, index, settings.name, done, metrics)
                     position = Position(before + done, index, done, batches.get_state())
                     if done == settings.steps or position.step % self.config.checkpoint_every == 0:
@@ -207,14 +216,20 @@ class Run:
             first = last
         return state, position
 
-    def _batches(self, data: BatchSource, settings: PhaseSettings, number: int) -> BatchIterator:
-        """Begins the stream of batches of a stage."""
+    def _batches(self, data: BatchSource | BatchStream, settings: PhaseSettings, number: int) -> BatchStream:
+        """Begins the stream of batches of a stage; an iterator of one's own goes on through all of them."""
+        if not isinstance(data, BatchSource):
+            return data
         stage, seed = settings.stages[number], stream_seed(self.config.seed, settings.phase.stream, number)
         return data.batches("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
 
-    def _next_batch(self, batches: BatchIterator) -> Batch:
+    def _next_batch(self, batches: BatchStream, stage: Stage) -> Batch:
         """Takes the next batch, checked and on the mesh if there is one."""
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise ValueError("the data must not end before the run does: give an endless iterator of batches") from None
+        check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
         return batch if self.mesh is None else place_batch(batch, self.mesh)
 
@@ -243,6 +258,42 @@ def check_unused(folder: Path) -> None:
     """
     if (folder / "run.json").exists():
         raise ValueError(f"{folder} already holds a run: --resume continues it, another --out leaves it")
+
+
+def check_data(data: BatchSource | BatchStream) -> None:
+    """Checks that data are a source of batches, or an iterator whose position can be saved as JSON.
+
+    Raises:
+      ValueError: if they are neither.
+    """
+    if isinstance(data, BatchSource):
+        return
+    if not isinstance(data, BatchStream):
+        raise ValueError(
+            "data must have `batches`, as a Corpus has, or be an iterator of batches with `get_state` and `set_state`, "
+            f"got {shown(data)}"
+        )
+    state = data.get_state()
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the data's get_state must give JSON values, got {shown(state)}: {error}") from error
+
+
+def check_batch(batch: Batch, shape: tuple[int, int]) -> None:
+    """Checks on the host that a batch's arrays have the shape of its stage, and their kinds of values.
+
+    Raises:
+      ValueError: naming one that does not.
+    """
+    if not isinstance(batch, Batch):
+        raise ValueError(f"data must give a train.data.Batch, got {shown(batch)}")
+    for field in dataclasses.fields(Batch):
+        array, kinds = getattr(batch, field.name), "b" if field.name == "valid" else "iu"
+        found, dtype = tuple(np.shape(array)), np.asarray(array).dtype
+        if found != shape or dtype.kind not in kinds:
+            kind = "booleans" if kinds == "b" else "integers"
+            raise ValueError(f"{field.name} of a batch must be {kind} {list(shape)}, got {dtype} {list(found)}")
 
 
 def check_tokens(batch: Batch, vocab_size: int) -> None:

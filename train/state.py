@@ -36,21 +36,37 @@ def make_optimizers(settings: PhaseSettings) -> dict[str, optax.GradientTransfor
     return {group: make_optimizer(getattr(settings, group), settings.steps) for group in settings.phase.trains}
 
 
-def init_state(params: Params, settings: PhaseSettings, random: Array) -> TrainState:
-    """Makes the state at the start of a phase: fresh optimizers, the parameters as they come."""
+def init_state(params: Params, settings: PhaseSettings, random: Any) -> TrainState:
+    """Makes the state at the start of a phase: fresh optimizers, and copies of the parameters and of the key.
+
+    A step takes over the state that it is given; what the caller holds stays.
+
+    Args:
+      params: parameters by group, as `split_groups` gives them.
+      settings: the phase.
+      random: a key, of `jax.random.key` or of `jax.random.PRNGKey`.
+    """
+    if jnp.issubdtype(random.dtype, jax.dtypes.prng_key):
+        random = jax.random.key_data(random)
+    params, random = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, random))
+    return fresh_state(params, random, settings)
+
+
+def fresh_state(params: Params, random: Array, settings: PhaseSettings) -> TrainState:
+    """Makes the state of `init_state` from parameters and key data that it takes over."""
     opt_state = {group: optimizer.init(params[group]) for group, optimizer in make_optimizers(settings).items()}
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, random)
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Puts a state on a mesh."""
-    return jax.device_put(state, parameter_shardings(state, mesh))
+    """Puts a copy of a state on a mesh."""
+    return jax.device_put(state, parameter_shardings(state, mesh), may_alias=False)
 
 
 # Without arrays
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def abstract_params(config: Config, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, Params]:
     """Gives the model's definition, and shapes, dtypes and places of its parameters, without making them."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
@@ -61,7 +77,7 @@ def abstract_params(config: Config, mesh: Mesh | None = None) -> tuple[nnx.Graph
 def abstract_state(config: Config, settings: PhaseSettings) -> TrainState:
     """Gives the shapes of the state at the start of a phase."""
     _, params = abstract_params(config)
-    return jax.eval_shape(lambda p: init_state(p, settings, jnp.zeros(2, jnp.uint32)), params)
+    return jax.eval_shape(lambda p: fresh_state(p, jnp.zeros(2, jnp.uint32), settings), params)
 
 
 def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:

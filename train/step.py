@@ -16,22 +16,26 @@ from dsa_jax import Transformer
 from dsa_jax.moe import update_bias
 from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
+from train.checks import check_integer
 from train.data import Batch
 from train.phases import Params, Phase, merge_groups, run_model
 from train.settings import PhaseSettings
 from train.state import TrainState, make_optimizers
 
+MAX_STEPS = 16  # that are kept compiled: those of a run and of its controls, and a few more
+
 type Metrics = dict[str, Array]
 type Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=MAX_STEPS)
 def make_step(
     graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches: int = 1, mesh: Mesh | None = None
 ) -> Step:
     """Makes the jitted step of a phase; it takes over (donates) the state that it is given.
 
-    Runs of one model and one recipe share the compiled step.
+    Runs of one model and one recipe share the compiled step; the latest `MAX_STEPS` are kept. A token or a counted
+    target outside the vocabulary makes the losses, and with them the next parameters, NaN.
 
     Args:
       graphdef: the model's definition.
@@ -39,6 +43,9 @@ def make_step(
       micro_batches: into how many parts a batch is cut. Every loss is divided by its count over the whole batch, so
         that changes rounding alone. A shard of a mesh that has fewer rows takes them one by one.
       mesh: where the state is as `place_state` puts it, and batches as `sharding.place_batch` does.
+
+    Raises:
+      ValueError: if `micro_batches` is below 1; when it is traced, if it does not divide the rows.
 
     Returns:
       A function of a state and a batch that gives the next state and metrics: "loss", each of the phase's losses by its
@@ -59,6 +66,7 @@ def build_step(
     graphdef: nnx.GraphDef, settings: PhaseSettings, *, micro_batches: int = 1, mesh: Mesh | AbstractMesh | None = None
 ) -> Any:
     """Makes the jitted step of `make_step` anew, so that nothing of it stays when it is no longer used."""
+    check_integer("micro_batches", micro_batches)
     phase, optimizers = settings.phase, make_optimizers(settings)
     gradients = functools.partial(_gradients, graphdef, phase, micro_batches)
 
@@ -108,6 +116,8 @@ def _gradients(
     counts = {name: _whole_count(loss.count(batch)) for name, loss in phase.losses}
     queries = sum_statistics(jnp.sum(batch.keys.nonempty()), "tokens")
     micro_batches = min(micro_batches, len(batch.tokens))
+    if len(batch.tokens) % micro_batches:
+        raise ValueError(f"micro_batches must divide the {len(batch.tokens)} rows of a batch, got {micro_batches}")
     trainable = {group: params[group] for group in phase.trains}
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
@@ -136,4 +146,12 @@ def _whole_count(count: Array) -> Array:
 def _loss_totals(model: Transformer, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
     """Sums the phase's losses over a micro-batch, and counts its expert load."""
     output = run_model(model, batch, attention=phase.attention, selection=phase.selection)
-    return {name: loss.total(model, output, batch) for name, loss in phase.losses}, output.expert_load
+    factor = _nan_outside(batch, model.config.vocab_size)
+    return {name: factor * loss.total(model, output, batch) for name, loss in phase.losses}, output.expert_load
+
+
+def _nan_outside(batch: Batch, vocab_size: int) -> Array:
+    """Makes 1, or NaN if an id is none of the vocabulary, whose embedding and logit would be another's."""
+    inside = lambda ids: (ids >= 0) & (ids < vocab_size)  # noqa: E731
+    is_good = jnp.all(inside(batch.tokens)) & jnp.all(inside(batch.targets) | ~batch.valid)
+    return jnp.where(is_good, 1.0, jnp.nan)

@@ -15,7 +15,7 @@ from train.losses import LM_LOSS
 from train.phases import GROUPS, PHASES, SPARSE, Phase, group_of, merge_groups, split_groups, window_selection
 from train.settings import PhaseSettings
 from train.state import abstract_params, init_state
-from train.step import make_step
+from train.step import MAX_STEPS, make_step
 
 
 def settings_of(name):
@@ -43,7 +43,12 @@ def first_step(name, micro_batches=1, padding_rows=0):
     before, batch = copy(state.params), small_batch()
     empty = jax.tree.map(lambda x: np.zeros((padding_rows, *x.shape[1:]), x.dtype), batch)
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), batch, empty)
-    step = compiled(make_step(graphdef, settings, micro_batches=micro_batches), state, batch)
+    is_plain = micro_batches == 1 and not padding_rows
+    step = (
+        step_of(name)
+        if is_plain
+        else compiled(make_step(graphdef, settings, micro_batches=micro_batches), state, batch)
+    )
     return before, *copy(step(state, batch))
 
 
@@ -122,6 +127,61 @@ def test_loss_is_a_mean_over_valid_targets_and_a_sum_over_layers():
     np.testing.assert_allclose(metrics["kl"], kl.mean(axis=1).sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["lm_loss"] + metrics["kl"], rtol=1e-6)
     assert metrics["tokens"] == np.asarray(batch.keys.nonempty()).sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [("DENSE_CONTROL", "tokens", 256), ("DENSE_CONTROL", "targets", 300), ("WARMUP", "tokens", -1)],
+)
+def test_ids_outside_the_vocabulary_make_nan(name, field, value):
+    graphdef, settings, state = start(name)
+    batch = small_batch()
+    getattr(batch, field)[1, 2] = value
+    assert batch.valid[1, 2]
+    state, metrics = step_of(name)(state, batch)
+    assert np.isnan(metrics["loss"]) and np.isnan(metrics["kl" if name == "WARMUP" else "lm_loss"])
+    assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(state.params[settings.phase.trains[0]]))
+
+
+def test_targets_that_do_not_count_may_be_anything():
+    _, _, state = start("DENSE_CONTROL")
+    batch = small_batch()
+    batch.targets[~batch.valid] = -100
+    _, metrics = step_of("DENSE_CONTROL")(state, batch)
+    assert metrics["loss"] == first_step("DENSE_CONTROL")[2]["loss"]
+
+
+@functools.cache
+def step_of(name):
+    """Compiles the step of a phase for the small batch, once for all."""
+    graphdef, settings, state = start(name)
+    return compiled(make_step(graphdef, settings), state, small_batch())
+
+
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+def test_a_step_leaves_the_callers_arrays(key):
+    """The model of `nnx` that the parameters are of, and the key, are read after a step that took over its state."""
+    graphdef, settings, _ = start("DENSE_CONTROL")
+    params, random = jax.tree.map(jnp.array, small_params(small_config())), key(3)
+    model = merge_groups(graphdef, params)
+    state = init_state(split_groups(model)[1], settings, random)
+    step_of("DENSE_CONTROL")(state, small_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params["backbone"]))  # else this shows nothing
+    chex.assert_trees_all_equal(split_groups(model)[1], small_params(small_config()))
+    assert jax.random.bits(random) == jax.random.bits(key(3))
+
+
+def test_the_compiled_steps_that_are_kept_are_few():
+    assert make_step.cache_info().maxsize == MAX_STEPS <= 16
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "message"), [(0, "micro_batches must be at least 1"), (3, "divide the 4 rows")]
+)
+def test_bad_micro_batches_are_named(micro_batches, message):
+    graphdef, settings, state = start("WARMUP")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(make_step(graphdef, settings, micro_batches=micro_batches), state, small_batch())
 
 
 def test_padding_rows_change_nothing():
