@@ -16,12 +16,15 @@ from rich.console import Console
 
 from dsa_jax.parallel.sharding import AXES, make_mesh, parse_mesh
 from train import planner
+from train.checks import check_integer, shown
 from train.data import load
 from train.experiment import Experiment, seed_runs
 from train.initial import InitialParams
 from train.presets import PRESETS, load_preset
 from train.run import DivergedError, Run
 from train.settings import RunConfig
+
+MAX_LINE = 900  # characters of an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +118,24 @@ class Arguments:
                 "coordinator, num_processes and process_id must be given together or not at all, got "
                 f"{self.coordinator}, {self.num_processes} and {self.process_id}"
             )
+        self._check_processes()
+        try:
+            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+        except Exception as error:  # of any type: a cluster's environment may lack a variable, or say no number
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            raise ValueError(f"the processes of the run did not come together: {reason}") from error
+
+    def _check_processes(self) -> None:
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 2**16:
+                raise ValueError(f"coordinator must be HOST:PORT like 10.0.0.1:1234, got {shown(self.coordinator)}")
+        if self.num_processes is not None:
+            check_integer("num_processes", self.num_processes)
         if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
             raise ValueError(
                 f"process_id must be from 0 to num_processes - 1 = {self.num_processes - 1}, got {self.process_id}"
             )
-        try:
-            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"the processes of the run did not come together: {error}") from error
 
     def make_mesh(self) -> Mesh | None:
         """Makes the mesh to train on, None for one device alone."""
@@ -190,7 +203,9 @@ def _quieten_checkpoints() -> None:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints one line, cut where it is long."""
+    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
+    print(f"error: {text if len(text) <= MAX_LINE else f'{text[:MAX_LINE]}…'}", file=sys.stderr)
     return status
 
 

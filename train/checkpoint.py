@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from dsa_jax import Config
+from train.files import read_json_file
 from train.phases import Params
 from train.settings import RunConfig, differences, listed, read_json
 from train.state import TrainState
@@ -159,14 +159,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Reads the `run.json` of a run's folder.
 
     Raises:
-      ValueError: if it is not there or no JSON.
+      ValueError: if it is not there, or says nothing of a run.
     """
-    try:
-        return json.loads((folder / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} must hold the run.json of a run, got {error}") from error
+    values = read_json_file(folder / "run.json", f"{folder} must hold the run.json of a run, which")
+    parts = [values.get(name) if isinstance(values, dict) else None for name in ("run", "identity")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{folder} must hold the run.json of a run, got one without its run or its identity")
+    return values
 
 
 def read_model_config(folder: Path) -> Config:
     """Reads the model's configuration from a run's folder, whatever its phases and its data."""
-    return read_json(Config, read_run(folder)["run"]["model"], "run.model")
+    return read_json(Config, read_run(folder)["run"].get("model"), "run.model")

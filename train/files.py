@@ -1,6 +1,10 @@
-"""Files that are replaced as a whole, so that a process that is killed leaves the old one or the new one."""
+"""Files that are replaced as a whole, so that a killed process leaves the old or the new one; JSON read strictly."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from train.checks import shown
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -8,3 +12,36 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def read_json_file(path: Path, what: str) -> Any:
+    """Reads JSON as it is defined: no key twice in an object, no NaN and no infinities.
+
+    Args:
+      path: the file.
+      what: what it must be, for the message.
+
+    Raises:
+      ValueError: if it cannot be read as that.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"{what} must be JSON, got {path}, which nests too deep") from error
+    except OSError as error:
+        raise ValueError(f"{what} must be a readable JSON file, got {path}: {error.strerror}") from error
+    except ValueError as error:  # of the path, of the encoding, of the JSON, of a number with thousands of digits
+        raise ValueError(f"{what} must be a readable JSON file, got {shown(str(path))}: {str(error)[:300]}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice in an object")
+    return values
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")

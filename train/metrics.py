@@ -89,7 +89,9 @@ def _whole_lines(path: Path, last: int) -> list[str]:
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             step = json.loads(line)["step"]
-        except json.JSONDecodeError:
+        except (ValueError, KeyError, TypeError):
+            break
+        if not isinstance(step, int):
             break
         if step <= last:
             lines.append(line + "\n")

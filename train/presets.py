@@ -1,11 +1,12 @@
 """The recipes: a small model that trains in minutes on a CPU, and the published one; any other is a JSON file."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from dsa_jax import Config
+from train.checks import shown
+from train.files import read_json_file
 from train.optimizer import OptimizerSettings
 from train.phases import BASE, SPARSE, WARMUP
 from train.settings import PhaseSettings, RunConfig, Stage
@@ -60,7 +61,7 @@ def load_preset(name: str) -> RunConfig:
     if name in PRESETS:
         return PRESETS[name]()
     if not name.endswith(".json"):
-        raise ValueError(f"preset must be {' or '.join(PRESETS)} or a .json file, got {name!r}")
+        raise ValueError(f"preset must be {' or '.join(PRESETS)} or a .json file, got {shown(name)}")
     return RunConfig.from_json(read_preset(Path(name)))
 
 
@@ -70,8 +71,5 @@ def read_preset(path: Path) -> Any:
     Raises:
       ValueError: if the file cannot be read as JSON.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"preset must be a readable JSON file, got {path}: {error}") from error
+    values = read_json_file(path, "preset")
     return values.get("run", values) if isinstance(values, dict) else values

@@ -71,8 +71,10 @@ class Results:
             return cls(seeds=seeds, **{name: value for name, value in values.items() if name not in RETIRED})
         except OSError as error:
             raise ValueError(f"a finished run must have {path}: {error.strerror}") from error
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} must hold the results of a run, got {type(error).__name__}: {error}") from error
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} must hold the results of a run, got {type(error).__name__}: {str(error)[:300]}"
+            ) from error
 
 
 def _seed_result(values: dict[str, Any]) -> SeedResult:

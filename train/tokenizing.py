@@ -1,8 +1,9 @@
 """Tokenizer files: read, checked against the model's vocabulary, and what ends a document."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,11 @@ def load_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
         if vocab_size < BYTES:
             raise ValueError(f"vocab_size must be at least {BYTES} when bytes are the tokens, got {vocab_size}")
         return None
-    try:
+    with _refusals(f"tokenizer must be a Hugging Face tokenizer.json, got {path}"):
         tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exceptions
-        message = f"tokenizer must be a Hugging Face tokenizer.json, got {path}: {str(error)[:300]}"
-        raise ValueError(message) from error
     if not vocabulary:
         raise ValueError(f"the tokenizer must have a vocabulary, got none in {path}")
     token = max(vocabulary, key=vocabulary.__getitem__)
@@ -51,6 +49,17 @@ def load_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
             f"{vocabulary[token]} ({shown(token)}) in {path}"
         )
     return tokenizer
+
+
+@contextlib.contextmanager
+def _refusals(message: str) -> Iterator[None]:
+    """Turns whatever the library raises into a ValueError: bare Exceptions, and panics, which are not even these."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{message}: {str(error)[:300]}") from error
 
 
 def find_end_token(tokenizer: Tokenizer, path: Path) -> EndToken | None:
@@ -101,11 +110,11 @@ def encode_files(
 
 def _encode(file: TextFile, tokenizer: Tokenizer, end: EndToken | None, vocab_size: int) -> Int[np.ndarray, " T"]:
     try:
-        ids = tokenizer.encode(file.text.decode()).ids
+        text = file.text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"text for a tokenizer must be UTF-8, got {file.path}: {error.reason}") from error
-    except Exception as error:  # the library raises bare Exceptions, as for an unknown word without a token for it
-        raise ValueError(f"the tokenizer cannot read {file.path}: {str(error)[:300]}") from error
+    with _refusals(f"the tokenizer cannot read {file.path}"):  # as for an unknown word without a token for it
+        ids = tokenizer.encode(text).ids
     if end is not None and ids[-1:] != [end.id]:
         ids.append(end.id)
     if ids and max(ids) >= vocab_size:  # a post-processor may add ids that the vocabulary does not have

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,14 @@ from train_cases import (
 
 from dsa_jax.hf.convert import save_hf
 from train.__main__ import Arguments, main
-from train.checkpoint import Checkpoints, Position, checkpoint_steps
+from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity
 from train.data import load
-from train.experiment import control_run
+from train.experiment import control_run, describe_run, seed_runs
 from train.initial import InitialParams
 from train.metrics import MetricsLog
 from train.phases import CONTROLS, merge_groups, split_groups
 from train.run import DivergedError, Run, check_tokens, load_model
+from train.settings import differences
 from train.state import abstract_params
 
 
@@ -122,6 +124,106 @@ def test_bad_combinations(capsys, preset, tmp_path):
     assert "init must be a folder" in refused(capsys, *common, "--init", tmp_path)
     assert main(["--seeds", "0", "--out", str(tmp_path / "out")]) == 2
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--coordinator localhost --num-processes 1 --process-id 0",
+            "HOST:PORT .*, got 'localhost'",
+        ),
+        ("--coordinator localhost: --num-processes 1 --process-id 0", "coordinator must be HOST:PORT"),
+        ("--coordinator :1234 --num-processes 1 --process-id 0", "coordinator must be HOST:PORT"),
+        ("--coordinator a:x --num-processes 1 --process-id 0", "coordinator must be HOST:PORT"),
+        ("--coordinator a:65536 --num-processes 1 --process-id 0", "coordinator must be HOST:PORT"),
+        ("--coordinator a:1 --num-processes 0 --process-id 0", "num_processes must be at least 1, got 0"),
+        ("--coordinator a:1 --num-processes 2 --process-id -1", "process_id must be from 0 to num_processes - 1 = 1"),
+    ],
+)
+def test_bad_processes(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("was not refused"))
+    assert re.search(message, refused(capsys, "--distributed", *arguments.split()))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("SLURM_NODELIST"), IndexError("list index"), TypeError("no int"), RuntimeError()]
+)
+def test_whatever_jax_raises_where_processes_join_is_one_line(capsys, monkeypatch, error):
+    def initialize(*_):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert f"did not come together: {type(error).__name__}" in refused(capsys, "--distributed")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": {}, "model": {}}', "the key 'model' stands twice"),
+        ('{"seed": NaN}', "NaN is no number of JSON"),
+        ('{"seed": -Infinity}', "-Infinity is no number of JSON"),
+        ('{"seed": %s}' % ("9" * 5000), "preset must be a readable JSON file"),
+        ("[" * 100_000, "nests too deep"),
+        ("[]", "run must be an object"),
+        ("null", "run must be an object"),
+        ('{"run": null}', "run must be an object"),
+        ('{"%s": 1}' % ("x" * 5000), "run has unknown fields"),
+        (json.dumps({str(i): 1 for i in range(3000)}), "run has unknown fields"),
+    ],
+)
+def test_presets_that_are_no_runs(capsys, tmp_path, text, message):
+    (tmp_path / "p.json").write_text(text)
+    error = refused(capsys, "--preset", tmp_path / "p.json", "--out", tmp_path / "out")
+    assert message in error and len(error) < 1000
+
+
+def test_a_damaged_run_json_is_named(capsys, preset, tmp_path):
+    (tmp_path / "out").mkdir()
+    for text in ("{}", "[]", "{", '{"run": {}, "identity": []}'):
+        (tmp_path / "out" / "run.json").write_text(text)
+        error = refused(capsys, "--preset", preset, "--out", tmp_path / "out", "--resume")
+        assert "must hold the run.json of a run" in error
+        with pytest.raises(ValueError, match="must hold the run.json of a run"):
+            load_model(tmp_path / "out")
+
+
+def test_a_metrics_file_of_anything_is_cut_where_it_is_no_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for line in ("[]", "3", '{"loss": 1}', '{"step": null}'):
+        path.write_text('{"step": 1}\n' + line + "\n")
+        with MetricsLog(path, keep=4):
+            assert path.read_text() == '{"step": 1}\n'
+
+
+def test_seeds_count_from_the_presets(run, tmp_path):
+    configs = [each.config.seed for each in seed_runs(dataclasses.replace(run, seed=5), tmp_path / "out", 3)]
+    assert configs == [5, 6, 7]
+    with pytest.raises(ValueError, match="seeds must be at most 1000"):
+        seed_runs(run, tmp_path / "out", 10**9)
+
+
+def test_arguments_of_text_reach_the_data(run, tmp_path):
+    preset = str(write_preset(run, tmp_path / "p.json"))
+    assert Arguments(preset).run_config().data == run.data
+    data = Arguments(preset, append=False, max_bytes=500).run_config().data
+    assert (data.append, data.max_bytes) == (False, 500)
+    with pytest.raises(ValueError, match="max_bytes must be at least 1, got 0"):
+        Arguments(preset, max_bytes=0).run_config()
+
+
+def test_the_report_says_what_was_left_out(run):
+    corpus = load(run.data)
+    assert "text left out" not in describe_run(Run(run, "out"), corpus)
+    corpus = dataclasses.replace(corpus, left_out=(3, 60_000))
+    assert describe_run(Run(run, "out"), corpus)["text left out"] == "3 files of 60,000 bytes, past max_bytes"
+
+
+def test_runs_of_before_end_tokens_are_continued(run):
+    """Their identity does not speak of `append`; its default means nothing for bytes."""
+    assert "append" not in identity(run)["data"]
+    other = dataclasses.replace(run, data=dataclasses.replace(run.data, append=False))
+    assert differences(identity(other), identity(run)) == ["data.append None, here False"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 256), ("targets", -1)])
