@@ -53,7 +53,8 @@ def test_sparse_attention(place, dtype):
 @pytest.mark.parametrize("place", nan_cases.PLACES)
 @pytest.mark.parametrize("heads", [16, 64])
 def test_sparse_attention_interpreted(place, heads):
-    inputs = nan_cases.sparse_inputs(0, 1, 3, 300, heads, 64, 64, 140, "bfloat16")
+    keys = 140 if heads == 64 else 70  # two pairs of key blocks, so that maxima meet; one
+    inputs = nan_cases.sparse_inputs(0, 1, 3, 300, heads, 64, 64, keys, "bfloat16")
     check_attention(*nan_cases.sparse_results(interpreted, place, inputs, 300))
 
 
@@ -156,7 +157,7 @@ def targets(implementation):
 @pytest.mark.parametrize("place", nan_cases.PLACES)
 @pytest.mark.parametrize("implementation", ["xla", "interpreted"])
 def test_target(place, implementation):
-    inputs = nan_cases.sparse_inputs(0, 1, 3, 300, 16, 64, 64, 140, "bfloat16")
+    inputs = nan_cases.sparse_inputs(0, 1, 3, 300, 16, 64, 64, 70, "bfloat16")
     clean, spoilt, bad, _, _ = nan_cases.sparse_results(targets(implementation), place, inputs, 300)
     indices = np.asarray(inputs[2])
     present = (indices >= 0) & (indices < 300)
@@ -184,7 +185,7 @@ def sparse_loss(implementation, k_scale):
 @pytest.mark.parametrize("what", [*INDEX, *nan_cases.PLACES])
 @pytest.mark.parametrize("implementation", ["xla", "interpreted"])
 def test_sparse_loss(what, implementation):
-    b, t, s, k = 1, 3, 300, 140
+    b, t, s, k = 1, 3, 300, 70
     q, kv, indices, empty = nan_cases.sparse_inputs(0, b, t, s, 16, 64, 64, k, "bfloat16")
     *index, _ = index_inputs(3, b, t, s, 16, 64, "bfloat16")
     index = (*index[:2], 0.1 * index[2])

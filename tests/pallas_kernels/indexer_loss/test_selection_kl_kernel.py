@@ -94,7 +94,7 @@ call = jax.jit(selection_kl, static_argnames=("blocks", "interpret"))
 
 
 @pytest.mark.parametrize(("k", "backward"), [(128, True), (384, False), (2176, True)])
-@pytest.mark.parametrize("kind", ["some", "none", "all", "one", "p is 0", "far apart", "low"])
+@pytest.mark.parametrize("kind", ["some", "none", "all", "one", "p is 0", "far apart", "low", "NaN", "inf", "p is NaN"])
 def test_statistics(k, backward, kind):
     """The softmax's own Python: I, KL and dI of one query, at the edges of its unrolling."""
     random = np.random.default_rng(k)
@@ -112,6 +112,10 @@ def test_statistics(k, backward, kind):
     spread, shift = {"far apart": (300, 0), "low": (1, -500)}.get(kind, (2, 0))
     weighted = (spread * random.standard_normal(k) + shift).astype(np.float32)
     scale, d_kl = random.uniform(0.5, 2, size).astype(np.float32), random.standard_normal(5).astype(np.float32)
+    shows = kind in ("NaN", "inf", "p is NaN")
+    if shows:
+        spoilt, value = (sums, np.nan) if kind == "p is NaN" else (weighted, float(kind))
+        spoilt[np.flatnonzero(there)[1]] = value
     machine = numpy_simt.Machine(WARPGROUP_THREADS, k + 16, 0)
     machine.smem[:k] = weighted.view(np.uint32)
     with pytest.MonkeyPatch.context() as patch:
@@ -123,6 +127,11 @@ def test_statistics(k, backward, kind):
         arguments: Any = (query_at, at[0], at[1], at[2], at[3:4] if backward else [], at[4], scores, notes)
         kernel.run_statistics(k, size, *arguments)
     kl = machine.gmem[int(at[4].value[0]) // 4 :].view(np.float32)[:5]
+    if shows:
+        np.testing.assert_array_equal(kl, [9, 9, 9, np.nan, 9])
+        if backward:
+            np.testing.assert_array_equal(machine.smem[:k].view(np.float32), np.where(there, np.nan, 0.0))
+        return
     x = weighted[there].astype(np.float64) * scale[ids[there]]
     p = sums[there] / (sums[there].sum(dtype=np.float64) or 1)
     log_softmax = x - np.logaddexp.reduce(x) if len(x) else x
@@ -164,11 +173,11 @@ def test_budget():
 
 
 def test_signs_and_masks():
-    """Tests the interpreter's bits and masks, of zeros of either sign as well; the kernel's own run on the card."""
-    logits = normal(0, 64, 64).at[3].set(0.0).at[5].set(-0.0)
+    """Tests the interpreter's bits and masks, of zeros of either sign and NaN too; the kernel's own run on the card."""
+    logits = normal(0, 64, 64).at[3].set(0.0).at[5].set(-0.0).at[7].set(jnp.nan)
     values = normal(1, 64)
     total = sum(x.astype(jnp.float32) for x in masked(signs(logits, True), values, True))
-    want = jnp.where(logits > 0, values[:, None], 0.0)
+    want = jnp.where(logits <= 0, 0.0, values[:, None])
     assert jnp.abs(total - want).max() <= 2.0**-16 * jnp.abs(values).max()
     np.testing.assert_array_equal(np.asarray(total)[np.asarray(logits <= 0)], 0.0)
 
