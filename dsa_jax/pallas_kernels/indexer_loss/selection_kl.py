@@ -636,7 +636,7 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
 def signs(logits, interpret: bool = False):
     """Packs where `logits` [64 keys, 64 heads] > 0, or NaN, into one int32 a thread."""
     if interpret:
-        bits = ~(logits <= 0).reshape(WARPGROUP_THREADS, 32).astype(jnp.uint32)
+        bits = (~(logits <= 0)).reshape(WARPGROUP_THREADS, 32).astype(jnp.uint32)
         words = (bits << lax.broadcasted_iota(jnp.uint32, bits.shape, 1)).sum(axis=1, dtype=jnp.uint32)
         return lax.bitcast_convert_type(words, jnp.int32)
 
