@@ -3,9 +3,11 @@
 Each subcommand is a function of this file; its arguments and docstring are the subcommand's help.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,8 +53,13 @@ def convert(
         max_shard_bytes: Most bytes in one file.
     """
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        convert_hf(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes, track=progress.track)
+    with contextlib.ExitStack() as stack:
+
+        def track(names: list[str]) -> Iterable[str]:
+            """Shows the progress once the checkpoint has proved sound: an error before that is a line by itself."""
+            return stack.enter_context(Progress(*columns, console=Console(stderr=True))).track(names)
+
+        convert_hf(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes, track=track)
 
 
 def info(directory: tyro.conf.Positional[Path]) -> None:
