@@ -14,7 +14,7 @@ def shown(value: Any) -> str:
 
     Examples:
       >>> shown("x" * 100)[-8:], shown(10**5000)
-      ("xxxxxxx…", 'an integer of 16610 bits')
+      ('xxxxxxx…', 'an integer of 16610 bits')
     """
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones
         return f"an integer of {value.bit_length()} bits"
