@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from cases import hostile_indices, normal, poison_unselected, pulled
+from cases import close, hostile_indices, normal, poison_unselected, pulled
 
 PLACES = ("nan key", "inf key", "nan query", "inf query")
 SCALE = 0.3
@@ -65,21 +65,27 @@ def sparse_results(call, place, inputs, size):
     return clean, spoilt, bad, empty, (reached & bad[..., None]).any(1)
 
 
-def is_nan_alone_at(spoilt, clean, bad, name, every=True):
-    """Asserts NaN in the rows that are bad, everywhere in them or anywhere, and the same bits in all others."""
+def is_nan_alone_at(spoilt, clean, bad, name, every=True, repeats=True):
+    """Asserts NaN in the rows that are bad, everywhere in them or anywhere, and the same bits in all others.
+
+    Sums that do not repeat, as XLA's over keys on a GPU, which adds in any order, are close in all others.
+    """
     spoilt, clean = np.asarray(spoilt), np.asarray(clean)
     nan = np.isnan(spoilt.astype(np.float32)).reshape(*bad.shape, -1)
     assert not np.isnan(clean.astype(np.float32)).any(), name
     assert (nan.all(-1) if every else nan.any(-1))[bad].all(), name
-    assert spoilt[~bad].tobytes() == clean[~bad].tobytes(), f"{name}: others have changed"
+    if repeats:
+        assert spoilt[~bad].tobytes() == clean[~bad].tobytes(), f"{name}: others have changed"
+    else:
+        close(spoilt[~bad].astype(np.float32), clean[~bad].astype(np.float32), 2**-6)
 
 
-def check_attention(clean, spoilt, bad, empty, keys):
-    """Holds (out, lse, d_q, d_kv) against the contract."""
+def check_attention(clean, spoilt, bad, empty, keys, repeats=True):
+    """Holds (out, lse, d_q, d_kv) against the contract; `repeats`: whether sums over keys have the same bits again."""
     for (name, where), x, y in zip(
         (("out", bad), ("lse", bad), ("d_q", bad), ("d_kv", keys)), spoilt, clean, strict=False
     ):
-        is_nan_alone_at(x, y, where, name)
+        is_nan_alone_at(x, y, where, name, repeats=repeats or name != "d_kv")
     out, lse, *gradients = spoilt
     np.testing.assert_array_equal(np.asarray(out, np.float32)[empty], 0.0)
     np.testing.assert_array_equal(np.asarray(lse)[empty], -np.inf)
@@ -132,7 +138,7 @@ def spoil_index(what, index, reached):
     return (q_index, k_index, weights), bad
 
 
-def check_kl(clean, spoilt, bad, keys, *, alone=True):
+def check_kl(clean, spoilt, bad, keys, *, alone=True, repeats=True):
     """Holds (KL, d_q_index, d_k_index, d_weights) against the contract; `alone`: whether keys show it there alone."""
     is_nan_alone_at(spoilt[0], clean[0], bad, "KL")
     is_nan_alone_at(spoilt[1], clean[1], bad, "d_q_index", every=False)
@@ -140,4 +146,4 @@ def check_kl(clean, spoilt, bad, keys, *, alone=True):
     d_k = np.asarray(spoilt[2], np.float32)
     assert np.isnan(d_k).any(-1)[keys].all()
     if alone:
-        is_nan_alone_at(spoilt[2], clean[2], keys, "d_k_index", every=False)
+        is_nan_alone_at(spoilt[2], clean[2], keys, "d_k_index", every=False, repeats=repeats)

@@ -31,7 +31,8 @@ INDEX = ("q_index", "k_index", "weights")
 def test_sparse_attention(implementation, heads, place):
     attend = functools.partial(sparse_attention, value_dim=512, scale=SCALE, implementation=implementation)
     inputs = nan_cases.sparse_inputs(0, 2, 9, 700, heads, 512, 64, 300, "bfloat16")
-    check_attention(*nan_cases.sparse_results(nan_cases.with_gradients(attend, 2), place, inputs, 700))
+    results = nan_cases.sparse_results(nan_cases.with_gradients(attend, 2), place, inputs, 700)
+    check_attention(*results, repeats=implementation == "pallas")
 
 
 @pytest.mark.parametrize("place", nan_cases.PLACES)
@@ -75,7 +76,7 @@ def test_sparse_loss(implementation, heads, what):
         return run(index, q, kv, lse, indices)
 
     results = results_of(index, q, kv), results_of(spoilt_index, spoilt_q, spoilt_kv)
-    check_kl(*results, bad, (reached & bad[..., None]).any(1))
+    check_kl(*results, bad, (reached & bad[..., None]).any(1), repeats=implementation == "pallas")
     for x in (results[1][0], results[1][1], results[1][3]):
         np.testing.assert_array_equal(np.asarray(x, np.float32)[empty], 0.0)
 
