@@ -311,7 +311,7 @@ def _as_tokens(tokens):
         except ValueError:  # rows of different lengths
             raise ValueError("tokens must be integers [B, T], got rows of different lengths: pad them") from None
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
     return jnp.asarray(tokens)
 
 

@@ -38,7 +38,7 @@ def attend(scale):
         (lambda: KeyRange.packed(jnp.zeros((1, 3))), ["segment_ids", "integers", "float32"]),
         (lambda: small_model(CONFIG)("some text"), ["tokens", "integers [B, T]", "<U9"]),
         (lambda: small_model(CONFIG)([[1, 2], [3]]), ["tokens", "different lengths"]),
-        (lambda: small_model(CONFIG)([1, 2]), ["tokens", "[2]"]),
+        (lambda: small_model(CONFIG)([1, 2]), ["tokens", "(2,)"]),
         (lambda: small_model(CONFIG)([[0.5]]), ["tokens", "float64"]),
         (lambda: small_model(CONFIG)(tokens(1, 4), keys=jnp.ones((1, 4, 4), bool)), ["KeyRange", "[1, 4, 4]"]),
     ],

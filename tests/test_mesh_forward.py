@@ -36,7 +36,8 @@ def alone():
 def test_it_is_one_devices(alone, mesh):
     inputs, keys, (want, logits) = alone
     mesh = mesh_of(mesh)
-    out = forward_on_mesh(small_model(CONFIG), mesh, inputs, keys=keys, return_selected=True, return_routed=True)
+    wanted: dict = dict(return_selected=True, return_routed=True, return_indexer_kl=True)
+    out = forward_on_mesh(small_model(CONFIG), mesh, inputs, keys=keys, **wanted)
     np.testing.assert_array_equal(out.selected, want.selected)
     valid = np.asarray(keys.nonempty())
     np.testing.assert_allclose(np.asarray(out.hidden)[valid], np.asarray(want.hidden)[valid], rtol=2e-4, atol=2e-5)
@@ -47,6 +48,7 @@ def test_it_is_one_devices(alone, mesh):
         small_model(CONFIG), mesh, inputs, keys=keys, selected=want.selected[..., ::-1], routed=out.routed[..., ::-1]
     )
     np.testing.assert_allclose(replayed.hidden, out.hidden, rtol=1e-4, atol=1e-5)
+    assert replayed.indexer_kl is None
 
 
 @pytest.mark.meshes

@@ -364,7 +364,6 @@ def shaped(*dims, dtype="int32"):
         (dict(keys=KeyRange(shaped(2, 20), shaped(2, 1))), ["keys", "(2, 1)"]),
         (dict(positions=shaped(1, 20)), ["positions", "[2, 20]", "(1, 20)"]),
         (dict(attention="linear"), ["attention", "'sparse'", "'dense'", "'linear'"]),
-        (dict(attention="dense", return_selected=True), ["return_selected", "sparse", "dense"]),
         (dict(attention="dense", selected=shaped(2, 2, 20, 8)), ["selected", "sparse", "dense"]),
         (dict(selected=shaped(2, 20, 8)), ["selected", "[2, 2, 20, K]", "(2, 20, 8)"]),
         (dict(selected=shaped(3, 2, 20, 8)), ["selected", "(3, 2, 20, 8)"]),

@@ -127,8 +127,9 @@ def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
     values = {**config.to_json(), "init": init}
     for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
         del values[name]
-    if values["data"].get("append"):  # the default, of which older runs do not speak: text by bytes has no end tokens
-        del values["data"]["append"]
+    for part in values.values():
+        if isinstance(part, dict) and part.get("append"):  # of the text; older runs do not speak of this default
+            del part["append"]
     return values
 
 

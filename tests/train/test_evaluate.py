@@ -381,7 +381,7 @@ def test_a_mixture_lacks_what_a_part_lacks(held_out):
     [
         (dict(subsets={"code": {}}), r"of the parts \['text', 'whole'\], got \['code'\]"),
         (dict(mixture={"code": 1.0}), r"of the parts \['text', 'whole'\], got \['code'\]"),
-        (dict(subsets={"whole": {"digits": ()}}), "must have a mask for each batch, of 1"),
+        (dict(subsets={"whole": {"digits": ()}}), "must have a mask for each batch, of 2"),
     ],
 )
 def test_bad_held_out_data_are_named(held_out, changes, message):
