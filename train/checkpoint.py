@@ -127,6 +127,8 @@ def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
     values = {**config.to_json(), "init": init}
     for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
         del values[name]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # they decide no number, and older runs lack them
+        del values["model"][name]
     for part in values.values():
         if isinstance(part, dict) and part.get("append"):  # of the text; older runs do not speak of this default
             del part["append"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from train_cases import small_config, small_phases, small_run, state_of
 
-from train.checkpoint import Checkpoints, Position, checkpoint_steps, load_params
+from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params
 from train.run import Run
 from train.settings import Stage
 from train.state import abstract_params
@@ -110,3 +110,10 @@ def test_too_little_room_is_said_before_training(run, tmp_path, monkeypatch):
     monkeypatch.setattr("train.run.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"must have room for the run's checkpoints"):
         Run(run, tmp_path / "out").open(resume=False)
+
+
+def test_what_decides_no_number_is_no_part_of_a_runs_identity(run):
+    model = dataclasses.replace(run.model, eos_token_id=(1, 2))
+    other = dataclasses.replace(run, model=model, checkpoint_every=7, evaluation_batches=9)
+    assert identity(other) == identity(run)
+    assert identity(dataclasses.replace(run, seed=3)) != identity(run)
