@@ -50,13 +50,13 @@ def test_sparse_attention(place, dtype):
     check_attention(*nan_cases.sparse_results(nan_cases.with_gradients(attend, 2), place, inputs, 40))
 
 
-def some_always(*always):
+def slow_except(*always):
     """Marks all of the cases as slow but those that are named: the interpreter takes ten seconds for each."""
     cases = [(heads, place) for heads in (16, 64) for place in nan_cases.PLACES]
     return [case if case in always else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize(("heads", "place"), some_always((16, "inf query"), (64, "nan key")))
+@pytest.mark.parametrize(("heads", "place"), slow_except((16, "inf query"), (64, "nan key")))
 def test_sparse_attention_interpreted(place, heads):
     keys = 140 if heads == 64 else 70  # two pairs of key blocks, so that maxima meet; one
     inputs = nan_cases.sparse_inputs(0, 1, 3, 300, heads, 64, 64, keys, "bfloat16")
