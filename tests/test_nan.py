@@ -50,13 +50,17 @@ def test_sparse_attention(place, dtype):
     check_attention(*nan_cases.sparse_results(nan_cases.with_gradients(attend, 2), place, inputs, 40))
 
 
-def slow_except(*always):
-    """Marks all of the cases as slow but those that are named: the interpreter takes ten seconds for each."""
-    cases = [(heads, place) for heads in (16, 64) for place in nan_cases.PLACES]
-    return [case if case in always else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+def slow_except(cases, always):
+    """Marks as slow all cases but those that run always: the interpreter takes up to ten seconds for each."""
+    return [case if always(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize(("heads", "place"), slow_except((16, "inf query"), (64, "nan key")))
+HEADS = [(heads, place) for heads in (16, 64) for place in nan_cases.PLACES]
+
+
+@pytest.mark.parametrize(
+    ("heads", "place"), slow_except(HEADS, lambda *case: case in ((16, "inf query"), (64, "nan key")))
+)
 def test_sparse_attention_interpreted(place, heads):
     keys = 140 if heads == 64 else 70  # two pairs of key blocks, so that maxima meet; one
     inputs = nan_cases.sparse_inputs(0, 1, 3, 300, heads, 64, 64, keys, "bfloat16")
@@ -187,8 +191,12 @@ def sparse_loss(implementation, k_scale):
     return nan_cases.kl_with_gradients(loss) if implementation == "xla" else kernels
 
 
-@pytest.mark.parametrize("what", [*INDEX, *nan_cases.PLACES])
-@pytest.mark.parametrize("implementation", ["xla", "interpreted"])
+LOSSES = [(way, what) for way in ("xla", "interpreted") for what in (*INDEX, *nan_cases.PLACES)]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "what"), slow_except(LOSSES, lambda way, what: way == "xla" or what in ("k_index", "nan query"))
+)
 def test_sparse_loss(what, implementation):
     b, t, s, k = 1, 3, 300, 70
     q, kv, indices, empty = nan_cases.sparse_inputs(0, b, t, s, 16, 64, 64, k, "bfloat16")
