@@ -193,7 +193,7 @@ class Corpus:
     fingerprint: str
     """Changes with the text, the tokenizer and the split."""
     end_token: str | None = None
-    """What ends every document."""
+    """The token that ends every document."""
     left_out: tuple[int, int] = (0, 0)
     """Files, and their bytes, that `max_bytes` had no room for."""
 

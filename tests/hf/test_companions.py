@@ -1,4 +1,4 @@
-"""What travels with the weights: token ids, tokenizer, generation settings; never code, nor the names of any."""
+"""The companions of the weights: token ids, tokenizer, generation settings; never code, nor the names of any."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint of any size is one line, in groups, with the likely cause."""
+"""All complaints of a checkpoint of any size are one line, in groups, with the likely cause."""
 
 import dataclasses
 
