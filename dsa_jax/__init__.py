@@ -15,7 +15,7 @@ from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.inference.generate import generate
 from dsa_jax.inference.sampling import sample
 from dsa_jax.key_range import KeyRange
-from dsa_jax.layers import Attention, SparseMLA
+from dsa_jax.layers import Attention, AttentionMaps, SparseMLA
 from dsa_jax.mesh_forward import forward_on_mesh
 from dsa_jax.model import Output, Transformer
 from dsa_jax.moe import MoE
@@ -28,6 +28,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Attention",
+    "AttentionMaps",
     "Cache",
     "Config",
     "Implementation",

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.blockwise import contract, map_queries, queries_per_block
+from dsa_jax.blockwise import accumulator, contract, map_queries, queries_per_block
 from dsa_jax.pallas_kernels import Implementation, choose_implementation
 from dsa_jax.pallas_kernels import indexer_loss as loss_kernels
 from dsa_jax.pallas_kernels import sparse_attention as sparse_kernels
@@ -37,7 +37,7 @@ def sparse_attention(
     `out` 0 and `lse` -inf. Latents that are not selected are never read into the result, so they may be NaN.
 
     Args:
-      q: queries in latent form, float32 or bfloat16.
+      q: queries in latent form, float32, bfloat16 or, by XLA alone, float64.
       kv: latents, in the dtype of `q`.
       indices: the selection of each query, positions of `kv`.
       value_dim: C.
@@ -45,7 +45,8 @@ def sparse_attention(
       implementation: None, "xla" or "pallas", of the forward and the backward.
 
     Returns:
-      out [B, T, N, value_dim] in the dtype of `q`, lse [B, T, N] float32; softmax and sums in float32.
+      out [B, T, N, value_dim] in the dtype of `q`, lse [B, T, N] float32; softmax and sums in float32. For float64
+      these are float64.
 
     Raises:
       ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
@@ -164,7 +165,7 @@ def attend(q, k, v, bias, *, scale, dims):
 
 
 def attend_backward(q, k, v, bias, lse, d_out, d_lse, *, scale, dims):
-    """Computes the gradients of `attend` by q, k and v; the last two in float32."""
+    """Computes the gradients of `attend` by q, k and v; the last two as they are summed."""
     logits, has_key = _logits(q, k, bias, scale, dims), bias[:, None] > -jnp.inf
     # Masked once more, as a row whose lse is NaN has no weight of 0.
     weights = jnp.where(has_key, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]), 0.0)
@@ -251,7 +252,7 @@ def _gathered_backward(q, kv, indices, out, lse, d_out, d_lse, *, value_dim, sca
         return d_q, scatter_rows(d_kv, indices, d_rows.at[..., :value_dim].add(d_values))
 
     queries = (q, indices, lse, d_out, d_lse)
-    d_kv = jnp.zeros(kv.shape, jnp.float32)
+    d_kv = jnp.zeros(kv.shape, accumulator(kv))
     d_q, d_kv = map_queries(block, queries, kv, d_kv, block=_sparse_block(q, kv, indices))
     return d_q, d_kv.astype(kv.dtype)
 
@@ -314,7 +315,7 @@ def check_lse(lse, q):
 
 
 def check_one_dtype(**arrays):
-    """Raises ValueError unless all arrays have one dtype, float32 or bfloat16."""
+    """Raises ValueError unless all arrays have one dtype, float32, bfloat16 or float64."""
     dtypes = {name: str(x.dtype) for name, x in arrays.items()}
-    if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in ("float32", "bfloat16"):
-        raise ValueError(f"{' and '.join(dtypes)} must have one dtype, float32 or bfloat16, got {dtypes}")
+    if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"{' and '.join(dtypes)} must have one dtype, float32, bfloat16 or float64, got {dtypes}")

@@ -10,17 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 BLOCK_ELEMENTS = 1 << 24  # elements of the widest intermediate of a block: 64 MiB in float32
 
 
 def contract(dims: str, *operands: Array) -> Float[Array, "..."]:
-    """Contracts like `einsum`, accumulated and returned in float32.
+    """Contracts like `einsum`, accumulated and returned in float32, in float64 if an operand is.
 
     Operands of float32 are multiplied in full float32, never in TF32.
     """
-    return jnp.einsum(dims, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    wide = accumulator(*operands)
+    return jnp.einsum(dims, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
+
+
+def accumulator(*arrays: Array) -> np.dtype:
+    """Returns the dtype in which sums over these arrays are kept: float64 if one of them is, else float32."""
+    return np.dtype(np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32)
 
 
 def queries_per_block(elements_per_query: int) -> int:

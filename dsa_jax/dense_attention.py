@@ -21,7 +21,7 @@ from dsa_jax.attention import (
     static_scale,
     zero_unreached,
 )
-from dsa_jax.blockwise import map_queries, queries_per_block
+from dsa_jax.blockwise import accumulator, map_queries, queries_per_block
 from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.pallas_kernels import (
     CAPABILITY,
@@ -50,7 +50,7 @@ def latent_attention(
     """Attends to every reachable latent in MLA's multi-query form, H = C + R.
 
     Args:
-      q: queries in latent form, float32 or bfloat16.
+      q: queries in latent form, float32, bfloat16 or float64.
       kv: latents, in the dtype of `q`. Those that no query of their row reaches may be NaN.
       keys: the keys that each query may reach.
       value_dim: C, the first columns of `kv`, which are the values.
@@ -85,7 +85,7 @@ def multihead_attention(
     """Attends with keys and values of each head's own (H = P + R): 3.4 times fewer FLOPs a pair than the latent form.
 
     Args:
-      q: queries, float32 or bfloat16.
+      q: queries, float32, bfloat16 or, by XLA alone, float64.
       k: keys, in the dtype of `q`. Those that no query of their row reaches may be NaN.
       v: values, likewise.
       keys: the keys that each query may reach.
@@ -131,7 +131,7 @@ def _dense_attention(scale, dims, implementation, q, k, v, keys, indices):
 def _reached_attention(q, k, v, start, stop, indices=None, *, scale, dims):
     def block(queries, keys, sums):
         (q, start, stop, indices), (k, v) = queries, keys
-        return attend(q, k, v, _reach(start, stop, indices, k.shape[0]), scale=scale, dims=dims), sums
+        return attend(q, k, v, _reach(start, stop, indices, k), scale=scale, dims=dims), sums
 
     return map_queries(block, (q, start, stop, indices), (k, v), block=_dense_block(q, k))[0]
 
@@ -140,13 +140,13 @@ def _dense_block(q, k):
     return queries_per_block(3 * k.shape[1] * q.shape[2])
 
 
-def _reach(start, stop, indices, size):
+def _reach(start, stop, indices, k):
     """Computes the bias of `attend` over all keys: the log of their multiplicity in a selection, -inf out of reach."""
-    reach = KeyRange(start, stop).contains(jnp.arange(size))
+    reach = KeyRange(start, stop).contains(jnp.arange(k.shape[0]))
     if indices is None:
         return jnp.where(reach, 0.0, -jnp.inf)
-    ones = jnp.ones(indices.shape, jnp.float32)
-    counts = jax.vmap(scatter_rows)(jnp.zeros(reach.shape, jnp.float32), indices, ones)
+    ones = jnp.ones(indices.shape, accumulator(k))
+    counts = jax.vmap(scatter_rows)(jnp.zeros(reach.shape, ones.dtype), indices, ones)
     return jnp.where(reach, jnp.log(counts), -jnp.inf)
 
 
@@ -171,12 +171,12 @@ def _dense_backward(scale, dims, implementation, residuals, cotangents):
 def _reached_backward(q, k, v, start, stop, lse, d_out, d_lse, indices=None, *, scale, dims):
     def block(queries, keys, sums):
         (q, start, stop, indices, *rest), (k, v) = queries, keys
-        bias = _reach(start, stop, indices, k.shape[0])
+        bias = _reach(start, stop, indices, k)
         d_q, d_k, d_v = attend_backward(q, k, v, bias, *rest, scale=scale, dims=dims)
         return d_q, (sums[0] + d_k, sums[1] + d_v)
 
     queries = (q, start, stop, indices, lse, d_out, d_lse)
-    sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    sums = jnp.zeros(k.shape, accumulator(k)), jnp.zeros(v.shape, accumulator(v))
     d_q, (d_k, d_v) = map_queries(block, queries, (k, v), sums, block=_dense_block(q, k))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
 

@@ -4,10 +4,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsa_jax.blockwise import contract, join_queries, map_rows, split_queries
+from dsa_jax.blockwise import accumulator, contract, join_queries, map_rows, split_queries
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.nn import LayerNorm, new_weight, project, show_arguments
@@ -20,7 +21,7 @@ from dsa_jax.rope import rotate_half_split, rotate_interleaved
 QUERY_TILE = 16
 KEY_TILE = 512
 KEY_NORM_EPS = 1e-6  # of the index key's norm, whatever the config says of the others
-INDEX_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn)
+INDEX_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, np.float64)
 
 
 def index_scores(
@@ -37,7 +38,7 @@ def index_scores(
     The result is T × S: for long sequences use `select_keys`, which keeps no more than a block of it.
 
     Args:
-      q_index: index queries, float32, bfloat16 or e4m3.
+      q_index: index queries, float32, bfloat16, e4m3 or, by XLA alone, float64.
       k_index: index keys, one a token, shared by the J heads, in the dtype of `q_index`.
       weights: float32 head weights, the scale of an e4m3 query included.
       keys: the keys that each query may reach; the others score -inf. Keys that no query of their row reaches may be
@@ -46,7 +47,8 @@ def index_scores(
       implementation: None, "xla" or "pallas".
 
     Returns:
-      float32 scores, products and sums in float32. The bits of a score depend on its own query, key and weights alone.
+      float32 scores, products and sums in float32; float64 for float64. The bits of a score depend on its own query,
+      key and weights alone.
 
     Raises:
       ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
@@ -92,7 +94,7 @@ def check_index_inputs(q_index, k_index, weights, keys, k_scale):
         raise ValueError(f"k_index must be [{batch}, S, {dim}] like q_index {q_index.shape}, got shape {k_index.shape}")
     if k_index.dtype != q_index.dtype or q_index.dtype not in INDEX_DTYPES:
         raise ValueError(
-            "q_index and k_index must have one dtype, float32, bfloat16 or float8_e4m3fn, "
+            "q_index and k_index must have one dtype, float32, bfloat16, float8_e4m3fn or float64, "
             f"got {q_index.dtype} and {k_index.dtype}"
         )
     if not jnp.issubdtype(weights.dtype, jnp.floating):
@@ -101,12 +103,13 @@ def check_index_inputs(q_index, k_index, weights, keys, k_scale):
         raise ValueError(f"weights must be [{batch}, {length}, {heads}] like q_index, got shape {weights.shape}")
     check_keys(keys, batch, length)
     size = k_index.shape[1]
-    k_scale = jnp.ones((batch, size), jnp.float32) if k_scale is None else jnp.asarray(k_scale)
+    k_scale = jnp.ones((batch, size), accumulator(q_index)) if k_scale is None else jnp.asarray(k_scale)
     if not jnp.issubdtype(k_scale.dtype, jnp.floating):
         raise ValueError(f"k_scale must be floating point, got {k_scale.dtype}")
     if k_scale.shape != (batch, size):
         raise ValueError(f"k_scale must be [{batch}, {size}] like k_index, got shape {k_scale.shape}")
-    return q_index, k_index, weights.astype(jnp.float32), k_scale.astype(jnp.float32)
+    wide = accumulator(q_index)
+    return q_index, k_index, weights.astype(wide), k_scale.astype(wide)
 
 
 def map_score_tiles(fn, q_index, k_index, weights, keys, k_scale):

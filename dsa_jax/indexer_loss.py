@@ -24,7 +24,7 @@ from dsa_jax.attention import (
     sum_heads,
     zero_unreached,
 )
-from dsa_jax.blockwise import contract, join_queries, map_queries, queries_per_block, split_queries
+from dsa_jax.blockwise import accumulator, contract, join_queries, map_queries, queries_per_block, split_queries
 from dsa_jax.dense_attention import check_heads
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
 from dsa_jax.key_range import KeyRange
@@ -53,15 +53,17 @@ def sparse_indexer_kl(
     """Computes KL(p[t,S_t] ‖ softmax(I[t,S_t])) over each query's selection S_t  (Eq. 4); 0 where it is empty.
 
     Args:
-      q_index, k_index, weights, k_scale: as in `index_scores`; the first three alone have gradients. For gradients
-        through FP8 pass `straight_through_quantize` of queries and keys: an e4m3 array cannot hold its own.
+      q_index, k_index, weights, k_scale: as in `index_scores`; the first three alone have gradients, which flow on into
+        what they were made from, so detach what the indexer reads of the model. For gradients through FP8 pass
+        `straight_through_quantize` of queries and keys: an e4m3 array cannot hold its own.
       q, kv, indices: as `sparse_attention` took them, with all heads of the layer; constants here.
       lse: as it returned them for these very arguments; a constant here.
       scale: the softmax scale of the attention.
       implementation: None, "xla" or "pallas".
 
     Returns:
-      float32 divergences, for the caller to average over valid queries and to sum over layers.
+      float32 divergences, float64 for float64 index queries, for the caller to average over valid queries and to sum
+      over layers.
 
     Raises:
       ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
@@ -138,7 +140,7 @@ def _kl(evaluate, static, index, constants):
 
 def _kl_forward(evaluate, static, index, constants):
     q_index = index[0]
-    kl, gradients = evaluate(static, index, constants, jnp.ones(q_index.shape[:2], jnp.float32))
+    kl, gradients = evaluate(static, index, constants, jnp.ones(q_index.shape[:2], accumulator(q_index)))
     return kl, (index, constants, gradients)
 
 
@@ -174,6 +176,7 @@ def _sparse_kl(static, index, constants, d_kl):
         q_index, weights, q, lse, indices, d_kl = jax.tree.map(lambda x: x[None], queries)
         k_index, kv, k_scale = jax.tree.map(lambda x: x[None], keys)
         sums = attention_sums(q, kv, lse, indices, scale=scale, implementation=implementation)
+        sums = sums.astype(accumulator(q_index))
         arrays = sums, q_index, k_index, weights, indices, k_scale
         choose = partial(choose_implementation, "sparse_indexer_kl", implementation, loss_kernels.why_not_kl(*arrays))
         if d_kl is None:
@@ -200,7 +203,7 @@ def _dense_kl(static, index, constants, d_kl):
             xla=partial(_reached_sums, scale=scale),
             pallas=partial(loss_kernels.dense_target, scale=scale),
         )
-        target = normalise_target(sums(q, k, lse, start, stop)[0])
+        target = normalise_target(sums(q, k, lse, start, stop)[0]).astype(accumulator(q_index))
         arrays = q_index, k_index, weights, start, stop, k_scale
         scores = choose(
             scores_kernels.why_not(*arrays),
@@ -226,10 +229,10 @@ def _dense_kl(static, index, constants, d_kl):
 
 
 def _in_chunks(chunk, queries, keys, d_kl, block):
-    """Maps `chunk` over queries: the KL and None, or the KL and its gradients, that by keys summed in float32."""
+    """Maps `chunk` over queries: the KL and None, or the KL and its gradients, all but one by query."""
     if d_kl is None:
         return map_queries(chunk, queries, keys, block=block)[0], None
-    d_k = jnp.zeros(keys[0].shape, jnp.float32)
+    d_k = jnp.zeros(keys[0].shape, accumulator(keys[0]))
     (kl, d_q, d_weights), d_k = map_queries(chunk, queries, keys, d_k, block=block)
     return kl, (d_q, d_k, d_weights)
 
@@ -352,7 +355,7 @@ def _scores_backward(q_index, k_index, weights, d_scores, start, stop, k_scale, 
             d_q, d_rows, d_weights = _head_sum_gradient(q_index, k_index, weights, d_scores.T)
             return (total[0] + d_q, total[1] + d_weights), d_rows
 
-        zero = jnp.zeros(q_index.shape, jnp.float32), jnp.zeros(weights.shape, jnp.float32)
+        zero = jnp.zeros(q_index.shape, weights.dtype), jnp.zeros(weights.shape, weights.dtype)
         tiles = _key_tiles(k_index, (d_scores * k_scale).T)
         (d_q, d_weights), d_rows = jax.lax.scan(tile, zero, tiles)
         return (_rounded(d_q, q_index), d_weights), d_k + join_queries(d_rows, k_index.shape[0])

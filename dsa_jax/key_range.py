@@ -44,7 +44,7 @@ class KeyRange:
     def packed(cls, segment_ids: Int[Array, "B T"]) -> Self:
         """Makes the range of packed documents: causal inside each run of equal `segment_ids`.
 
-        A query of negative id is padding and reaches nothing.
+        A query of negative id is padding and reaches nothing; 0 is the id of a document like any other.
 
         Examples:
           >>> KeyRange.packed(jnp.array([[7, 7, 8, -1]])).start.tolist()

@@ -10,10 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.attention import sparse_attention
+from dsa_jax.blockwise import contract
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention, multihead_attention
-from dsa_jax.indexer import LightningIndexer
+from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.nn import RMSNorm, new_weight, project, show_arguments
@@ -65,6 +66,22 @@ class LayerOutput:
     cache: Cache | None
     expert_load: Array | None = None  # float32 [X]
     routed: Array | None = None  # int32 [B, T, k]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Holds what one layer attends to, whole and for every pair of tokens: to look at, not to train on.
+
+    Attributes:
+      weights: float32 [B, N, T, S], each head's attention: a row sums to 1, or is 0 where a query has no key.
+      index_scores: float32 [B, T, S], the indexer's scores, -inf out of reach.
+      selected: int32 [B, T, K], the keys that the indexer selects.
+    """
+
+    weights: Array
+    index_scores: Array
+    selected: Array
 
 
 class _Shard(NamedTuple):
@@ -179,6 +196,27 @@ class SparseMLA(nnx.Module):
         with jax.named_scope("select"):
             k = min(self.config.index_topk, shard.kv.shape[1])
             return select_keys(*shard.index, shard.keys, k=k, k_scale=shard.k_scale)
+
+    def attention_maps(
+        self, x: Float[Array, "B T D"], rotation: Rotation, keys: KeyRange, *, attention: Attention = "sparse"
+    ) -> AttentionMaps:
+        """Computes the attention of every head and the index scores of all pairs, on one device.
+
+        Args:
+          x, rotation, keys, attention: as in a call; memory is N · T · S numbers.
+        """
+        p = self.project(x, rotation)
+        shard = self._to_shard(p, keys, None, None, 0)
+        selected, size = self._select(shard), p.kv.shape[1]
+        mask = keys.mask(size)
+        if attention == "sparse":
+            rows = jnp.arange(selected.shape[0])[:, None, None], jnp.arange(selected.shape[1])[:, None]
+            chosen = jnp.zeros((*mask.shape[:2], size + 1), bool).at[(*rows, jnp.where(selected < 0, size, selected))]
+            mask &= chosen.set(True)[..., :size]
+        logits = contract("btnh,bsnh->bnts", p.q, self.expand(p.kv)[0]) * self.config.softmax_scale
+        logits = jnp.where(mask[:, None], logits, -jnp.inf)
+        weights = jnp.where(mask.any(-1)[:, None, :, None], jax.nn.softmax(logits), 0.0)
+        return AttentionMaps(weights, index_scores(*shard.index, keys, k_scale=shard.k_scale), selected)
 
     def project(self, x: Float[Array, "B T D"], rotation: Rotation) -> Projections:
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from dsa_jax.blockwise import contract
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange, check_keys
-from dsa_jax.layers import MLP, Attention, LayerOutput, Rotation, SparseMLA
+from dsa_jax.layers import MLP, Attention, AttentionMaps, LayerOutput, Rotation, SparseMLA
 from dsa_jax.moe import MoE
 from dsa_jax.nn import RMSNorm, new_weight, show_arguments
 from dsa_jax.parallel.collectives import (
@@ -202,6 +203,42 @@ class Transformer(nnx.Module):
             for layer in range(count):
                 yield nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], state))
 
+    def attention_maps(
+        self,
+        tokens: Int[Array, "B T"],
+        layer: int,
+        *,
+        keys: KeyRange | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        attention: Attention = "sparse",
+    ) -> AttentionMaps:
+        """Computes one layer's attention weights and index scores over all pairs of tokens, to plot them.
+
+        Args:
+          tokens, keys, positions, attention: as in a call; the layers below attend in the same way.
+          layer: its number, from 0; negative ones count from the last.
+
+        Raises:
+          ValueError: if there is no such layer, or for what a call refuses.
+
+        Examples:
+          >>> maps = model.attention_maps(tokens, layer=-1)
+          >>> maps.weights.shape, maps.index_scores.shape
+          ((1, 2, 8, 8), (1, 8, 8))
+        """
+        tokens = self.check_inputs(tokens, keys, positions, attention, None, None, None)
+        count = self.config.num_hidden_layers
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not -count <= layer < count:
+            raise ValueError(f"layer must be an integer from {-count} to {count - 1}, got {layer!r}")
+        keys = KeyRange.causal(*tokens.shape) if keys is None else keys
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+        self._check_values(tokens, keys, None)
+        x, rotation = self._embed(tokens), rope_rotation(positions, self.config)
+        layers = self.layers()
+        for below in itertools.islice(layers, int(layer) % count):
+            x = _run_layer(*nnx.split(below), x, rotation, keys, attention)
+        return _map_layer(*nnx.split(next(layers)), x, rotation, keys, attention)
+
     def _embed(self, tokens):
         table = gather_parameters({"embed_tokens": self.embed_tokens[...]}, whole=False)["embed_tokens"]
 
@@ -355,6 +392,17 @@ def _scan_layers(stack, first, carry, imposed, rotation, keys, options):
     # T × S of them, ahead of the loop.
     (x, cache, _), ys = jax.lax.scan(jax.checkpoint(body, policy=keep), (*carry, keys), scanned)
     return (x, cache), ys
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _run_layer(graph, state, x, rotation, keys, attention):
+    return nnx.merge(graph, state)(x, rotation, keys, attention=attention, return_indexer_kl=False).x
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _map_layer(graph, state, x, rotation, keys, attention):
+    layer = nnx.merge(graph, state)
+    return layer.self_attn.attention_maps(layer.input_layernorm(x), rotation, keys, attention=attention)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

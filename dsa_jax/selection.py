@@ -23,7 +23,7 @@ def select_topk(
     equals +0.0. -inf, NaN and keys out of reach are never selected, +inf may be.
 
     Args:
-      scores: float32 scores.
+      scores: float32 scores, or float64 ones, which have no kernel.
       k: how many keys each query keeps; may exceed S.
       keys: the keys that each query may reach, all if None.
       implementation: None, "xla" or "pallas".
@@ -41,8 +41,8 @@ def select_topk(
     scores = jnp.asarray(scores)
     if scores.ndim != 3:
         raise ValueError(f"scores must be [B, T, S], got shape {scores.shape}")
-    if scores.dtype != jnp.float32:
-        raise ValueError(f"scores must be float32, got {scores.dtype}")
+    if scores.dtype not in (jnp.float32, np.float64):
+        raise ValueError(f"scores must be float32 or float64, got {scores.dtype}")
     _check_k(k)
     batch, length, size = scores.shape
     if keys is None:
@@ -126,7 +126,8 @@ def _top_positions(scores, k):
     size = scores.shape[-1]
     # lax.top_k ranks NaN highest and -0.0 below +0.0; of equal values it keeps the lowest position. -0.0 is told by its
     # bits, since a comparison with zero may flush subnormal scores.
-    minus_zero = jax.lax.bitcast_convert_type(scores, jnp.int32) == jnp.iinfo(jnp.int32).min
+    word = jnp.int32 if scores.dtype.itemsize == 4 else np.int64
+    minus_zero = jax.lax.bitcast_convert_type(scores, word) == jnp.iinfo(word).min
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(minus_zero, 0.0, scores))
     values, positions = jax.lax.top_k(scores, min(k, size))
     positions = jnp.sort(jnp.where(values > -jnp.inf, positions, size), axis=-1).astype(jnp.int32)

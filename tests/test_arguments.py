@@ -123,3 +123,10 @@ def test_a_selection_is_no_wider_than_the_sequence():
 def test_modules_show_their_arguments():
     for module, name in ((dsa_jax.Transformer, "config"), (dsa_jax.SparseMLA, "config"), (dsa_jax.MoE, "config")):
         assert next(iter(inspect.signature(module).parameters)) == name
+
+
+def test_forward_mode_is_refused_in_words():
+    q, kv, indices = jnp.ones((1, 4, 2, 12)), jnp.ones((1, 4, 12)), jnp.zeros((1, 4, 2), jnp.int32)
+    attend = lambda q: sparse_attention(q, kv, indices, value_dim=8, scale=1.0)[0]
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(attend, (q,), (q,))

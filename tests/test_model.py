@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, close, same_bits, unchecked
+from cases import FAST, close, normal, same_bits, unchecked
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 
-from dsa_jax import Cache, Config, KeyRange, Transformer
+from dsa_jax import Cache, Config, KeyRange, Transformer, select_topk
 from dsa_jax.model import Output
 from dsa_jax.rope import rotation
 
@@ -408,3 +408,39 @@ def test_a_model_starts_from_its_seed():
     assert np.all(attention["kv_a_layernorm"]["weight"][...] == 1)
     assert not np.any(attention["indexer"]["k_norm"]["bias"][...])
     assert np.std(attention["indexer"]["wq_b"][...]) == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize(("index_fp8", "attention"), [(False, "sparse"), (True, "sparse"), (False, "dense")])
+def test_attention_maps_show_what_a_layer_attends_to(index_fp8, attention):
+    config = Config.tiny(num_hidden_layers=2, index_topk=8, index_fp8=index_fp8)
+    model, ids = small_model(config), tokens(2, 20)
+    keys = KeyRange.packed(jnp.array([[0] * 12 + [1] * 8, [3] * 18 + [-1] * 2]))
+    maps = model.attention_maps(ids, -1, keys=keys, attention=attention)
+    output = model(ids, keys=keys, attention=attention, return_selected=True)
+    np.testing.assert_array_equal(maps.selected, output.selected[-1])
+    np.testing.assert_array_equal(jnp.isfinite(maps.index_scores), keys.mask(20))
+    np.testing.assert_array_equal(maps.selected, select_topk(maps.index_scores, 8))
+    sums = np.asarray(maps.weights.sum(-1))
+    np.testing.assert_allclose(sums, np.broadcast_to(keys.nonempty()[:, None], sums.shape), atol=1e-5)
+    attended = np.asarray((maps.weights > 0).any(1))
+    if attention == "dense":
+        np.testing.assert_array_equal(attended, keys.mask(20))
+    else:
+        chosen = np.zeros((2, 20, 21), bool)
+        np.put_along_axis(chosen, np.where(maps.selected < 0, 20, maps.selected), True, axis=-1)
+        np.testing.assert_array_equal(attended, chosen[..., :20])
+    # Weights times values, projected, are what the layer itself makes of the same hidden states.
+    layer = list(model.layers())[-1].self_attn
+    x = normal(1, 2, 20, config.hidden_size)
+    angles = rotation(jnp.broadcast_to(jnp.arange(20), (2, 20)), config)
+    own = layer.attention_maps(x, angles, keys, attention=attention)
+    values = layer.expand(layer.project(x, angles).kv)[1]
+    expected = layer(x, angles, keys, attention=attention).x
+    actual = jnp.einsum("bnts,bsnv,nvd->btd", own.weights, values, layer.o_proj[...], precision="highest")
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [3, -4, 1.0, True, None])
+def test_attention_maps_refuse_layers_that_are_not_there(layer):
+    with unchecked(), pytest.raises(ValueError, match=r"layer must be an integer from -3 to 2, got"):
+        small_model(Config.tiny()).attention_maps(tokens(1, 4), layer)

@@ -123,7 +123,7 @@ def _loop_workspace(program: Program, op: Op, body: Block) -> int:
     return max(0, _peak(program, body, carries) - sum(program.sizes[value] for value in carries))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _kernel_workspace(kernel: Callable, *arguments: tuple) -> int:
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
     program = program_of(jax.make_jaxpr(kernel)(*shapes), {})

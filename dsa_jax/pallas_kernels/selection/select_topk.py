@@ -35,7 +35,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels.hopper import ptx, simt
 from dsa_jax.pallas_kernels.hopper.constants import (
-    MULTIPROCESSORS,
     SMEM_BYTES,
     SMEM_GRANULE_BYTES,
     WARP_THREADS,
@@ -64,14 +63,14 @@ class Config:
         teams) registers: 64 with 1024 threads.
       vectors: 16-byte loads a thread has in flight, and compares in one step.
       margin: by how many standard deviations the floor's rank in the sample lies below the k-th; None guesses no floor.
-      blocks: thread blocks at most, one a multiprocessor.
+      blocks: thread blocks at most, None for one on each multiprocessor.
     """
 
     threads: int = 256
     teams: int = 4
     vectors: int = 4
     margin: float | None = 6.0
-    blocks: int = MULTIPROCESSORS
+    blocks: int | None = None
 
     def __post_init__(self):
         if self.threads not in (128, 256, 512):
@@ -84,8 +83,8 @@ class Config:
             raise ValueError(f"vectors must be 1, 2, 4 or 8, got {self.vectors}")
         if self.margin is not None and not 0 <= self.margin <= 100:
             raise ValueError(f"margin must be None or within 0 to 100, got {self.margin}")
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks must be None or at least 1, got {self.blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +220,7 @@ def select_topk(scores, k: int, *, start, stop, config: Config | None = None):
     if rows * size == 0:
         return jnp.full((batch, length, k), -1, jnp.int32)
     p = plan(size, k, config)
-    blocks = min(p.config.blocks, -(-rows // p.config.teams))
+    blocks = min(p.config.blocks or ptx.multiprocessors(), -(-rows // p.config.teams))
 
     def select_topk_kernel(scores_gmem, start_gmem, stop_gmem, out_gmem, smem):
         @ptx.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 5, ptx.SPLAT))

@@ -29,7 +29,6 @@ from dsa_jax.pallas_kernels.hopper import ptx
 from dsa_jax.pallas_kernels.hopper.constants import (
     BLOCK_KEYS,
     COLUMN_LAYOUT,
-    MULTIPROCESSORS,
     ROW_LAYOUT,
     SMEM_BYTES,
     SMEM_GRANULE_BYTES,
@@ -47,13 +46,13 @@ class Config:
       streams: warpgroups that compute, each with a query of its own.
       slot_tiles: 64-column tiles of a slot of the ring, gathered and released together.
       slots: slots of the ring; None fills the shared memory.
-      blocks: persistent thread blocks, one on each multiprocessor; no result depends on it.
+      blocks: persistent thread blocks, None for one on each multiprocessor; no result depends on it.
     """
 
     streams: int = 2
     slot_tiles: int = 3
     slots: int | None = None
-    blocks: int = MULTIPROCESSORS
+    blocks: int | None = None
 
     def __post_init__(self):
         if self.streams not in (1, 2):
@@ -62,8 +61,8 @@ class Config:
             raise ValueError(f"slot_tiles must be from 1 to 9, got {self.slot_tiles}")
         if self.slots is not None and self.slots < 2:
             raise ValueError(f"slots must be None or at least 2, got {self.slots}")
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks must be None or at least 1, got {self.blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Plan:
 
 def default_config(heads: int, queries: int) -> Config:
     """Chooses the streams: two hide each other's latencies, where Q leaves room for the ring and both have queries."""
-    return Config(streams=2 if heads == 16 and queries > Config.blocks else 1)
+    return Config(streams=2 if heads == 16 and queries > ptx.multiprocessors() else 1)
 
 
 def sparse_attention_few_heads(
@@ -174,7 +173,7 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
     heads, value_dim, streams = plan.heads, plan.value_dim, plan.config.streams
     slots, cuts = plan.ring_slots, plan.slot_columns
     queries = batch * length
-    grid = min(plan.config.blocks, queries)  # thread blocks
+    grid = min(plan.config.blocks or ptx.multiprocessors(), queries)  # thread blocks
     log2_scale = scale * math.log2(math.e)  # the softmax works in powers of two
 
     def query_of(turn, stream):
