@@ -63,7 +63,7 @@ def generate(
     """
     prompts = np.asarray(tokens)
     real = np.full(prompts.shape[:1], prompts.shape[-1]) if lengths is None else np.asarray(lengths)
-    stops = [] if stop_token is None else [stop_token] if isinstance(stop_token, int | np.integer) else [*stop_token]
+    stops = [] if stop_token is None else list(np.atleast_1d(stop_token))
     _check(model.config, prompts, real, max_new_tokens, prefill_chunk, stops)
     check_sampling(key, temperature, top_k, top_p)
     graph, state = nnx.split(model)
