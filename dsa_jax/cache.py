@@ -1,13 +1,103 @@
-"""The cache of decoding: one latent and one index key a token and layer, for all heads."""
+"""What layers write their keys to and read them from: the contiguous cache, and the pages of many sequences.
+
+A cache takes the new tokens' entries (`write`) and gives one layer's keys (`layer`), which select and attend. Layers
+know no more of it than that. Without a cache they make the keys of their own tokens, a `LayerKeys` too.
+"""
 
 import dataclasses
-from typing import Self
+import math
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dsa_jax import paged
+from dsa_jax.attention import sparse_attention
 from dsa_jax.config import Config
+from dsa_jax.key_range import KeyRange
+from dsa_jax.parallel.collectives import combine_attention, gather_candidates, num_shards, shard_index
+from dsa_jax.quantization import quantize
+from dsa_jax.selection import select_keys, select_topk
+
+Layer = Array | int  # the number of a layer
+
+
+@runtime_checkable
+class KeyStore(Protocol):
+    """Holds the keys of one layer: selects of them, attends to them, and gives them whole."""
+
+    @property
+    def size(self) -> int:
+        """The number of positions of a row."""
+        ...
+
+    def select(self, q_index: Array, weights: Array, keys: KeyRange, *, k: int) -> Array:
+        """Selects as `select_keys` does."""
+        ...
+
+    def attend(self, q: Array, indices: Array, *, value_dim: int, scale: float) -> tuple[Array, Array]:
+        """Attends as `sparse_attention` does."""
+        ...
+
+    def read(self, dtype: DTypeLike) -> tuple[Array, Array, Array]:
+        """Gives the latents in `dtype`, the index keys and their scales, by position."""
+        ...
+
+
+@runtime_checkable
+class AnyCache(Protocol):
+    """Takes the entries of new tokens and gives the keys of a layer; never mutated, so a write returns another."""
+
+    @property
+    def size(self) -> int:
+        """The number of tokens that a row can hold."""
+        ...
+
+    @property
+    def lengths(self) -> Array | None:
+        """The tokens that each row holds, int32 [B], if the cache counts them."""
+        ...
+
+    def write(self, layer: Layer, kv: Array, k_index: Array) -> Self:
+        """Writes the entries of T new tokens of one layer."""
+        ...
+
+    def layer(self, layer: Layer) -> KeyStore:
+        """Gives the keys of one layer."""
+        ...
+
+    def advance(self, tokens: Array) -> Self:
+        """Counts the new tokens of each row, once all layers have written them."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerKeys:
+    """Holds one layer's keys side by side: latents [B, S, C + R], index keys [B, S, E] and their scales [B, S]."""
+
+    kv: Array
+    k_index: Array
+    k_scale: Array
+
+    @property
+    def size(self) -> int:
+        """The number of positions of a row."""
+        return self.kv.shape[1]
+
+    def select(self, q_index, weights, keys, *, k):
+        """Selects as `select_keys` does."""
+        return select_keys(q_index, self.k_index, weights, keys, k=k, k_scale=self.k_scale)
+
+    def attend(self, q, indices, *, value_dim, scale):
+        """Attends as `sparse_attention` does."""
+        return sparse_attention(q, self.kv, indices, value_dim=value_dim, scale=scale)
+
+    def read(self, dtype):
+        """Gives the latents, the index keys and their scales."""
+        return self.kv.astype(dtype), self.k_index, self.k_scale
 
 
 @jax.tree_util.register_dataclass
@@ -57,14 +147,14 @@ class Cache:
         """The number of tokens that a row can hold."""
         return self.kv.shape[2]
 
-    def write(
-        self,
-        layer: Int[Array, ""] | int,
-        kv: Float[Array, "B T H"],
-        k_index: Float[Array, "B T E"],
-        k_scale: Float[Array, "B T"],
-    ) -> Self:
-        """Writes the entries of T new tokens behind the `lengths` of one layer; what does not fit is dropped."""
+    def write(self, layer: Layer, kv: Float[Array, "B T H"], k_index: Float[Array, "B T E"]) -> Self:
+        """Writes the entries of T new tokens behind the `lengths` of one layer; what does not fit is dropped.
+
+        Index keys are rounded by `quantize` where the cache is FP8.
+        """
+        k_scale = jnp.ones(k_index.shape[:2], jnp.float32)
+        if self.k_index.dtype.itemsize == 1:
+            k_index, k_scale = quantize(k_index)
         rows = jnp.arange(kv.shape[0])[:, None]
         at = self.lengths[:, None] + jnp.arange(kv.shape[1])
         return dataclasses.replace(
@@ -74,12 +164,198 @@ class Cache:
             k_scale=self.k_scale.at[layer, rows, at].set(k_scale, mode="drop"),
         )
 
-    def read(
-        self, layer: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "B S H"], Float[Array, "B S E"], Float[Array, "B S"]]:
-        """Reads the latents, index keys and key scales of one layer."""
-        return self.kv[layer], self.k_index[layer], self.k_scale[layer]
+    def layer(self, layer: Layer) -> LayerKeys:
+        """Gives the keys of one layer."""
+        return LayerKeys(self.kv[layer], self.k_index[layer], self.k_scale[layer])
 
     def advance(self, tokens: Int[Array, " B"]) -> Self:
         """Counts the new tokens of each row, once all layers have written them."""
         return dataclasses.replace(self, lengths=self.lengths + tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Holds pages of latents and index keys, the rows' tables, and the slots of the tokens that come next.
+
+    The formats are those of `dsa_jax.paged`. A row may be one sequence, or several one after the other, each in pages
+    of its own: the key range says which positions of the row a query reaches.
+
+    On a mesh that shards pages, a row's pages are dealt out in turn: shard i of n has the pages i, i + n, …, and its
+    table lists them. Selections are positions of the row all the same: each shard selects of its own keys, the best of
+    all are found among these, and the shards' attention is summed.
+
+    Attributes:
+      latents: [layers, n, 64, C + R], or uint8 [layers, n, 64, bytes].
+      index_keys: [layers, n, 64, E], or e4m3 [layers, n, 64 + 256 / E, E].
+      table: int32 [B, P], the pages of each row.
+      slots: int32 [B, T], where the T tokens of the next call are written; -1 writes nothing.
+      value_dim: C.
+    """
+
+    latents: Array
+    index_keys: Array
+    table: Array
+    slots: Array
+    value_dim: int = dataclasses.field(metadata=dict(static=True))
+
+    lengths = None  # nobody counts here: the next slots come from outside
+
+    @property
+    def size(self) -> int:
+        """The number of tokens that a row can hold."""
+        return self.table.shape[1] * paged.PAGE * num_shards("pages")
+
+    @classmethod
+    def at(cls, latents: Array, index_keys: Array, table: Int[Array, "B P"], keys: KeyRange, *, value_dim: int) -> Self:
+        """Makes pages whose next tokens are written where each stands: at the last position that it reaches.
+
+        A token with an empty range is padding and is not written.
+        """
+        positions = jnp.where(keys.nonempty(), keys.stop - 1, -1)
+        if num_shards("pages") > 1:
+            positions = _own_positions(positions)
+        return cls(latents, index_keys, table, paged.to_slots(positions, table), value_dim)
+
+    def write(self, layer: Layer, kv: Float[Array, "B T H"], k_index: Float[Array, "B T E"]) -> Self:
+        """Writes the entries of T new tokens of one layer to their slots."""
+        layers, pages = self.latents.shape[:2]
+        slots = self.slots.reshape(-1)
+        slots = jnp.where((slots >= 0) & (slots < pages * paged.PAGE), slots + layer * (pages * paged.PAGE), -1)
+        flat = lambda x: x.reshape(layers * pages, *x.shape[2:])  # noqa: E731
+        rows = kv.reshape(-1, kv.shape[-1]), k_index.reshape(-1, k_index.shape[-1])
+        latents = paged.write_latents(flat(self.latents), slots, rows[0], value_dim=self.value_dim)
+        index_keys = paged.write_index_keys(flat(self.index_keys), slots, rows[1])
+        return dataclasses.replace(
+            self,
+            latents=latents.reshape(self.latents.shape),
+            index_keys=index_keys.reshape(self.index_keys.shape),
+        )
+
+    def layer(self, layer: Layer) -> "LayerPages":
+        """Gives the keys of one layer: the pages of all layers side by side, and a table into these."""
+        pages = self.latents.shape[1]
+        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        table = jnp.clip(self.table, 0, pages - 1) + layer * pages
+        return LayerPages(flat(self.latents), flat(self.index_keys), table, self.value_dim)
+
+    def advance(self, tokens: Any) -> Self:
+        """Returns the same pages: whoever holds the tables counts."""
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerPages:
+    """Holds one layer's keys in pages: pools [n, 64, W] and [n, rows, E], and the table [B, P] of each row's pages."""
+
+    latents: Array
+    index_keys: Array
+    table: Array
+    value_dim: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def size(self) -> int:
+        """The number of positions of a row."""
+        return self.table.shape[1] * paged.PAGE * num_shards("pages")
+
+    def select(self, q_index, weights, keys, *, k):
+        """Selects as `select_keys` does, of all shards' keys."""
+        if num_shards("pages") == 1:
+            return paged.paged_select_keys(q_index, self.index_keys, weights, self.table, keys, k=k)
+        own = KeyRange(_own_below(keys.start), _own_below(keys.stop))
+        scores = paged.paged_index_scores(q_index, self.index_keys, weights, self.table, own)
+        best = select_topk(scores, min(k, scores.shape[-1]), keys=own)
+        scores = jnp.take_along_axis(scores, jnp.maximum(best, 0), axis=-1)
+        return _best_of_all(jnp.where(best < 0, -jnp.inf, scores), _row_positions(best), k)
+
+    def attend(self, q, indices, *, value_dim, scale):
+        """Attends as `sparse_attention` does, to all shards' keys."""
+        if num_shards("pages") > 1:
+            indices = _own_positions(indices)
+        attended = paged.paged_sparse_attention(q, self.latents, self.table, indices, value_dim=value_dim, scale=scale)
+        return combine_attention(*attended, "pages")
+
+    def read(self, dtype):
+        """Gathers the latents, the index keys and their scales, where one shard has them all."""
+        if num_shards("pages") > 1:
+            raise ValueError("where pages are sharded, keys are never gathered: attention must be 'sparse', and no KL")
+        latents = paged.read_latents(self.latents, self.table, value_dim=self.value_dim, dtype=dtype)
+        return latents, *paged.read_index_keys(self.index_keys, self.table)
+
+
+# Positions of a row whose pages are dealt out, and those of one shard's pages side by side.
+
+
+def _own_below(position):
+    """Counts this shard's positions below a position of the row."""
+    page, within = jnp.divmod(jnp.maximum(position, 0), paged.PAGE)
+    turn, rest = jnp.divmod(page, num_shards("pages"))
+    partial = jnp.where(rest == shard_index("pages"), within, 0)
+    return paged.PAGE * (turn + (rest > shard_index("pages"))) + partial
+
+
+def _row_positions(own):
+    """Turns this shard's positions into positions of the row; -1 stays."""
+    page, within = jnp.divmod(own, paged.PAGE)
+    return jnp.where(own < 0, -1, (page * num_shards("pages") + shard_index("pages")) * paged.PAGE + within)
+
+
+def _own_positions(positions):
+    """Turns positions of the row into this shard's, -1 for those that it does not have."""
+    page, within = jnp.divmod(positions, paged.PAGE)
+    turn, rest = jnp.divmod(page, num_shards("pages"))
+    mine = (positions >= 0) & (rest == shard_index("pages"))
+    return jnp.where(mine, turn * paged.PAGE + within, -1)
+
+
+def _best_of_all(scores, positions, k):
+    """Selects the best of all shards' candidates, canonically: sorted by position, the lowest wins a tie."""
+    scores, positions = gather_candidates(scores, "pages"), gather_candidates(positions, "pages")
+    order = jnp.argsort(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=-1)
+    scores, positions = (jnp.take_along_axis(x, order, axis=-1) for x in (scores, positions))
+    best = select_topk(scores, k)
+    return jnp.where(best < 0, -1, jnp.take_along_axis(positions, jnp.maximum(best, 0), axis=-1))
+
+
+# How much a cache takes.
+
+
+def page_shapes(config: Config, pages: int, format: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Gives the shapes of a pool of latents and of one of index keys.
+
+    Args:
+      config: the model's. Index keys are FP8 under `index_fp8`, else in the dtype of the format.
+      pages: how many pages of each layer.
+      format: "float32", "bfloat16" or "fp8", of the latents.
+
+    Raises:
+      ValueError: for another format, or where "fp8" is asked of a model without `index_fp8`.
+    """
+    if format not in ("float32", "bfloat16", "fp8"):
+        raise ValueError(f"the cache's format must be 'float32', 'bfloat16' or 'fp8', got {format!r}")
+    if format == "fp8" and not config.index_fp8:
+        raise ValueError("the cache's format 'fp8' needs a model with index_fp8=True, got index_fp8=False")
+    value_dim, dim = config.kv_lora_rank, config.index_head_dim
+    if format == "fp8":
+        latent = paged.latent_bytes(value_dim, config.qk_rope_head_dim), jnp.uint8
+    else:
+        latent = config.latent_dim, jnp.dtype(format)
+    index = jnp.float8_e4m3fn if config.index_fp8 else jnp.dtype(format)
+    rows = paged.index_page_rows(dim, config.index_fp8)
+    pool = lambda rows, width, dtype: jax.ShapeDtypeStruct((config.num_hidden_layers, pages, rows, width), dtype)  # noqa: E731
+    return pool(paged.PAGE, *latent), pool(rows, dim, index)
+
+
+def token_bytes(config: Config, format: str) -> int:
+    """Counts the bytes of cache that a token takes in one layer, scales included.
+
+    Examples:
+      >>> from dsa_jax import Config
+      >>> token_bytes(Config.deepseek_v32(index_fp8=True), "fp8")
+      788
+      >>> token_bytes(Config.deepseek_v32(), "bfloat16")
+      1408
+    """
+    shapes = page_shapes(config, 1, format)
+    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in shapes) // paged.PAGE

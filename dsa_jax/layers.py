@@ -9,9 +9,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.attention import sparse_attention
 from dsa_jax.blockwise import contract
-from dsa_jax.cache import Cache
+from dsa_jax.cache import AnyCache, KeyStore, LayerKeys
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.indexer import LightningIndexer, index_scores
@@ -31,8 +30,8 @@ from dsa_jax.parallel.collectives import (
 )
 from dsa_jax.quantization import dequantize, quantize, straight_through_dequantize
 from dsa_jax.rope import rotate_interleaved
-from dsa_jax.selection import select_keys
 
+MULTIHEAD_QUERIES = 64  # more of them than this attend densely to a cache in the multi-head form
 LATENT_NORM_EPS = 1e-6  # of the norms inside the attention, whatever the config says of the others
 
 Attention = Literal["sparse", "dense"]  # over the indexer's selection, or over all keys in reach
@@ -63,7 +62,7 @@ class LayerOutput:
     x: Array
     indexer_kl: Array | None
     selected: Array | None
-    cache: Cache | None
+    cache: AnyCache | None
     expert_load: Array | None = None  # float32 [X]
     routed: Array | None = None  # int32 [B, T, k]
 
@@ -85,16 +84,18 @@ class AttentionMaps:
 
 
 class _Shard(NamedTuple):
-    """The queries of one shard with all their heads, every key that they may reach, and the cache written to."""
+    """The queries of one shard, every key that they may reach, and the cache written to.
+
+    Without a cache they are all heads of a share of the queries; with one, the shard's own heads of all queries.
+    """
 
     q: Array  # [B, T, N, P + R]
     keys: KeyRange
-    kv: Array  # [B, S, C + R]
-    index: tuple[Array, Array, Array]  # what the selection scores: q_index, k_index, weights
-    k_scale: Array  # [B, S], the scale of the index keys
-    trained_index: tuple[Array, Array, Array]  # what the indexer's loss scores: the same values, with gradients
+    store: KeyStore  # what selects and is attended to
+    index: tuple[Array, Array]  # q_index and weights, as the selection scores them
+    trained_index: tuple[Array, Array, Array] | None  # q_index, k_index, weights of the loss, the same with gradients
     selected: Array | None  # a selection imposed from outside
-    cache: Cache | None
+    cache: AnyCache | None
 
 
 @show_arguments
@@ -131,7 +132,7 @@ class SparseMLA(nnx.Module):
         *,
         attention: Attention = "sparse",
         selected: Int[Array, "B T K"] | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
         layer: Any = 0,
         return_selected: bool = False,
         return_indexer_kl: bool = True,
@@ -162,40 +163,53 @@ class SparseMLA(nnx.Module):
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
         selected = self._select(shard) if shard.selected is None else shard.selected
         selected, kl = checkpoint_name(selected, "indices"), None
-        q = self.absorb(shard.q)
+        q = self.absorb(shard.q, own_heads=cache is not None)
         with jax.named_scope("sparse_attention"):
-            out, lse = sparse_attention(q, shard.kv, selected, value_dim=value_dim, scale=scale)
+            out, lse = shard.store.attend(q, selected, value_dim=value_dim, scale=scale)
         lse = checkpoint_name(lse, "lse")
         if wants_kl:
             with jax.named_scope("sparse_indexer_kl"):
-                kl = sparse_indexer_kl(*shard.trained_index, q, shard.kv, lse, selected, scale=scale)
-        return self._from_shard(self._head_values(out), kl, selected, shard.cache)
+                kv, index = shard.store.read(q.dtype)[0], self._trained_index(shard)
+                kl = sparse_indexer_kl(*index, q, kv, lse, selected, scale=scale)
+        return self._from_shard(self._head_values(out, shard), kl, selected, shard.cache)
 
     def _dense(self, p: Projections, keys, cache, layer, wants_selected, wants_kl) -> LayerOutput:
         shard = self._to_shard(p, keys, None, cache, layer)
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
-        k, v = self.expand(shard.kv)
+        kv = shard.store.read(p.q.dtype)[0]
+        k, v = self.expand(kv)
         with jax.named_scope("dense_attention"):
-            if cache is None:
+            if cache is None or p.q.shape[1] > MULTIHEAD_QUERIES:
                 out, lse = multihead_attention(p.q, k, v, keys, scale=scale)
             else:  # few queries: the latents are read once for all heads, and never expanded
-                q = self.absorb(shard.q)
-                out, lse = latent_attention(q, shard.kv, shard.keys, value_dim=value_dim, scale=scale)
-                out, lse = self._head_values(out), tokens_to_heads(lse)
+                q = self.absorb(shard.q, own_heads=True)
+                out, lse = latent_attention(q, kv, shard.keys, value_dim=value_dim, scale=scale)
+                out = self._head_values(out, shard)
         lse, kl = checkpoint_name(lse, "lse"), None
         selected = self._select(shard) if wants_selected else None
         if wants_kl:
             with jax.named_scope("dense_indexer_kl"):
-                constants = shard.q, self._keys_of_all_heads(shard.kv, k), heads_to_tokens(lse)
-                constants = jax.lax.stop_gradient(constants)
-                kl = dense_indexer_kl(*shard.trained_index, *constants, shard.keys, scale=scale)
+                lse = lse if cache is not None else heads_to_tokens(lse)
+                constants = jax.lax.stop_gradient((shard.q, self._keys_of_all_heads(kv, k), lse))
+                kl = dense_indexer_kl(*self._trained_index(shard), *constants, shard.keys, scale=scale)
         return self._from_shard(out, kl, selected, shard.cache)
 
     def _select(self, shard: _Shard) -> Int[Array, "B T K"]:
         """Selects as many keys as the config says, or all that there are if these are fewer."""
         with jax.named_scope("select"):
-            k = min(self.config.index_topk, shard.kv.shape[1])
-            return select_keys(*shard.index, shard.keys, k=k, k_scale=shard.k_scale)
+            return shard.store.select(*shard.index, shard.keys, k=min(self.config.index_topk, shard.store.size))
+
+    def _trained_index(self, shard: _Shard) -> tuple[Array, Array, Array]:
+        """Gives what the indexer's loss scores; keys of a cache are as they were rounded."""
+        if shard.trained_index is not None:
+            return shard.trained_index
+        if num_shards("heads") > 1:
+            raise ValueError("where heads are sharded, the indexer's divergence is not computed with a cache")
+        q_index, weights = shard.index
+        _, k_index, k_scale = shard.store.read(shard.q.dtype)
+        if self.config.index_fp8:  # the weights carry the scales of the queries
+            q_index, k_index = q_index.astype(shard.q.dtype), dequantize(k_index, k_scale, shard.q.dtype)
+        return q_index, k_index, weights
 
     def attention_maps(
         self, x: Float[Array, "B T D"], rotation: Rotation, keys: KeyRange, *, attention: Attention = "sparse"
@@ -216,7 +230,10 @@ class SparseMLA(nnx.Module):
         logits = contract("btnh,bsnh->bnts", p.q, self.expand(p.kv)[0]) * self.config.softmax_scale
         logits = jnp.where(mask[:, None], logits, -jnp.inf)
         weights = jnp.where(mask.any(-1)[:, None, :, None], jax.nn.softmax(logits), 0.0)
-        return AttentionMaps(weights, index_scores(*shard.index, keys, k_scale=shard.k_scale), selected)
+        q_index, index_weights = shard.index
+        _, k_index, k_scale = shard.store.read(x.dtype)
+        scores = index_scores(q_index, k_index, index_weights, keys, k_scale=k_scale)
+        return AttentionMaps(weights, scores, selected)
 
     def project(self, x: Float[Array, "B T D"], rotation: Rotation) -> Projections:
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""
@@ -241,24 +258,39 @@ class SparseMLA(nnx.Module):
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
-    def absorb(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H2"]:
-        """Takes queries to latent form [B, T, N, C + R], where every head shares the keys."""
+    def absorb(self, q: Float[Array, "B T N H"], *, own_heads: bool = False) -> Float[Array, "B T N H2"]:
+        """Takes queries to latent form [B, T, N, C + R], where every head shares the keys.
+
+        The heads are all heads or, on a mesh that shards them, this shard's own.
+        """
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        return jnp.concatenate([project("btnp,cnp->btnc", q_nope, self._key_weight()), q_rope], axis=-1)
+        weight = self._head_weight(own_heads)[..., : self.config.qk_nope_head_dim]
+        return jnp.concatenate([project("btnp,cnp->btnc", q_nope, weight), q_rope], axis=-1)
 
-    def unabsorb(self, out: Float[Array, "B T N C"]) -> Float[Array, "B T N V"]:
-        """Takes the attention's output from latents to each head's values."""
-        return project("btnc,cnv->btnv", out, gather_head_weights(self.kv_b_proj[..., self.config.qk_nope_head_dim :]))
+    def unabsorb(self, out: Float[Array, "B T N C"], *, own_heads: bool = False) -> Float[Array, "B T N V"]:
+        """Takes the attention's output from latents to each head's values; heads as in `absorb`."""
+        return project("btnc,cnv->btnv", out, self._head_weight(own_heads)[..., self.config.qk_nope_head_dim :])
 
-    def _key_weight(self):
-        """Returns the weight that takes latents to the keys of all heads."""
-        return gather_head_weights(self.kv_b_proj[..., : self.config.qk_nope_head_dim])
+    def _head_weight(self, own):
+        """Returns the weight that takes latents to keys and values, of all heads or this shard's own."""
+        return self.kv_b_proj[...] if own else gather_head_weights(self.kv_b_proj[...])
 
     # The way into a shard and out of it. Where no axis is sharded, every collective is the identity, and what is left
     # is the FP8 of the index and the cache.
 
+    def _to_cache(self, p: Projections, keys: KeyRange, selected, cache, layer) -> _Shard:
+        """Writes the tokens' entries, and takes this shard's heads of all queries to the keys that the cache holds."""
+        cache = cache.write(layer, p.kv, p.k_index)
+        q_index, weights = p.q_index, p.weights
+        if self.config.index_fp8:
+            q_index, q_scale = quantize(q_index)
+            weights = weights * q_scale
+        return _Shard(p.q, keys, cache.layer(layer), (q_index, weights), None, selected, cache)
+
     def _to_shard(self, p: Projections, keys: KeyRange, selected, cache, layer) -> _Shard:
-        """Takes this shard's share of the queries, and gathers or reads every key that they may reach."""
+        """Takes this shard's share of the queries, and gathers every key that they may reach, or reads the cache's."""
+        if cache is not None:
+            return self._to_cache(p, keys, selected, cache, layer)
         mine = lambda x: jax.tree.map(lambda leaf: slice_tokens(leaf, "heads"), x)  # noqa: E731
         q_index, weights, keys, selected = mine((p.q_index, p.weights, keys, selected))
         q = heads_to_tokens(p.q)
@@ -272,31 +304,29 @@ class SparseMLA(nnx.Module):
             # the very scores that the e4m3 numbers and their scales make.
             q_index = straight_through_dequantize(q_index, q_scored, q_scale)
             k_index = straight_through_dequantize(k_index, k_scored, k_scale)
-        if cache is None:
-            kv, k_scored, k_scale, k_index = (gather_sequence(x) for x in (kv, k_scored, k_scale, k_index))
-        else:
-            cache = cache.write(layer, kv, k_scored, k_scale)
-            kv, k_scored, k_scale = cache.read(layer)
-            k_index = dequantize(k_scored, k_scale, q_index.dtype) if self.config.index_fp8 else k_scored
-        scored, trained = (q_scored, k_scored, scored_weights), (q_index, k_index, weights)
-        return _Shard(q, keys, kv, scored, k_scale, trained, selected, cache)
+        kv, k_scored, k_scale, k_index = (gather_sequence(x) for x in (kv, k_scored, k_scale, k_index))
+        store = LayerKeys(kv, k_scored, k_scale)
+        return _Shard(q, keys, store, (q_scored, scored_weights), (q_index, k_index, weights), selected, None)
 
     def _from_shard(self, out, kl, selected, cache) -> LayerOutput:
         """Projects this shard's heads to the output, summed over shards, and joins what it found for its queries."""
         with jax.named_scope("project_output"):
             x = sum_shards(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
-        kl, selected = jax.tree.map(lambda x: gather_tokens(x, "heads"), (kl, selected))
+        if cache is None:
+            kl, selected = jax.tree.map(lambda x: gather_tokens(x, "heads"), (kl, selected))
         return LayerOutput(x, kl, selected, cache)
 
-    def _head_values(self, out: Float[Array, "B T N C"]) -> Float[Array, "B T2 N2 V"]:
-        """Takes the latents found for a share of the queries to values, of this shard's heads for all queries."""
+    def _head_values(self, out: Float[Array, "B T N C"], shard: _Shard) -> Float[Array, "B T2 N2 V"]:
+        """Takes the latents found for the shard's queries to values, of this shard's heads for all queries."""
+        if shard.cache is not None:
+            return self.unabsorb(out, own_heads=True)
         return tokens_to_heads(self.unabsorb(out))
 
     def _keys_of_all_heads(self, kv, k):
         """Expands the keys of all heads, which the sum over heads needs, where `k` has those of this shard alone."""
         if num_shards("heads") == 1:
             return k
-        return self.expand(*jax.lax.stop_gradient((kv, self._key_weight())))[0]
+        return self.expand(*jax.lax.stop_gradient((kv, self._head_weight(own=False))))[0]
 
 
 @show_arguments

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import contract
-from dsa_jax.cache import Cache
+from dsa_jax.cache import AnyCache, Cache, Pages, page_shapes
 from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.layers import MLP, Attention, AttentionMaps, LayerOutput, Rotation, SparseMLA
@@ -50,7 +50,7 @@ class Output:
     indexer_kl: Array | None
     expert_load: Array
     selected: Array | None
-    cache: Cache | None
+    cache: AnyCache | None
     routed: Array | None = None
 
 
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
         routed: Int[Array, "moe_layers B T k"] | None = None,
         return_routed: bool = False,
         return_indexer_kl: bool = True,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
     ) -> Output:
         """Runs the model over T tokens a row.
 
@@ -133,14 +133,15 @@ class Transformer(nnx.Module):
           routed: the experts that tokens go to instead of the routers' own choice; the gates are still the routers'.
           return_routed: whether `Output.routed` is wanted.
           return_indexer_kl: whether `Output.indexer_kl` is wanted; without it nothing of it is computed.
-          cache: keys of earlier tokens; the new ones are appended.
+          cache: keys of earlier tokens, a `Cache` or `Pages`; the new ones are written to it. Of `Pages`, which count
+            nothing, keys and positions must be given.
 
         Raises:
           ValueError: if shapes, options or, outside `jit`, token ids are wrong, or the tokens do not fit.
         """
         tokens = self.check_inputs(tokens, keys, positions, attention, selected, routed, cache)
         batch, length = tokens.shape
-        before = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        before = jnp.zeros(batch, jnp.int32) if cache is None or cache.lengths is None else cache.lengths
         keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
         positions = before[:, None] + jnp.arange(length) if positions is None else positions
         self._check_values(tokens, keys, cache)
@@ -260,7 +261,7 @@ class Transformer(nnx.Module):
         tokens = _as_tokens(tokens)
         batch, length = tokens.shape
         limit = self.config.max_position_embeddings if cache is None else cache.size
-        if length > limit:
+        if length > limit and not isinstance(cache, Pages):
             where = "max_position_embeddings" if cache is None else "the cache"
             raise ValueError(f"tokens must be at most {limit} long to fit {where}, got {length}")
         if attention not in ("sparse", "dense"):
@@ -271,12 +272,15 @@ class Transformer(nnx.Module):
             check_keys(keys, batch, length)
         if positions is not None and positions.shape != (batch, length):
             raise ValueError(f"positions must be [{batch}, {length}] like tokens, got shape {positions.shape}")
-        if num_shards("sequence") > 1 and (keys is None or positions is None or cache is not None):
+        if isinstance(cache, Pages):
+            if keys is None or positions is None:
+                raise ValueError("with Pages, keys and positions must be given: pages do not say where tokens stand")
+        elif num_shards("sequence") > 1 and (keys is None or positions is None or cache is not None):
             raise ValueError(
-                "where the sequence is sharded, keys and positions must be given, and no cache: "
+                "where the sequence is sharded, keys and positions must be given, and no cache but Pages: "
                 "a shard's tokens say nothing of their places"
             )
-        if length % num_shards("heads"):
+        if cache is None and length % num_shards("heads"):
             raise ValueError(
                 f"where heads are sharded, a shard's tokens must be a multiple of the {num_shards('heads')} shards "
                 f"that share them out, got {length}"
@@ -288,7 +292,7 @@ class Transformer(nnx.Module):
         if routed is not None and routed.shape != slots:
             raise ValueError(f"routed must be {list(slots)}, got shape {routed.shape}")
         if cache is not None:
-            _check_cache(cache, jax.eval_shape(lambda: Cache.empty(self.config, batch, cache.size)))
+            _check_cache(cache, self.config, batch, length)
         return tokens
 
     def _check_values(self, tokens, keys, cache):
@@ -296,7 +300,7 @@ class Transformer(nnx.Module):
         ids = _known(tokens)
         if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
             raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {ids.min()} … {ids.max()}")
-        if cache is None:
+        if cache is None or cache.lengths is None:
             return
         lengths, real = _known(cache.lengths), _known(keys.nonempty())
         if lengths is not None and real is not None and (lengths + real.sum(1)).max(initial=0) > cache.size:
@@ -319,14 +323,22 @@ def _unembed_backward(residuals, d_logits):
 _unembed.defvjp(lambda hidden, weight: (_unembed(hidden, weight), (hidden, weight)), _unembed_backward)
 
 
-def _check_cache(cache, expected):
+def _check_cache(cache, config, batch, length):
     """Raises ValueError unless the cache is one of this model, for this many rows."""
-    for name in ("kv", "k_index", "k_scale", "lengths"):
-        found, wanted = getattr(cache, name), getattr(expected, name)
+    if isinstance(cache, Pages):
+        dtype = "fp8" if cache.latents.dtype == jnp.uint8 else str(cache.latents.dtype)
+        latents, index_keys = page_shapes(config, cache.latents.shape[1], dtype)
+        table = jax.ShapeDtypeStruct((batch, *cache.table.shape[1:]), jnp.int32)
+        slots = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        expected = dict(latents=latents, index_keys=index_keys, table=table, slots=slots)
+    else:
+        expected = vars(jax.eval_shape(lambda: Cache.empty(config, batch, cache.size)))
+    for name, wanted in expected.items():
+        found = getattr(cache, name)
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(
                 f"the cache's {name} must be {wanted.dtype} {wanted.shape}, got {found.dtype} {found.shape}: "
-                "make it with Cache.empty from the model's config"
+                "make it from the model's config"
             )
 
 

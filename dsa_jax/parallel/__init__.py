@@ -10,7 +10,9 @@ fully sharded.
 """
 
 from dsa_jax.parallel.collectives import (
+    combine_attention,
     exchange_columns,
+    gather_candidates,
     gather_head_weights,
     gather_parameters,
     gather_sequence,
@@ -59,9 +61,11 @@ __all__ = [
     "RULES",
     "check_batch",
     "check_model",
+    "combine_attention",
     "describe",
     "exchange_columns",
     "expert_parallel_ffn",
+    "gather_candidates",
     "gather_head_weights",
     "gather_parameters",
     "gather_sequence",

@@ -17,6 +17,8 @@ Every function names a logical axis of `sharding.RULES`, and is the identity whe
 | `gather_sequence`     | all tokens, natural order (all-gather)   | sum, own tokens kept (reduce-scatter, float32)   |
 | `gather_parameters`   | whole parameters (all-gather)            | sum, own part kept (reduce-scatter, float32)     |
 | `exchange_columns`    | all columns of own tokens (all-to-all)   | own columns of all tokens (all-to-all)           |
+| `gather_candidates`   | all shards' candidates (all-gather)      | none                                             |
+| `combine_attention`   | attention over all shards' keys          | none                                             |
 
 They are made for `check_vma=False` with `jax.grad` taken inside, of a loss that counts this shard's tokens alone. Then
 `jax.lax.psum` must not be differentiated: its transpose would be a second sum, and which transpose is right depends on
@@ -270,6 +272,28 @@ def _gather_sequence_backward(axes, like, d):
 
 # The residual is empty: it only carries the dtype of `x`.
 _gather_sequence.defvjp(lambda axes, x: (_gather_sequence(axes, x), x[:0]), _gather_sequence_backward)
+
+
+# Pages of sequences that are served, spread over shards. No gradient is meant.
+
+
+def gather_candidates(x: Array, name: str) -> Array:
+    """Gathers [B, T, k] of each of n shards of a logical axis to [B, T, n · k], the first shard's first."""
+    axes = mesh_axes(name)
+    return jax.lax.all_gather(x, axes, axis=2, tiled=True) if axes else x
+
+
+def combine_attention(
+    out: Float[Array, "B T N V"], lse: Float[Array, "B T N"], name: str
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Joins attention over the keys of each shard to attention over all of them: softmax's sums, added in float32."""
+    axes = mesh_axes(name)
+    if not axes:
+        return out, lse
+    all_lse = jax.lax.all_gather(lse, axes)
+    total = jax.nn.logsumexp(all_lse, axis=0)
+    weight = jnp.where(total == -jnp.inf, 0.0, jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total)))
+    return jax.lax.psum(out.astype(jnp.float32) * weight[..., None], axes).astype(out.dtype), total
 
 
 # Fully sharded parameters.

@@ -31,6 +31,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "width": ("tensor",),  # of the feed-forward, of each expert too
     "vocabulary": ("tensor",),
     "experts": ("expert",),
+    "rows": ("data", "expert"),  # sequences that are served: shards of experts have sequences of their own
+    "pages": ("context",),  # of one sequence that is served
+    "pool": ("data", "expert", "context"),  # pages of all of them
     "fsdp": ("data",),  # the dimension along which a parameter and its optimizer state are fully sharded
 }
 RULES["tokens"] = RULES["batch"] + RULES["sequence"]
