@@ -428,6 +428,11 @@ def store_gmem(address, value):
     machine.gmem[_words(machine.gmem, address)[machine.active]] = value.value[machine.active]
 
 
+def store_gmem_if(condition, address, value, offset=0):
+    with when(condition):
+        store_gmem(address + offset, value)
+
+
 def store4_gmem(address, values, offset=0):
     place = _words(machine.gmem, address, offset, align=16)[machine.active]
     for i, value in enumerate(values):

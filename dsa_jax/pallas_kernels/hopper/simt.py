@@ -114,7 +114,7 @@ def _values(registers):
     return [_value(x) for x in registers]
 
 
-def _asm(text, *args, results="", convergent=False, pure=False) -> Any:
+def asm(text, *args, results="", convergent=False, pure=False) -> Any:
     """Emits inline PTX with results of the types of `results`: "r" an int32, "l" an int64, "f" a float32.
 
     Args:
@@ -177,7 +177,7 @@ def thread_id():
 
 def opaque(x):
     """Copies an int32 out of the compiler's sight, so that it computes anew what it might have kept in registers."""
-    return _asm("mov.b32 $0, $1;", x, results="r")
+    return asm("mov.b32 $0, $1;", x, results="r")
 
 
 # Control flow. A `when` may part a warp; `choose`, `repeat` and barriers want all threads of a team to agree.
@@ -224,13 +224,13 @@ def repeat(state, test, body):
 def barrier(number, threads):
     """Waits until `threads` threads have come to the barrier of this number (0 is Pallas' own, of the block)."""
     # A named barrier: teams of one block wait for their own threads alone, and shared memory is visible behind it.
-    _asm(f"bar.sync $0, {threads};", number, convergent=True)
+    asm(f"bar.sync $0, {threads};", number, convergent=True)
 
 
 def barrier_any(number, threads, condition):
     """Waits as `barrier` does, and tells every thread whether any has come with `condition`."""
     text = f"{{.reg .pred p; bar.red.or.pred p, $1, {threads}, $2; selp.b32 $0, 1, 0, p;}}"
-    return _asm(text, number, condition, results="r", convergent=True) > 0
+    return asm(text, number, condition, results="r", convergent=True) > 0
 
 
 # Arithmetic.
@@ -254,23 +254,23 @@ def maximum(a, b):
 def clamped(x, limit):
     """Forces a signed number into [0, limit]."""
     # Signed: ranges may begin below 0 and end beyond the row.
-    return _asm(f"{{max.s32 $0, $1, 0; min.s32 $0, $0, {limit};}}", x, results="r", pure=True)
+    return asm(f"{{max.s32 $0, $1, 0; min.s32 $0, $0, {limit};}}", x, results="r", pure=True)
 
 
 def maximum_f32(a, b):
     """Takes the greater float32; of a number and NaN the number."""
     # `max.f32`, unlike MLIR's maximumf, which keeps NaN.
-    return _asm("max.f32 $0, $1, $2;", a, b, results="f", pure=True)
+    return asm("max.f32 $0, $1, $2;", a, b, results="f", pure=True)
 
 
 def exp2(x):
     """Computes 2^x of float32, to about 2^-22 of it."""
-    return _asm("ex2.approx.f32 $0, $1;", x, results="f", pure=True)
+    return asm("ex2.approx.f32 $0, $1;", x, results="f", pure=True)
 
 
 def log2(x):
     """Computes the logarithm of a float32 to base 2, to about 2^-22."""
-    return _asm("lg2.approx.f32 $0, $1;", x, results="f", pure=True)
+    return asm("lg2.approx.f32 $0, $1;", x, results="f", pure=True)
 
 
 def bfloat16_pair(x):
@@ -280,17 +280,17 @@ def bfloat16_pair(x):
 
 def low_word(x):
     """Takes the lower half of an int64."""
-    return _asm("cvt.u32.u64 $0, $1;", x, results="r", pure=True)
+    return asm("cvt.u32.u64 $0, $1;", x, results="r", pure=True)
 
 
 def leading_zeros(x):
     """Counts the zeros above the highest bit that is set."""
-    return _asm("clz.b32 $0, $1;", x, results="r", pure=True)
+    return asm("clz.b32 $0, $1;", x, results="r", pure=True)
 
 
 def ones(x):
     """Counts the bits that are set."""
-    return _asm("popc.b32 $0, $1;", x, results="r", pure=True)
+    return asm("popc.b32 $0, $1;", x, results="r", pure=True)
 
 
 def key_of(score):
@@ -298,14 +298,14 @@ def key_of(score):
     text = (
         "{.reg .b32 b, s; add.rn.f32 b, $1, 0f00000000; shr.s32 s, b, 31; or.b32 s, s, 0x80000000; xor.b32 $0, b, s;}"
     )
-    return _asm(text, score, results="r", pure=True)
+    return asm(text, score, results="r", pure=True)
 
 
 def score_of(key):
     """Maps a key back to its float32."""
     # Of a positive number the key has the sign bit set and the others as they are, of a negative one all bits inverted.
     text = "{.reg .b32 s; not.b32 s, $1; shr.s32 s, s, 31; or.b32 s, s, 0x80000000; xor.b32 $0, $1, s;}"
-    return _asm(text, key, results="r", pure=True).float()
+    return asm(text, key, results="r", pure=True).float()
 
 
 def share_and_deviations(total, part, deviations):
@@ -314,7 +314,7 @@ def share_and_deviations(total, part, deviations):
         f"{{.reg .f32 n, s; cvt.rn.f32.u32 n, $1; rcp.approx.f32 n, n; mul.f32 n, n, {_hex(part)}; sqrt.approx.f32 s, "
         f"n; fma.rn.f32 n, s, {_hex(deviations)}, n; add.f32 n, n, {_hex(2)}; cvt.rzi.u32.f32 $0, n;}}"
     )
-    return _asm(text, total, results="r", pure=True)
+    return asm(text, total, results="r", pure=True)
 
 
 def how_many_reach(pairs):
@@ -322,13 +322,13 @@ def how_many_reach(pairs):
 
     In float32, 1.0 each: done with predicates, the compiler would keep all of them, and a thread has but seven.
     """
-    counts = [_asm("set.ge.f32.f32 $0, $1, $2;", *pair, results="f", pure=True) for pair in pairs]
+    counts = [asm("set.ge.f32.f32 $0, $1, $2;", *pair, results="f", pure=True) for pair in pairs]
     while len(counts) > 1:  # a tree of additions, so that none waits long for another
         counts = [
-            _asm("add.f32 $0, $1, $2;", *pair, results="f", pure=True)
+            asm("add.f32 $0, $1, $2;", *pair, results="f", pure=True)
             for pair in zip(counts[::2], counts[1::2], strict=True)
         ]
-    return _asm("cvt.rzi.u32.f32 $0, $1;", *counts, results="r", pure=True)
+    return asm("cvt.rzi.u32.f32 $0, $1;", *counts, results="r", pure=True)
 
 
 # Memory. `_if` predicates one instruction, which is cheaper than a branch around it.
@@ -336,33 +336,33 @@ def how_many_reach(pairs):
 
 def load(address, offset=0):
     """Loads an int32 from shared memory."""
-    return _asm(f"ld.shared.b32 $0, [$1+{offset}];", address, results="r")
+    return asm(f"ld.shared.b32 $0, [$1+{offset}];", address, results="r")
 
 
 def load4(address, offset=0):
     """Loads 4 int32 from shared memory, from a multiple of 16 bytes."""
-    return _asm(f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", address, results="rrrr")
+    return asm(f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", address, results="rrrr")
 
 
 def load_long(address, offset=0):
     """Loads an int64 from shared memory."""
-    return _asm(f"ld.shared.b64 $0, [$1+{offset}];", address, results="l")
+    return asm(f"ld.shared.b64 $0, [$1+{offset}];", address, results="l")
 
 
 def store(address, value, offset=0):
     """Stores an int32 or int64 to shared memory."""
     bits = _value(value).type.width
-    _asm(f"st.shared.b{bits} [$0+{offset}], $1;", address, value)
+    asm(f"st.shared.b{bits} [$0+{offset}], $1;", address, value)
 
 
 def store4(address, values, offset=0):
     """Stores 4 int32 to shared memory, to a multiple of 16 bytes."""
-    _asm(f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
+    asm(f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
 
 
 def store_if(condition, address, value):
     """Stores an int32 to shared memory where the condition holds."""
-    _asm("@$2 st.shared.b32 [$0], $1;", address, value, condition)
+    asm("@$2 st.shared.b32 [$0], $1;", address, value, condition)
 
 
 def store_pair_if_reaches(score, bound, number, address, distance):
@@ -372,41 +372,41 @@ def store_pair_if_reaches(score, bound, number, address, distance):
         "{.reg .pred p; setp.ge.f32 p, $1, $2; mov.b32 $0, $4; @p st.shared.f32 [$4], $1; "
         f"@p st.shared.b32 [$4+{distance}], $3; @p add.u32 $0, $4, 4;}}"
     )
-    return _asm(text, score, bound, number, address, results="r")
+    return asm(text, score, bound, number, address, results="r")
 
 
 def count_if(condition, address):
     """Adds 1 to an int32 of shared memory, atomically."""
     # `red` returns nothing, so no register waits for it.
-    _asm("@$1 red.shared.add.u32 [$0], 1;", address, condition)
+    asm("@$1 red.shared.add.u32 [$0], 1;", address, condition)
 
 
 def or_if(condition, address, bits):
     """Sets bits of an int32 of shared memory, atomically."""
-    _asm("@$2 red.shared.or.b32 [$0], $1;", address, bits, condition)
+    asm("@$2 red.shared.or.b32 [$0], $1;", address, bits, condition)
 
 
 def take_number(address):
     """Adds 1 to an int32 of shared memory, atomically, and returns what it was."""
     # Numbers are given out in whatever order threads come.
-    return _asm("atom.shared.add.u32 $0, [$1], 1;", address, results="r")
+    return asm("atom.shared.add.u32 $0, [$1], 1;", address, results="r")
 
 
 def load_gmem(address):
     """Loads an int32 from global memory that nobody writes."""
     # nc: through the read-only path of the first-level cache, which is why nobody may write there meanwhile.
-    return _asm("ld.global.nc.b32 $0, [$1];", address, results="r")
+    return asm("ld.global.nc.b32 $0, [$1];", address, results="r")
 
 
 def load_gmem_vector(address):
     """Loads 4 float32, used once, from global memory that nobody writes: the first-level cache does not keep them."""
-    return _asm("ld.global.nc.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4];", address, results="ffff")
+    return asm("ld.global.nc.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4];", address, results="ffff")
 
 
 def load_gmem_if(condition, address):
     """Loads an int32 from global memory that nobody writes where the condition holds, else gives 0."""
     text = "{.reg .b32 x; mov.b32 x, 0; @$2 ld.global.nc.b32 x, [$1]; mov.b32 $0, x;}"
-    return _asm(text, address, condition, results="r")
+    return asm(text, address, condition, results="r")
 
 
 def load4_gmem_if(condition, address, otherwise):
@@ -416,23 +416,28 @@ def load4_gmem_if(condition, address, otherwise):
         "@$5 ld.global.nc.L1::no_allocate.v4.b32 {x0, x1, x2, x3}, [$4]; "
         "mov.b32 $0, x0; mov.b32 $1, x1; mov.b32 $2, x2; mov.b32 $3, x3;}"
     )
-    return _asm(text, address, condition, results="rrrr")
+    return asm(text, address, condition, results="rrrr")
 
 
 def read4_gmem(address, offset=0):
     """Loads 4 int32 from global memory that this kernel may have written."""
     # Not `nc`: that path may have an older value.
-    return _asm(f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", address, results="rrrr")
+    return asm(f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", address, results="rrrr")
 
 
 def store_gmem(address, value):
     """Stores an int32 to global memory."""
-    _asm("st.global.b32 [$0], $1;", address, value)
+    asm("st.global.b32 [$0], $1;", address, value)
+
+
+def store_gmem_if(condition, address, value, offset=0):
+    """Stores an int32 to global memory where the condition holds."""
+    asm(f"@$2 st.global.b32 [$0+{offset}], $1;", address, value, condition)
 
 
 def store4_gmem(address, values, offset=0):
     """Stores 4 int32 to global memory, to a multiple of 16 bytes."""
-    _asm(f"st.global.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
+    asm(f"st.global.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
 
 
 # Warps: all 32 lanes call these together.
@@ -445,31 +450,31 @@ def warp_sum_so_far(x):
             f"{{.reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, $1, {distance}, 0, 0xffffffff; mov.b32 $0, $1; "
             "@p add.u32 $0, t, $1;}"
         )
-        x = _asm(text, x, results="r", convergent=True)
+        x = asm(text, x, results="r", convergent=True)
     return x
 
 
 def warp_last(x):
     """Gives every lane the last lane's `x`."""
-    return _asm("shfl.sync.idx.b32 $0, $1, 31, 31, 0xffffffff;", x, results="r", convergent=True)
+    return asm("shfl.sync.idx.b32 $0, $1, 31, 31, 0xffffffff;", x, results="r", convergent=True)
 
 
 def warp_minimum(x):
     """Takes the least `x` of the warp."""
     # One instruction; there is none like it for float32.
-    return _asm("redux.sync.min.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
+    return asm("redux.sync.min.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
 
 
 def warp_maximum(x):
     """Takes the greatest `x` of the warp."""
-    return _asm("redux.sync.max.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
+    return asm("redux.sync.max.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
 
 
 def warp_sum_f32(x):
     """Sums the warp's float32: the same bits in all lanes, and in every run."""
     for distance in (16, 8, 4, 2, 1):
         text = f"{{.reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, 0xffffffff; add.f32 $0, $1, t;}}"
-        x = _asm(text, x, results="f", convergent=True)
+        x = asm(text, x, results="f", convergent=True)
     return x
 
 
@@ -477,7 +482,7 @@ def warp_maximum_f32(x):
     """Takes the greatest float32 of the warp."""
     for distance in (16, 8, 4, 2, 1):
         text = f"{{.reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, 0xffffffff; max.f32 $0, $1, t;}}"
-        x = _asm(text, x, results="f", convergent=True)
+        x = asm(text, x, results="f", convergent=True)
     return x
 
 
@@ -488,4 +493,4 @@ def warp_reserve(address, count, lane):
         "{.reg .pred p; .reg .b32 t; mov.b32 t, 0; setp.eq.u32 p, $3, 31; @p atom.shared.add.u32 t, [$1], $2; "
         "shfl.sync.idx.b32 $0, t, 31, 31, 0xffffffff;}"
     )
-    return _asm(text, address, count, lane, results="r", convergent=True)
+    return asm(text, address, count, lane, results="r", convergent=True)
