@@ -433,6 +433,11 @@ def store_gmem_if(condition, address, value, offset=0):
         store_gmem(address + offset, value)
 
 
+def store2_gmem(address, values):
+    store_gmem(address, values[0])
+    store_gmem(address + 4, values[1])
+
+
 def store4_gmem(address, values, offset=0):
     place = _words(machine.gmem, address, offset, align=16)[machine.active]
     for i, value in enumerate(values):

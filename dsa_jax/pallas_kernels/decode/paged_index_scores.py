@@ -186,11 +186,12 @@ def paged_index_scores(
 
 
 def unfilled_scores(
-    q_index, pages, weights, table, start, stop, *, config: Config | None = None, interpret: bool = False
+    q_index, pages, weights, table, start, stop, *, after=(), config: Config | None = None, interpret: bool = False
 ):
     """Computes `paged_index_scores` for the pages that some query of the sequence reaches.
 
-    What lies in these, out of a query's own range, is -inf; what lies in others may be anything.
+    What lies in these, out of a query's own range, is -inf; what lies in others may be anything. The kernel starts when
+    the arrays `after` are there, which it does not read: so that calls can be timed one after the other.
     """
     reason = why_not(q_index, pages, weights, table, start, stop)
     if reason is not None:
@@ -203,8 +204,9 @@ def unfilled_scores(
     if used > there:
         raise ValueError(f"config needs {used} bytes of shared memory, there are {there}: {config}")
     blocks = 2 if interpret else min(ptx.multiprocessors(), batch * -(-table.shape[1] // config.pages))
-    kernel = _kernel(batch, length, heads, size, pages.dtype, config, blocks, interpret)
+    kernel = _kernel(batch, length, heads, size, pages.dtype, config, blocks, len(after), interpret)
     scores = kernel(
+        *after,
         q_index.reshape(batch, length * heads, DIM),
         pages,
         weights.reshape(batch, length * heads),
@@ -217,8 +219,8 @@ def unfilled_scores(
 
 
 @functools.cache
-def _kernel(batch, length, heads, size, dtype, config: Config, blocks: int, interpret: bool):
-    """Makes the kernel for one shape: (q, pages, weights, table, start, stop, *plan) -> float32 [B · T, size]."""
+def _kernel(batch, length, heads, size, dtype, config: Config, blocks: int, ignored: int, interpret: bool):
+    """Makes the kernel for one shape: (*ignored, q, pages, weights, table, start, stop, *plan) -> [B · T, size]."""
     stages, block_pages = config.stages, config.pages
     queries, groups = Split.of(length, heads)
     turns = MATH_WARPGROUPS // groups  # warpgroups that take the pages of a block in turn
@@ -226,8 +228,10 @@ def _kernel(batch, length, heads, size, dtype, config: Config, blocks: int, inte
     scaled = jnp.dtype(dtype).itemsize == 1
     swizzled = ptx.swizzled(dtype)
 
-    def body(q_gmem, pages_gmem, weights_gmem, table_gmem, start_gmem, stop_gmem, first_gmem, end_gmem, offset_gmem,
-             out_gmem, q_smem, weights_smem, k_union, scale_smem, q_full, q_empty, full, empty):  # fmt: skip
+    def body(*refs):
+        q_gmem, pages_gmem, weights_gmem, table_gmem, start_gmem, stop_gmem, *refs = refs[ignored:]
+        first_gmem, end_gmem, offset_gmem, out_gmem, *refs = refs
+        q_smem, weights_smem, k_union, scale_smem, q_full, q_empty, full, empty = refs
         # q_full: a sequence's queries and weights have landed. An arrival of each copy; the math warpgroups wait.
         # q_empty: they may be overwritten. An arrival of each math warpgroup, at first and when it is done with a
         # sequence; the producer waits.

@@ -114,5 +114,5 @@ def store_tile(sums, scale, low, count, out_gmem, row, key, size: int, queries: 
             score = floats.multiply(score, simt.load(scale + (tile_row << 2), 8 * 4 * i).float())
         # Unsigned: a key before the first wraps around to a large number.
         reached = (position + 8 * i - low) < count
-        score = simt.where(reached, score, float("-inf"))
+        score = simt.where(reached, score, float("-inf")).bits()
         simt.store_gmem_if(stores, address, score, 8 * 4 * i)

@@ -161,7 +161,7 @@ def why_not(scores, k: int, *, start, stop, table=None, config: Config | None = 
     return None
 
 
-def select_few_rows(scores, k: int, *, start, stop, table=None, config: Config | None = None):
+def select_few_rows(scores, k: int, *, start, stop, table=None, after=(), config: Config | None = None):
     """Selects the k highest scores of each row within [start, stop), exactly and canonically, as `select_topk` does.
 
     Scores are read up to 31 positions before and 3 behind a row's range: there they must be -inf.
@@ -172,6 +172,7 @@ def select_few_rows(scores, k: int, *, start, stop, table=None, config: Config |
       start: int32 [B, T], the first position of each row that may be selected.
       stop: int32 [B, T], the position behind the last.
       table: int32 [B, S / 64], the page of each 64 positions, or None.
+      after: arrays that must be there before the kernel starts, which does not read them: for timing.
       config: tuning.
 
     Returns:
@@ -191,7 +192,7 @@ def select_few_rows(scores, k: int, *, start, stop, table=None, config: Config |
     tables = () if table is None else (table,)
 
     def select_few_rows_kernel(*refs):
-        refs, smem = refs[:-1], refs[-1]
+        refs, smem = refs[len(after) : -1], refs[-1]
 
         @ptx.inline_mgpu(arg_types=(*(plgpu.RefType(),) * (len(refs) + 1), ptx.SPLAT, ptx.SPLAT))
         def run(ctx, scores, start, stop, *refs):
@@ -214,9 +215,8 @@ def select_few_rows(scores, k: int, *, start, stop, table=None, config: Config |
         compiler_params=ptx.compiler_params(),
     )
     rows = batch * length
-    return kernel(scores.reshape(rows, size), start.reshape(rows), stop.reshape(rows), *tables).reshape(
-        batch, length, k
-    )
+    arrays = scores.reshape(rows, size), start.reshape(rows), stop.reshape(rows), *tables
+    return kernel(*after, *arrays).reshape(batch, length, k)
 
 
 # The work of a block's threads. `p` is a `Plan` throughout.

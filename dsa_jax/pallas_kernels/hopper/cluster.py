@@ -8,7 +8,7 @@ from dsa_jax.pallas_kernels.hopper.simt import asm
 
 
 def barrier():
-    """Waits until all threads of the cluster have come; what they have written to shared memory is visible behind it."""
+    """Waits until all threads of the cluster have come; what they wrote to shared memory is visible behind it."""
     arrive()
     wait()
 

@@ -435,6 +435,11 @@ def store_gmem_if(condition, address, value, offset=0):
     asm(f"@$2 st.global.b32 [$0+{offset}], $1;", address, value, condition)
 
 
+def store2_gmem(address, values):
+    """Stores 2 int32 to global memory, to a multiple of 8 bytes."""
+    asm("st.global.v2.b32 [$0], {$1, $2};", address, *values)
+
+
 def store4_gmem(address, values, offset=0):
     """Stores 4 int32 to global memory, to a multiple of 16 bytes."""
     asm(f"st.global.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", address, *values)
