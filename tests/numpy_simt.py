@@ -461,6 +461,10 @@ def warp_last(x):
     return _spread(_warps(x)[:, -1])
 
 
+def warp_sum(x):
+    return _spread(_warps(x).sum(1, dtype=np.uint32))
+
+
 def warp_minimum(x):
     return _spread(_warps(x).min(1))
 

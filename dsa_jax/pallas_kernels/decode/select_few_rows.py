@@ -276,13 +276,14 @@ class _Block:
         self.barrier()
         out = []
         for at, x, count in zip(sums_at, inclusive, counts, strict=True):
-            before, total = x - count, simt.i32(0)
-            for i in range(self.plan.config.threads // (4 * WARP_THREADS)):
-                for j, s in enumerate(simt.load4(at, 16 * i)):
-                    before = simt.where(self.warp > 4 * i + j, before + s, before)
-                    total = total + s
-            out.append((before, total))
+            sums = self.of_warps(at)
+            out.append((x - count + simt.warp_sum(simt.where(self.lane < self.warp, sums, 0)), simt.warp_sum(sums)))
         return out
+
+    def of_warps(self, at):
+        """Loads what the block's warps have left at `at`, a warp's a lane, and 0 in lanes without one."""
+        # Added up by instructions of the warp: with loads of all, all warps spend some 300 cycles on it.
+        return simt.where(self.lane < self.plan.config.threads // WARP_THREADS, simt.load(at + (self.lane << 2)), 0)
 
     def find(self, count, rank):
         """Finds the bin of the rank-th highest number (1 first), from the count of bin 255 - t that thread t has.
@@ -421,8 +422,7 @@ def _guess(p, block, keys, sample):
     block.barrier()
     own = simt.where(block.thread < BINS, simt.load(block.own_bin(block.smem)), 0)
     digit, above, _, total = block.find(own, rank)
-    for i in range(p.config.threads // (4 * WARP_THREADS)):
-        highest = simt.maximum(highest, _greatest(simt.load4(block.smem + (p.sums_at + 128), 16 * i)))
+    highest = simt.warp_maximum(block.of_warps(block.smem + (p.sums_at + 128)))
     for key in sample:
         simt.count_if((key >> 24).equals(digit), block.smem + (4 * BINS) + (((key >> 16) & (BINS - 1)) << 2))
     block.barrier()

@@ -464,6 +464,11 @@ def warp_last(x):
     return asm("shfl.sync.idx.b32 $0, $1, 31, 31, 0xffffffff;", x, results="r", convergent=True)
 
 
+def warp_sum(x):
+    """Sums `x` over the warp."""
+    return asm("redux.sync.add.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
+
+
 def warp_minimum(x):
     """Takes the least `x` of the warp."""
     # One instruction; there is none like it for float32.
