@@ -224,8 +224,9 @@ class Pages:
         slots = jnp.where((slots >= 0) & (slots < pages * paged.PAGE), slots + layer * (pages * paged.PAGE), -1)
         flat = lambda x: x.reshape(layers * pages, *x.shape[2:])  # noqa: E731
         rows = kv.reshape(-1, kv.shape[-1]), k_index.reshape(-1, k_index.shape[-1])
-        latents = paged.write_latents(flat(self.latents), slots, rows[0], value_dim=self.value_dim)
-        index_keys = paged.write_index_keys(flat(self.index_keys), slots, rows[1])
+        latents, index_keys = paged.write_entries(
+            flat(self.latents), flat(self.index_keys), slots, *rows, value_dim=self.value_dim
+        )
         return dataclasses.replace(
             self,
             latents=latents.reshape(self.latents.shape),

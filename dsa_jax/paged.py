@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsa_jax.attention import check_indices, sparse_attention, static_scale
 from dsa_jax.indexer import index_scores
 from dsa_jax.key_range import KeyRange, check_keys
-from dsa_jax.pallas_kernels import Implementation
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
+from dsa_jax.pallas_kernels import decode as decode_kernels
 from dsa_jax.quantization import E4M3, quantize
 from dsa_jax.selection import select_keys
 
@@ -95,6 +96,43 @@ def _from_bytes(x, dtype):
 
 
 # Writing and reading.
+
+
+def write_entries(
+    latents: Shaped[Array, "n 64 W"],
+    index_keys: Float[Array, "n rows E"],
+    slots: Int[Array, " M"],
+    kv: Float[Array, "M H"],
+    k_index: Float[Array, "M E"],
+    *,
+    value_dim: int,
+    implementation: Implementation | None = None,
+) -> tuple[Shaped[Array, "n 64 W"], Float[Array, "n rows E"]]:
+    """Writes what pools keep of M tokens, in place where the pools are donated.
+
+    Args:
+      latents, index_keys: the pools.
+      slots: where, in [0, 64 · n); a token with another slot is dropped, and of several with one slot any is written.
+      kv: latents.
+      k_index: index keys; rounded by `quantize` where their pages are FP8.
+      value_dim: C.
+      implementation: None, "xla" or "pallas".
+    """
+    write = choose_implementation(
+        "write_entries",
+        implementation,
+        decode_kernels.why_not_write_entries(latents, index_keys, kv, k_index, slots),
+        xla=partial(_write_both, value_dim=value_dim),
+        pallas=partial(decode_kernels.write_entries, hadamard=False),
+    )
+    return write(latents, index_keys, kv, k_index, slots)
+
+
+def _write_both(latents, index_keys, kv, k_index, slots, *, value_dim):
+    return (
+        write_latents(latents, slots, kv, value_dim=value_dim),
+        write_index_keys(index_keys, slots, k_index),
+    )
 
 
 def write_latents(
@@ -228,9 +266,20 @@ def paged_index_scores(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
     """
-    _check_index_pages(q_index, index_keys, table, keys)
+    arrays = _check_index_inputs(q_index, index_keys, weights, table, keys)
+    score = choose_implementation(
+        "paged_index_scores",
+        implementation,
+        decode_kernels.why_not_index_scores(*arrays),
+        xla=_read_scores,
+        pallas=decode_kernels.paged_index_scores,
+    )
+    return score(*arrays)
+
+
+def _read_scores(q_index, index_keys, weights, table, start, stop):
     k_index, k_scale = read_index_keys(index_keys, table)
-    return index_scores(q_index, k_index, weights, keys, k_scale=k_scale, implementation=implementation)
+    return index_scores(q_index, k_index, weights, KeyRange(start, stop), k_scale=k_scale)
 
 
 def paged_select_keys(
@@ -252,9 +301,20 @@ def paged_select_keys(
     Returns:
       int32 positions of the sequences, canonical.
     """
-    _check_index_pages(q_index, index_keys, table, keys)
+    arrays = _check_index_inputs(q_index, index_keys, weights, table, keys)
+    select = choose_implementation(
+        "paged_select_keys",
+        implementation,
+        decode_kernels.why_not_select_keys(*arrays, k=k),
+        xla=partial(_read_and_select, k=k),
+        pallas=partial(decode_kernels.paged_select_keys, k=k),
+    )
+    return select(*arrays)
+
+
+def _read_and_select(q_index, index_keys, weights, table, start, stop, *, k):
     k_index, k_scale = read_index_keys(index_keys, table)
-    return select_keys(q_index, k_index, weights, keys, k=k, k_scale=k_scale, implementation=implementation)
+    return select_keys(q_index, k_index, weights, KeyRange(start, stop), k=k, k_scale=k_scale)
 
 
 def _check_pages(q, latents, table, value_dim):
@@ -270,7 +330,13 @@ def _check_pages(q, latents, table, value_dim):
     _check_table(table, q.shape[0])
 
 
-def _check_index_pages(q_index, index_keys, table, keys):
+def _check_index_inputs(q_index, index_keys, weights, table, keys):
+    """Checks shapes and dtypes before any work, and lists the arrays that a kernel takes."""
+    q_index, weights = jnp.asarray(q_index), jnp.asarray(weights)
+    if q_index.ndim != 4:
+        raise ValueError(f"q_index must be [B, T, J, E], got shape {q_index.shape}")
+    if weights.shape != q_index.shape[:3]:
+        raise ValueError(f"weights must be {list(q_index.shape[:3])} like q_index, got shape {weights.shape}")
     rows = index_page_rows(q_index.shape[-1], q_index.dtype == E4M3)
     if index_keys.dtype != q_index.dtype or index_keys.shape[1:] != (rows, q_index.shape[-1]):
         raise ValueError(
@@ -279,6 +345,7 @@ def _check_index_pages(q_index, index_keys, table, keys):
         )
     check_keys(keys, *q_index.shape[:2])
     _check_table(table, q_index.shape[0])
+    return q_index, index_keys, weights.astype(jnp.float32), table, keys.start, keys.stop
 
 
 def _check_table(table, batch):

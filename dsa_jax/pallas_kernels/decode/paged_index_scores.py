@@ -70,14 +70,23 @@ class Config:
         return sum(map(ptx.allocated, arrays))
 
 
-def default_config(dtype, length: int) -> Config:
-    """Chooses the configuration that was found fastest on an H200, of FP8: 78.9 µs at batch 16, with 5 stages 81.6.
+def default_config(dtype, length: int, table_pages: int) -> Config:
+    """Chooses the configuration that was found fastest on an H200, of FP8.
 
-    For two queries of 64 heads 5 stages were, and bfloat16 pages, which were not compared, leave room for 2.
+    Of one query a sequence at S 128K: 9.8 µs at batch 1 with 3 stages, 11.8 with 4; 79.0 at batch 16 with 4, 80.7 with
+    5. For two queries of 64 heads 5 stages were fastest, and bfloat16 pages, which were not compared, leave room for 2.
+
+    Args:
+      dtype: of the pages.
+      length: T.
+      table_pages: B · P.
     """
     if jnp.dtype(dtype).itemsize == 2:
         return Config(stages=2)
-    return Config(stages=4 if length == 1 else 5)
+    if length > 1:
+        return Config(stages=5)
+    few = table_pages <= 4 * Config.pages * ptx.multiprocessors()  # at most four blocks of keys a thread block
+    return Config(stages=3 if few else 4)
 
 
 class Split(NamedTuple):
@@ -198,7 +207,7 @@ def unfilled_scores(
         raise ValueError(f"paged_index_scores: {reason}")
     batch, length, heads, _ = q_index.shape
     size = PAGE * table.shape[1]
-    config = config or default_config(pages.dtype, length)
+    config = config or default_config(pages.dtype, length, table.size)
     split = Split.of(length, heads)
     used, there = config.smem_bytes(pages.dtype, split.groups * split.queries * heads), SMEM_BYTES - BARRIER_BYTES
     if used > there:

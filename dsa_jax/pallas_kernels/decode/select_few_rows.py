@@ -63,6 +63,17 @@ class Config:
             raise ValueError(f"threads must be 256, 512 or 1024, got {self.threads}")
 
 
+def default_config(rows: int, size: int) -> Config:
+    """Chooses the configuration that was found fastest on an H200, for the top 2048 of 131072.
+
+    One row: 10.4 µs in 8 blocks of 512 threads, 13.7 in 4 of 1024. 16 rows: 17.1 in 4 of 1024, 20.5 in 8 of 512, whose
+    clusters do not all fit at once. 64 rows: 33.0 in 2 of 1024, 38.5 in 2 of 512, 49.7 in 4 of 512.
+    """
+    if rows <= 8 or size > 1 << 20:  # the bitmaps of more than 2^19 scores do not fit into one block's shared memory
+        return Config()
+    return Config(blocks=4 if rows <= 32 else 2, threads=1024)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Budgets the shared memory of one kernel: rows of `size` scores, of which `k` are selected.
@@ -184,7 +195,7 @@ def select_few_rows(scores, k: int, *, start, stop, table=None, after=(), config
     reason = why_not(scores, k, start=start, stop=stop, table=table, config=config)
     if reason is not None:
         raise ValueError(f"select_few_rows: {reason}")
-    config = config or Config()
+    config = config or default_config(scores.shape[0] * scores.shape[1], scores.shape[2])
     batch, length, size = scores.shape
     p = Plan(size, k, length, 0 if table is None else table.shape[1], config)
     if 4 * p.smem_words >= SMEM_BYTES:

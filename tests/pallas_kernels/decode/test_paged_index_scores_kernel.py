@@ -185,7 +185,7 @@ def test_configs_validate_themselves():
             Config(**config)
     with pytest.raises(ValueError, match="config needs .* bytes of shared memory"):
         jax.eval_shape(functools.partial(paged_index_scores, config=Config(stages=9)), *abstract().values())
-    assert default_config(jnp.bfloat16, 4).smem_bytes(jnp.bfloat16, 256) < 225 << 10
+    assert default_config(jnp.bfloat16, 4, 100).smem_bytes(jnp.bfloat16, 256) < 225 << 10
 
 
 # On the card: bitwise what the kernel for contiguous keys computes.
