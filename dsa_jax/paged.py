@@ -271,15 +271,21 @@ def paged_index_scores(
         "paged_index_scores",
         implementation,
         decode_kernels.why_not_index_scores(*arrays),
-        xla=_read_scores,
+        xla=partial(_read_scores, implementation=_inner(implementation)),
         pallas=decode_kernels.paged_index_scores,
     )
     return score(*arrays)
 
 
-def _read_scores(q_index, index_keys, weights, table, start, stop):
+def _inner(implementation):
+    """Says what the operations of a definition may run: kernels over gathered keys too, unless "xla" was told."""
+    return "xla" if implementation == "xla" else None
+
+
+def _read_scores(q_index, index_keys, weights, table, start, stop, *, implementation):
     k_index, k_scale = read_index_keys(index_keys, table)
-    return index_scores(q_index, k_index, weights, KeyRange(start, stop), k_scale=k_scale)
+    keys = KeyRange(start, stop)
+    return index_scores(q_index, k_index, weights, keys, k_scale=k_scale, implementation=implementation)
 
 
 def paged_select_keys(
@@ -306,15 +312,16 @@ def paged_select_keys(
         "paged_select_keys",
         implementation,
         decode_kernels.why_not_select_keys(*arrays, k=k),
-        xla=partial(_read_and_select, k=k),
+        xla=partial(_read_and_select, k=k, implementation=_inner(implementation)),
         pallas=partial(decode_kernels.paged_select_keys, k=k),
     )
     return select(*arrays)
 
 
-def _read_and_select(q_index, index_keys, weights, table, start, stop, *, k):
+def _read_and_select(q_index, index_keys, weights, table, start, stop, *, k, implementation):
     k_index, k_scale = read_index_keys(index_keys, table)
-    return select_keys(q_index, k_index, weights, KeyRange(start, stop), k=k, k_scale=k_scale)
+    keys = KeyRange(start, stop)
+    return select_keys(q_index, k_index, weights, keys, k=k, k_scale=k_scale, implementation=implementation)
 
 
 def _check_pages(q, latents, table, value_dim):

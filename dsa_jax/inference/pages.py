@@ -160,6 +160,10 @@ class PagedCache:
         """Returns the number of tokens of a sequence."""
         return self._get(sequence).length
 
+    def rows_of(self, sequence: int) -> int:
+        """Returns the shard of rows that a sequence belongs to."""
+        return self._get(sequence).rows
+
     def missing(self, sequence: int, tokens: int) -> int:
         """Counts the pages that `tokens` more tokens of a sequence need."""
         own = self._get(sequence)

@@ -1,8 +1,46 @@
-"""Sampling: a token a row from logits."""
+"""Sampling: a token a row from logits, each row by settings and a seed of its own."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Holds the settings of a batch of rows, one of each a row.
+
+    Attributes:
+      temperature: float32 [B]; 0 takes the likeliest token.
+      top_k: int32 [B], how many of the likeliest tokens to draw among; the vocabulary for all.
+      top_p: float32 [B], the probability that the tokens to draw among have together, at least.
+      seed: uint32 [B]; with the number of the draw it says what is drawn, whatever the other rows are.
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    seed: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Holds what was drawn.
+
+    Attributes:
+      token: int32 [B].
+      log_prob: float32 [B], of the token under the distribution that it was drawn from, temperature and truncation
+        included; where the temperature is 0, under the model's own.
+      kept: bool [B, vocab], the tokens that could be drawn.
+    """
+
+    token: Array
+    log_prob: Array
+    kept: Array
 
 
 def sample(
@@ -26,37 +64,86 @@ def sample(
       >>> sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), temperature=0.0).tolist()
       [1]
     """
-    number = float(temperature)
-    return sample_traced(logits, key, temperature=number, top_k=top_k or logits.shape[-1], top_p=float(top_p))
+    rows, vocab = logits.shape
+    seeds = jax.random.bits(key, (rows,), jnp.uint32)
+    full = lambda value, dtype: jnp.full(rows, value, dtype)  # noqa: E731
+    settings = Settings(
+        full(temperature, jnp.float32), full(top_k or vocab, jnp.int32), full(top_p, jnp.float32), seeds
+    )
+    return draw(logits, settings, jnp.zeros(rows, jnp.int32)).token
 
 
-def sample_traced(
-    logits: Float[Array, "B vocab"],
-    key: Array,
-    *,
-    temperature: Float[Array, ""] | float,
-    top_k: Int[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
-) -> Int[Array, " B"]:
-    """Draws like `sample`, whose settings may be traced here: one program serves all of them."""
+def draw(logits: Float[Array, "B vocab"], settings: Settings, number: Int[Array, " B"]) -> Draw:
+    """Draws the `number`-th token of each row; one program serves all settings.
 
-    def draw(logits):
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
-        probabilities = jax.nn.softmax(ranked)
-        keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the likeliest always stays
-        keep &= jnp.arange(logits.shape[-1]) < top_k
-        rank = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    What a row draws depends on its own logits, settings, seed and number alone. Where no row draws at random, or none
+    truncates, what that needs is not computed.
+    """
+    greedy = settings.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, settings.temperature)[:, None]
+    truncated = ~greedy & ((settings.top_k < logits.shape[1]) | (settings.top_p < 1))
+    everything = jnp.ones(logits.shape, bool)
+    kept = jax.lax.cond(truncated.any(), lambda: _kept(scaled, settings) | ~truncated[:, None], lambda: everything)
+    allowed = jnp.where(kept, scaled, -jnp.inf)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    return jax.lax.cond(temperature == 0, lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32), draw, logits)
+    def at_random():
+        keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(settings.seed, number)
+        return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+
+    token = jnp.where(greedy, likeliest, jax.lax.cond(greedy.all(), lambda: likeliest, at_random))
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(allowed), token[:, None], axis=-1)[:, 0]
+    return Draw(token, log_prob, kept)
 
 
-def check_sampling(key: Array | None, temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raises ValueError unless these are settings of `sample`."""
-    if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"temperature must be at least 0, top_p in (0, 1], top_k at least 1, got {temperature}, {top_p}, {top_k}"
-        )
-    if key is None and temperature > 0:
-        raise ValueError("sampling needs a random key: pass key=jax.random.key(…), or temperature=0")
+def _kept(scaled, settings):
+    """Marks the tokens of each row that may be drawn: of equal logits the lowest ids first."""
+    order = jnp.argsort(-scaled, axis=-1, stable=True)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1))
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    keep = (before < settings.top_p[:, None]).at[:, 0].set(True)  # the likeliest always stays
+    keep &= jnp.arange(scaled.shape[1]) < settings.top_k[:, None]
+    rows = jnp.arange(scaled.shape[0])[:, None]
+    return jnp.zeros(scaled.shape, bool).at[rows, order].set(keep)
+
+
+def check_sampling(temperature, top_k, top_p, rows: int, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the settings as one of each a row.
+
+    Raises:
+      ValueError: unless these are settings of `sample`, numbers or one for each of `rows` rows.
+    """
+    values = {"temperature": temperature, "top_k": vocab if top_k is None else top_k, "top_p": top_p}
+    dtypes = {"temperature": np.float32, "top_k": np.int64, "top_p": np.float32}
+    arrays = {}
+    for name, value in values.items():
+        array = np.asarray(value)
+        if array.shape not in ((), (rows,)) or not np.issubdtype(array.dtype, np.number):
+            raise ValueError(f"{name} must be a number, or one for each of the {rows} rows, got {value!r}")
+        if name == "top_k" and not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"top_k must be an integer, got {value!r}")
+        arrays[name] = np.broadcast_to(array.astype(dtypes[name]), (rows,))
+    temperatures, ks, ps = arrays["temperature"], arrays["top_k"], arrays["top_p"]
+    for row in range(rows):
+        if not 0 <= temperatures[row] < np.inf or not 0 < ps[row] <= 1 or ks[row] < 1:
+            raise ValueError(
+                "temperature must be at least 0 and finite, top_p in (0, 1], top_k at least 1, "
+                f"got {temperatures[row]}, {ps[row]}, {ks[row]} in row {row}"
+            )
+    return temperatures, np.minimum(ks, vocab).astype(np.int32), ps
+
+
+def row_seeds(key: Array | None, seed, rows: int) -> np.ndarray:
+    """Returns a uint32 seed a row: those that are given, or others for every row from a key.
+
+    Raises:
+      ValueError: unless `seed` is an integer or one for each row, or if both are given.
+    """
+    if seed is not None:
+        array = np.asarray(seed)
+        if key is not None or array.shape not in ((), (rows,)) or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"give key, or seed as an integer or one for each of the {rows} rows, got {seed!r}")
+        if array.shape == ():
+            return (int(array) + np.arange(rows, dtype=np.uint64)).astype(np.uint32)
+        return array.astype(np.uint64).astype(np.uint32)
+    return np.asarray(jax.random.bits(jax.random.key(0) if key is None else key, (rows,), jnp.uint32))

@@ -1,0 +1,444 @@
+"""Runs a model over a paged cache: prompts in chunks, packed (prefill), then one to four tokens a row (decode).
+
+Every step is one compiled program. Shapes are rounded up to powers of two, so few are compiled; `Runner.warm` compiles
+them ahead of time. The pools are donated: a step updates them in place.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.cache import Pages
+from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.sampling import Draw, Settings, draw
+from dsa_jax.key_range import KeyRange
+from dsa_jax.layers import Attention
+from dsa_jax.model import Transformer
+from dsa_jax.paged import PAGE
+from dsa_jax.parallel.sharding import check_model, parameter_specs, spec
+
+MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
+PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
+MAX_DECODED = 4  # tokens of a row in a decode step, as many as the kernels take
+INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
+
+
+class Options(NamedTuple):
+    """Says how a step runs; part of what is compiled."""
+
+    attention: Attention = "sparse"
+    return_selected: bool = False
+    return_routed: bool = False
+    mesh: Mesh | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Holds the tokens of a step: rows of one sequence, or of several behind each other in the row's pages.
+
+    Attributes:
+      tokens: int32 [B, T].
+      positions: int32 [B, T], in their sequence: what rotates them.
+      start: int32 [B, T], where their sequence begins in the row.
+      stop: int32 [B, T], behind their own position in the row; 0 for padding.
+      wanted: int32 [B, M], the columns of the tokens whose logits are wanted.
+    """
+
+    tokens: Array
+    positions: Array
+    start: Array
+    stop: Array
+    wanted: Array
+
+
+class StepOutput(NamedTuple):
+    """Holds the results of a step: logits [B, M, vocab], and for every token what was asked for."""
+
+    logits: Array
+    selected: Array | None  # int32 [layers, B, T, K], positions of the token's own sequence
+    routed: Array | None  # int32 [moe_layers, B, T, k]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """Holds what decode steps hand on, of each row, so that the next need not wait for the host.
+
+    Attributes:
+      token: int32 [B], the last one that was drawn, which the next step takes in.
+      length: int32 [B], the tokens in the cache.
+      number: int32 [B], how many were drawn.
+      live: bool [B], whether the row goes on.
+    """
+
+    token: Array
+    length: Array
+    number: Array
+    live: Array
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """Rounds a size up to a power of two, `least` or more, so that few sizes are compiled."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def _forward(graph, options: Options, pools, state, table, rows: Rows):
+    """Runs the model on this shard's rows; returns the wanted logits, of its part of the vocabulary, and the pools."""
+    model = nnx.merge(graph, state)
+    keys = KeyRange(rows.start, rows.stop)
+    cache = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
+    out = model(
+        rows.tokens,
+        keys=keys,
+        positions=rows.positions,
+        attention=options.attention,
+        cache=cache,
+        return_selected=options.return_selected,
+        return_routed=options.return_routed,
+        return_indexer_kl=False,
+    )
+    hidden = jnp.take_along_axis(out.hidden, rows.wanted[..., None], axis=1)
+    selected = out.selected
+    if selected is not None:  # in the row they stand behind the beginning of their sequence
+        selected = jnp.where(selected < 0, -1, selected - rows.start[..., None])
+    return StepOutput(model.unembed(hidden), selected, out.routed), (out.cache.latents, out.cache.index_keys)
+
+
+def _forward_on(graph, options: Options, pools, state, table, rows):
+    """Runs `_forward` on one device, or on every shard of a mesh."""
+    run = partial(_forward, graph, options)
+    if options.mesh is None:
+        return run(pools, state, table, rows)
+    row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
+    return jax.shard_map(
+        run,
+        mesh=options.mesh,
+        in_specs=((pool, pool), parameter_specs(state), spec("rows", "pages"), row),
+        out_specs=(
+            StepOutput(
+                spec("rows", None, "vocabulary"),
+                layer if options.return_selected else None,
+                layer if options.return_routed else None,
+            ),
+            (pool, pool),
+        ),
+        check_vma=False,
+    )(pools, state, table, rows)
+
+
+_prefill = jax.jit(_forward_on, static_argnums=(0, 1), donate_argnums=2)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _decode(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops):
+    """Takes in each row's last token and draws the next."""
+    length = carry.length[:, None]
+    zero = jnp.zeros_like(length)
+    rows = Rows(carry.token[:, None], length, zero, jnp.where(carry.live[:, None], length + 1, 0), zero)
+    out, pools = _forward_on(graph, options, pools, state, table, rows)
+    drawn = draw(out.logits[:, 0], settings, carry.number)
+    taken = dataclasses.replace(carry, length=carry.length + carry.live)
+    return _advance(taken, drawn, stops), drawn, out, pools
+
+
+@jax.jit
+def _first(logits, length, settings: Settings, stops, live):
+    """Draws the first token of each row, from the logits of its prompt."""
+    zero = jnp.zeros_like(length)
+    drawn = draw(logits, settings, zero)
+    return _advance(Carry(zero, length, zero, live), drawn, stops), drawn
+
+
+def _advance(carry: Carry, drawn: Draw, stops) -> Carry:
+    """Counts what was drawn; a row that has stopped keeps its last token."""
+    token = jnp.where(carry.live, drawn.token, carry.token)
+    live = carry.live & ~jnp.any(token[:, None] == stops, axis=-1)
+    return Carry(token, carry.length, carry.number + 1, live)
+
+
+class Piece(NamedTuple):
+    """Says which tokens of a prompt a prefill step takes."""
+
+    item: int  # the prompt's number
+    begin: int  # its first token, counted in the prompt
+    count: int
+
+
+class Prefilled(NamedTuple):
+    """Holds the results of a prefill: logits behind each prompt [n, vocab], and for each prompt what was asked for."""
+
+    logits: Array
+    selected: list[np.ndarray] | None  # [layers, T, K] each
+    routed: list[np.ndarray] | None  # [moe_layers, T, k] each
+
+
+class Runner:
+    """Runs one model over one paged cache.
+
+    Args:
+      model: the transformer; on a mesh its parameters live where `parameter_shardings` says.
+      cache: of the model, and on the same mesh.
+      attention: "sparse" or "dense".
+      prefill_chunk: tokens of prompts at a time, on each shard of rows.
+      dense_below: prompts that reach no more keys than this attend densely in the multi-head form, which is the same
+        attention as long as all keys are selected, and cheaper; `index_topk` at most.
+      batch_invariant: gives every step one shape and every chunk fixed borders, so that a row's logits have the same
+        bits whatever is run beside it.
+      return_selected: whether selections are wanted; they are then made for short prompts too.
+      return_routed: whether each token's experts are wanted.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        *,
+        attention: Attention = "sparse",
+        prefill_chunk: int = PREFILL_CHUNK,
+        dense_below: int | None = None,
+        batch_invariant: bool = False,
+        return_selected: bool = False,
+        return_routed: bool = False,
+    ):
+        config = model.config
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        if dense_below is not None and not 0 <= dense_below <= config.index_topk:
+            raise ValueError(f"dense_below must be from 0 to index_topk = {config.index_topk}, got {dense_below}")
+        if cache.config != config:
+            raise ValueError("the cache must be of the model's config: make it with PagedCache(model.config, …)")
+        if cache.mesh is not None:
+            check_model(cache.mesh, config)
+        self.cache, self.config = cache, config
+        self.graph, self.state = nnx.split(model)
+        self.options = Options(attention, return_selected, return_routed, cache.mesh)
+        self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
+        skips = attention == "sparse" and not return_selected and not batch_invariant and cache.page_shards == 1
+        self.dense_below = (config.index_topk if dense_below is None else dense_below) if skips else 0
+
+    # Prefill.
+
+    def prefill(self, sequences: Sequence[int], prompts: Sequence[Int[np.ndarray, " T"]]) -> Prefilled:
+        """Appends a prompt to each sequence, in as many steps as its chunks need.
+
+        Raises:
+          OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
+          ValueError: for an empty prompt, or one that would make its sequence too long.
+        """
+        before = self._extend(sequences, [len(prompt) for prompt in prompts])
+        last: list[Array] = [jnp.zeros(0)] * len(prompts)
+        selected: list[list[np.ndarray]] = [[] for _ in prompts]
+        routed: list[list[np.ndarray]] = [[] for _ in prompts]
+        for step in self._steps(sequences, prompts, before):
+            rows, table, ends, places = self._pack(step, sequences, prompts, before)
+            out = self._run_prefill(rows, table, dense=self._is_short(step, before))
+            for item, (row, number) in ends.items():
+                last[item] = out.logits[row, number]
+            for kept, found in ((selected, out.selected), (routed, out.routed)):
+                if found is not None:
+                    found = np.asarray(found)
+                    for piece, (row, column) in places:
+                        kept[piece.item].append(found[:, row, column : column + piece.count])
+        return Prefilled(
+            jnp.stack(last),
+            [_join(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
+            [np.concatenate(parts, 1) for parts in routed] if self.options.return_routed else None,
+        )
+
+    def _extend(self, sequences, counts):
+        """Makes room for all, or for none; returns the lengths before."""
+        before = [self.cache.length(sequence) for sequence in sequences]
+        done = 0
+        try:
+            for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+                if count < 1:
+                    raise ValueError(f"every prompt must have at least one token, got none in row {row}")
+                self.cache.extend(sequence, count)
+                done += 1
+        except Exception:
+            for sequence, length in zip(sequences[:done], before[:done], strict=True):
+                self.cache.truncate(sequence, length)
+            raise
+        return before
+
+    def _steps(self, sequences, prompts, before):
+        """Yields for each step the pieces of each shard's row."""
+        rows: list[list[Piece]] = [[] for _ in range(self.cache.row_shards)]
+        for item, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+            begin = 0
+            while begin < len(prompt):
+                size = self.prefill_chunk
+                if self.batch_invariant:  # borders at the same positions, however many tokens are there already
+                    size -= (before[item] + begin) % self.prefill_chunk
+                count = min(size, len(prompt) - begin)
+                rows[self.cache.rows_of(sequence)].append(Piece(item, begin, count))
+                begin += count
+        while any(rows):
+            step = [self._take(row) for row in rows]
+            yield step
+
+    def _take(self, row):
+        """Takes the pieces of one step from a row's list: as many as fit a chunk, the last one cut to fit."""
+        taken, room = [], self.prefill_chunk
+        while row and room and not (self.batch_invariant and taken):
+            piece = row.pop(0)
+            if piece.count > room:
+                if self.batch_invariant or taken and room < MIN_TOKENS:
+                    row.insert(0, piece)
+                    break
+                row.insert(0, Piece(piece.item, piece.begin + room, piece.count - room))
+                piece = piece._replace(count=room)
+            taken.append(piece)
+            room -= piece.count
+        return taken
+
+    def _is_short(self, step, before):
+        reach = max(before[piece.item] + piece.begin + piece.count for row in step for piece in row)
+        return reach <= self.dense_below
+
+    def _pack(self, step, sequences, prompts, before):
+        """Makes the arrays of one step, and where in them each piece's last token and first column are."""
+        width = self.prefill_chunk
+        if not self.batch_invariant:
+            width = min(width, bucket(max(sum(piece.count for piece in row) for row in step), MIN_TOKENS))
+        shape = len(step), width
+        arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "start", "stop")}
+        ends, places, pages, wanted = {}, [], [], [[] for _ in step]
+        for number, row in enumerate(step):
+            column = page = 0
+            for piece in row:
+                position = before[piece.item] + piece.begin
+                if self.batch_invariant:
+                    column = position % width
+                here = number, slice(column, column + piece.count)
+                own = np.arange(position, position + piece.count)
+                arrays["tokens"][here] = prompts[piece.item][piece.begin : piece.begin + piece.count]
+                arrays["positions"][here] = own
+                arrays["start"][here] = page * PAGE
+                arrays["stop"][here] = page * PAGE + own + 1
+                places.append((piece, (number, column)))
+                column += piece.count
+                page += self.cache.row_pages(sequences[piece.item])
+                if piece.begin + piece.count == len(prompts[piece.item]):
+                    ends[piece.item] = number, len(wanted[number])
+                    wanted[number].append(column - 1)
+            pages.append(page)
+        most = bucket(max(map(len, wanted)))
+        columns = np.zeros((len(step), most), np.int32)
+        for line, values in zip(columns, wanted, strict=True):
+            line[: len(values)] = values
+        table = self.cache.packed_table(
+            [[sequences[piece.item] for piece in row] for row in step], self._table_width(max(pages))
+        )
+        return Rows(**arrays, wanted=columns), table, ends, places
+
+    def _table_width(self, pages):
+        """Rounds the pages of a row up; under `batch_invariant` all rows have room for the longest sequence."""
+        if self.batch_invariant:
+            pages = math.ceil(self.config.max_position_embeddings / PAGE)
+        shards = self.cache.page_shards
+        return shards * bucket(math.ceil(pages / shards), MIN_PAGES)
+
+    def _run_prefill(self, rows: Rows, table, *, dense: bool) -> StepOutput:
+        options = self.options._replace(attention="dense") if dense else self.options
+        pools = self.cache.latents, self.cache.index_keys
+        out, pools = _prefill(self.graph, options, pools, self.state, table, rows)
+        self.cache.update(*pools)
+        return out
+
+    # Decode.
+
+    def extend(self, sequences: Sequence[int | None], tokens: Int[np.ndarray, "B T"]) -> Float[Array, "B T vocab"]:
+        """Appends the same number of tokens, one to four, to each row, and returns the logits behind each of them.
+
+        This is what verifies drafts: what is not taken is forgotten by `PagedCache.truncate`. None is a padding row.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= MAX_DECODED or len(tokens) != len(sequences):
+            raise ValueError(f"tokens must be [{len(sequences)}, 1 to {MAX_DECODED}], got {list(tokens.shape)}")
+        live = [sequence for sequence in sequences if sequence is not None]
+        before = dict(zip(live, self._extend(live, [tokens.shape[1]] * len(live)), strict=True))
+        length = np.array([before.get(sequence, -1) for sequence in sequences], np.int32)[:, None]
+        positions = np.maximum(length + np.arange(tokens.shape[1], dtype=np.int32), 0)
+        stop = np.where(length < 0, 0, positions + 1)
+        columns = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        rows = Rows(tokens, positions, np.zeros_like(positions), stop, columns)
+        table = self.cache.table(sequences, self._table_width(max(map(self._pages, live), default=1)))
+        return self._run_prefill(rows, table, dense=False).logits
+
+    def _pages(self, sequence):
+        return self.cache.row_pages(sequence)
+
+    def place(self, sequences: Sequence[int]) -> list[int | None]:
+        """Lays sequences out as the rows of a decode step: those of a shard together, filled up with padding."""
+        by_shard: list[list[int | None]] = [[] for _ in range(self.cache.row_shards)]
+        for sequence in sequences:
+            by_shard[self.cache.rows_of(sequence)].append(sequence)
+        most = max(map(len, by_shard))
+        if self.batch_invariant and most > INVARIANT_ROWS:
+            raise ValueError(f"batch_invariant takes at most {INVARIANT_ROWS} rows on a shard, got {most}")
+        rows = INVARIANT_ROWS if self.batch_invariant else bucket(most)
+        return [sequence for row in by_shard for sequence in (*row, *[None] * (rows - len(row)))]
+
+    def table(self, rows: Sequence[int | None]) -> Int[np.ndarray, "B P"]:
+        """Makes the table of a decode step, with every page that the rows have, written or not."""
+        return self.cache.table(rows, self._table_width(max(self._pages(row) for row in rows if row is not None)))
+
+    def first(self, logits, length, settings: Settings, stops, live) -> tuple[Carry, Draw]:
+        """Draws the first token of each row from logits [B, vocab], those of padding among them."""
+        return _first(logits, length, settings, stops, live)
+
+    def decode(self, carry: Carry, table, settings: Settings, stops) -> tuple[Carry, Draw, StepOutput]:
+        """Takes in the last token of each row and draws the next. The host need not know what was drawn before."""
+        pools = self.cache.latents, self.cache.index_keys
+        carry, drawn, out, pools = _decode(self.graph, self.options, pools, carry, self.state, table, settings, stops)
+        self.cache.update(*pools)
+        return carry, drawn, out
+
+    def warm(self, *, rows: Sequence[int], pages: int, tokens: Sequence[int] = ()) -> None:
+        """Compiles the steps that will be needed, by running them on padding.
+
+        Args:
+          rows: numbers of rows of decode steps, on each shard.
+          pages: of the longest sequence.
+          tokens: sizes of prefill steps, on each shard.
+        """
+        width = self._table_width(pages)
+        for count in sorted({INVARIANT_ROWS if self.batch_invariant else bucket(each) for each in rows}):
+            total = count * self.cache.row_shards
+            table = np.zeros((total, width), np.int32)
+            settings = padding_settings(total, self.config.vocab_size)
+            stops, length = np.full(1, -1, np.int32), np.zeros(total, np.int32)
+            logits = jnp.zeros((total, self.config.vocab_size), jnp.float32)
+            carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool))
+            self.decode(carry, table, settings, stops)
+        for count in tokens:
+            size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
+            empty = np.zeros((self.cache.row_shards, size), np.int32)
+            arrays: dict[str, Any] = dict(tokens=empty, positions=empty, start=empty, stop=empty, wanted=empty[:, :1])
+            table = np.zeros((self.cache.row_shards, width), np.int32)
+            for dense in {False, self.dense_below > 0}:
+                self._run_prefill(Rows(**arrays), table, dense=dense)
+
+
+def padding_settings(rows: int, vocab: int) -> Settings:
+    """Makes the settings of rows that nobody reads: greedy."""
+    return Settings(
+        np.zeros(rows, np.float32), np.full(rows, vocab, np.int32), np.ones(rows, np.float32), np.zeros(rows, np.uint32)
+    )
+
+
+def _join(parts, width):
+    """Joins a prompt's selections of several steps, filled up with -1 to one width."""
+    fill = lambda x: np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])), constant_values=-1)  # noqa: E731
+    return np.concatenate([fill(part) for part in parts], axis=1)
