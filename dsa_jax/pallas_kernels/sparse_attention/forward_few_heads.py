@@ -17,13 +17,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
 
 from dsa_jax.pallas_kernels.hopper import ptx
 from dsa_jax.pallas_kernels.hopper.constants import (
@@ -34,6 +30,7 @@ from dsa_jax.pallas_kernels.hopper.constants import (
     SMEM_GRANULE_BYTES,
     SWIZZLED_COLUMNS,
 )
+from dsa_jax.pallas_kernels.hopper.key_rows import over_heads, over_rows, reduce_keys, store_transposed, zeros
 
 HEADS = (16, 32)  # that this kernel takes: columns of its accumulators
 
@@ -306,36 +303,36 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
                     scores = scores_of(first, stream + zero)
                     present = (ids >= 0) & (ids < size)  # rows of absent keys are zeros in the ring
                     # Online softmax, per head: everything so far is over 2^peak, and decays when the peak rises.
-                    scores = jnp.where(_over_heads(present, heads), scores * log2_scale, -jnp.inf)
-                    new_peak = jnp.maximum(peak, _reduce_keys(scores, warps_smem.at[stream], "max", interpret))
+                    scores = jnp.where(over_heads(present, heads), scores * log2_scale, -jnp.inf)
+                    new_peak = jnp.maximum(peak, reduce_keys(scores, warps_smem.at[stream], "max", interpret))
                     base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)  # -inf - -inf would be NaN
                     decay = jnp.exp2(peak - base)
-                    p = jnp.exp2(scores - _over_rows(base, BLOCK_KEYS))
-                    _store_transposed(p_smem.at[stream], p.astype(jnp.bfloat16), interpret)
+                    p = jnp.exp2(scores - over_rows(base, BLOCK_KEYS))
+                    store_transposed(p_smem.at[stream], p.astype(jnp.bfloat16), interpret)
                     plgpu.commit_smem()
                     next_ids = load_ids(i + 1)  # not sooner: the fences of the waits above would wait for it
                     # Kept a key of the block, and reduced over the keys once a query: not block by block.
-                    total = total * _over_rows(decay, BLOCK_KEYS) + p
-                    outs = tuple(out * _over_rows(decay, out.shape[0]) for out in outs)
+                    total = total * over_rows(decay, BLOCK_KEYS) + p
+                    outs = tuple(out * over_rows(decay, out.shape[0]) for out in outs)
                     return add_values(outs, first, stream + zero), new_peak, total, next_ids
 
                 # O^T in parts, one for each slot that has values: wgmma reads a slot at a time as its left operand.
-                outs = tuple(_zeros((SWIZZLED_COLUMNS * values, heads), interpret) for _, values in cuts if values)
+                outs = tuple(zeros((SWIZZLED_COLUMNS * values, heads), interpret) for _, values in cuts if values)
                 peak = jnp.full((heads,), -jnp.inf, jnp.float32)
                 if not interpret:
                     peak = plgpu.layout_cast(peak, COLUMN_LAYOUT)
-                carry = outs, peak, _zeros((BLOCK_KEYS, heads), interpret), load_ids(0)
+                carry = outs, peak, zeros((BLOCK_KEYS, heads), interpret), load_ids(0)
                 outs, peak, total, _ = lax.fori_loop(0, blocks, step, carry)
 
-                total = _reduce_keys(total, warps_smem.at[stream], "add", interpret)
+                total = reduce_keys(total, warps_smem.at[stream], "add", interpret)
                 # 0 for a query without keys, which then has zeros in `out`.
                 inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
                 # O leaves through the memory of Q, transposed back to [N, C].
                 column = 0
                 for out in outs:
-                    out = out * _over_rows(inverse, out.shape[0])
+                    out = out * over_rows(inverse, out.shape[0])
                     part = q_smem.at[stream, :, pl.ds(column, out.shape[0])]
-                    _store_transposed(part, out.astype(jnp.bfloat16), interpret)
+                    store_transposed(part, out.astype(jnp.bfloat16), interpret)
                     column += out.shape[0]
                 lse = peak * math.log(2.0) + jnp.log(total)  # the natural logarithm
                 lse_smem[stream] = jnp.where(total == 0.0, -jnp.inf, lse)
@@ -374,86 +371,3 @@ def _kernel(plan: Plan, batch: int, length: int, size: int, blocks: int, scale: 
         warpgroups=streams + 1,
         approx_math=True,
     )
-
-
-def _zeros(shape, interpret):
-    """Makes float32 zeros in the layout of an accumulator."""
-    zeros = jnp.zeros(shape, jnp.float32)
-    return zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-
-
-def _over_rows(by_head, rows):
-    """Repeats one value a head along rows: [N] -> [rows, N]."""
-    return lax.broadcast_in_dim(by_head, (rows, by_head.shape[0]), [1])
-
-
-def _over_heads(by_key, heads):
-    """Repeats one value a key along heads: [64] -> [64, heads]."""
-    return lax.broadcast_in_dim(by_key, (by_key.shape[0], heads), [0])
-
-
-def _store_transposed(to_smem, x, interpret):
-    """Writes x [rows, N] of an accumulator to `to_smem` [N, rows]."""
-    if interpret:
-        to_smem[...] = x.T
-        return
-    # In this layout a thread holds two neighbours of a column, which are neighbours in `to_smem`.
-    to_smem.transpose((1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
-
-
-def _reduce_keys(x, warps_smem, op, interpret):
-    """Reduces x [64, N] over its keys to the maximum or sum, [N], in every thread; always in the same order.
-
-    A warp has 16 keys: two in each thread, eight along its lanes. Then the four warps exchange through `warps_smem`
-    [4, N], which may be written again once the warpgroup has met at another barrier.
-    """
-    if interpret:
-        return jnp.max(x, axis=0) if op == "max" else jnp.sum(x, axis=0)
-    heads = x.shape[1]
-    combine = {"max": arith.maximumf, "add": arith.addf}[op]
-
-    @ptx.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=ptx.Result((heads,), jnp.float32, COLUMN_LAYOUT),
-    )
-    def reduce(ctx, x, warps):
-        f32, pair = ir.F32Type.get(), ir.VectorType.get((2,), ir.F32Type.get())
-        thread = ptx.thread_of_warpgroup()
-        warp, lane = arith.shrui(thread, ptx.i32(5)), arith.andi(thread, ptx.i32(31))
-        # Lane l has columns 2 (l mod 4) and the next of every eight.
-        source = arith.addi(ptx.smem_address(warps), arith.shli(arith.andi(lane, ptx.i32(3)), ptx.i32(3)))
-        to = arith.addi(source, arith.muli(warp, ptx.i32(4 * heads)))
-
-        def halves(value):
-            return [vector.extract(value, [], ir.DenseI64ArrayAttr.get([i])) for i in range(2)]
-
-        columns = []  # of every eight, this thread's two, reduced over the warp's keys
-        for upper, lower in x.registers.reshape(heads // 8, 2):
-            values = [combine(a, b) for a, b in zip(halves(upper), halves(lower), strict=True)]
-            for distance in (4, 8, 16):  # lanes that have the same columns and other keys
-                values = [combine(value, mgpu.utils.shfl_bfly(value, distance)) for value in values]
-            columns.append(values)
-        # Four lanes of each warp have all columns between them, and write the warp's row.
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, ptx.i32(4))):
-            for i, values in enumerate(columns):
-                ptx.ptx(f"st.shared.v2.f32 [$0+{32 * i}], {{$1, $2}};", to, *values)
-        mgpu.utils.warpgroup_barrier()
-        registers = []
-        for i in range(heads // 8):
-            parts = [
-                ptx.ptx(
-                    f"ld.shared.v2.f32 {{$0, $1}}, [$2+{4 * heads * w + 32 * i}];",
-                    source,
-                    result_types=[f32, f32],
-                    has_side_effects=True,
-                )
-                for w in range(4)
-            ]
-            # The same order in every thread, so that all have the same bits.
-            values = [combine(combine(a, b), combine(c, d)) for a, b, c, d in zip(*parts, strict=True)]
-            registers.append(vector.from_elements(pair, values))
-        layout = COLUMN_LAYOUT.to_mgpu()
-        registers = np.array(registers, dtype=object).reshape(layout.registers_shape((heads,)))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return reduce(x, warps_smem)
