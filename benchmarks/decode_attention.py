@@ -168,7 +168,8 @@ def hostile(path):
         compiled = {shape: pool.submit(compile_one, shape) for shape in shapes}
     for shape, future in compiled.items():
         for case in HOSTILE:
-            guarded(path, "hostile", f"{shape} {case}", lambda: hostile_case(future.result(), shape, case))
+            run = functools.partial(hostile_case, future, shape, case)
+            guarded(path, "hostile", f"{shape} {case}", run)
 
 
 HOSTILE = (
@@ -177,8 +178,9 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def hostile_case(call, shape, case):
-    """Runs one compiled kernel on one kind of hostile data; returns its errors."""
+def hostile_case(compiled, shape, case):
+    """Runs one kernel, once it is compiled, on one kind of hostile data; returns its errors."""
+    call = compiled.result()
     heads, _, kind = shape
     random = np.random.default_rng(7)
     bf16 = ml_dtypes.bfloat16
@@ -189,32 +191,28 @@ def hostile_case(call, shape, case):
     rotary = random.standard_normal((40, 64, 64)).astype(bf16)
     table = random.permutation(40)[:12].reshape(2, 6).astype(np.int32)
     indices = np.stack([np.sort(random.permutation(384)[:300]) for _ in range(4)]).reshape(2, 2, 300).astype(np.int32)
-    choose = lambda *values: random.choice(np.array(values, np.float32), scale.shape)
+    latent_size = {"large": 7e-3, "mixed": 2e-3, "groups": 5e-3, "edges": 2e-4}.get(
+        case, 1.0
+    )  # of q: for modest logits
+    q[..., :512] = (q[..., :512].astype(np.float32) * latent_size).astype(bf16)
+    if case in ("large", "mixed", "groups"):
+        e4m3 &= 0x8F  # up to 0.03
     if case in ("absent", "nan latent", "nan rotary", "nan scale"):
         indices[:, :, ::3] = random.choice([-1, 384, 2**31 - 1, -(2**31)], indices[:, :, ::3].shape)
     if case == "empty":
         indices[0, 1], indices[1, 0, 64:] = -1, -1
-    latent_size = 1.0
-    if case == "tenths":
-        scale = np.full_like(scale, 0.1)
-    if case == "tiny":
-        scale, latent_size = np.full_like(scale, 2.0**-30), 2.0**-30
-    if case == "large":
-        scale, latent_size = np.full_like(scale, 3.7e4), 3.7e4
-        q[..., :512] = (q[..., :512].astype(np.float32) * 1e-3).astype(bf16)
-    if case == "mixed":
-        scale = choose(2.0**-30, 0.1, 2.0**-7, 3.7e4)
-        q[..., :512] = (q[..., :512].astype(np.float32) * 1e-3).astype(bf16)
-    if case == "groups":
-        scale = scale * np.array([2.0**-30, 1, 1e-3, 2.0**20], np.float32)
-        q[..., :512] = (q[..., :512].astype(np.float32) * 2e-3).astype(bf16)
     if case == "zero":
-        scale = np.where(random.random(scale.shape) < 0.3, 0, scale).astype(np.float32)
+        scale[random.random(scale.shape) < 0.3] = 0
+    scales = {
+        "tenths": (0.1,), "tiny": (2.0**-30,), "large": (3.7e4,), "mixed": (2.0**-30, 0.1, 2.0**-7, 3.7e4),
+        "edges": (2.0**-15, 2.0**7, 1.9 * 2.0**-15, 2.0**-16, 2.0**8),
+    }  # fmt: skip
+    if case in scales:
+        scale = random.choice(np.array(scales[case], np.float32), scale.shape)
+    if case == "groups":
+        scale *= np.array([2.0**-30, 1, 1e-3, 2.0**14], np.float32)
     if case == "negative":
         scale = -scale
-    if case == "edges":
-        scale = choose(2.0**-15, 2.0**7, 1.9 * 2.0**-15, 2.0**-16, 2.0**8)
-        q[..., :512] = (q[..., :512].astype(np.float32) * 1e-2).astype(bf16)
     there = (indices[0, 0] >= 0) & (indices[0, 0] < 384)
     reached = indices[0, 0][there][5]  # a position that sequence 0's first query selects
     page, row = table[0, reached // 64], reached % 64
@@ -258,17 +256,17 @@ def hostile_case(call, shape, case):
         return {"ok": int(bad) == 0, "hidden": int(bad)}
     nan_same = np.array_equal(np.isnan(got_lse), np.isnan(want_lse))
     nan_same &= np.array_equal(np.isnan(got_out).any(-1), np.isnan(want_out).any(-1))
-    finite = np.isfinite(want_lse)
+    finite = np.isfinite(want_lse) & np.isfinite(got_lse)
     empty_same = np.array_equal(np.isneginf(got_lse), np.isneginf(want_lse))
     clean = finite & ~np.isnan(want_out).any(-1)
-    lse_error = float(np.max(np.abs(got_lse - want_lse)[finite] / (1 + np.abs(want_lse[finite])), initial=0))
+    lse_error = float(np.max(np.abs(got_lse[finite] - want_lse[finite]) / (1 + np.abs(want_lse[finite])), initial=0))
     # Each group of 128 columns has an error of its own, so that small ones count too.
     errors = []
     for group in range(4):
         columns = slice(128 * group, 128 * group + 128)
         a, b = got_out[clean][:, columns], want_out[clean][:, columns]
         errors.append(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)))
-    ok = nan_same and empty_same and max(errors) < 6e-3 and lse_error < 3e-3 * max(1.0, latent_size)
+    ok = nan_same and empty_same and max(errors) < 8e-3 and lse_error < 4e-3
     return {"ok": bool(ok), "nan": bool(nan_same), "empty": bool(empty_same), "out": max(errors), "lse": lse_error}
 
 

@@ -106,7 +106,9 @@ def _kernel(q_shape, table_shape, steps, scale, splits, config, has_after):
     log2_scale = scale * LOG2E
 
     def body(q_gmem, pool_gmem, table_gmem, indices_gmem, *refs):
-        out_gmem, lse_gmem, q_union, k_union, p_union, warps_smem, lse_smem, full, empty, q_barrier = refs[int(has_after) :]
+        out_gmem, lse_gmem, q_union, k_union, p_union, warps_smem, lse_smem, full, empty, q_barrier = refs[
+            int(has_after) :
+        ]
         # The same memory twice: bfloat16, and half precision for latents, Q's latent columns and P.
         (q_smem, q_half_smem), (k_smem, k_half_smem), (p_smem, p_half_smem) = map(list, (q_union, k_union, p_union))
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -192,7 +194,7 @@ def _kernel(q_shape, table_shape, steps, scale, splits, config, has_after):
             pl.when(~wide)(lambda: store_transposed(p_half_smem.at[0], p.astype(jnp.float16)))
 
         def add_values(outs, n, zero, wide):
-            """Adds V^T P^T of the n-th key block to the parts of O^T, and releases its halves as they have been read."""
+            """Adds V^T P^T of the n-th key block to the parts of O^T, and releases its halves when they are read."""
             slot = lax.rem(n, producers)
 
             def add(k_ref, p_ref):

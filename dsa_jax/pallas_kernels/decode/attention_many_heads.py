@@ -137,7 +137,6 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
         def p_odd(zero):
             return tuple(ref.at[zero] for ref in p_odd_refs)
 
-
         def rows(i, zero=0):
             """Refers to one value a head that the compute warpgroups tell each other."""
             return rows_smem.at[zero + i]

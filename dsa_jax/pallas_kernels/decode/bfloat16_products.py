@@ -49,9 +49,7 @@ def multiply_as_bfloat16(a_smem, b_smem, half: str):
 
             sums = list(sums)
             for left, right in zip(chunks[::2], chunks[1::2], strict=True):  # 16 columns
-                x = [
-                    load(rows + chunk + at, GROUP_BYTES * lower, "a") for chunk in (left, right) for lower in range(2)
-                ]
+                x = [load(rows + chunk + at, GROUP_BYTES * lower, "a") for chunk in (left, right) for lower in range(2)]
                 for i in range(columns):
                     y = [load(others + chunk + at, GROUP_BYTES * i, "b") for chunk in (left, right)]
                     sums[4 * i : 4 * i + 4] = simt_copies.multiply_16x8(x, y, sums[4 * i : 4 * i + 4])
@@ -59,6 +57,8 @@ def multiply_as_bfloat16(a_smem, b_smem, half: str):
 
         tiles = GROUP_BYTES // TILE_BYTES
         sums = [x.value for x in simt.loop(0, tiles, 1, [simt.f32(0.0)] * (4 * columns), step)]
+        # What is written over these operands next, P over rotary columns, waits for the slowest warp.
+        simt.barrier((simt.thread_id() >> 7) + 1, WARPGROUP_THREADS)
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         registers = [vector.from_elements(pair, sums[i : i + 2]) for i in range(0, 4 * columns, 2)]
         layout = plgpu.Layout.WGMMA.to_mgpu()

@@ -25,7 +25,6 @@ from jaxlib.mlir.dialects import llvm
 
 from dsa_jax.pallas_kernels.hopper import ptx, simt, simt_copies
 from dsa_jax.pallas_kernels.hopper.constants import (
-    BLOCK_KEYS,
     PAIR_PER_THREAD,
     WARP_THREADS,
     WARPGROUP_THREADS,
@@ -154,8 +153,6 @@ def _word(value):
 def _words(array):
     """Unpacks the int32 that a thread has."""
     return [simt.Reg(x) for x in ptx.elements(array)]
-
-
 
 
 def load_positions(indices_gmem):

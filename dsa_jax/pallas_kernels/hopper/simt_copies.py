@@ -14,7 +14,7 @@ ONE_BITS = 0x3F800000  # 1.0 as a float32
 
 
 def _asm(text, *args, results="", convergent=False, pure=False) -> Any:
-    """Emits inline PTX on registers, with results of the types of `results`: "r" an int32, "l" an int64, "f" a float32."""
+    """Emits inline PTX on registers, with results of the types of `results`: "r" int32, "l" int64, "f" float32."""
     types = [{"r": ptx.i32_type, "l": ptx.i64_type, "f": ir.F32Type.get}[r]() for r in results]
     values = [x.value if isinstance(x, Reg) else ptx.i32(x) for x in args]
     if not types:
@@ -56,8 +56,8 @@ def row_address(base, row, row_bytes):
 
 def start_copy16(to, source, count, to_offset=0, source_offset=0):
     """Starts the copy of `count` of 16 bytes, 0 or 16; the others become zeros. Nothing is read for a count of 0."""
-    # `cg` leaves rows out of the first-level cache, which lies in the memory that kernels use as shared memory. L2::128B
-    # has the second-level cache fetch whole lines.
+    # `cg` leaves rows out of the first-level cache, which lies in the memory that kernels use as shared memory.
+    # L2::128B has the second-level cache fetch whole lines.
     _asm(f"cp.async.cg.shared.global.L2::128B [$0+{to_offset}], [$1+{source_offset}], 16, $2;", to, source, count)
 
 
@@ -108,7 +108,7 @@ def bfloat16_to_half(x):
 
 
 def half_to_bfloat16(x, scale=ONE_BITS):
-    """Converts two half-precision numbers to bfloat16, multiplied in float32 by `scale`, a float32 given by its bits."""
+    """Converts two half-precision numbers to bfloat16, multiplied in float32 by `scale`, given by its bits."""
     text = (
         "{.reg .b16 u, v; .reg .f32 a, b, s; mov.b32 {u, v}, $1; mov.b32 s, $2; cvt.f32.f16 a, u; cvt.f32.f16 b, v; "
         "mul.f32 a, a, s; mul.f32 b, b, s; cvt.rn.bf16x2.f32 $0, b, a;}"
@@ -117,7 +117,7 @@ def half_to_bfloat16(x, scale=ONE_BITS):
 
 
 def multiply_16x8(a, b, accumulator):
-    """Adds a product of bfloat16 of one warp, [16, 16] · [16, 8], to four float32 a lane, as an accumulator has them."""
+    """Adds a warp's product of bfloat16, [16, 16] · [16, 8], to four float32 a lane, as an accumulator has them."""
     # wgmma would want more registers beside a warpgroup's accumulators than there are.
     text = (
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
