@@ -152,10 +152,10 @@ def _kernel(q_shape, table_shape, steps, scale, splits, config, has_after):
                         plgpu.barrier_wait(empty.at[2 * slot + half])
 
                     gather_rows.start_copies(rows, pool_gmem, k_smem.at[slot], half)
-                fits = gather_rows.scales_fit_half(scales)
+                fits = gather_rows.choose_type(rows, scales, full, 2 * slot, 0)
                 for half in range(2):
                     barrier = 2 * slot + half
-                    gather_rows.convert(rows, scales, fits, k_smem.at[slot], full, barrier, half, pending=1 - half)
+                    gather_rows.convert(scales, fits, k_smem.at[slot], full, barrier, half, pending=1 - half)
                 return gather_rows.slots_of(positions, pages, size), next_positions
 
             positions = load_positions(0)

@@ -21,6 +21,7 @@ multiplication alone 133, its shared memory's traffic 108.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,7 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
         def p_odd(zero):
             return tuple(ref.at[zero] for ref in p_odd_refs)
 
-        def rows(i, zero=0):
+        def rows(i, zero: Any = 0):
             """Refers to one value a head that the compute warpgroups tell each other."""
             return rows_smem.at[zero + i]
 
@@ -186,8 +187,8 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
                             plgpu.barrier_wait(free_barriers.at[0])  # P of the even block
 
                     gather_rows.start_copies(rows, pool_gmem, k_smem.at[slot], half)
-                    fits = gather_rows.scales_fit_half(scales)
-                    gather_rows.convert(rows, scales, fits, k_smem.at[slot], gathered, 2 * slot + half, half)
+                    fits = gather_rows.choose_type(rows, scales, gathered, 2 * slot + half, half)
+                    gather_rows.convert(scales, fits, k_smem.at[slot], gathered, 2 * slot + half, half)
                     rows, positions = gather_rows.slots_of(positions, pages, size), next_positions
                 return rows, positions
 
@@ -299,7 +300,7 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
         def all_pairs(step):
             """Runs `step` for the pairs of key blocks of a unit."""
             # For a loop of one turn that the compiler knows, it wants more registers than there are.
-            return lax.fori_loop(0, pairs + (ptx.opaque_zero() if single else 0), step, initial())
+            return lax.fori_loop(0, pairs + (ptx.opaque_zero() if pairs == 1 else 0), step, initial())
 
         def store_out(item, accs, denominator, first):
             """Writes `out` of this warpgroup's columns: parts straight from registers, a whole through key slot 1."""

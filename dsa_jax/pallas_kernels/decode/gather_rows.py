@@ -259,33 +259,49 @@ def start_copies(slots, pool_gmem, block_smem, half: int) -> None:
     start(slots, pool_gmem, block_smem)
 
 
-def scales_fit_half(scales):
-    """Tells whether half precision holds what all scales of the block make of e4m3. The warpgroup calls it together.
+def choose_type(slots, scales, barriers_smem, i, half: int):
+    """Tells whether half precision holds what all scales of the block make of e4m3, and leaves word for the readers.
 
-    Each gathering warpgroup asks for all scales of the 64 rows, so that those of both halves of the columns agree.
+    Each gathering warpgroup asks for all scales of the 64 rows, so that those of both halves of the columns agree. It
+    calls this together, once nobody reads what the last block of this slot has left.
+
+    Args:
+      slots: from `slots_of`.
+      scales: from `load_scales`.
+      barriers_smem: from `block_barriers`.
+      i: the barrier of this half, 2 · slot + half.
+      half: of the columns; the left one says which rows have a key.
     """
 
-    @ptx.inline_mgpu(arg_types=(PAIR_PER_THREAD,), return_type=_SPLAT)
-    def vote(ctx, scales):
+    @ptx.inline_mgpu(arg_types=(WORD_PER_THREAD, PAIR_PER_THREAD, plgpu.RefType(), ptx.SPLAT), return_type=_SPLAT)
+    def vote(ctx, slots, scales, barriers, i):
+        (mine,), place = _words(slots), _Lane()
         outside = simt.predicate(False)
         for bits in _words(scales):
             magnitude = bits & 0x7FFFFFFF
             outside = outside | ((magnitude - LEAST_SCALE_BITS > SCALE_BITS_RANGE) & (magnitude > 0))
         # Pallas' own barriers of a warpgroup have the same numbers; all its threads take either kind in turn.
         number = (simt.thread_id() >> 7) + 1
-        fits = ~simt.barrier_any(number, WARPGROUP_THREADS, outside)
-        return _splat(simt.where(fits, simt.i32(1), 0))
+        wide = simt.where(simt.barrier_any(number, WARPGROUP_THREADS, outside), simt.i32(1), 0)
+        address = simt.smem_address(barriers) + (simt.scalar(i) << 2)
+        present = simt_copies.ballot(_present(mine))
+        with simt.when(place.lane.equals(0)):
+            # Each warp says it of its own rows, and of the type all say the same.
+            simt.store(address, wide, _type_offset(barriers))
+            if half == 0:
+                simt_copies.store_byte(address + place.warp, present, _mask_offset(barriers))
+                simt_copies.store_byte(address + place.warp, present >> 8, _mask_offset(barriers) + 4)
+        return _splat(simt.where(wide > 0, simt.i32(0), 1))
 
-    return vote(scales)
+    return vote(slots, scales, barriers_smem, jnp.int32(i))
 
 
-def convert(slots, scales, fits, block_smem, barriers_smem, i, half: int, pending: int = 0) -> None:
+def convert(scales, fits, block_smem, barriers_smem, i, half: int, pending: int = 0) -> None:
     """Waits for the copies of half of a block's columns, converts them in place, and arrives at barrier `i`.
 
     Args:
-      slots: from `slots_of`.
       scales: from `load_scales`.
-      fits: from `scales_fit_half`: half precision, or else bfloat16.
+      fits: from `choose_type`: half precision, or else bfloat16.
       block_smem: [64, 576], the memory of the block.
       barriers_smem: from `block_barriers`; each expects the 128 threads of this warpgroup.
       i: which of them, 2 · slot + half.
@@ -295,12 +311,12 @@ def convert(slots, scales, fits, block_smem, barriers_smem, i, half: int, pendin
 
     @ptx.inline_mgpu(
         arg_types=(
-            WORD_PER_THREAD, PAIR_PER_THREAD, ptx.SPLAT, plgpu.RefType(ptx.swizzled(jnp.bfloat16)), plgpu.RefType(),
+            PAIR_PER_THREAD, ptx.SPLAT, plgpu.RefType(ptx.swizzled(jnp.bfloat16)), plgpu.RefType(),
             ptx.SPLAT,
         ),
     )  # fmt: skip
-    def run(ctx, slots, scales, fits, block, barriers, i):
-        (mine,), scales, place, fits = _words(slots), _words(scales), _Lane(), simt.scalar(fits) > 0
+    def run(ctx, scales, fits, block, barriers, i):
+        scales, place, fits = _words(scales), _Lane(), simt.scalar(fits) > 0
         row, quarter = place.lane >> 2, place.lane & 3  # a lane reads 16 of the 64 bytes of a row and tile
         smem = place.group_address(block)
         raw = smem + (row << 8) + (quarter << 4)
@@ -337,15 +353,6 @@ def convert(slots, scales, fits, block_smem, barriers_smem, i, half: int, pendin
                     return []
 
                 simt.loop(0, HALF_TILES, 1, [], scale_tile)
-        address, i = simt.smem_address(barriers), simt.scalar(i)
-        present = simt_copies.ballot(_present(mine)) if half == 0 else None
-        with simt.when(place.lane.equals(0)):
-            # Each warp says it of its own rows, and of the type all say the same.
-            simt.store(address + (i << 2), simt.where(fits, simt.i32(0), 1), _type_offset(barriers))
-            if half == 0:
-                mask = address + (i << 2) + place.warp
-                simt_copies.store_byte(mask, present, _mask_offset(barriers))
-                simt_copies.store_byte(mask, present >> 8, _mask_offset(barriers) + 4)
-        simt_copies.arrive(address + (i << 3))
+        simt_copies.arrive(simt.smem_address(barriers) + (simt.scalar(i) << 3))
 
-    run(slots, scales, jnp.int32(fits), block_smem, barriers_smem, jnp.int32(i))
+    run(scales, jnp.int32(fits), block_smem, barriers_smem, jnp.int32(i))

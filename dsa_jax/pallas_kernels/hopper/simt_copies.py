@@ -107,7 +107,7 @@ def bfloat16_to_half(x):
     return _asm(text, x, results="r", pure=True)
 
 
-def half_to_bfloat16(x, scale=ONE_BITS):
+def half_to_bfloat16(x, scale: Reg | int = ONE_BITS):
     """Converts two half-precision numbers to bfloat16, multiplied in float32 by `scale`, given by its bits."""
     text = (
         "{.reg .b16 u, v; .reg .f32 a, b, s; mov.b32 {u, v}, $1; mov.b32 s, $2; cvt.f32.f16 a, u; cvt.f32.f16 b, v; "

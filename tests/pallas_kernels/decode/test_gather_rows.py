@@ -104,8 +104,8 @@ def gather(emulated, scales, seed=0, order=(0, 1)):
     for half in order:
         loaded = gather_rows.load_scales(slots, pool_ref)
         gather_rows.start_copies(slots, pool_ref, block, half)
-        fits = gather_rows.scales_fit_half(loaded)
-        gather_rows.convert(slots, loaded, fits, block, barriers, half, half)
+        fits = gather_rows.choose_type(slots, loaded, barriers, half, half)
+        gather_rows.convert(loaded, fits, block, barriers, half, half)
     there = (ids >= 0) & (ids < POSITIONS)
     at = np.where(there, ids, 0)
     want = np.where(there[:, None], rows[table[at // 64] * 64 + at % 64], 0)
