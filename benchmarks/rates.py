@@ -1,6 +1,7 @@
 """Gathers what the planner needs of the recorded benchmarks:  python -m benchmarks.rates
 
-No GPU is needed. Writes train/planner/rates.json, which is shipped with the package, from benchmarks/results.
+No GPU is needed. Writes train/planner/rates.json and serving_rates.json, which are shipped with the package, from
+benchmarks/results.
 """
 
 import functools
@@ -12,11 +13,15 @@ from typing import Any
 import train.planner
 from benchmarks import measure
 
-OUT = pathlib.Path(train.planner.__file__).parent / "rates.json"
+PLANNER = pathlib.Path(train.planner.__file__).parent
 LENGTH = 131072  # tokens of the context at which kernels are timed
 QUERIES, TOPK = 4096, 2048
 HEADS, LATENT_DIM, HEAD_DIM, VALUE_DIM = 128, 576, 192, 128
 INDEX_HEADS, INDEX_DIM = 64, 128
+DECODE = {  # of a decode step's kernels: the file of benchmarks/results, and the name of the rows that count
+    "attention": ("decode_attention", "paged_sparse_attention"),
+    "selection": ("decode_selection", "paged_select_keys"),
+}
 STEPS = {"SPARSE": "sparse_step", "WARMUP": "warmup_step"}  # the phases whose steps set the planner's estimate
 
 
@@ -112,13 +117,82 @@ def gather() -> dict[str, Any]:
     }
 
 
+# Serving
+
+
+def decode_rows(operation: str) -> list[dict[str, Any]]:
+    """Gathers times of a decode step's kernel by batch and heads: as recorded, or the prototype's until then.
+
+    The file has parts of {"circumstances": …, "timings": […]}, and of the timings those rows count that have the
+    operation's name of `DECODE`: one for each batch and number of heads, of one token a sequence over FP8 pages.
+
+    Raises:
+      ValueError: if the file has no such row, or several of one batch and number of heads.
+    """
+    file, name = DECODE[operation]
+    if (measure.RESULTS / f"{file}.json").exists():
+        parts = [(_source(file, part), part) for part in recorded(file).values()]
+    else:
+        part = recorded("decode_prototype")[file]
+        parts = [(part["source"], part)]
+    timings = [(row, source) for source, part in parts for row in part.get("timings", [])]
+    rows = [_decode_row(row, source) for row, source in timings if row["name"] == name]
+    if not rows or len({(row["batch"], row["heads"]) for row in rows}) < len(rows):
+        raise ValueError(f"{file}.json must have one row of {name} for each batch and number of heads, got {len(rows)}")
+    return rows
+
+
+def _decode_row(row: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Takes from a row what the planner reads; a selection without "keys" is of LENGTH of them."""
+    note = f" ({row['note']})" if "note" in row else ""
+    keys = {"keys": row.get("keys", LENGTH)} if row["name"] == DECODE["selection"][1] else {}
+    figures = {name: row[name] for name in ("batch", "heads", "microseconds")}
+    return figures | keys | {"source": source + note}
+
+
+def _source(file: str, part: Mapping[str, Any], what: str = "") -> str:
+    """Names what was measured, the file of a recorded part, the card and the date."""
+    circumstances = part["circumstances"]
+    return f"{what}benchmarks/results/{file}.json, {circumstances['card']}, {circumstances['date']}"
+
+
+def gather_serving() -> dict[str, Any]:
+    """Gathers what the plan of serving needs, each figure with its source."""
+    backward, exchanges = recorded("training")["backward"], recorded("sharded")["exchanges"]
+    peaks = backward["peaks"]
+    copy, product, exchange = (
+        _source(file, part, what)
+        for file, part, what in (
+            ("training", backward, "a copy, bytes read plus written: "),
+            ("training", backward, "a large bfloat16 product, sustained: "),
+            ("sharded", exchanges, "bytes that each of two GPUs of a host sends: "),
+        )
+    )
+    return {
+        "source": "benchmarks/results by python -m benchmarks.rates",
+        "rates": {
+            "memory_bytes": {"value": peaks["copy_tb_per_s"] * 1e12, "source": copy},
+            "product_flops": {"value": peaks["bf16_matmul_tflops_sustained"] * 1e12, "source": product},
+        },
+        "exchanges": {
+            row["operation"]: {"value": 1e9 * row["gb_per_s"], "source": exchange} for row in exchanges["timings"]
+        },
+        "attention": decode_rows("attention"),
+        "selection": decode_rows("selection"),
+    }
+
+
+FILES = {"rates.json": gather, "serving_rates.json": gather_serving}  # of train/planner
+
+
 def as_text(values: Mapping[str, Any]) -> str:
     """Makes the text of the file."""
     return json.dumps(values, indent=1) + "\n"
 
 
 def main() -> None:
-    OUT.write_text(as_text(gather()))
+    for name, gathered in FILES.items():
+        (PLANNER / name).write_text(as_text(gathered()))
 
 
 if __name__ == "__main__":

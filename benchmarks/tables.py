@@ -1,11 +1,14 @@
 """Writes the tables of figures in docs/ from benchmarks/results/*.json:  python -m benchmarks.tables"""
 
+import contextlib
+import io
 import json
 import pathlib
 import re
 import textwrap
 
 from benchmarks.measure import RESULTS
+from train import planner
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 
@@ -209,7 +212,10 @@ def _planned(row):
 
 
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan}
-DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {"plan": "many_devices.md"}  # where each stands in docs/
+DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands in docs/
+    "plan": "many_devices.md",
+    "serving": "many_devices.md",
+}
 
 
 def _time(row):
@@ -231,8 +237,22 @@ def _sustained(row):
     return f"{row['tflops_sustained']:.0f} TFLOP/s" if "tflops_sustained" in row else ""
 
 
+SERVING = ["--serve", "--config", "deepseek_v32", "--gpus", "8"]
+
+
+def serving() -> str:
+    """The plan of serving as the command prints it, but for blanks at the ends of lines."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        planner.serving_main(SERVING)
+    lines = (line.rstrip() for line in printed.getvalue().splitlines())
+    return "\n".join(["```", f"$ dsa-train plan {' '.join(SERVING)}", *lines, "```"])
+
+
 def section(name: str) -> str:
     """The section of that name, from what is recorded."""
+    if name == "serving":
+        return serving()
     return SECTIONS[name](json.loads((RESULTS / f"{name}.json").read_text()))
 
 

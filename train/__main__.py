@@ -154,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["plan"]:
-        return run_command(lambda: planner.main(arguments[1:]))
+        plan = planner.serving_main if "--serve" in arguments else planner.main
+        return run_command(lambda: plan(arguments[1:]))
     return run_command(lambda: train(parse(Arguments, arguments, "python -m train")))
 
 

@@ -1,8 +1,9 @@
 """Says what a training step takes of each GPU of a mesh, before there is one: bytes, exchanges, seconds, what binds it.
 
 `trace` makes the step of one device a list of operations, `costs` adds up what they take, `hardware` times them at the
-rates of an H200 in `rates.json`, `estimate` makes a plan of it, and `command` is `python -m train plan`. Nothing here
-imports the training loop.
+rates of an H200 in `rates.json`, `estimate` makes a plan of it, and `command` is `python -m train plan`. `serving`
+plans serving by the rates in `serving_rates.json`, and `serving_command` is `python -m train plan --serve`. None of
+these imports the training loop.
 """
 
 from train.planner.command import best_plan, least_state_bytes, load_run, main
@@ -18,6 +19,7 @@ from train.planner.estimate import (
     measured_settings,
 )
 from train.planner.hardware import usable_memory
+from train.planner.serving_command import main as serving_main
 
 __all__ = [
     "GIB",
@@ -33,5 +35,6 @@ __all__ = [
     "main",
     "make_plan",
     "measured_settings",
+    "serving_main",
     "usable_memory",
 ]

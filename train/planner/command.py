@@ -25,7 +25,10 @@ MESHES_TRIED = 4  # of one size, where several axes must grow
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Plans a training step: bytes, collectives and floating-point operations of each H200 of a mesh."""
+    """Plans a training step: bytes, collectives and floating-point operations of each H200 of a mesh.
+
+    With --serve, plans serving instead: see `plan --serve --help`.
+    """
 
     config: str
     """deepseek_v32 or tiny, a run's run.json, or a Hugging Face folder."""

@@ -216,20 +216,23 @@ def work(program: Program, done: Done) -> Work:
     return Work("products", flops, max(flops / (FLOAT32_FLOPS if wide else rates.product), moved))
 
 
-def network_seconds(shape: Mapping[str, int], collective: Collective) -> float:
+def network_seconds(
+    shape: Mapping[str, int], collective: Collective, nvlink: Mapping[str, float] | None = None
+) -> float:
     """Computes the seconds of a collective with all links to itself: the slower of NVLink and the adapters.
 
     Devices stand in the mesh's order, its last axis innermost, eight to a host. The members of a group in one host
-    share what enters it: each carries its part.
+    share what enters it: each carries its part. `nvlink` are rates by kind, `nvlink_rates` if None.
     """
+    nvlink = nvlink_rates() if nvlink is None else nvlink
     count, inside, extent = 1, 1, 1
     for axis in reversed(AXES):
         if axis in collective.axes:
             count *= shape[axis]
             inside *= math.gcd(shape[axis], max(1, GPUS_PER_HOST // extent))
         extent *= shape[axis]
-    nvlink = collective.sent / nvlink_rates()[collective.kind] if inside > 1 else 0.0
+    within = collective.sent / nvlink[collective.kind] if inside > 1 else 0.0
     if inside == count:
-        return nvlink
+        return within
     leaving = collective.sent * (count - inside) / (count - 1)
-    return max(nvlink, leaving / NETWORK_BYTES_PER_SECOND / (1 if collective.kind.endswith("all-to-all") else inside))
+    return max(within, leaving / NETWORK_BYTES_PER_SECOND / (1 if collective.kind.endswith("all-to-all") else inside))

@@ -52,3 +52,50 @@ def test_the_planner_knows_all_rates():
     assert set(found.sparse_forward) == {16, 32, 64, 128} and set(found.sparse_backward) == {16, 64, 128}
     assert hardware.measured_step("SPARSE").seq_len == hardware.measured_step("WARMUP").seq_len == 131072
     assert set(hardware.nvlink_rates()) >= {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+
+
+def test_the_rates_of_serving_are_what_was_recorded():
+    shipped = importlib.resources.files("train.planner") / "serving_rates.json"
+    assert shipped.read_text() == rates.as_text(rates.gather_serving())
+    gathered = rates.gather_serving()
+    figures = [*gathered["rates"].values(), *gathered["exchanges"].values()]
+    assert all(figure["source"] and figure["value"] > 0 for figure in figures)
+    assert all(row["source"] for name in ("attention", "selection") for row in gathered[name])
+
+
+@pytest.fixture
+def other_results(monkeypatch, tmp_path):
+    """A copy of the results, to write others into."""
+    for path in measure.RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    rates.recorded.cache_clear()
+    yield tmp_path
+    rates.recorded.cache_clear()
+
+
+def write_decode(folder, name, *rows):
+    part = {"circumstances": {"card": "NVIDIA H200", "date": "2027-01-02"}}
+    (folder / f"{name}.json").write_text(json.dumps({"kernels": part | {"timings": rows}, "checks": part}))
+
+
+def test_recorded_decode_kernels_replace_the_prototypes(other_results):
+    row = {"name": "paged_sparse_attention", "batch": 1, "heads": 128, "microseconds": 11.5, "splits": 32}
+    other = {"name": "combine", "batch": 1, "heads": 128, "microseconds": 3.0}
+    before = rates.gather_serving()
+    write_decode(other_results, "decode_attention", row, other)
+    after = rates.gather_serving()
+    source = "benchmarks/results/decode_attention.json, NVIDIA H200, 2027-01-02"
+    assert after["attention"] == [{"batch": 1, "heads": 128, "microseconds": 11.5, "source": source}]
+    assert after | {"attention": None} == before | {"attention": None}
+    write_decode(other_results, "decode_selection", row | {"name": "paged_select_keys"})
+    assert rates.gather_serving()["selection"][0]["keys"] == 131072
+
+
+def test_ambiguous_decode_rows_are_refused(other_results):
+    row = {"name": "paged_sparse_attention", "batch": 1, "heads": 128, "microseconds": 11.5}
+    for rows in ([], [row, row]):
+        write_decode(other_results, "decode_attention", *rows)
+        rates.recorded.cache_clear()
+        with pytest.raises(ValueError, match="one row of paged_sparse_attention for each batch"):
+            rates.gather_serving()
