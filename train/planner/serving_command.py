@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
       ValueError: if the arguments are no plan, or the model fits on none of the meshes.
     """
-    parsed, unknown = tyro.cli(Arguments, prog="python -m train plan", args=list(arguments), return_unknown_args=True)
+    program = "python -m train plan --serve"
+    parsed, unknown = tyro.cli(Arguments, prog=program, args=list(arguments), return_unknown_args=True)
     if unknown:
         raise ValueError(f"unknown arguments with --serve: {' '.join(unknown)}; see --serve --help")
     plans = make_plans(parsed)
@@ -174,7 +175,7 @@ def speed_table(plans: Sequence[Plan]) -> Table:
         table.add_column("tokens/s a GPU", justify="right")
         table.add_column("in all", justify="right")
         table.add_column("longest part")
-    for plan in plans:
+    for plan in (plan for plan in plans if plan.steps):
         steps = {(step.batch, step.position): step for step in plan.steps}
         table.add_section()
         table.add_row(f"[bold]{_mesh(plan)}")
