@@ -6,9 +6,9 @@ serves all heads. Each selects for all sequences of its group, and attends with 
 
     seconds of a step = layers · (selection + attention) + matrices + experts + exchanges
 
-where nothing overlaps. Launches, latency of exchanges, norms and sampling are left out, so speeds are upper bounds:
-the smaller the batch, the further from what can be reached. Rates are those of `serving_rates.json`, which `python -m
-benchmarks.rates` writes.
+where nothing overlaps, which errs to the slow side. Launches, latency of exchanges, norms and sampling are left out,
+which errs to the fast side, most at small batches. So it is an estimate, and no bound. Rates are those of
+`serving_rates.json`, which `python -m benchmarks.rates` writes.
 """
 
 import dataclasses

@@ -211,8 +211,8 @@ def notes(job: Job) -> list[str]:
         "prompts at a time.",
         f"Batches of {', '.join(map(str, BATCHES))} sequences a group are shown where the cache has room, and the "
         "largest batch for which it has. A sequence gets a token a step.",
-        "Nothing overlaps; launches, latency of exchanges, norms and sampling are left out: speeds are upper "
-        "bounds, the smaller the batch the further from what can be reached.",
+        "Nothing overlaps, which makes speeds too low; launches, latency of exchanges, norms and sampling are left "
+        "out, which makes them too high, most at small batches.",
         f"Assumed: {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly; FP8 "
         f"weights read as they are; {serving.rate('memory_bytes') / 1e12:.1f} TB/s from memory, "
         f"{serving.rate('product_flops') / 1e12:.0f} TFLOP/s. Selection and attention: {'; '.join(kernels)}.",
