@@ -14,6 +14,7 @@ References:
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from dsa_jax.selection import select_keys
 PAGE = 64  # tokens
 GROUP = 128  # columns of a latent that share a scale
 SCALE_BYTES = 4
+FEW_QUERIES = 4  # of a sequence, for which the kernels over pages are made; more gather their keys once for all
 
 
 # Formats.
@@ -231,13 +233,22 @@ def paged_sparse_attention(
     q, indices = jnp.asarray(q), jnp.asarray(indices)
     _check_pages(q, latents, table, value_dim)
     check_indices(indices, *q.shape[:2])
-    return _gathered_attention(q, latents, table, indices, value_dim=value_dim, scale=static_scale(scale))
+    many = f"T must be at most {FEW_QUERIES}, got {q.shape[1]}" if q.shape[1] > FEW_QUERIES else None
+    options: dict[str, Any] = dict(value_dim=value_dim, scale=static_scale(scale))
+    attend = choose_implementation(
+        "paged_sparse_attention",
+        implementation,
+        many or decode_kernels.why_not_attention(q, latents, table, indices, value_dim),
+        xla=partial(_gathered_attention, **options, implementation=_inner(implementation)),
+        pallas=partial(decode_kernels.paged_sparse_attention, **options),
+    )
+    return attend(q, latents, table, indices)
 
 
-def _gathered_attention(q, latents, table, indices, *, value_dim, scale):
+def _gathered_attention(q, latents, table, indices, *, value_dim, scale, implementation):
     """Gathers what is selected, or the whole sequences where queries are so many that these are shorter."""
     batch, length, k = indices.shape
-    attend = partial(sparse_attention, value_dim=value_dim, scale=scale)
+    attend = partial(sparse_attention, value_dim=value_dim, scale=scale, implementation=implementation)
     if length * k >= table.shape[1] * PAGE:
         return attend(q, read_latents(latents, table, value_dim=value_dim, dtype=q.dtype), indices)
     slots = to_slots(indices, table).reshape(batch, -1)
