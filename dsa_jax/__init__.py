@@ -12,13 +12,16 @@ from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
-from dsa_jax.inference.generate import generate
+from dsa_jax.inference.generate import Completions, complete, generate, stream
+from dsa_jax.inference.pages import OutOfPages, PagedCache
 from dsa_jax.inference.sampling import sample
+from dsa_jax.inference.step import Runner
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention, AttentionMaps, SparseMLA
 from dsa_jax.mesh_forward import forward_on_mesh
 from dsa_jax.model import Output, Transformer
 from dsa_jax.moe import MoE
+from dsa_jax.paged import paged_index_scores, paged_select_keys, paged_sparse_attention
 from dsa_jax.pallas_kernels import Implementation, implementation
 from dsa_jax.parallel.sharding import make_mesh, parameter_shardings
 from dsa_jax.quantization import dequantize, hadamard, quantize, straight_through_quantize
@@ -30,16 +33,21 @@ __all__ = [
     "Attention",
     "AttentionMaps",
     "Cache",
+    "Completions",
     "Config",
     "Implementation",
     "KeyRange",
     "LightningIndexer",
     "MoE",
+    "OutOfPages",
     "Output",
+    "PagedCache",
+    "Runner",
     "SparseMLA",
     "Transformer",
     "YaRN",
     "attention_target",
+    "complete",
     "convert_hf",
     "dense_indexer_kl",
     "dequantize",
@@ -52,6 +60,9 @@ __all__ = [
     "load_hf",
     "make_mesh",
     "multihead_attention",
+    "paged_index_scores",
+    "paged_select_keys",
+    "paged_sparse_attention",
     "parameter_shardings",
     "quantize",
     "sample",
@@ -61,5 +72,6 @@ __all__ = [
     "sparse_attention",
     "sparse_indexer_kl",
     "straight_through_quantize",
+    "stream",
     "to_hf",
 ]

@@ -194,7 +194,7 @@ def read_index_keys(
     return keys, jax.lax.bitcast_convert_type(scales, jnp.float32)
 
 
-def to_slots(positions: Int[Array, "B T K"], table: Int[Array, "B P"]) -> Int[Array, "B T K"]:
+def to_slots(positions: Int[Array, "B *places"], table: Int[Array, "B P"]) -> Int[Array, "B *places"]:
     """Turns positions of sequences into slots of the pool; what is no position becomes -1."""
     present = (positions >= 0) & (positions < PAGE * table.shape[1])
     safe = jnp.where(present, positions, 0)
@@ -295,7 +295,7 @@ def _inner(implementation):
 
 def _read_scores(q_index, index_keys, weights, table, start, stop, *, implementation):
     k_index, k_scale = read_index_keys(index_keys, table)
-    keys = KeyRange(start, stop)
+    k_index, keys = k_index.astype(q_index.dtype), KeyRange(start, stop)
     return index_scores(q_index, k_index, weights, keys, k_scale=k_scale, implementation=implementation)
 
 
@@ -331,7 +331,7 @@ def paged_select_keys(
 
 def _read_and_select(q_index, index_keys, weights, table, start, stop, *, k, implementation):
     k_index, k_scale = read_index_keys(index_keys, table)
-    keys = KeyRange(start, stop)
+    k_index, keys = k_index.astype(q_index.dtype), KeyRange(start, stop)
     return select_keys(q_index, k_index, weights, keys, k=k, k_scale=k_scale, implementation=implementation)
 
 
@@ -356,7 +356,8 @@ def _check_index_inputs(q_index, index_keys, weights, table, keys):
     if weights.shape != q_index.shape[:3]:
         raise ValueError(f"weights must be {list(q_index.shape[:3])} like q_index, got shape {weights.shape}")
     rows = index_page_rows(q_index.shape[-1], q_index.dtype == E4M3)
-    if index_keys.dtype != q_index.dtype or index_keys.shape[1:] != (rows, q_index.shape[-1]):
+    fits = index_keys.dtype == q_index.dtype or E4M3 not in (index_keys.dtype, q_index.dtype)
+    if not fits or index_keys.shape[1:] != (rows, q_index.shape[-1]):
         raise ValueError(
             f"pages of index keys must be {q_index.dtype} [n, {rows}, {q_index.shape[-1]}] like q_index, "
             f"got {index_keys.dtype} {index_keys.shape}"

@@ -1,149 +1,362 @@
-"""Generation: the prompt in chunks through the model (prefill), then a token at a time (decode)."""
+"""Generation: prompts in chunks through the model (prefill), then a token a row and step (decode).
 
-from collections.abc import Sequence
-from functools import partial
+`generate` gives the new tokens, `complete` all that is known of them, `stream` the tokens as they come. All three run
+the same steps over a `PagedCache`; the host reads the tokens of one step while the device computes the next.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int, Int32
 
-from dsa_jax.cache import Cache
-from dsa_jax.inference.sampling import check_sampling, sample_traced
-from dsa_jax.key_range import KeyRange
+from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.sampling import Settings, check_sampling, row_seeds
+from dsa_jax.inference.step import PREFILL_CHUNK, Runner, bucket
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
+from dsa_jax.paged import PAGE
+from dsa_jax.parallel.sharding import shards
 
-MIN_BUCKET, MIN_CACHE = 16, 64  # tokens: the least sizes that those of prompts and caches are rounded up to
-PREFILL_CHUNK = 4096  # tokens of a prompt at a time: bounds the memory of activations
+Prompts = Int[Array, "B T"] | Int[np.ndarray, "B T"] | Sequence[Sequence[int]]
 
 
-def generate(
-    model: Transformer,
-    tokens: Int[Array, "B T"],
-    *,
-    max_new_tokens: int,
-    key: Array | None = None,
-    lengths: Int[Array, " B"] | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    stop_token: int | Sequence[int] | None = None,
-    attention: Attention = "sparse",
-    prefill_chunk: int = PREFILL_CHUNK,
-) -> Int[Array, "B max_new_tokens"]:
+class Decoder(Protocol):
+    """Turns tokens into text, as tokenizers of Hugging Face do."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """Holds what was generated behind each of B prompts, on the host.
+
+    Attributes:
+      tokens: int32 [B, max_new_tokens]; a row that has ended repeats its last token.
+      lengths: int32 [B], how many were generated, a stop token included.
+      finished: why each row ended: "stop" for a stop token or string, "length" for `max_new_tokens`.
+      log_probs: float32 [B, max_new_tokens], of each token under the distribution that it was drawn from, temperature
+        and truncation included; where the temperature is 0, under the model's own. 0 behind a row's end.
+      selected: if asked for, for each row int32 [layers, n, K]: the keys that each of its tokens selected, as positions
+        in the row; of all n = prompt + lengths - 1 tokens that went through the model.
+      routed: if asked for, for each row int32 [moe_layers, n, k]: the experts of the same tokens.
+      kept: if asked for, for each row a list of one int32 array a token: the ids that could be drawn.
+    """
+
+    tokens: Int32[np.ndarray, "B new"]
+    lengths: Int32[np.ndarray, " B"]
+    finished: list[str]
+    log_probs: Float32[np.ndarray, "B new"]
+    selected: list[np.ndarray] | None = None
+    routed: list[np.ndarray] | None = None
+    kept: list[list[np.ndarray]] | None = None
+
+
+class Step(NamedTuple):
+    """Holds one token of each of B rows, as `stream` yields them."""
+
+    tokens: np.ndarray  # int32 [B]
+    log_probs: np.ndarray  # float32 [B]
+    live: np.ndarray  # bool [B]: whether the token belongs to the row, which had not ended before it
+    details: dict[str, np.ndarray]  # "selected" [layers, B, K], "routed" [moe_layers, B, k], "kept" [B, vocab / 8]
+
+
+def generate(model: Transformer, tokens: Prompts, *, max_new_tokens: int, **options: Any) -> Int[Array, "B new"]:
     """Continues each prompt by `max_new_tokens` tokens.
-
-    Sizes are rounded up to powers of two before anything is compiled, and settings of the sampling are no part of what
-    is compiled: prompts of other lengths, other temperatures or stop tokens take the same program.
 
     Args:
       model: the transformer.
-      tokens: prompts, padded on the right to one length.
+      tokens: prompts, a list of lists or an array padded on the right.
       max_new_tokens: how many tokens to add to each.
-      key: random key, needed unless `temperature` is 0.
-      lengths: the real length of each prompt; all of T if None.
-      temperature: 0 takes the likeliest token.
-      top_k: sample among the k likeliest tokens only.
-      top_p: sample among the likeliest tokens that together have this probability.
-      stop_token: after this token, or any of these, a row repeats it.
-      attention: "sparse" or "dense".
-      prefill_chunk: tokens of the prompt that go through the model at a time.
+      options: those of `complete`, of which `key`, `temperature`, `stop_token` are used most.
 
     Returns:
-      the new tokens, without the prompts.
+      the new tokens, without the prompts; a row that has ended repeats its last one.
 
     Examples:
       >>> generate(model, jnp.array([[1, 2, 3]]), max_new_tokens=4, temperature=0.0).shape
       (1, 4)
 
     Raises:
-      ValueError: for ids outside the vocabulary, lengths outside [1, T], or a total longer than the model's positions.
+      ValueError: as `complete`.
     """
-    prompts = np.asarray(tokens)
-    real = np.full(prompts.shape[:1], prompts.shape[-1]) if lengths is None else np.asarray(lengths)
-    stops = [] if stop_token is None else list(np.atleast_1d(stop_token))
-    _check(model.config, prompts, real, max_new_tokens, prefill_chunk, stops)
-    check_sampling(key, temperature, top_k, top_p)
-    graph, state = nnx.split(model)
-    size = min(_bucket(prompts.shape[1] + max_new_tokens, MIN_CACHE), model.config.max_position_embeddings)
-    cache = Cache.empty(model.config, prompts.shape[0], size)
-
-    last = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
-    for begin in range(0, prompts.shape[1], prefill_chunk):
-        chunk = prompts[:, begin : begin + prefill_chunk]
-        width = min(_bucket(chunk.shape[1]), prefill_chunk, size)
-        count = jnp.asarray(np.clip(real - begin, 0, chunk.shape[1]), jnp.int32)
-        padded = jnp.asarray(np.pad(chunk, ((0, 0), (0, width - chunk.shape[1]))), jnp.int32)
-        logits, cache = _extend(graph, state, padded, count, cache, attention=attention)
-        last = jnp.where((count > 0)[:, None], logits, last)
-
-    keys = jax.random.split(jax.random.key(0) if key is None else key, _bucket(max_new_tokens))
-    sampling = dict(temperature=float(temperature), top_k=top_k or model.config.vocab_size, top_p=float(top_p))
-    stops = jnp.asarray(np.pad(stops, (0, _bucket(len(stops), 1) - len(stops)), constant_values=-1), jnp.int32)
-    out, _ = _decode(graph, state, last, cache, keys, max_new_tokens, stops, sampling, attention=attention)
-    return out[:, :max_new_tokens]
+    return jnp.asarray(complete(model, tokens, max_new_tokens=max_new_tokens, **options).tokens)
 
 
-def _bucket(size: int, least: int = MIN_BUCKET) -> int:
-    """Rounds a size up to a power of two, `least` or more, so that few sizes are compiled."""
-    return max(least, 1 << max(size - 1, 0).bit_length())
+def complete(
+    model: Transformer,
+    tokens: Prompts,
+    *,
+    max_new_tokens: int,
+    return_selected: bool = False,
+    return_routed: bool = False,
+    return_kept: bool = False,
+    **options: Any,
+) -> Completions:
+    """Continues each prompt, and tells how likely each token was and what led to it.
 
+    Args:
+      model, tokens, max_new_tokens: as in `generate`.
+      return_selected: whether each token's selections are wanted, as a training step takes them (`selected`).
+      return_routed: whether each token's experts are wanted (`routed`).
+      return_kept: whether the tokens that could be drawn are wanted.
+      options: those of `stream`.
 
-@partial(jax.jit, static_argnums=0, static_argnames="attention", donate_argnums=4)
-def _extend(graph, state, tokens, real, cache, *, attention):
-    """Appends tokens to the cache; returns the logits after each row's last real token, and the cache."""
-    model = nnx.merge(graph, state)
-    column = jnp.arange(tokens.shape[1])
-    stop = jnp.where(column < real[:, None], cache.lengths[:, None] + column + 1, 0)
-    out = model(
-        tokens, keys=KeyRange(jnp.zeros_like(stop), stop), attention=attention, cache=cache, return_indexer_kl=False
+    Examples:
+      >>> completions = complete(model, [[1, 2, 3], [4]], max_new_tokens=2, temperature=0.0)
+      >>> completions.lengths.tolist(), completions.finished
+      ([2, 2], ['length', 'length'])
+
+    Raises:
+      ValueError: as `stream`.
+    """
+    wanted = dict(return_selected=return_selected, return_routed=return_routed, return_kept=return_kept)
+    stream = _Stream(model, tokens, max_new_tokens=max_new_tokens, **wanted, **options)
+    steps = list(stream)
+    rows = range(stream.rows)
+    lengths = np.sum([step.live for step in steps], axis=0, dtype=np.int32)
+    fill = [*steps, *[steps[-1]] * (max_new_tokens - len(steps))]
+    log_probs = np.stack([np.where(step.live, step.log_probs, 0) for step in steps], axis=1)
+    return Completions(
+        tokens=np.stack([step.tokens for step in fill], axis=1),
+        lengths=lengths,
+        finished=["stop" if stream.stopped[row] else "length" for row in rows],
+        log_probs=np.pad(log_probs, ((0, 0), (0, max_new_tokens - len(steps)))),
+        selected=_of_rows(stream.prefilled.selected, steps, "selected", lengths) if return_selected else None,
+        routed=_of_rows(stream.prefilled.routed, steps, "routed", lengths) if return_routed else None,
+        kept=[_kept_ids(steps, row, lengths[row], model.config.vocab_size) for row in rows] if return_kept else None,
     )
-    last = jnp.take_along_axis(out.hidden, jnp.maximum(real - 1, 0)[:, None, None], axis=1)[:, 0]
-    return model.unembed(last), out.cache
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="attention", donate_argnums=3)
-def _decode(graph, state, logits, cache, keys, count, stops, sampling, *, attention):
-    """Draws `count` tokens a row, fewer if all rows have stopped, into a buffer as wide as there are keys."""
-    model = nnx.merge(graph, state)
+def stream(model: Transformer, tokens: Prompts, *, max_new_tokens: int, **options: Any) -> Iterator[Step]:
+    """Yields the next token of every row as soon as it is known, until all rows have ended.
 
-    def goes_on(carry):
-        step, *_, stopped, _ = carry
-        return (step < count) & ~jnp.all(stopped)
+    Args:
+      model: the transformer; on a mesh its parameters live where `parameter_shardings` says, as `load_hf(mesh=…)`
+        leaves them.
+      tokens: prompts, a list of lists or an array padded on the right.
+      max_new_tokens: how many tokens to add to each, at most.
+      options:
+        lengths: the real length of each padded prompt; all of T if None.
+        key: a random key, from which every row gets a seed.
+        seed: in its place an integer (row i gets seed + i) or one for each row: a row with the same prompt, settings
+          and seed draws the same whatever the other rows are.
+        temperature, top_k, top_p: as in `sample`, or one for each row.
+        stop_token: after this token, or any of these, a row ends.
+        stop_strings: after text that holds one of these a row ends; needs `tokenizer`.
+        tokenizer: what has a `decode`, for `stop_strings`.
+        attention: "sparse" or "dense".
+        prefill_chunk: tokens of prompts that go through the model at a time.
+        dense_below: prompts up to this long attend in the multi-head form, the same attention as long as all keys are
+          selected; `index_topk` if None.
+        batch_invariant: makes logits the same bits whatever the other rows are and wherever chunks end.
+        cache_format: "float32", "bfloat16" or "fp8"; the model's compute dtype if None.
+        mesh: the devices that the model is on, one if None.
 
-    def draw(carry):
-        step, logits, cache, token, stopped, out = carry
-        token = jnp.where(stopped, token, sample_traced(logits, keys[step], **sampling))
-        out = jnp.where(jnp.arange(out.shape[1]) >= step, token[:, None], out)  # later tokens overwrite it, if any come
-        stopped |= jnp.any(token[:, None] == stops, axis=-1)
-        result = model(token[:, None], attention=attention, cache=cache, return_indexer_kl=False)
-        return step + 1, model.unembed(result.hidden[:, 0]), result.cache, token, stopped, out
+    Examples:
+      >>> for step in stream(model, [[1, 2, 3]], max_new_tokens=2, temperature=0.0):
+      ...     assert step.tokens.shape == (1,)
 
-    rows = logits.shape[0]
-    none = jnp.zeros(rows, jnp.int32)
-    carry = jnp.int32(0), logits, cache, none, jnp.zeros(rows, bool), jnp.zeros((rows, len(keys)), jnp.int32)
-    _, _, cache, *_, out = jax.lax.while_loop(goes_on, draw, carry)
-    return out, cache  # which takes the place of the one that was given
+    Raises:
+      ValueError: for ids outside the vocabulary, lengths outside [1, T], a total longer than the model's positions, or
+        settings out of range; the message names the row.
+    """
+    return iter(_Stream(model, tokens, max_new_tokens=max_new_tokens, **options))
 
 
-def _check(config, tokens, lengths, max_new_tokens, prefill_chunk, stops):
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
-        raise ValueError(f"tokens must be integers [B, T] with at least one token, got {tokens.dtype} {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(f"tokens must lie in [0, {config.vocab_size}), got {tokens.min()} … {tokens.max()}")
-    whole = np.issubdtype(lengths.dtype, np.integer)
-    if not whole or lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths must be [{tokens.shape[0]}] integers from 1 to {tokens.shape[1]}, got {lengths}")
-    if max_new_tokens < 1 or prefill_chunk < 1:
-        raise ValueError(f"max_new_tokens and prefill_chunk must be at least 1, got {max_new_tokens}, {prefill_chunk}")
-    total = tokens.shape[1] + max_new_tokens
-    if total > config.max_position_embeddings:
-        raise ValueError(
-            f"prompt and continuation must fit max_position_embeddings = {config.max_position_embeddings}, "
-            f"got {tokens.shape[1]} + {max_new_tokens} = {total}"
+class _Stream:
+    """Runs one batch: everything is checked and the cache made at once, the prompts run when the first step is due."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokens: Prompts,
+        *,
+        max_new_tokens: int,
+        lengths: Any = None,
+        key: Array | None = None,
+        seed: Any = None,
+        temperature: Any = 1.0,
+        top_k: Any = None,
+        top_p: Any = 1.0,
+        stop_token: Any = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Decoder | None = None,
+        attention: Attention = "sparse",
+        prefill_chunk: int = PREFILL_CHUNK,
+        dense_below: int | None = None,
+        batch_invariant: bool = False,
+        cache_format: str | None = None,
+        mesh: Mesh | None = None,
+        return_selected: bool = False,
+        return_routed: bool = False,
+        return_kept: bool = False,
+    ):
+        config = model.config
+        self.prompts = check_prompts(tokens, lengths, config.vocab_size)
+        self.rows = len(self.prompts)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        for row, prompt in enumerate(self.prompts):
+            if len(prompt) + max_new_tokens > config.max_position_embeddings:
+                raise ValueError(
+                    f"prompt and continuation must fit max_position_embeddings = {config.max_position_embeddings}, "
+                    f"got {len(prompt)} + {max_new_tokens} = {len(prompt) + max_new_tokens} in row {row}"
+                )
+        self.max_new_tokens = max_new_tokens
+        self.stops = _check_stops(stop_token, config.vocab_size)
+        self.strings, self.tokenizer = _check_strings(stop_strings, tokenizer)
+        chosen = check_sampling(temperature, top_k, top_p, self.rows, config.vocab_size)
+        if np.any(chosen[0] > 0) and key is None and seed is None:
+            raise ValueError("sampling needs a random key: pass key=jax.random.key(…) or seed=…, or temperature=0")
+        self.settings = Settings(*chosen, row_seeds(key, seed, self.rows))
+        self.return_kept = return_kept
+        self.stopped = np.zeros(self.rows, bool)
+        cache_format = cache_format or config.dtype
+        row_shards, page_shards = (1, 1) if mesh is None else (shards(mesh, "rows"), shards(mesh, "pages"))
+        of_shard = [row * row_shards // self.rows for row in range(self.rows)]
+        pages = [math.ceil((len(prompt) + max_new_tokens) / PAGE / page_shards) for prompt in self.prompts]
+        most = max(sum(n for n, own in zip(pages, of_shard, strict=True) if own == each) for each in range(row_shards))
+        cache = PagedCache(config, bucket(max(most, 1)), format=cache_format, mesh=mesh)
+        self.runner = Runner(
+            model,
+            cache,
+            attention=attention,
+            prefill_chunk=prefill_chunk,
+            dense_below=dense_below,
+            batch_invariant=batch_invariant,
+            return_selected=return_selected,
+            return_routed=return_routed,
         )
+        self.sequences = [cache.new(shard) for shard in of_shard]
+        self.placed = self.runner.place(self.sequences)  # refuses too many rows before any work
+
+    def __iter__(self) -> Iterator[Step]:
+        runner, cache = self.runner, self.runner.cache
+        self.prefilled = runner.prefill(self.sequences, self.prompts)
+        for sequence in self.sequences:
+            cache.extend(sequence, self.max_new_tokens - 1)  # room for every token that will be taken in
+        order = [self.sequences.index(sequence) if sequence is not None else None for sequence in self.placed]
+        at = np.array([self.placed.index(sequence) for sequence in self.sequences])
+        table = jnp.asarray(runner.table(self.placed))
+        take = lambda x: jnp.stack([x[0] if row is None else x[row] for row in order])  # noqa: E731
+        settings = jax.tree.map(take, self.settings)
+        live = np.array([row is not None for row in order])
+        length = np.array([0 if row is None else len(self.prompts[row]) for row in order], np.int32)
+        stops = jnp.asarray(np.pad(self.stops, (0, bucket(len(self.stops)) - len(self.stops)), constant_values=-1))
+
+        carry, drawn = runner.first(take(self.prefilled.logits), length, settings, stops, live)
+        details: dict[str, Array | None] = {}
+        ended = np.zeros(self.rows, bool)  # by a string, which the device does not know of
+        texts: list[list[int]] = [[] for _ in range(self.rows)]
+        alive = live
+        for number in range(self.max_new_tokens):
+            current, current_details = (carry, drawn), details
+            if number + 1 < self.max_new_tokens:  # the device goes on while the host looks at what it has drawn
+                carry, drawn, out = runner.decode(carry, table, settings, stops)
+                details = dict(selected=out.selected, routed=out.routed)
+            tokens, after = np.asarray(current[0].token)[at], np.asarray(current[0].live)[at]
+            before = alive[at] & ~ended
+            step = Step(
+                tokens, np.asarray(current[1].log_prob)[at], before, self._host(current_details, current[1], at)
+            )
+            self.stopped |= before & ~after
+            alive = np.asarray(current[0].live)
+            for row in np.flatnonzero(before):
+                texts[row].append(int(tokens[row]))
+                if self.strings and self._holds_string(texts[row]):
+                    ended[row] = self.stopped[row] = True
+            yield self._repeat(step)
+            if not np.any(alive[at] & ~ended):
+                return
+
+    def _repeat(self, step: Step) -> Step:
+        """Has rows that a string has ended repeat their last token, as rows do that a token has ended."""
+        if not hasattr(self, "_last"):
+            self._last = step.tokens
+        self._last = np.where(step.live, step.tokens, self._last)
+        return step._replace(tokens=self._last)
+
+    def _host(self, details, drawn, at) -> dict[str, np.ndarray]:
+        """Brings what was asked for to the host, in the order of the prompts."""
+        found = {name: np.asarray(x)[:, at, 0] for name, x in details.items() if x is not None}
+        if self.return_kept:
+            found["kept"] = np.asarray(jnp.packbits(drawn.kept, axis=1))[at]
+        return found
+
+    def _holds_string(self, ids) -> bool:
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(ids)
+        return any(string in text for string in self.strings)
+
+
+def check_prompts(tokens: Any, lengths: Any, vocab: int) -> list[np.ndarray]:
+    """Returns prompts as a list of int32 arrays, without padding.
+
+    Raises:
+      ValueError: for ids outside the vocabulary, an empty prompt, or lengths that do not fit; the row is named.
+    """
+    ragged = not hasattr(tokens, "ndim")
+    if ragged and lengths is None and isinstance(tokens, Sequence) and not isinstance(tokens, str):
+        rows = [np.asarray(row) for row in tokens]
+    else:
+        array = np.asarray(tokens)
+        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
+            raise ValueError(f"tokens must be integers [B, T] with at least one token, got {array.dtype} {array.shape}")
+        rows = list(array[:, : array.shape[1]])
+        if lengths is not None:
+            real = np.asarray(lengths)
+            whole = np.issubdtype(real.dtype, np.integer) and real.shape == (len(rows),)
+            if not whole or real.min() < 1 or real.max() > array.shape[1]:
+                raise ValueError(f"lengths must be [{len(rows)}] integers from 1 to {array.shape[1]}, got {real}")
+            rows = [row[:length] for row, length in zip(rows, real, strict=True)]
+    if not rows:
+        raise ValueError("tokens must hold at least one prompt, got none")
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(
+                f"every prompt must be a list of at least one integer, got {row.dtype} {row.shape} in row {number}"
+            )
+        if row.min() < 0 or row.max() >= vocab:
+            raise ValueError(f"tokens must lie in [0, {vocab}), got {row.min()} … {row.max()} in row {number}")
+    return [row.astype(np.int32) for row in rows]
+
+
+def _check_stops(stop_token, vocab) -> np.ndarray:
+    stops = [] if stop_token is None else list(np.atleast_1d(stop_token))
     for stop in stops:
-        if not isinstance(stop, int | np.integer) or not 0 <= stop < config.vocab_size:
-            raise ValueError(f"stop_token must be ids in [0, {config.vocab_size}), got {stop!r}")
+        if not isinstance(stop, int | np.integer) or not 0 <= stop < vocab:
+            raise ValueError(f"stop_token must be ids in [0, {vocab}), got {stop!r}")
+    return np.asarray(stops, np.int32)
+
+
+def _check_strings(strings, tokenizer) -> tuple[list[str], Decoder | None]:
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    if any(not isinstance(string, str) or not string for string in strings):
+        raise ValueError(f"stop_strings must be texts that are not empty, got {strings}")
+    if strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, whose decode gives the text, got None")
+    return strings, tokenizer
+
+
+def _of_rows(prompts, steps, name, lengths):
+    """Joins what a prompt's tokens and those generated behind it had; the last one never went through the model."""
+    joined = []
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        parts = [step.details[name][:, row, None] for step in steps[1:length]]
+        parts = [np.pad(x, ((0, 0), (0, 0), (0, prompt.shape[2] - x.shape[2])), constant_values=-1) for x in parts]
+        joined.append(np.concatenate([prompt, *parts], axis=1))
+    return joined
+
+
+def _kept_ids(steps, row, length, vocab) -> list[np.ndarray]:
+    """Lists the ids that could be drawn at each step of a row."""
+    masks = [np.unpackbits(step.details["kept"][row])[:vocab] for step in steps[:length]]
+    return [np.flatnonzero(mask).astype(np.int32) for mask in masks]

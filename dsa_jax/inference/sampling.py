@@ -20,10 +20,10 @@ class Settings:
       seed: uint32 [B]; with the number of the draw it says what is drawn, whatever the other rows are.
     """
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    seed: Array
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    seed: Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass

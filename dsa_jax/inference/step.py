@@ -54,11 +54,11 @@ class Rows:
       wanted: int32 [B, M], the columns of the tokens whose logits are wanted.
     """
 
-    tokens: Array
-    positions: Array
-    start: Array
-    stop: Array
-    wanted: Array
+    tokens: Array | np.ndarray
+    positions: Array | np.ndarray
+    start: Array | np.ndarray
+    stop: Array | np.ndarray
+    wanted: Array | np.ndarray
 
 
 class StepOutput(NamedTuple):
@@ -92,15 +92,16 @@ def bucket(size: int, least: int = 1) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def _forward(graph, options: Options, pools, state, table, rows: Rows):
+def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, rows: Rows):
     """Runs the model on this shard's rows; returns the wanted logits, of its part of the vocabulary, and the pools."""
     model = nnx.merge(graph, state)
-    keys = KeyRange(rows.start, rows.stop)
-    cache = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
+    keys = KeyRange(jnp.asarray(rows.start), jnp.asarray(rows.stop))
+    latents, index_keys = pools
+    cache = Pages.at(latents, index_keys, table, keys, value_dim=model.config.kv_lora_rank)
     out = model(
-        rows.tokens,
+        jnp.asarray(rows.tokens),
         keys=keys,
-        positions=rows.positions,
+        positions=jnp.asarray(rows.positions),
         attention=options.attention,
         cache=cache,
         return_selected=options.return_selected,
@@ -120,18 +121,13 @@ def _forward_on(graph, options: Options, pools, state, table, rows):
     if options.mesh is None:
         return run(pools, state, table, rows)
     row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
+    selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
+    specs: Any = spec("rows", None, "vocabulary"), selected, routed
     return jax.shard_map(
         run,
         mesh=options.mesh,
         in_specs=((pool, pool), parameter_specs(state), spec("rows", "pages"), row),
-        out_specs=(
-            StepOutput(
-                spec("rows", None, "vocabulary"),
-                layer if options.return_selected else None,
-                layer if options.return_routed else None,
-            ),
-            (pool, pool),
-        ),
+        out_specs=(StepOutput(*specs), (pool, pool)),
         check_vma=False,
     )(pools, state, table, rows)
 
@@ -139,7 +135,7 @@ def _forward_on(graph, options: Options, pools, state, table, rows):
 _prefill = jax.jit(_forward_on, static_argnums=(0, 1), donate_argnums=2)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _decode(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops):
     """Takes in each row's last token and draws the next."""
     length = carry.length[:, None]
@@ -228,8 +224,8 @@ class Runner:
 
     # Prefill.
 
-    def prefill(self, sequences: Sequence[int], prompts: Sequence[Int[np.ndarray, " T"]]) -> Prefilled:
-        """Appends a prompt to each sequence, in as many steps as its chunks need.
+    def prefill(self, sequences: Sequence[int], prompts: Sequence[np.ndarray]) -> Prefilled:
+        """Appends a prompt, int32 [T], to each sequence, in as many steps as its chunks need.
 
         Raises:
           OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
@@ -368,7 +364,7 @@ class Runner:
             raise ValueError(f"tokens must be [{len(sequences)}, 1 to {MAX_DECODED}], got {list(tokens.shape)}")
         live = [sequence for sequence in sequences if sequence is not None]
         before = dict(zip(live, self._extend(live, [tokens.shape[1]] * len(live)), strict=True))
-        length = np.array([before.get(sequence, -1) for sequence in sequences], np.int32)[:, None]
+        length = np.array([-1 if each is None else before[each] for each in sequences], np.int32)[:, None]
         positions = np.maximum(length + np.arange(tokens.shape[1], dtype=np.int32), 0)
         stop = np.where(length < 0, 0, positions + 1)
         columns = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

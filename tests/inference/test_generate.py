@@ -1,7 +1,6 @@
 """Generation against repeated full forward passes, and sampling against the distribution it draws from."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ from cases import same_bits, unchecked
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import KeyRange, generate, sample
+from dsa_jax.inference import step
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
-module = importlib.import_module("dsa_jax.inference.generate")  # the door has the function under this name
 
 CONFIG = small_config(first_k_dense_replace=2)  # no experts: half the compilation, and they know nothing of caches
 PROMPTS, LENGTHS, NEW = tokens(2, 12), np.array([12, 7]), 6
@@ -41,10 +40,10 @@ def greedy_by_full_forwards(attention):
     row = np.arange(2)
     ids = np.zeros((2, 18), np.int32)
     ids[:, :12] = PROMPTS
-    for step in range(NEW):
-        length = jnp.asarray(LENGTHS + step)
+    for number in range(NEW):
+        length = jnp.asarray(LENGTHS + number)
         _, logits = forward(CONFIG, jnp.asarray(ids), keys=KeyRange.lengths(length, 18), attention=attention)
-        ids[row, LENGTHS + step] = np.argmax(np.asarray(logits)[row, LENGTHS + step - 1], -1)
+        ids[row, LENGTHS + number] = np.argmax(np.asarray(logits)[row, LENGTHS + number - 1], -1)
     return ids[row[:, None], LENGTHS[:, None] + np.arange(NEW)]
 
 
@@ -93,11 +92,11 @@ def test_a_row_stops_at_any_of_several_tokens():
 
 def test_other_lengths_settings_and_stop_tokens_take_the_same_program():
     model, key = small_model(CONFIG), jax.random.key(0)
-    sizes = lambda: (module._extend._cache_size(), module._decode._cache_size())
+    sizes = lambda: [run._cache_size() for run in (step._prefill, step._decode, step._first)]
     for stop_token in (None, (3, 4)):  # one stop token or none take a bucket, two the next
         generate(model, PROMPTS, max_new_tokens=NEW, key=key, temperature=0.7, stop_token=stop_token)
     before = sizes()
-    for width in (12, 9, 3):
+    for width in (12, 9, 10):
         for options in (dict(temperature=0), dict(top_p=0.5), dict(top_k=3, stop_token=5), dict(stop_token=(1, 2))):
             generate(model, PROMPTS[:, :width], max_new_tokens=NEW - 1, **dict(key=key, temperature=1.3) | options)
     assert sizes() == before
