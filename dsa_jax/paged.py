@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsa_jax.attention import check_indices, sparse_attention, static_scale
 from dsa_jax.indexer import index_scores
@@ -64,7 +64,7 @@ def index_page_rows(dim: int, fp8: bool) -> int:
     return PAGE + (PAGE * SCALE_BYTES // dim if fp8 else 0)
 
 
-def pack_latents(kv: Float[Array, "*M H"], value_dim: int) -> Int[Array, "*M bytes"]:
+def pack_latents(kv: Float[Array, "*M H"], value_dim: int) -> UInt8[Array, "*M bytes"]:
     """Packs latents into the bytes of their FP8 format, each group of columns rounded as `quantize` rounds a row.
 
     Examples:
@@ -77,7 +77,7 @@ def pack_latents(kv: Float[Array, "*M H"], value_dim: int) -> Int[Array, "*M byt
     return jnp.concatenate([_as_bytes(part) for part in parts], axis=-1)
 
 
-def unpack_latents(rows: Int[Array, "*M bytes"], value_dim: int, dtype: DTypeLike) -> Float[Array, "*M H"]:
+def unpack_latents(rows: UInt8[Array, "*M bytes"], value_dim: int, dtype: DTypeLike) -> Float[Array, "*M H"]:
     """Computes latents from the bytes of their FP8 format: value · scale in float32, rounded to `dtype`."""
     groups = scale_groups(value_dim)
     values, scale, rotary = jnp.split(rows, [value_dim, value_dim + SCALE_BYTES * groups], axis=-1)
