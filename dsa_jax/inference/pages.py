@@ -82,7 +82,7 @@ class PagedCache:
     Examples:
       >>> cache = PagedCache(model.config, pages=8, format="float32")
       >>> sequence = cache.new()
-      >>> cache.extend(sequence, 100)
+      >>> cache.extend(sequence, 80)
       >>> cache.table([sequence], width=2).tolist(), cache.free_pages
       ([[0, 1]], 6)
     """

@@ -1,0 +1,222 @@
+"""Times whole decode steps over FP8 pages on one Hopper GPU:  python -m benchmarks.decode_step
+
+A slice of the 671B shape, four layers by default, each row at the end of its own sequence. A step's time is that of a
+run of steps that the host dispatches without reading what they draw, and with reading it one step behind, as
+`dsa_jax.stream` does. What a step consists of comes from a trace: the device's time of every kernel by the scope it was
+written in, and the time in which the device did nothing.
+"""
+
+import argparse
+import functools
+import glob
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import measure
+from dsa_jax import Config, PagedCache, Runner, Transformer
+from dsa_jax.inference.sampling import Settings
+from dsa_jax.inference.step import Carry
+
+OUT = measure.RESULTS / "decode_step.json"
+STEPS, WINDOWS = 24, 5  # of a window, and windows
+SCOPES = (  # of the model's code, the innermost first; what stands in none is "other"
+    "indexer",
+    "project_output",
+    "project",
+    "select",
+    "sparse_attention",
+    "dense_attention",
+    "route",
+    "shared_experts",
+    "experts",
+    "feed_forward",
+)
+
+
+def slice_of(layers: int, dense: int, **overrides: Any) -> Config:
+    """Gives the config of some layers of the 671B model, the first `dense` of them without experts."""
+    return Config.deepseek_v32(
+        num_hidden_layers=layers, first_k_dense_replace=dense, index_fp8=True, param_dtype="bfloat16", **overrides
+    )
+
+
+def make_model(config: Config) -> Transformer:
+    """Makes a model whose weights are random, but repeat: to draw 90 GB of numbers takes memory and time."""
+
+    @jax.jit
+    def make():
+        abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[1]
+
+        def leaf(number, x):
+            if x.ndim < 2:
+                return jnp.ones(x.shape, x.dtype)
+            tile = jax.random.normal(jax.random.key(number), x.shape[-2:], jnp.bfloat16) * config.initializer_range
+            return jnp.broadcast_to(tile.astype(x.dtype), x.shape)
+
+        leaves, tree = jax.tree.flatten(abstract)
+        return jax.tree.unflatten(tree, [leaf(number, x) for number, x in enumerate(leaves)])
+
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.merge(graph, make())
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def fill(latents, index_keys):
+    """Fills FP8 pools with numbers about 1: random e4m3 bytes that are no NaN, and scales of 2^-4."""
+    numbers = lambda key, shape: jax.random.bits(key, shape, jnp.uint8) & jnp.uint8(0xBF)  # noqa: E731
+
+    def layer(key):
+        a, b = jax.random.split(key)
+        rows, keys = numbers(a, latents.shape[1:]), numbers(b, index_keys.shape[1:])
+        scale = jax.lax.bitcast_convert_type(jnp.float32(2.0**-4), jnp.uint8)
+        rows = rows.at[..., 512:528].set(jnp.tile(scale, 4))
+        keys = keys.at[:, 64:].set(jnp.tile(scale, keys.shape[2] // 4))
+        return rows, jax.lax.bitcast_convert_type(keys, index_keys.dtype)
+
+    return jax.lax.map(layer, jax.random.split(jax.random.key(0), latents.shape[0]))
+
+
+class Case:
+    """Holds a batch of sequences of one length, ready to decode."""
+
+    def __init__(self, runner: Runner, batch: int, length: int):
+        config, cache = runner.config, runner.cache
+        self.runner, self.batch = runner, batch
+        for sequence in cache.sequences:
+            cache.free(sequence)
+        random = np.random.default_rng(0)
+        for free in cache._free[0]:  # in any order, as in service
+            random.shuffle(free._free)
+        self.sequences = [cache.new() for _ in range(batch)]
+        for sequence in self.sequences:
+            cache.extend(sequence, length)
+        rows = runner.place(self.sequences)
+        self.table = jnp.asarray(runner.table(rows))
+        self.settings = jax.tree.map(
+            jnp.asarray,
+            Settings(
+                np.zeros(len(rows), np.float32),
+                np.full(len(rows), config.vocab_size, np.int32),
+                np.ones(len(rows), np.float32),
+                np.arange(len(rows), dtype=np.uint32),
+            ),
+        )
+        self.stops = jnp.full(1, -1, jnp.int32)
+        live = jnp.asarray([row is not None for row in rows])
+        count = jnp.full(len(rows), length - 2 * STEPS, jnp.int32)
+        zero = jnp.zeros(len(rows), jnp.int32)
+        self.carry = Carry(zero, jnp.where(live, count, 0), zero, live)
+
+    def steps(self, count: int, *, read: bool) -> float:
+        """Runs steps from the same place, and returns the seconds of one."""
+        carry, before = self.carry, None
+        jax.block_until_ready(carry.token)
+        began = time.perf_counter()
+        for _ in range(count):
+            carry, drawn, _ = self.runner.decode(carry, self.table, self.settings, self.stops)
+            if read and before is not None:
+                np.asarray(before.token)
+            before = drawn
+        jax.block_until_ready(carry.token)
+        return (time.perf_counter() - began) / count
+
+
+def time_case(case: Case) -> dict[str, Any]:
+    """Times steps, and takes a trace of some."""
+    case.steps(2, read=False)
+    found: dict[str, Any] = {}
+    for name, read in (("seconds", False), ("seconds_read", True)):
+        found[name] = statistics.median(case.steps(STEPS, read=read) for _ in range(WINDOWS))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            case.steps(STEPS, read=True)
+        found |= read_trace(folder, STEPS)
+    return found
+
+
+def read_trace(folder: str, steps: int) -> dict[str, Any]:
+    """Reads the device's seconds a step by scope and by kernel, and the share of the time in which it did nothing."""
+    events = []
+    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    stats = dict(event.stats)
+                    scope = str(stats.get("tf_op") or stats.get("name") or stats.get("hlo_op") or "")
+                    events.append((event.start_ns, event.duration_ns, event.name, scope))
+    if not events:
+        return {"trace": "no events of a GPU"}
+    events.sort()
+    by_scope, by_name = defaultdict(float), defaultdict(float)
+    busy, end, begin = 0.0, events[0][0], events[0][0]
+    for start, duration, name, scope in events:
+        # "jit(f)/a/b/add" was written in the scopes a and b.
+        parts = scope.split("/")
+        by_scope[next((each for each in SCOPES if each in parts), "other")] += duration
+        by_name[name] += duration
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    ranked = sorted(by_name.items(), key=lambda item: -item[1])[:14]
+    return {
+        "kernel_seconds": sum(by_name.values()) / steps / 1e9,
+        "idle_share": 1 - busy / (end - begin),
+        "kernels": len(events) / steps,
+        "scopes": {name: ns / steps / 1e9 for name, ns in sorted(by_scope.items(), key=lambda item: -item[1])},
+        "longest": {name[:60]: ns / steps / 1e9 for name, ns in ranked},
+        "sample_scopes": sorted({scope[:100] for *_, scope in events})[:8],
+    }
+
+
+def main() -> int:
+    """Times every batch and records each at once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dense", type=int, default=4, help="how many of them have no experts")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--length", type=int, nargs="+", default=[131072])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program on a CPU")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        config = Config.tiny(
+            num_hidden_layers=2, index_fp8=True, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128
+        )
+    else:
+        config = slice_of(arguments.layers, arguments.dense)
+    pages = max(arguments.batch) * (-(-max(arguments.length) // 64))
+    cache = PagedCache(config, pages, format="fp8")
+    cache.update(*fill(cache.latents, cache.index_keys))
+    runner = Runner(make_model(config), cache)
+    name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
+    rows = []
+    for length in arguments.length:
+        for batch in arguments.batch:
+            row: dict[str, Any] = {"batch": batch, "length": length}
+            try:
+                row |= time_case(Case(runner, batch, length))
+            except Exception as error:  # the next case runs all the same
+                row["error"] = f"{type(error).__name__}: {str(error)[:400]}"
+            rows.append(row)
+            print(row, flush=True)
+            memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+            part = {"weights": config.param_dtype, "cache": "fp8", "peak_gib": memory, "timings": rows}
+            measure.record(arguments.out, {name: part})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
