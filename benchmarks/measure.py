@@ -41,20 +41,20 @@ def seconds_per_call(fn: Callable, inputs: Sequence[tuple]) -> dict[str, float]:
     began = time.perf_counter()
     jax.block_until_ready(fn(*inputs[0]))
     first = time.perf_counter() - began
-    once = _window(fn, inputs, 1)
+    once = window(fn, inputs, 1)
     if once > LONG_WINDOW_SECONDS:  # a call is a window, as long as the long one
-        times = [once, _window(fn, inputs, 1)]
+        times = [once, window(fn, inputs, 1)]
         return {"seconds": statistics.median(times), "least": min(times), "most": max(times), "first_call": first}
     calls = math.ceil(WINDOW_SECONDS / once)
     times = []
     for _ in range(REPEATS if calls > 1 else 3):
         time.sleep(PAUSE_SECONDS)
-        times.append(_window(fn, inputs, calls))
+        times.append(window(fn, inputs, calls))
     out = {"seconds": statistics.median(times), "least": min(times), "most": max(times), "first_call": first}
-    return out | {"sustained": _window(fn, inputs, math.ceil(LONG_WINDOW_SECONDS / once))}
+    return out | {"sustained": window(fn, inputs, math.ceil(LONG_WINDOW_SECONDS / once))}
 
 
-def _window(fn, inputs, calls):
+def window(fn, inputs, calls):
     """Times a window of `calls` back-to-back calls, in seconds a call."""
     began = time.perf_counter()
     for call in range(calls):

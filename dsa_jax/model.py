@@ -19,7 +19,7 @@ from dsa_jax.config import Config
 from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.layers import MLP, Attention, AttentionMaps, LayerOutput, Rotation, SparseMLA
 from dsa_jax.moe import MoE
-from dsa_jax.nn import RMSNorm, new_weight, show_arguments
+from dsa_jax.nn import RMSNorm, new_weight, pad_rows, show_arguments
 from dsa_jax.parallel.collectives import (
     exchange_columns,
     gather_parameters,
@@ -193,7 +193,9 @@ class Transformer(nnx.Module):
 
         def unembed(hidden):
             rows = sum_gradients(hidden.reshape(-1, hidden.shape[-1]), "vocabulary")
-            return _unembed(rows, weight).reshape(*hidden.shape[:-1], -1)
+            count = rows.shape[0]
+            logits = _unembed(pad_rows(rows, axis=0) if count == 1 else rows, weight)[:count]
+            return logits.reshape(*hidden.shape[:-1], -1)
 
         return unembed
 

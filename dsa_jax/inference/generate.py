@@ -5,6 +5,7 @@ the same steps over a `PagedCache`; the host reads the tokens of one step while 
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
 from dsa_jax.parallel.sharding import shards
+
+logger = logging.getLogger(__name__)
 
 Prompts = Int[Array, "B T"] | Int[np.ndarray, "B T"] | Sequence[Sequence[int]]
 
@@ -41,7 +44,8 @@ class Completions:
     Attributes:
       tokens: int32 [B, max_new_tokens]; a row that has ended repeats its last token.
       lengths: int32 [B], how many were generated, a stop token included.
-      finished: why each row ended: "stop" for a stop token or string, "length" for `max_new_tokens`.
+      finished: why each row ended: "stop" for a stop token or string, "length" for `max_new_tokens`, "nan" where its
+        logits were NaN, whose token does not count; a warning names the row.
       log_probs: float32 [B, max_new_tokens], of each token under the distribution that it was drawn from, temperature
         and truncation included; where the temperature is 0, under the model's own. 0 behind a row's end.
       selected: if asked for, for each row int32 [layers, n, K]: the keys that each of its tokens selected, as positions
@@ -127,7 +131,7 @@ def complete(
     return Completions(
         tokens=np.stack([step.tokens for step in fill], axis=1),
         lengths=lengths,
-        finished=["stop" if stream.stopped[row] else "length" for row in rows],
+        finished=["nan" if stream.failed[row] else "stop" if stream.stopped[row] else "length" for row in rows],
         log_probs=np.pad(log_probs, ((0, 0), (0, max_new_tokens - len(steps)))),
         selected=_of_rows(stream.prefilled.selected, steps, "selected", lengths) if return_selected else None,
         routed=_of_rows(stream.prefilled.routed, steps, "routed", lengths) if return_routed else None,
@@ -218,7 +222,7 @@ class _Stream:
             raise ValueError("sampling needs a random key: pass key=jax.random.key(…) or seed=…, or temperature=0")
         self.settings = Settings(*chosen, row_seeds(key, seed, self.rows))
         self.return_kept = return_kept
-        self.stopped = np.zeros(self.rows, bool)
+        self.stopped, self.failed = np.zeros(self.rows, bool), np.zeros(self.rows, bool)
         cache_format = cache_format or config.dtype
         row_shards, page_shards = (1, 1) if mesh is None else (shards(mesh, "rows"), shards(mesh, "pages"))
         of_shard = [row * row_shards // self.rows for row in range(self.rows)]
@@ -263,10 +267,9 @@ class _Stream:
                 carry, drawn, out = runner.decode(carry, table, settings, stops)
                 details = dict(selected=out.selected, routed=out.routed)
             tokens, after = np.asarray(current[0].token)[at], np.asarray(current[0].live)[at]
-            before = alive[at] & ~ended
-            step = Step(
-                tokens, np.asarray(current[1].log_prob)[at], before, self._host(current_details, current[1], at)
-            )
+            log_probs, before = np.asarray(current[1].log_prob)[at], alive[at] & ~ended
+            before = self._without_nan(before, log_probs, number)
+            step = Step(tokens, log_probs, before, self._host(current_details, current[1], at))
             self.stopped |= before & ~after
             alive = np.asarray(current[0].live)
             for row in np.flatnonzero(before):
@@ -276,6 +279,14 @@ class _Stream:
             yield self._repeat(step)
             if not np.any(alive[at] & ~ended):
                 return
+
+    def _without_nan(self, live, log_probs, number):
+        """Ends the rows whose logits are NaN, and says which they are."""
+        bad = live & np.isnan(log_probs)
+        for row in np.flatnonzero(bad):
+            logger.warning("row %d has ended: its logits are NaN at token %d; the other rows go on", row, number)
+        self.failed |= bad
+        return live & ~bad
 
     def _repeat(self, step: Step) -> Step:
         """Has rows that a string has ended repeat their last token, as rows do that a token has ended."""

@@ -9,7 +9,7 @@ import pytest
 from cases import same_bits, unchecked
 from model_cases import forward, small_config, small_model, tokens
 
-from dsa_jax import KeyRange, generate, sample
+from dsa_jax import KeyRange, PagedCache, generate, sample
 from dsa_jax.inference import step
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -92,7 +92,8 @@ def test_a_row_stops_at_any_of_several_tokens():
 
 def test_other_lengths_settings_and_stop_tokens_take_the_same_program():
     model, key = small_model(CONFIG), jax.random.key(0)
-    sizes = lambda: [run._cache_size() for run in (step._prefill, step._decode, step._first)]
+    runner = step.Runner(model, PagedCache(CONFIG, 1, format="float32"))
+    sizes = lambda: [run._cache_size() for run in (step._first, *runner.programs, *runner.dense_programs)]
     for stop_token in (None, (3, 4)):  # one stop token or none take a bucket, two the next
         generate(model, PROMPTS, max_new_tokens=NEW, key=key, temperature=0.7, stop_token=stop_token)
     before = sizes()
