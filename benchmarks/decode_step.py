@@ -123,7 +123,7 @@ class Case:
         jax.block_until_ready(carry.token)
         began = time.perf_counter()
         for _ in range(count):
-            carry, drawn, _ = self.runner.decode(carry, self.table, self.settings, self.stops)
+            carry, drawn, _ = self.runner.decode(carry, self.table, self.settings, self.stops, kind="greedy")
             if read and before is not None:
                 np.asarray(before.token)
             before = drawn

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, Int32
 
 from dsa_jax.inference.pages import PagedCache
-from dsa_jax.inference.sampling import Settings, check_sampling, row_seeds
+from dsa_jax.inference.sampling import Kind, Settings, check_sampling, kind_of, row_seeds
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner, bucket
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
@@ -220,6 +220,7 @@ class _Stream:
         chosen = check_sampling(temperature, top_k, top_p, self.rows, config.vocab_size)
         if np.any(chosen[0] > 0) and key is None and seed is None:
             raise ValueError("sampling needs a random key: pass key=jax.random.key(…) or seed=…, or temperature=0")
+        self.kind: Kind = kind_of(*chosen, config.vocab_size)
         self.settings = Settings(*chosen, row_seeds(key, seed, self.rows))
         self.return_kept = return_kept
         self.stopped, self.failed = np.zeros(self.rows, bool), np.zeros(self.rows, bool)
@@ -256,7 +257,7 @@ class _Stream:
         length = np.array([0 if row is None else len(self.prompts[row]) for row in order], np.int32)
         stops = jnp.asarray(np.pad(self.stops, (0, bucket(len(self.stops)) - len(self.stops)), constant_values=-1))
 
-        carry, drawn = runner.first(take(self.prefilled.logits), length, settings, stops, live)
+        carry, drawn = runner.first(take(self.prefilled.logits), length, settings, stops, live, kind=self.kind)
         details: dict[str, Array | None] = {}
         ended = np.zeros(self.rows, bool)  # by a string, which the device does not know of
         texts: list[list[int]] = [[] for _ in range(self.rows)]
@@ -264,7 +265,7 @@ class _Stream:
         for number in range(self.max_new_tokens):
             current, current_details = (carry, drawn), details
             if number + 1 < self.max_new_tokens:  # the device goes on while the host looks at what it has drawn
-                carry, drawn, out = runner.decode(carry, table, settings, stops)
+                carry, drawn, out = runner.decode(carry, table, settings, stops, kind=self.kind)
                 details = dict(selected=out.selected, routed=out.routed)
             tokens, after = np.asarray(current[0].token)[at], np.asarray(current[0].live)[at]
             log_probs, before = np.asarray(current[1].log_prob)[at], alive[at] & ~ended

@@ -1,11 +1,14 @@
 """Sampling: a token a row from logits, each row by settings and a seed of its own."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+Kind = Literal["greedy", "random", "truncated"]  # what a batch needs: argmax, a draw, or a draw of some tokens
 
 
 @jax.tree_util.register_dataclass
@@ -70,28 +73,36 @@ def sample(
     settings = Settings(
         full(temperature, jnp.float32), full(top_k or vocab, jnp.int32), full(top_p, jnp.float32), seeds
     )
-    return draw(logits, settings, jnp.zeros(rows, jnp.int32)).token
+    kind = kind_of(np.asarray(temperature), np.asarray(top_k or vocab), np.asarray(top_p), vocab)
+    return draw(logits, settings, jnp.zeros(rows, jnp.int32), kind=kind).token
 
 
-def draw(logits: Float[Array, "B vocab"], settings: Settings, number: Int[Array, " B"]) -> Draw:
-    """Draws the `number`-th token of each row; one program serves all settings.
+def kind_of(temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, vocab: int) -> Kind:
+    """Says what the rows of a batch need, of all of them together."""
+    if not np.any(temperature > 0):
+        return "greedy"
+    return "truncated" if np.any((temperature > 0) & ((top_k < vocab) | (top_p < 1))) else "random"
 
-    What a row draws depends on its own logits, settings, seed and number alone. Where no row draws at random, or none
-    truncates, what that needs is not computed.
+
+def draw(
+    logits: Float[Array, "B vocab"], settings: Settings, number: Int[Array, " B"], *, kind: Kind = "truncated"
+) -> Draw:
+    """Draws the `number`-th token of each row.
+
+    What a row draws depends on its own logits, settings, seed and number alone. Settings are traced; what the batch
+    needs at most, `kind`, is not: on a GPU a choice within the program has the host wait for the device at every step.
     """
     greedy = settings.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, settings.temperature)[:, None]
-    truncated = ~greedy & ((settings.top_k < logits.shape[1]) | (settings.top_p < 1))
-    everything = jnp.ones(logits.shape, bool)
-    kept = jax.lax.cond(truncated.any(), lambda: _kept(scaled, settings) | ~truncated[:, None], lambda: everything)
+    kept = jnp.ones(logits.shape, bool)
+    if kind == "truncated":
+        truncated = ~greedy & ((settings.top_k < logits.shape[1]) | (settings.top_p < 1))
+        kept = _kept(scaled, settings) | ~truncated[:, None]
     allowed = jnp.where(kept, scaled, -jnp.inf)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def at_random():
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if kind != "greedy":
         keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(settings.seed, number)
-        return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
-
-    token = jnp.where(greedy, likeliest, jax.lax.cond(greedy.all(), lambda: likeliest, at_random))
+        token = jnp.where(greedy, token, jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32))
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(allowed), token[:, None], axis=-1)[:, 0]
     return Draw(token, log_prob, kept)
 

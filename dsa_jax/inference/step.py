@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.cache import Pages
 from dsa_jax.inference.pages import PagedCache
-from dsa_jax.inference.sampling import Draw, Settings, draw
+from dsa_jax.inference.sampling import Draw, Kind, Settings, draw
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
@@ -136,22 +136,22 @@ def _forward_on(graph, options: Options, pools, state, table, rows):
     )(pools, state, table, rows)
 
 
-def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops):
+def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops, *, kind: Kind):
     """Takes in each row's last token and draws the next."""
     length = carry.length[:, None]
     zero = jnp.zeros_like(length)
     rows = Rows(carry.token[:, None], length, zero, jnp.where(carry.live[:, None], length + 1, 0), zero)
     out, pools = _forward_on(graph, options, pools, state, table, rows)
-    drawn = draw(out.logits[:, 0], settings, carry.number)
+    drawn = draw(out.logits[:, 0], settings, carry.number, kind=kind)
     taken = dataclasses.replace(carry, length=carry.length + carry.live)
     return _advance(taken, drawn, stops), drawn, out, pools
 
 
-@jax.jit
-def _first(logits, length, settings: Settings, stops, live):
+@partial(jax.jit, static_argnames="kind")
+def _first(logits, length, settings: Settings, stops, live, *, kind: Kind):
     """Draws the first token of each row, from the logits of its prompt."""
     zero = jnp.zeros_like(length)
-    drawn = draw(logits, settings, zero)
+    drawn = draw(logits, settings, zero, kind=kind)
     return _advance(Carry(zero, length, zero, live), drawn, stops), drawn
 
 
@@ -167,7 +167,7 @@ class Programs(NamedTuple):
     """Holds the compiled steps of a model: functions of arrays alone, the parameters as a flat list."""
 
     prefill: Callable  # (pools, parameters, table, rows) -> (StepOutput, pools)
-    decode: Callable  # (pools, carry, parameters, table, settings, stops) -> (Carry, Draw, StepOutput, pools)
+    decode: Callable  # (pools, carry, parameters, table, settings, stops, kind) -> (Carry, Draw, StepOutput, pools)
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
@@ -181,11 +181,12 @@ def programs(graph, tree, options: Options) -> Programs:
     def prefill(pools, parameters, table, rows):
         return _forward_on(graph, options, pools, jax.tree.unflatten(tree, parameters), table, rows)
 
-    def decode(pools, carry, parameters, table, settings, stops):
-        return _decode_on(graph, options, pools, carry, jax.tree.unflatten(tree, parameters), table, settings, stops)
+    def decode(pools, carry, parameters, table, settings, stops, kind):
+        state = jax.tree.unflatten(tree, parameters)
+        return _decode_on(graph, options, pools, carry, state, table, settings, stops, kind=kind)
 
     compile = partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
-    return Programs(compile(prefill), compile(decode))
+    return Programs(compile(prefill), compile(decode, static_argnums=6))
 
 
 class Piece(NamedTuple):
@@ -216,6 +217,8 @@ class Runner:
         attention as long as all keys are selected, and cheaper; `index_topk` at most.
       batch_invariant: gives every step one shape and every chunk fixed borders, so that a row's logits have the same
         bits whatever is run beside it.
+      max_length: the longest sequence that will come, in tokens; every table then has room for it, and one program
+        serves all lengths. None has tables as wide as a batch needs, rounded up.
       return_selected: whether selections are wanted; they are then made for short prompts too.
       return_routed: whether each token's experts are wanted.
     """
@@ -229,10 +232,16 @@ class Runner:
         prefill_chunk: int = PREFILL_CHUNK,
         dense_below: int | None = None,
         batch_invariant: bool = False,
+        max_length: int | None = None,
         return_selected: bool = False,
         return_routed: bool = False,
     ):
         config = model.config
+        if batch_invariant:
+            max_length = config.max_position_embeddings
+        if max_length is not None and not 1 <= max_length <= config.max_position_embeddings:
+            limit = config.max_position_embeddings
+            raise ValueError(f"max_length must be from 1 to max_position_embeddings = {limit}, got {max_length}")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         if dense_below is not None and not 0 <= dense_below <= config.index_topk:
@@ -248,6 +257,7 @@ class Runner:
         self.programs = programs(graph, tree, self.options)
         self.dense_programs = programs(graph, tree, self.options._replace(attention="dense"))
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
+        self.table_pages = None if max_length is None else math.ceil(max_length / PAGE)
         skips = attention == "sparse" and not return_selected and not batch_invariant and cache.page_shards == 1
         self.dense_below = (config.index_topk if dense_below is None else dense_below) if skips else 0
 
@@ -309,13 +319,15 @@ class Runner:
                 rows[self.cache.rows_of(sequence)].append(Piece(item, begin, count))
                 begin += count
         while any(rows):
-            step = [self._take(row) for row in rows]
-            yield step
+            yield [self._take(row, sequences) for row in rows]
 
-    def _take(self, row):
+    def _take(self, row, sequences):
         """Takes the pieces of one step from a row's list: as many as fit a chunk, the last one cut to fit."""
-        taken, room = [], self.prefill_chunk
+        taken, room, pages = [], self.prefill_chunk, 0
         while row and room and not (self.batch_invariant and taken):
+            pages += self.cache.row_pages(sequences[row[0].item])
+            if taken and self.table_pages is not None and pages > self.table_pages:
+                break
             piece = row.pop(0)
             if piece.count > room:
                 if self.batch_invariant or taken and room < MIN_TOKENS:
@@ -368,9 +380,8 @@ class Runner:
         return Rows(**arrays, wanted=columns), table, ends, places
 
     def _table_width(self, pages):
-        """Rounds the pages of a row up; under `batch_invariant` all rows have room for the longest sequence."""
-        if self.batch_invariant:
-            pages = math.ceil(self.config.max_position_embeddings / PAGE)
+        """Rounds the pages of a row up: to the longest sequence's, if that is known."""
+        pages = max(pages, self.table_pages or 0)
         shards = self.cache.page_shards
         return shards * bucket(math.ceil(pages / shards), MIN_PAGES)
 
@@ -419,34 +430,48 @@ class Runner:
         """Makes the table of a decode step, with every page that the rows have, written or not."""
         return self.cache.table(rows, self._table_width(max(self._pages(row) for row in rows if row is not None)))
 
-    def first(self, logits, length, settings: Settings, stops, live) -> tuple[Carry, Draw]:
+    def first(self, logits, length, settings: Settings, stops, live, *, kind: Kind = "truncated") -> tuple[Carry, Draw]:
         """Draws the first token of each row from logits [B, vocab], those of padding among them."""
-        return _first(logits, length, settings, stops, live)
+        return _first(logits, length, settings, stops, live, kind=kind)
 
-    def decode(self, carry: Carry, table, settings: Settings, stops) -> tuple[Carry, Draw, StepOutput]:
-        """Takes in the last token of each row and draws the next. The host need not know what was drawn before."""
+    def decode(
+        self, carry: Carry, table, settings: Settings, stops, *, kind: Kind = "truncated"
+    ) -> tuple[Carry, Draw, StepOutput]:
+        """Takes in the last token of each row and draws the next. The host need not know what was drawn before.
+
+        Every `kind`, which `sampling.kind_of` tells from settings, is a program of its own; "truncated" serves all.
+        """
         pools = self.cache.latents, self.cache.index_keys
-        carry, drawn, out, pools = self.programs.decode(pools, carry, self.parameters, table, settings, stops)
+        carry, drawn, out, pools = self.programs.decode(pools, carry, self.parameters, table, settings, stops, kind)
         self.cache.update(*pools)
         return carry, drawn, out
 
-    def warm(self, *, rows: Sequence[int], pages: int, tokens: Sequence[int] = ()) -> None:
-        """Compiles the steps that will be needed, by running them on padding.
+    def warm(
+        self,
+        *,
+        rows: Sequence[int],
+        tokens: Sequence[int] = (),
+        kinds: Sequence[Kind] = ("greedy", "random", "truncated"),
+    ) -> None:
+        """Compiles the steps that will be needed, by running them on padding; `max_length` must be known.
 
         Args:
           rows: numbers of rows of decode steps, on each shard.
-          pages: of the longest sequence.
           tokens: sizes of prefill steps, on each shard.
+          kinds: of the draws.
         """
-        width = self._table_width(pages)
+        if self.table_pages is None:
+            raise ValueError("to compile ahead of time, give the Runner max_length: tables are as wide, got None")
+        width = self._table_width(self.table_pages)
         for count in sorted({INVARIANT_ROWS if self.batch_invariant else bucket(each) for each in rows}):
             total = count * self.cache.row_shards
             table = np.zeros((total, width), np.int32)
             settings = padding_settings(total, self.config.vocab_size)
             stops, length = np.full(1, -1, np.int32), np.zeros(total, np.int32)
             logits = jnp.zeros((total, self.config.vocab_size), jnp.float32)
-            carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool))
-            self.decode(carry, table, settings, stops)
+            for kind in kinds:
+                carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool), kind=kind)
+                self.decode(carry, table, settings, stops, kind=kind)
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
             empty = np.zeros((self.cache.row_shards, size), np.int32)

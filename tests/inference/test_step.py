@@ -210,22 +210,22 @@ def test_pools_are_donated():
     runner.prefill([sequence], prompts([20]))
     before = runner.cache.latents
     arguments, stops = decode_arguments(runner, [sequence], 20)
-    memory = runner.programs.decode.lower(*arguments).compile().memory_analysis()
+    memory = runner.programs.decode.lower(*arguments, "greedy").compile().memory_analysis()
     assert memory.alias_size_in_bytes >= runner.cache.latents.nbytes + runner.cache.index_keys.nbytes
     runner.decode(arguments[1], arguments[3], arguments[4], stops)
     assert before.is_deleted()
 
 
 def test_steps_are_compiled_ahead_of_time():
-    runner = make(return_routed=False)
-    runner.warm(rows=[1, 2], pages=4, tokens=[16, 128])
+    runner = make(max_length=256)
+    runner.warm(rows=[1, 2], tokens=[16, 128], kinds=["greedy"])
     sizes = [run._cache_size() for run in (*runner.programs, *runner.dense_programs)]
-    sequences, found = prefilled(runner, (120,))
+    sequences, found = prefilled(runner, (12,))
     rows = runner.place(sequences)
     settings, stops = padding_settings(1, CONFIG.vocab_size), np.full(1, -1, np.int32)
     runner.cache.extend(sequences[0], 100)
-    carry, _ = runner.first(found.logits, np.full(1, 120, np.int32), settings, stops, np.ones(1, bool))
-    runner.decode(carry, runner.table(rows), settings, stops)
+    carry, _ = runner.first(found.logits, np.full(1, 12, np.int32), settings, stops, np.ones(1, bool))
+    runner.decode(carry, runner.table(rows), settings, stops, kind="greedy")
     assert [run._cache_size() for run in (*runner.programs, *runner.dense_programs)] == sizes
 
 
@@ -284,6 +284,7 @@ def test_too_few_pages_change_nothing():
     [
         (dict(prefill_chunk=0), ["prefill_chunk", "0"]),
         (dict(dense_below=99), ["dense_below", "index_topk", "99"]),
+        (dict(max_length=257), ["max_length", "256", "257"]),
         (dict(cache=PagedCache(FP8, 2, format="float32")), ["model's config"]),
     ],
     ids=str,

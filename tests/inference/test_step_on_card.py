@@ -42,7 +42,7 @@ def test_no_pool_is_copied(cache_format):
     carry, _ = runner.first(logits, np.full(1, 700, np.int32), settings, stops, np.ones(1, bool))
     pools = runner.cache.latents, runner.cache.index_keys
     arguments = pools, carry, runner.parameters, runner.table([sequence]), settings, stops
-    compiled = runner.programs.decode.lower(*arguments).compile()
+    compiled = runner.programs.decode.lower(*arguments, "greedy").compile()
     copies = [
         line.strip()
         for line in compiled.as_text().splitlines()
