@@ -1,6 +1,6 @@
 """Checks and times sparse attention over pages, of a few tokens a sequence, on a Hopper GPU.
 
-    python -m benchmarks.decode_attention [--only checks hostile times] [--out FILE]
+    python -m benchmarks.decode_attention [--only checks hostile times variants] [--out FILE]
 
 Every case is compared with float64 or float32 from the definition; a failure is recorded, and the rest goes on. A
 call's time is that of a chain of calls in one program, each of which waits for the one before, on inputs that do not
@@ -9,10 +9,12 @@ fit into the L2 cache together: between programs the card idles for some 40 µs,
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import json
 import pathlib
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,12 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from dsa_jax.pallas_kernels.decode import attention_few_heads, attention_many_heads, half_query
+from dsa_jax.pallas_kernels.decode import attention_few_heads, attention_many_heads, gather_rows, half_query
 from dsa_jax.pallas_kernels.decode.paged_sparse_attention import paged_sparse_attention
 
 LENGTH, K, SCALE = 32768, 2048, 576**-0.5
 POOL_PAGES = 110_000  # 4.6 GB, beyond what 32 bits address
-PARTS = ("hostile", "checks", "times")
+PARTS = ("hostile", "checks", "times", "variants")
 ROWS: list[dict] = []
 
 # (heads, batch, tokens, splits, config, sets, microseconds to reach and to aim at)
@@ -49,6 +51,24 @@ TIMES = [
     (128, 16, 4, None, {}, 4, None, None),
     (16, 1, 1, 16, {}, 40, None, None),
     (16, 16, 1, 4, {}, 8, None, None),
+]
+
+
+# (heads, batch, config, what is left out): one program each, all compiled before the first runs
+AHEAD, OVERLAP = {"ahead": True, "overlap": False}, {"ahead": True, "overlap": True}
+NEITHER = {"ahead": False, "overlap": False}
+VARIANTS = [
+    (128, 128, NEITHER, None),
+    (128, 128, AHEAD, None),
+    (128, 128, OVERLAP, None),
+    (128, 128, {"ahead": False, "overlap": True}, None),
+    (128, 128, OVERLAP | {"compute_registers": 208}, None),
+    (128, 128, OVERLAP, "vote"),
+    (128, 128, OVERLAP, "vote and types"),
+    (128, 16, NEITHER, None),
+    (128, 16, AHEAD, None),
+    (128, 16, OVERLAP, None),
+    (64, 128, OVERLAP, None),
 ]
 
 
@@ -149,9 +169,9 @@ def guarded(path, part, name, run):
         note(path, part=part, case=name, failed=f"{type(error).__name__}: {error}"[:400])
 
 
-def hostile(path):
+def hostile(path, shapes=None, config=None):
     """Compares hostile rows, scales and queries with float64, at small shapes."""
-    shapes = [
+    shapes = shapes or [
         (heads, splits, kind)
         for heads, splits in ((64, 1), (64, 3), (128, 5), (8, 1), (16, 2), (16, 5), (32, 1))
         for kind in ("fp8",)
@@ -162,14 +182,14 @@ def hostile(path):
         sd = jax.ShapeDtypeStruct
         pool = sd((40, 64, 656), jnp.uint8) if kind == "fp8" else sd((40, 64, 576), jnp.bfloat16)
         arguments = sd((2, 2, heads, 576), jnp.bfloat16), sd((2, 6), jnp.int32), sd((2, 2, 300), jnp.int32), pool
-        return jax.jit(functools.partial(attend, {}, splits)).lower(*arguments).compile()
+        return jax.jit(functools.partial(attend, config or {}, splits)).lower(*arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = {shape: pool.submit(compile_one, shape) for shape in shapes}
     for shape, future in compiled.items():
         for case in HOSTILE:
             run = functools.partial(hostile_case, future, shape, case)
-            guarded(path, "hostile", f"{shape} {case}", run)
+            guarded(path, "hostile", f"{shape} {case} {config or ''}", run)
 
 
 HOSTILE = (
@@ -333,28 +353,96 @@ def times(path, pages):
         guarded(path, "times", name, lambda case=case: run(*case))
 
 
-def chained_seconds(call, data, pages, after):
-    """Times a call in a program of many, each waiting for the one before."""
-    rounds = 4 if len(data) < 20 else 3
+def rounds_of(sets):
+    """Says how often a program goes through its sets of inputs."""
+    return 4 if sets < 20 else 3
+
+
+def chain_of(call, sets):
+    """Makes a program of many calls, each waiting for the one before; it returns the first and the last."""
 
     @jax.jit
     def chain(data, pages, after):
         outs = []
-        for arguments in data * rounds:
+        for arguments in data * rounds_of(sets):
             outs.append(call(*arguments, pages, after))
             after = outs[-1][1]
         return outs[0], outs[-1]
 
-    jax.block_until_ready(chain(data, pages, after))
-    jax.block_until_ready(chain(data, pages, after))
+    return chain
+
+
+def program_seconds(program, arguments, calls):
+    """Times a program, for one of its calls."""
+    jax.block_until_ready(program(*arguments))
+    jax.block_until_ready(program(*arguments))
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(6):
-            out = chain(data, pages, after)
+            out = program(*arguments)
         jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - began) / 6 / len(data) / rounds)
+        seconds.append((time.perf_counter() - began) / 6 / calls)
     return sorted(seconds)[2]
+
+
+def chained_seconds(call, data, pages, after):
+    """Times a call in a program of many."""
+    sets = len(data)
+    return program_seconds(chain_of(call, sets), (data, pages, after), sets * rounds_of(sets))
+
+
+def leave_out(part):
+    """Replaces parts of the kernels, for what they cost, while it is entered; scales must fit half precision then."""
+    patches = contextlib.ExitStack()
+    if part in ("vote", "vote and types"):  # each warp decides for itself
+        warp_any = lambda number, threads, condition: gather_rows.simt_copies.ballot(condition) > 0  # noqa: E731
+        patches.enter_context(mock.patch.object(gather_rows.simt, "barrier_any", warp_any))
+    if part == "vote and types":
+        patches.enter_context(mock.patch.object(gather_rows, "is_bfloat16", lambda *_: lax.axis_index("block") < 0))
+    return patches
+
+
+def variants(path, pages):
+    """Times variants of the kernels, with errors, and whether they give the bits of the first of their shape."""
+    hostile_shapes = [(64, 1, "fp8"), (64, 3, "fp8"), (128, 5, "fp8")]
+    sets = {batch: [make_inputs(100 + i, batch, 1, 128, 0 if i else 70) for i in range(3)] for batch in (16, 128)}
+    lowered = {}
+    for number, (heads, batch, config, missing) in enumerate(VARIANTS):
+        data = [(q[:, :, :heads], *rest) for q, *rest in sets[batch]]
+        after = jnp.zeros((batch, 1, heads), jnp.float32)
+        try:
+            with leave_out(missing):
+                call = jax.jit(functools.partial(attend, dict(config), None))
+                lowered[number] = chain_of(call, len(data)).lower(data, pages, after), data, after
+        except Exception as error:
+            note(path, part="variants", case=str(VARIANTS[number]), failed=f"{type(error).__name__}: {error}"[:400])
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiled = {number: pool.submit(program.compile) for number, (program, *_) in lowered.items()}
+        firsts: dict = {}
+
+        def run(number):
+            heads, batch, *_ = VARIANTS[number]
+            _, data, after = lowered[number]
+            program = compiled[number].result()
+            (out, lse), _ = program(data, pages, after)
+            if (heads, batch) not in firsts:
+                firsts[heads, batch] = out, *reference(*data[0], pages, 2)
+            first, want_out, want_lse = firsts[heads, batch]
+            seconds = program_seconds(program, (data, pages, after), rounds_of(len(data)) * len(data))
+            return {
+                "us": seconds * 1e6,
+                "tflops": 2 * batch * heads * K * 1088 / seconds / 1e12,
+                "out": relative(out.reshape(-1, heads, 512)[-2:], want_out),
+                "lse": relative(lse.reshape(-1, heads)[-2:], want_lse),
+                "same_bits": bool(jnp.all(program(data, pages, after)[0][0] == out)),
+                "bits_of_first": bool(jnp.all(out == first)),
+            }
+
+        for number in lowered:
+            guarded(path, "variants", str(VARIANTS[number]), functools.partial(run, number))
+    for config in (AHEAD, OVERLAP):
+        hostile(path, hostile_shapes, config)
 
 
 def main():
@@ -366,11 +454,13 @@ def main():
     began = time.perf_counter()
     if "hostile" in arguments.only:
         hostile(arguments.out)
-    pages = make_pages(jax.random.key(0), POOL_PAGES) if {"checks", "times"} & set(arguments.only) else None
+    pages = make_pages(jax.random.key(0), POOL_PAGES) if {"checks", "times", "variants"} & set(arguments.only) else None
     if "checks" in arguments.only:
         checks(arguments.out, pages)
     if "times" in arguments.only:
         times(arguments.out, pages)
+    if "variants" in arguments.only:
+        variants(arguments.out, pages)
     failed = [row["case"] for row in ROWS if "failed" in row or row.get("ok") is False]
     print(f"{len(ROWS)} cases, {len(failed)} failed: {failed[:20]}; {time.perf_counter() - began:.0f} s")
 

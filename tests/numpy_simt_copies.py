@@ -62,6 +62,10 @@ def arrive(barrier):
     arrivals.extend(barrier.value.tolist())
 
 
+def arrive_after_copies(address, offset=0):
+    arrivals.extend((address.value + offset).tolist())
+
+
 def half_twice(x):
     with np.errstate(over="ignore"):
         half = x.value.view(np.float32).astype(np.float16).view(np.uint16).astype(np.uint32)

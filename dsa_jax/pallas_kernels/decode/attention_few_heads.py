@@ -113,7 +113,7 @@ def _kernel(q_shape, table_shape, steps, scale, splits, config, has_after):
         (q_smem, q_half_smem), (k_smem, k_half_smem), (p_smem, p_half_smem) = map(list, (q_union, k_union, p_union))
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         items = lax.div(units - 1 - block, grid) + 1  # units of this block
-        ptx.init_gather_barriers(full, 2 * producers)
+        gather_rows.init_barriers(full)
 
         def place(item):
             """Gives query and split of a unit."""

@@ -20,6 +20,7 @@ multiplication alone 133, its shared memory's traffic 108.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -65,11 +66,16 @@ class Config:
         the 64 × 64 logits. The gathering warpgroups have the rest.
       blocks: thread blocks at most; None for one on each multiprocessor.
       packed_q: whether the latent columns of q come in half precision, their bits taken for bfloat16; see `pack_query`.
+      ahead: whether the copies of a block start when its slot is released, even while those of the block before are
+        under way; else when that one is converted.
+      overlap: whether warpgroup 1 has the even block's values added while it is in its softmax.
     """
 
     compute_registers: int = 200
     blocks: int | None = None
     packed_q: bool = False
+    ahead: bool = True
+    overlap: bool = False
 
     def __post_init__(self):
         if not LAUNCH_REGISTERS <= self.compute_registers <= 232 or self.compute_registers % 8:
@@ -122,7 +128,7 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
 
     def body(q_gmem, pool_gmem, table_gmem, indices_gmem, *refs):
         (
-            out_gmem, lse_gmem, q_union, k_union, p_odd_union, rows_smem, gathered, q_barrier, q_ready, free_barriers,
+            out_gmem, lse_gmem, q_union, k_union, p_odd_union, rows_smem, gathered, q_barrier, q_ready,
             even_barrier, odd_barrier, sum_barriers,
         ) = refs[int(has_after):]  # fmt: skip
         # The same memory twice: bfloat16, and half precision for latents, Q's latent columns and P.
@@ -144,7 +150,7 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
 
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         items = lax.div(units - 1 - block, grid) + 1  # units of this block
-        ptx.init_gather_barriers(gathered, 4)
+        gather_rows.init_barriers(gathered)
 
         def place(item):
             """Gives query, split and first head of a unit: neighbours have the same keys and other heads."""
@@ -171,30 +177,50 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
             def load_pages(n, positions):
                 return gather_rows.load_pages(positions, table_gmem.at[lax.div(at(n)[0], per_batch)], size)
 
+            def start(n, slot, rows):
+                """Starts the copies of the n-th block when its slot is free: nobody releases what has not been filled."""
+                parity = lax.rem(lax.div(n, slots) + 1, 2)
+                gather_rows.wait_free(gathered, 2 * slot + half, parity, also=p_halves(slot))
+                gather_rows.start_copies(rows, pool_gmem, k_smem.at[slot], half, gathered, 2 * slot + half)
+
+            def p_halves(slot):
+                """Lists the other halves whose release frees this one: P of the even block is in rotary columns."""
+                return (0,) if half and slot == 0 else ()
+
             def step(i, carry):
-                # Rows of this block, positions of the next: each load has a block's time before its result is used.
-                rows, positions = carry
+                # The copies of this block have started. Of the next one are known: rows; of the one after: positions.
+                # Each load has a block's time before its result is used.
+                rows, scales, next_rows, positions = carry
                 for slot in range(slots):
-                    n = i * slots + slot
-                    pages = load_pages(n + 1, positions)
-                    next_positions = load_positions(n + 2)
-                    scales = gather_rows.load_scales(rows, pool_gmem)
-
-                    @pl.when(i > 0)  # nobody has to release what has never been filled
-                    def _(slot=slot):
-                        plgpu.barrier_wait(free_barriers.at[2 * slot + half])
-                        if half and slot == 0:
-                            plgpu.barrier_wait(free_barriers.at[0])  # P of the even block
-
-                    gather_rows.start_copies(rows, pool_gmem, k_smem.at[slot], half)
+                    n, other = i * slots + slot, (slot + 1) % slots
+                    pages = load_pages(n + 2, positions)
+                    next_positions = load_positions(n + 3)
+                    next_scales = gather_rows.load_scales(next_rows, pool_gmem)
+                    late = n + 1 < total
+                    if config.ahead and slots > 1:
+                        free = 2 * other + half, *p_halves(other)
+                        parity = lax.rem(lax.div(n + 1, slots) + 1, 2)
+                        early = late & gather_rows.free_before_landed(
+                            gathered, 2 * slot + half, lax.rem(i, 2), free, parity
+                        )
+                        late &= ~early
+                        pl.when(early)(functools.partial(start, n + 1, other, next_rows))
+                        pl.when(~early)(gather_rows.close_without_copies)
+                    else:
+                        gather_rows.close_without_copies()
                     fits = gather_rows.choose_type(rows, scales, gathered, 2 * slot + half, half)
-                    gather_rows.convert(scales, fits, k_smem.at[slot], gathered, 2 * slot + half, half)
-                    rows, positions = gather_rows.slots_of(positions, pages, size), next_positions
-                return rows, positions
+                    gather_rows.convert(scales, fits, k_smem.at[slot], gathered, 2 * slot + half, half, pending=1)
+                    pl.when(late)(functools.partial(start, n + 1, other, next_rows))
+                    rows, scales, next_rows = next_rows, next_scales, gather_rows.slots_of(positions, pages, size)
+                    positions = next_positions
+                return rows, scales, next_rows, positions
 
-            positions = load_positions(0)
-            rows = gather_rows.slots_of(positions, load_pages(0, positions), size)
-            lax.fori_loop(0, items * pairs, step, (rows, load_positions(1)))
+            first, second = load_positions(0), load_positions(1)
+            rows = gather_rows.slots_of(first, load_pages(0, first), size)
+            start(0, 0, rows)
+            scales = gather_rows.load_scales(rows, pool_gmem)
+            next_rows = gather_rows.slots_of(second, load_pages(1, second), size)
+            lax.fori_loop(0, items * pairs, step, (rows, scales, next_rows, load_positions(2)))
 
         def over(row_values, columns):
             """Repeats one value a head along `columns` columns."""
@@ -261,21 +287,23 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
             def _():
                 p_half_smem[...] = p.astype(jnp.float16)
 
-        def products(accs, p_refs, slot, first, zero, wide):
-            """Adds P · V to accumulators for the columns of the values from `first`."""
+        def products(accs, p_refs, slot, first, zero, wide, meanwhile=None):
+            """Adds P · V to accumulators for the columns of the values from `first`; runs `meanwhile` beside it."""
 
             def add(p_ref, k_ref):
                 def product(refs):
                     for i, ref in enumerate(refs):
                         values = k_ref.at[zero + slot, :, pl.ds(first + ACC_COLUMNS * i, ACC_COLUMNS)]
                         plgpu.wgmma(ref, p_ref, values)
+                    if meanwhile:
+                        meanwhile()
                     plgpu.wgmma_wait(0)
 
                 return lambda xs: pl.run_state(product)(tuple(ptx.ACC.init(x) for x in xs))
 
             return lax.cond(wide, add(p_refs[0], k_smem), add(p_refs[1], k_half_smem), accs)
 
-        def add_values(accs, factor, p_refs, slot, first, zero, wide):
+        def add_values(accs, factor, p_refs, slot, first, zero, wide, meanwhile=None):
             """Computes factor · accumulators + P · V for the columns of the values from `first`."""
             # A vote of the warp skips the multiplications where no row has a new maximum: that is most of the time.
             accs = lax.cond(
@@ -284,12 +312,12 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
                 lambda xs: xs,
                 accs,
             )
-            return products(accs, p_refs, slot, first, zero, wide)
+            return products(accs, p_refs, slot, first, zero, wide, meanwhile)
 
         def release(slot, half, condition=True):
             """Lets a gathering warpgroup refill half a slot."""
             if slot < slots:
-                pl.when(condition)(lambda: plgpu.barrier_arrive(free_barriers.at[2 * slot + half]))
+                pl.when(condition)(lambda: gather_rows.release(gathered, 2 * slot + half))
 
         def initial():
             """Makes the state before the first key: accumulators, maximum and denominator."""
@@ -407,15 +435,21 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
                     x, wide = logits(item, pair, 1, zero)  # while warpgroup 0 is in its softmax
                     plgpu.barrier_wait(even_barrier)
                     even_max, even_factor = row_values(rows(EVEN_MAX, zero)), row_values(rows(EVEN_FACTOR, zero))
-                    odd_max = raised(even_max, x.max(axis=1))
-                    p = jnp.exp2(x - over(odd_max, BLOCK_KEYS))
-                    store_p(p_odd(zero), p, wide)
-                    rows(ODD_MAX, zero)[...] = odd_max
-                    rows(ODD_SUM, zero)[...] = p.sum(axis=1)  # parked there: registers are short until P · V is done
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(odd_barrier)
+
+                    def softmax():
+                        odd_max = raised(even_max, x.max(axis=1))
+                        p = jnp.exp2(x - over(odd_max, BLOCK_KEYS))
+                        store_p(p_odd(zero), p, wide)
+                        rows(ODD_MAX, zero)[...] = odd_max
+                        rows(ODD_SUM, zero)[...] = p.sum(axis=1)  # parked: registers are short until P · V is done
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(odd_barrier)
+
+                    if not config.overlap:
+                        softmax()
                     even_wide = gather_rows.is_bfloat16(gathered, 1)
-                    accs = add_values(accs, even_factor, p_even(zero), 0, HALF_COLUMNS, zero, even_wide)
+                    meanwhile = softmax if config.overlap else None
+                    accs = add_values(accs, even_factor, p_even(zero), 0, HALF_COLUMNS, zero, even_wide, meanwhile)
                     release(0, 1)
                     odd_max = row_values(rows(ODD_MAX, zero))  # like the sum below, read back rather than kept
                     factor = jnp.exp2(even_max - odd_max)
@@ -461,13 +495,10 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
             two_types((2, BLOCK_KEYS, DIM)),  # k_union, 144
             two_types((1, BLOCK_HEADS, BLOCK_KEYS)),  # p_odd_union, 8
             plgpu.SMEM((4, BLOCK_HEADS), jnp.float32),  # rows_smem, 1: what the compute warpgroups tell each other
-            gather_rows.block_barriers(2),  # gathered, 1: slot 0 or 1 × left or right columns have landed
+            gather_rows.block_barriers(2),  # gathered, 1: slot 0 or 1 × left or right columns have landed, or are free
             # Pallas' barriers, 1. Q has landed, and warpgroup 1 is done with the unit before: an arrival each.
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),  # q_ready: Q is converted; both compute warpgroups arrive and wait
-            # Half of a key slot may be refilled: slot 0 or 1 × left or right columns. One arrival, of the compute
-            # warpgroup that owns the columns.
-            plgpu.Barrier(num_barriers=4),
             plgpu.Barrier(),  # even_barrier: P and the maxima of the even block are there, from warpgroup 0 to 1
             plgpu.Barrier(),  # odd_barrier: those of the odd block, from warpgroup 1 to 0
             plgpu.Barrier(num_barriers=2),  # sum_barriers: a unit's denominators, from warpgroup 0 and from 1

@@ -28,6 +28,7 @@ from dsa_jax.pallas_kernels.hopper.constants import (
     PAIR_PER_THREAD,
     WARP_THREADS,
     WARPGROUP_THREADS,
+    WARPS_PER_WARPGROUP,
     WORD_PER_THREAD,
 )
 
@@ -54,22 +55,109 @@ _PAIR = ptx.Result((2 * WARPGROUP_THREADS,), jnp.int32, PAIR_PER_THREAD)
 
 
 def block_barriers(slots: int):
-    """Gives the scratch type of what tells that blocks have landed in `slots` places.
+    """Gives the scratch type of what gathering and computing warpgroups tell each other of `slots` blocks.
 
-    An mbarrier a half, number 2 · slot + half: `ptx.init_gather_barriers` and `ptx.wait_gather` know these. Behind
-    them a word a half, whether its latents are bfloat16; then 64 bits a slot, which rows have a key.
+    Of each half of a slot, number 2 · slot + half: an mbarrier for its landing, which `ptx.wait_gather` knows, and a
+    word, whether its latents are bfloat16. Of each slot: 64 bits, which rows have a key. Then, for gathers that look
+    ahead: of each half, an mbarrier a warp for its raw rows, and one for its release by those who compute.
     """
-    return plgpu.SMEM((8 * slots,), jnp.int32)
+    return plgpu.SMEM((slots, _SLOT_BYTES // 4), jnp.int32)
+
+
+_SLOT_BYTES = 2 * (8 + 4) + 8 + 2 * 8 * WARPS_PER_WARPGROUP + 2 * 8
+
+
+def _slots(barriers):
+    return barriers.type.shape[0]
 
 
 def _type_offset(barriers):
     """Gives the place of the words with the types, in bytes."""
-    return barriers.type.shape[0] // 4 * 8
+    return _slots(barriers) * 16
 
 
 def _mask_offset(barriers):
     """Gives the place of the masks, in bytes."""
-    return barriers.type.shape[0] // 4 * 12
+    return _slots(barriers) * 24
+
+
+def _raw_offset(barriers, i):
+    """Gives the place of the barriers of the raw rows of half `i`, one a warp, in bytes."""
+    return _slots(barriers) * 32 + 8 * WARPS_PER_WARPGROUP * i
+
+
+def _free_offset(barriers, i):
+    """Gives the place of the barrier of the release of half `i`, in bytes."""
+    return _slots(barriers) * (32 + 16 * WARPS_PER_WARPGROUP) + 8 * i
+
+
+def init_barriers(barriers_smem) -> None:
+    """Initialises what `block_barriers` has. All threads of the block call it, before they part into roles."""
+
+    @ptx.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def init(ctx, barriers):
+        address, halves = simt.smem_address(barriers), 2 * _slots(barriers)
+        with simt.when(simt.thread_id().equals(0)):
+            for i in range(halves):
+                simt_copies.init_barrier(address, WARPGROUP_THREADS, 8 * i)
+                simt_copies.init_barrier(address, WARPGROUP_THREADS, _free_offset(barriers, i))
+                for warp in range(WARPS_PER_WARPGROUP):
+                    simt_copies.init_barrier(address, WARP_THREADS, _raw_offset(barriers, i) + 8 * warp)
+        simt_copies.publish_barriers()
+
+    init(barriers_smem)
+
+
+def release(barriers_smem, i: int) -> None:
+    """Lets a gathering warpgroup refill half `i`. All threads of the computing warpgroup that owns it call this."""
+
+    @ptx.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def arrive(ctx, barriers):
+        simt_copies.arrive_only(simt.smem_address(barriers), _free_offset(barriers, i))
+
+    arrive(barriers_smem)
+
+
+def wait_free(barriers_smem, i: int, parity, also=()) -> None:
+    """Waits for the release of half `i`, and of those of `also`, of this parity; 1 before they have ever been filled."""
+
+    @ptx.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SPLAT))
+    def wait(ctx, barriers, parity):
+        for half in (i, *also):
+            simt_copies.wait_barrier(simt.smem_address(barriers), simt.scalar(parity), _free_offset(barriers, half))
+
+    wait(barriers_smem, jnp.int32(parity))
+
+
+def free_before_landed(barriers_smem, i: int, landed_parity, free: tuple, free_parity):
+    """Waits until the raw rows of half `i` of this warp have landed, or all halves `free` are released; is it those?
+
+    The answer differs from warp to warp: branch on it around what a warp does alone.
+    """
+
+    @ptx.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SPLAT, ptx.SPLAT), return_type=_SPLAT)
+    def poll(ctx, barriers, landed_parity, free_parity):
+        address = simt.smem_address(barriers)
+        return _splat(
+            simt_copies.first_of(
+                address + (_Lane().warp << 3) + _raw_offset(barriers, i),
+                simt.scalar(landed_parity),
+                [address + _free_offset(barriers, half) for half in free],
+                simt.scalar(free_parity),
+            )
+        )
+
+    return poll(barriers_smem, jnp.int32(landed_parity), jnp.int32(free_parity)) != 0
+
+
+def close_without_copies() -> None:
+    """Closes a group of no copies, so that the one before is always the last but one."""
+
+    @ptx.inline_mgpu()
+    def close(ctx):
+        simt_copies.close_copies()
+
+    close()
 
 
 def is_bfloat16(barriers_smem, i):
@@ -217,17 +305,20 @@ def _row_or_first(slot):
     return simt.where(_present(slot), slot, 0)
 
 
-def start_copies(slots, pool_gmem, block_smem, half: int) -> None:
+def start_copies(slots, pool_gmem, block_smem, half: int, barriers_smem=None, i: int = 0) -> None:
     """Starts the copies of half of the latent columns, and, with the right half, of the rotary ones.
+
+    With barriers, those of the raw rows of half `i` complete a phase when the copies have landed.
 
     e4m3 land where 16-bit numbers of the same rows will be; see the top. In odd rows the two 64-byte halves of each
     128 bytes change places, or the reads of `convert` would meet in the same banks.
     """
 
     @ptx.inline_mgpu(
-        arg_types=(WORD_PER_THREAD, plgpu.RefType(), plgpu.RefType(ptx.swizzled(jnp.bfloat16))),
+        arg_types=(WORD_PER_THREAD, plgpu.RefType(), plgpu.RefType(ptx.swizzled(jnp.bfloat16)))
+        + (plgpu.RefType(),) * (barriers_smem is not None),
     )
-    def start(ctx, slots, pool, block):
+    def start(ctx, slots, pool, block, *barriers):
         (mine,), place = _words(slots), _Lane()
         lane, base, smem = place.lane, simt.gmem_address(pool), place.group_address(block)
 
@@ -254,9 +345,11 @@ def start_copies(slots, pool_gmem, block_smem, half: int) -> None:
                 for group in range(2):
                     to_offset = 4 * GROUP_BYTES * group + 2 * HALF_TILES * TILE_BYTES
                     copy(row + 8 * group, source, to, to_offset, ROTARY_OFFSET)
+        for x in barriers:
+            simt_copies.arrive_after_copies(simt.smem_address(x) + (place.warp << 3), _raw_offset(x, i))
         simt_copies.close_copies()
 
-    start(slots, pool_gmem, block_smem)
+    start(slots, pool_gmem, block_smem, *(() if barriers_smem is None else (barriers_smem,)))
 
 
 def choose_type(slots, scales, barriers_smem, i, half: int):

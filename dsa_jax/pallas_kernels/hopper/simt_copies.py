@@ -78,6 +78,57 @@ def arrive(barrier):
     _asm("mbarrier.arrive.shared::cta.b64 _, [$0];", barrier)
 
 
+# Barriers of other numbers of threads than Pallas' own have.
+
+
+def init_barrier(address, arrivals, offset=0):
+    """Initialises an mbarrier that completes a phase with every `arrivals` arrivals. One thread calls it."""
+    _asm(f"mbarrier.init.shared::cta.b64 [$0+{offset}], {arrivals};", address)
+
+
+def publish_barriers():
+    """Makes barriers known to all threads of the block and to asynchronous copies. All threads call it."""
+    _asm("fence.mbarrier_init.release.cluster;")
+    _asm("bar.sync 0;", convergent=True)
+
+
+def arrive_only(address, offset=0):
+    """Arrives at an mbarrier, of which nobody reads what this thread wrote."""
+    _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{offset}];", address)
+
+
+def arrive_after_copies(address, offset=0):
+    """Arrives at an mbarrier when the copies that this thread has started so far have landed; goes on at once."""
+    # noinc: the barrier counts this arrival from the beginning.
+    _asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{offset}];", address)
+
+
+def wait_barrier(address, parity, offset=0):
+    """Waits until an mbarrier has completed its phase of this parity; of a new one, 1 has been."""
+    # try_wait sleeps for up to 10 ms before it asks again.
+    text = (
+        "{.reg .pred p;\nWAIT_${:uid}:\n"
+        f"mbarrier.try_wait.parity.shared::cta.b64 p, [$0+{offset}], $1, 10000000;\n"
+        "@!p bra WAIT_${:uid};}"
+    )
+    _asm(text, address, parity, convergent=True)
+
+
+def first_of(landed, landed_parity, free, free_parity):
+    """Waits until the mbarrier `landed` has completed its phase, or all of `free`; 1 for those, else 0, in all lanes."""
+    # Lanes may see a phase at different times: what one has seen, all take. It sleeps on the copies, whose landing takes
+    # a microsecond, for 50 ns at a time.
+    tests = [f"mbarrier.test_wait.parity.shared::cta.b64 {{}}, [${4 + i}], $3;" for i in range(len(free))]
+    tests = tests[0].format("f") + "".join(x.format("q") + " and.pred f, f, q;" for x in tests[1:])
+    text = (
+        "{.reg .pred l, f, q;\nPOLL_${:uid}:\n"
+        f"{tests} vote.sync.any.pred f, f, 0xffffffff;\n@f bra DONE_${{:uid}};\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 l, [$1], $2, 50; vote.sync.any.pred l, l, 0xffffffff;\n"
+        "@!l bra POLL_${:uid};\nDONE_${:uid}:\nselp.b32 $0, 1, 0, f;}"
+    )
+    return _asm(text, landed, landed_parity, free_parity, *free, results="r", convergent=True)
+
+
 # Number formats: an int32 holds four e4m3, two half or two bfloat16, the lowest byte first.
 
 

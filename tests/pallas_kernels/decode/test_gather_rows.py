@@ -98,12 +98,12 @@ def gather(emulated, scales, seed=0, order=(0, 1)):
     ids[[3, 40, 63]] = -1, POSITIONS, -(2**31)
     machine = emulated()
     pool_ref, table_ref, ids_ref = (Memref(machine.put(x)) for x in (bits, table, ids))
-    block, barriers = Memref(BLOCK, 64, 576), Memref(BARRIERS, 8)
+    block, barriers = Memref(BLOCK, 64, 576), Memref(BARRIERS, 1, gather_rows._SLOT_BYTES // 4)
     positions = gather_rows.load_positions(ids_ref)
     slots = gather_rows.slots_of(positions, gather_rows.load_pages(positions, table_ref, POSITIONS), POSITIONS)
     for half in order:
         loaded = gather_rows.load_scales(slots, pool_ref)
-        gather_rows.start_copies(slots, pool_ref, block, half)
+        gather_rows.start_copies(slots, pool_ref, block, half, barriers, half)
         fits = gather_rows.choose_type(slots, loaded, barriers, half, half)
         gather_rows.convert(loaded, fits, block, barriers, half, half)
     there = (ids >= 0) & (ids < POSITIONS)
@@ -114,7 +114,9 @@ def gather(emulated, scales, seed=0, order=(0, 1)):
     got = untiled(smem[BLOCK : BLOCK + 64 * 1152], 64)
     mask = int(words[6]) | int(words[7]) << 32
     assert mask == sum(1 << i for i in range(64) if there[i])
-    assert sorted(numpy_simt_copies.arrivals) == [BARRIERS] * 128 + [BARRIERS + 8] * 128
+    landed = [BARRIERS] * 128 + [BARRIERS + 8] * 128
+    raw = [BARRIERS + 32 + 8 * i for i in range(8) for _ in range(32)]  # a warp and half
+    assert sorted(numpy_simt_copies.arrivals) == landed + raw
     assert words[4] == words[5]
     np.testing.assert_array_equal(got[:, 512:].view(ml_dtypes.bfloat16).astype(np.float64), want[:, 512:])
     return got[:, :512], want[:, :512], bool(words[4])
