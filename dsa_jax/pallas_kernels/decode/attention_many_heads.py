@@ -178,7 +178,7 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
                 return gather_rows.load_pages(positions, table_gmem.at[lax.div(at(n)[0], per_batch)], size)
 
             def start(n, slot, rows):
-                """Starts the copies of the n-th block when its slot is free: nobody releases what has not been filled."""
+                """Starts the copies of the n-th block when its slot is free."""
                 parity = lax.rem(lax.div(n, slots) + 1, 2)
                 gather_rows.wait_free(gathered, 2 * slot + half, parity, also=p_halves(slot))
                 gather_rows.start_copies(rows, pool_gmem, k_smem.at[slot], half, gathered, 2 * slot + half)

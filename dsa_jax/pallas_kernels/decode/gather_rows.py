@@ -119,7 +119,7 @@ def release(barriers_smem, i: int) -> None:
 
 
 def wait_free(barriers_smem, i: int, parity, also=()) -> None:
-    """Waits for the release of half `i`, and of those of `also`, of this parity; 1 before they have ever been filled."""
+    """Waits for the release of half `i` and those of `also`, of this parity: 1 for what has never been filled."""
 
     @ptx.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SPLAT))
     def wait(ctx, barriers, parity):
@@ -305,10 +305,10 @@ def _row_or_first(slot):
     return simt.where(_present(slot), slot, 0)
 
 
-def start_copies(slots, pool_gmem, block_smem, half: int, barriers_smem=None, i: int = 0) -> None:
+def start_copies(slots, pool_gmem, block_smem, half: int, barriers_smem=None, number: int = 0) -> None:
     """Starts the copies of half of the latent columns, and, with the right half, of the rotary ones.
 
-    With barriers, those of the raw rows of half `i` complete a phase when the copies have landed.
+    With barriers, those of the raw rows of half `number` complete a phase when the copies have landed.
 
     e4m3 land where 16-bit numbers of the same rows will be; see the top. In odd rows the two 64-byte halves of each
     128 bytes change places, or the reads of `convert` would meet in the same banks.
@@ -346,7 +346,7 @@ def start_copies(slots, pool_gmem, block_smem, half: int, barriers_smem=None, i:
                     to_offset = 4 * GROUP_BYTES * group + 2 * HALF_TILES * TILE_BYTES
                     copy(row + 8 * group, source, to, to_offset, ROTARY_OFFSET)
         for x in barriers:
-            simt_copies.arrive_after_copies(simt.smem_address(x) + (place.warp << 3), _raw_offset(x, i))
+            simt_copies.arrive_after_copies(simt.smem_address(x) + (place.warp << 3), _raw_offset(x, number))
         simt_copies.close_copies()
 
     start(slots, pool_gmem, block_smem, *(() if barriers_smem is None else (barriers_smem,)))

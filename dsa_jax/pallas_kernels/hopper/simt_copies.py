@@ -115,9 +115,9 @@ def wait_barrier(address, parity, offset=0):
 
 
 def first_of(landed, landed_parity, free, free_parity):
-    """Waits until the mbarrier `landed` has completed its phase, or all of `free`; 1 for those, else 0, in all lanes."""
-    # Lanes may see a phase at different times: what one has seen, all take. It sleeps on the copies, whose landing takes
-    # a microsecond, for 50 ns at a time.
+    """Waits until the mbarrier `landed` has completed its phase, or all of `free` have: 1 in all lanes for those, or 0."""
+    # Lanes may see a phase at different times: what one has seen, all take. Copies take a microsecond to land; this
+    # sleeps on them for 50 ns at a time.
     tests = [f"mbarrier.test_wait.parity.shared::cta.b64 {{}}, [${4 + i}], $3;" for i in range(len(free))]
     tests = tests[0].format("f") + "".join(x.format("q") + " and.pred f, f, q;" for x in tests[1:])
     text = (
