@@ -1,6 +1,6 @@
 """Checks and times sparse attention over pages, of a few tokens a sequence, on a Hopper GPU.
 
-    python -m benchmarks.decode_attention [--only checks hostile times variants] [--out FILE]
+    python -m benchmarks.decode_attention [--only checks hostile times variants rows] [--out FILE]
 
 Every case is compared with float64 or float32 from the definition; a failure is recorded, and the rest goes on. A
 call's time is that of a chain of calls in one program, each of which waits for the one before, on inputs that do not
@@ -22,12 +22,18 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from dsa_jax.pallas_kernels.decode import attention_few_heads, attention_many_heads, gather_rows, half_query
+from dsa_jax.pallas_kernels.decode import (
+    attention_few_heads,
+    attention_keys_as_rows,
+    attention_many_heads,
+    gather_rows,
+    half_query,
+)
 from dsa_jax.pallas_kernels.decode.paged_sparse_attention import paged_sparse_attention
 
 LENGTH, K, SCALE = 32768, 2048, 576**-0.5
 POOL_PAGES = 110_000  # 4.6 GB, beyond what 32 bits address
-PARTS = ("hostile", "checks", "times", "variants")
+PARTS = ("hostile", "checks", "times", "variants", "rows")
 ROWS: list[dict] = []
 
 # (heads, batch, tokens, splits, config, sets, microseconds to reach and to aim at)
@@ -69,13 +75,31 @@ VARIANTS = [
     (128, 16, AHEAD, None),
     (128, 16, OVERLAP, None),
     (64, 128, OVERLAP, None),
+    (32, 128, {}, None),
+    (16, 128, {}, None),
+]
+ROW_SHAPES = [(64, 1, "fp8"), (128, 5, "fp8"), (8, 1, "fp8"), (16, 5, "fp8"), (32, 2, "fp8")]
+ROW_VARIANTS = [
+    (128, 128, {"rows": True}, None),
+    (128, 128, {"rows": True, "compute_registers": 240}, None),
+    (128, 16, {"rows": True}, None),
+    (64, 128, {"rows": True}, None),
+    (32, 128, {"rows": True}, None),
+    (16, 128, {"rows": True}, None),
+    (16, 128, {"rows": True, "halves": True}, None),
+    (16, 16, {"rows": True}, None),
+    (8, 128, {"rows": True}, None),
 ]
 
 
 def attend(config, splits, q, table, indices, pages, after=None):
-    """Calls the kernel, with tuning by the names of a config's fields."""
+    """Calls a kernel, with tuning by the names of a config's fields; "rows" for the one that has keys as rows."""
     module = attention_few_heads if q.shape[2] in attention_few_heads.HEADS else attention_many_heads
-    tuning = module.Config(**config) if config and pages.dtype == jnp.uint8 else None
+    config = dict(config)
+    if config.pop("rows", False):
+        module = attention_keys_as_rows
+    given = config or module is attention_keys_as_rows
+    tuning = module.Config(**config) if given and pages.dtype == jnp.uint8 else None
     return paged_sparse_attention(q, pages, table, indices, scale=SCALE, splits=splits, config=tuning, after=after)
 
 
@@ -403,31 +427,32 @@ def leave_out(part):
     return patches
 
 
-def variants(path, pages):
+def variants(path, pages, cases, part):
     """Times variants of the kernels, with errors, and whether they give the bits of the first of their shape."""
-    hostile_shapes = [(64, 1, "fp8"), (64, 3, "fp8"), (128, 5, "fp8")]
     sets = {batch: [make_inputs(100 + i, batch, 1, 128, 0 if i else 70) for i in range(3)] for batch in (16, 128)}
     lowered = {}
-    for number, (heads, batch, config, missing) in enumerate(VARIANTS):
+    for number, (heads, batch, config, missing) in enumerate(cases):
         data = [(q[:, :, :heads], *rest) for q, *rest in sets[batch]]
+        if config.get("packed_q"):
+            data = [(half_query.pack_query(q), *rest) for q, *rest in data]
         after = jnp.zeros((batch, 1, heads), jnp.float32)
         try:
             with leave_out(missing):
                 call = jax.jit(functools.partial(attend, dict(config), None))
                 lowered[number] = chain_of(call, len(data)).lower(data, pages, after), data, after
         except Exception as error:
-            note(path, part="variants", case=str(VARIANTS[number]), failed=f"{type(error).__name__}: {error}"[:400])
+            note(path, part=part, case=str(cases[number]), failed=f"{type(error).__name__}: {error}"[:400])
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = {number: pool.submit(program.compile) for number, (program, *_) in lowered.items()}
         firsts: dict = {}
 
         def run(number):
-            heads, batch, *_ = VARIANTS[number]
+            heads, batch, *_ = cases[number]
             _, data, after = lowered[number]
             program = compiled[number].result()
             (out, lse), _ = program(data, pages, after)
             if (heads, batch) not in firsts:
-                firsts[heads, batch] = out, *reference(*data[0], pages, 2)
+                firsts[heads, batch] = out, *reference(sets[batch][0][0][:, :, :heads], *data[0][1:], pages, 2)
             first, want_out, want_lse = firsts[heads, batch]
             seconds = program_seconds(program, (data, pages, after), rounds_of(len(data)) * len(data))
             return {
@@ -440,9 +465,7 @@ def variants(path, pages):
             }
 
         for number in lowered:
-            guarded(path, "variants", str(VARIANTS[number]), functools.partial(run, number))
-    for config in (AHEAD, OVERLAP):
-        hostile(path, hostile_shapes, config)
+            guarded(path, part, str(cases[number]), functools.partial(run, number))
 
 
 def main():
@@ -454,13 +477,17 @@ def main():
     began = time.perf_counter()
     if "hostile" in arguments.only:
         hostile(arguments.out)
-    pages = make_pages(jax.random.key(0), POOL_PAGES) if {"checks", "times", "variants"} & set(arguments.only) else None
+    pages = make_pages(jax.random.key(0), POOL_PAGES) if set(PARTS[1:]) & set(arguments.only) else None
     if "checks" in arguments.only:
         checks(arguments.out, pages)
     if "times" in arguments.only:
         times(arguments.out, pages)
     if "variants" in arguments.only:
-        variants(arguments.out, pages)
+        variants(arguments.out, pages, VARIANTS, "variants")
+        hostile(arguments.out, [(64, 1, "fp8"), (64, 3, "fp8")], OVERLAP)
+    if "rows" in arguments.only:
+        hostile(arguments.out, ROW_SHAPES, {"rows": True})
+        variants(arguments.out, pages, ROW_VARIANTS, "rows")
     failed = [row["case"] for row in ROWS if "failed" in row or row.get("ok") is False]
     print(f"{len(ROWS)} cases, {len(failed)} failed: {failed[:20]}; {time.perf_counter() - began:.0f} s")
 

@@ -36,7 +36,7 @@ def sync_warp():
 
 
 def row_address(base, row, row_bytes):
-    assert (row.value < 1 << 31).all()
+    assert (row.value < 1 << 31)[numpy_simt.machine.active].all()
     return Reg(base.value + row.value.astype(np.uint64) * np.uint64(row_bytes))
 
 
@@ -64,6 +64,59 @@ def arrive(barrier):
 
 def arrive_after_copies(address, offset=0):
     arrivals.extend((address.value + offset).tolist())
+
+
+def arrive_expecting(address, count, offset=0):
+    arrivals.extend((address.value + offset)[numpy_simt.machine.active].tolist())
+
+
+def start_bulk_copy(to, source, count, barrier, offset=0):
+    for at in range(0, count, 16):
+        words = numpy_simt._load(numpy_simt.machine.gmem, source, at, 4)
+        numpy_simt.store4(to, words, at)
+
+
+def fence_asynchronous():
+    pass
+
+
+def load2(address, offset=0):
+    return numpy_simt._load_smem(address, offset, 2)
+
+
+def store2_gmem(address, values, offset=0):
+    for i, value in enumerate(values):
+        numpy_simt.store_gmem(Reg(address.value + np.uint64(offset + 4 * i)), value)
+
+
+def e4m3_as_half(x):
+    return e4m3_to_half(x, Reg(np.full_like(x.value, 0x3C003C00)))
+
+
+def permute_bytes(x, y, selector):
+    both = np.concatenate([x.value.view(np.uint8).reshape(-1, 4), y.value.view(np.uint8).reshape(-1, 4)], 1)
+    return _join(both[:, [selector >> 4 * i & 7 for i in range(4)]])
+
+
+def multiply_halves(x, y):
+    with np.errstate(all="ignore"):
+        return _join(_two(x, np.float16) * _two(y, np.float16))
+
+
+def half_pair(low, high):
+    with np.errstate(all="ignore"):
+        both = np.stack([low.value, high.value], 1).view(np.float32).astype(np.float16)
+    return _join(both)
+
+
+def half_pair_to_bfloat16(x, low, high):
+    with np.errstate(all="ignore"):
+        scales = np.stack([low.value, high.value], 1).view(np.float32)
+        return _join((_two(x, np.float16).astype(np.float32) * scales).astype(ml_dtypes.bfloat16))
+
+
+def bfloat16_pair_of(low, high):
+    return _join(np.stack([low.value, high.value], 1).astype(ml_dtypes.bfloat16))
 
 
 def half_twice(x):

@@ -2,8 +2,9 @@
 
 A few tokens leave most of the card idle, so the selected keys of a query are split among thread blocks, whose results
 `combine` joins. FP8 pages have kernels of their own: `attention_many_heads` for multiples of 64 heads,
-`attention_few_heads` for 8, 16 and 32. bfloat16 pages go to the kernels of `sparse_attention`, as one long sequence
-that is the whole pool, the splits as further queries of it.
+`attention_few_heads` for 8, 16 and 32, and for all of these, where its config asks for it, `attention_keys_as_rows`.
+bfloat16 pages go to the kernels of `sparse_attention`, as one long sequence that is the whole pool, the
+splits as further queries of it.
 """
 
 import math
@@ -16,6 +17,8 @@ from dsa_jax.pallas_kernels import sparse_attention as contiguous
 from dsa_jax.pallas_kernels.decode.attention_few_heads import HEADS as FEW_HEADS
 from dsa_jax.pallas_kernels.decode.attention_few_heads import Config as FewHeadsConfig
 from dsa_jax.pallas_kernels.decode.attention_few_heads import attend_few_heads
+from dsa_jax.pallas_kernels.decode.attention_keys_as_rows import Config as KeysAsRowsConfig
+from dsa_jax.pallas_kernels.decode.attention_keys_as_rows import attend_keys_as_rows
 from dsa_jax.pallas_kernels.decode.attention_many_heads import Config as ManyHeadsConfig
 from dsa_jax.pallas_kernels.decode.attention_many_heads import attend_many_heads
 from dsa_jax.pallas_kernels.decode.combine import combine
@@ -118,7 +121,9 @@ def paged_sparse_attention(
         attend, tuning = (
             (attend_few_heads, FewHeadsConfig) if heads in FEW_HEADS else (attend_many_heads, ManyHeadsConfig)
         )
-        if not isinstance(config, tuning | None):
+        if isinstance(config, KeysAsRowsConfig):
+            attend = attend_keys_as_rows
+        elif not isinstance(config, tuning | None):
             raise ValueError(f"config must be a {tuning.__module__}.Config for {heads} heads, got {config}")
         out, lse = attend(
             q.reshape(-1, heads, dim), pages.reshape(-1, ROW_BYTES), table, indices,

@@ -115,7 +115,7 @@ def wait_barrier(address, parity, offset=0):
 
 
 def first_of(landed, landed_parity, free, free_parity):
-    """Waits until the mbarrier `landed` has completed its phase, or all of `free` have: 1 in all lanes for those, or 0."""
+    """Waits until the mbarrier `landed` has completed its phase, or all of `free` have: 1 for those, in all lanes."""
     # Lanes may see a phase at different times: what one has seen, all take. Copies take a microsecond to land; this
     # sleeps on them for 50 ns at a time.
     tests = [f"mbarrier.test_wait.parity.shared::cta.b64 {{}}, [${4 + i}], $3;" for i in range(len(free))]
@@ -127,6 +127,35 @@ def first_of(landed, landed_parity, free, free_parity):
         "@!l bra POLL_${:uid};\nDONE_${:uid}:\nselp.b32 $0, 1, 0, f;}"
     )
     return _asm(text, landed, landed_parity, free_parity, *free, results="r", convergent=True)
+
+
+# Bulk copies, which one thread starts for a whole row.
+
+
+def arrive_expecting(address, count, offset=0):
+    """Arrives at an mbarrier, whose phase then also waits for `count` bytes of bulk copies."""
+    _asm(f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{offset}], $1;", address, count)
+
+
+def start_bulk_copy(to, source, count, barrier, offset=0):
+    """Starts the copy of `count` bytes, a multiple of 16, that an mbarrier of this block waits for."""
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    _asm(f"{copy} [$0], [$1], {count}, [$2+{offset}];", to, source, barrier)
+
+
+def fence_asynchronous():
+    """Has this thread's writes to shared memory come before asynchronous copies and reads that it starts later."""
+    _asm("fence.proxy.async.shared::cta;")
+
+
+def load2(address, offset=0):
+    """Loads 2 int32 from shared memory, from a multiple of 8 bytes."""
+    return _asm(f"ld.shared.v2.b32 {{$0, $1}}, [$2+{offset}];", address, results="rr")
+
+
+def store2_gmem(address, values, offset=0):
+    """Stores 2 int32 to global memory, to a multiple of 8 bytes."""
+    _asm(f"st.global.v2.b32 [$0+{offset}], {{$1, $2}};", address, *values)
 
 
 # Number formats: an int32 holds four e4m3, two half or two bfloat16, the lowest byte first.
@@ -146,6 +175,47 @@ def e4m3_to_half(x, scale):
         "cvt.rn.f16x2.e4m3x2 t, l; mul.rn.f16x2 $0, t, $3; cvt.rn.f16x2.e4m3x2 t, h; mul.rn.f16x2 $1, t, $3;}"
     )
     return _asm(text, x, scale, results="rr")
+
+
+def e4m3_as_half(x):
+    """Converts four e4m3 to half precision, exactly. NaN stays NaN."""
+    text = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;}"
+    return _asm(text, x, results="rr", pure=True)
+
+
+def permute_bytes(x, y, selector):
+    """Takes four of the eight bytes of x, 0 to 3, and y, 4 to 7, by the selector's digits, the lowest first."""
+    return _asm(f"prmt.b32 $0, $1, $2, {selector};", x, y, results="r", pure=True)
+
+
+def multiply_halves(x, y):
+    """Multiplies two pairs of half-precision numbers."""
+    return _asm("mul.rn.f16x2 $0, $1, $2;", x, y, results="r", pure=True)
+
+
+def half_pair(low, high):
+    """Rounds two float32, given by their bits, to half precision."""
+    text = "{.reg .f32 a, b; mov.b32 a, $1; mov.b32 b, $2; cvt.rn.f16x2.f32 $0, b, a;}"
+    return _asm(text, low, high, results="r", pure=True)
+
+
+def half_pair_to_bfloat16(x, low, high):
+    """Converts two half-precision numbers to bfloat16, each multiplied in float32 by a scale given by its bits."""
+    text = (
+        "{.reg .b16 u, v; .reg .f32 a, b, s; mov.b32 {u, v}, $1; cvt.f32.f16 a, u; cvt.f32.f16 b, v; "
+        "mov.b32 s, $2; mul.f32 a, a, s; mov.b32 s, $3; mul.f32 b, b, s; cvt.rn.bf16x2.f32 $0, b, a;}"
+    )
+    return _asm(text, x, low, high, results="r", pure=True)
+
+
+def bfloat16_pair_of(low, high):
+    """Rounds two float32 to bfloat16."""
+    return _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high, results="r", pure=True)
+
+
+def multiply_add(x, y, z):
+    """Computes x · y + z of float32, rounded once."""
+    return _asm("fma.rn.f32 $0, $1, $2, $3;", x, y, z, results="f", pure=True)
 
 
 def bfloat16_to_half(x):
