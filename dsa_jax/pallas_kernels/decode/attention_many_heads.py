@@ -74,8 +74,8 @@ class Config:
     compute_registers: int = 200
     blocks: int | None = None
     packed_q: bool = False
-    ahead: bool = True
-    overlap: bool = False
+    ahead: bool = False
+    overlap: bool = True
 
     def __post_init__(self):
         if not LAUNCH_REGISTERS <= self.compute_registers <= 232 or self.compute_registers % 8:
