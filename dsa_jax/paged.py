@@ -230,7 +230,7 @@ def paged_sparse_attention(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
     """
-    q, indices = jnp.asarray(q), jnp.asarray(indices)
+    q, latents, indices = jnp.asarray(q), jnp.asarray(latents), jnp.asarray(indices)
     _check_pages(q, latents, table, value_dim)
     check_indices(indices, *q.shape[:2])
     many = f"T must be at most {FEW_QUERIES}, got {q.shape[1]}" if q.shape[1] > FEW_QUERIES else None
@@ -342,6 +342,8 @@ def _check_pages(q, latents, table, value_dim):
     dim = q.shape[3]
     if not 1 <= value_dim <= dim:
         raise ValueError(f"value_dim must be from 1 to the {dim} columns of q, got {value_dim}")
+    if latents.dtype not in (jnp.uint8, jnp.float32, jnp.bfloat16):
+        raise ValueError(f"pages of latents must be uint8, of FP8, or float32 or bfloat16, got {latents.dtype}")
     width = latent_bytes(value_dim, dim - value_dim) if latents.dtype == jnp.uint8 else dim
     if latents.shape[1:] != (PAGE, width):
         raise ValueError(f"pages of latents must be [n, {PAGE}, {width}] for q {q.shape}, got {latents.shape}")

@@ -276,6 +276,8 @@ class PagedCache:
         try:
             save_file(arrays, part, metadata=dict(format=self.format, length=str(own.length)))
             os.replace(part, path)
+        except SafetensorError as error:
+            raise OSError(f"cannot write a sequence of {own.length} tokens to {path}: {error}") from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -283,9 +285,11 @@ class PagedCache:
         """Reads a sequence that `save` has written, of the same model and format.
 
         Raises:
-          ValueError: if the file is damaged, or of another model or format.
+          ValueError: if the file is damaged, or of another model or format, or the cache is on a mesh.
           OutOfPages: if there are too few pages.
         """
+        if self.mesh is not None:
+            raise ValueError("a sequence cannot be restored into a cache on a mesh: restore on one device")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -295,15 +299,19 @@ class PagedCache:
             raise ValueError(f"{path} holds no sequence of a cache: {error}") from None
         if metadata.get("format") != self.format:
             raise ValueError(f"{path} must have the cache's format {self.format!r}, got {metadata.get('format')!r}")
+        most = self.config.max_position_embeddings
+        if not 0 <= length <= most:
+            raise ValueError(f"{path} must hold from 0 to max_position_embeddings = {most} tokens, got {length}")
         pages = math.ceil(length / PAGE)
         for name, pool in (("latents", self.latents), ("index_keys", self.index_keys)):
-            wanted = pool.shape[0], pages, pool.shape[2], pool.shape[3] * pool.dtype.itemsize
-            if arrays[name].shape != wanted:
-                raise ValueError(f"{name} in {path} must have shape {list(wanted)}, got {list(arrays[name].shape)}")
+            wanted = [pool.shape[0], pages, pool.shape[2], pool.shape[3] * pool.dtype.itemsize]
+            found = arrays[name]
+            if found.dtype != np.uint8 or list(found.shape) != wanted:
+                raise ValueError(f"{name} in {path} must be uint8 {wanted}, got {found.dtype} {list(found.shape)}")
         sequence = self.new()
         try:
             self.extend(sequence, length)
-        except (OutOfPages, ValueError):
+        except OutOfPages:
             self.free(sequence)
             raise
         at = np.asarray(self._get(sequence).pages, np.int32)
