@@ -17,6 +17,7 @@ from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.nn import RMSNorm, new_weight, project, show_arguments
+from dsa_jax.paged import FEW_QUERIES
 from dsa_jax.parallel.collectives import (
     gather_head_weights,
     gather_sequence,
@@ -31,7 +32,6 @@ from dsa_jax.parallel.collectives import (
 from dsa_jax.quantization import dequantize, quantize, straight_through_dequantize
 from dsa_jax.rope import rotate_interleaved
 
-MULTIHEAD_QUERIES = 64  # more of them than this attend densely to a cache in the multi-head form
 LATENT_NORM_EPS = 1e-6  # of the norms inside the attention, whatever the config says of the others
 
 Attention = Literal["sparse", "dense"]  # over the indexer's selection, or over all keys in reach
@@ -178,8 +178,13 @@ class SparseMLA(nnx.Module):
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
         kv = shard.store.read(p.q.dtype)[0]
         k, v = self.expand(kv)
+        if cache is not None:
+            # A row may hold several sequences, and a weight of 0 times NaN is NaN. What is not finite stays in the
+            # keys, where it makes NaN of the queries that reach it and of no others.
+            finite = jnp.all(jnp.isfinite(kv), axis=-1)[..., None, None]
+            k, v = jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0.0)
         with jax.named_scope("dense_attention"):
-            if cache is None or p.q.shape[1] > MULTIHEAD_QUERIES:
+            if cache is None or p.q.shape[1] > FEW_QUERIES:
                 out, lse = multihead_attention(p.q, k, v, keys, scale=scale)
             else:  # few queries: the latents are read once for all heads, and never expanded
                 q = self.absorb(shard.q, own_heads=True)

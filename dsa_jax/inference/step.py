@@ -214,8 +214,7 @@ class Runner:
       attention: "sparse" or "dense".
       prefill_chunk: tokens of prompts at a time, on each shard of rows.
       dense_below: prompts that reach no more keys than this attend densely in the multi-head form, which is the same
-        attention as long as all keys are selected, and cheaper; `index_topk` at most. A prompt that attends densely
-        shows NaN if one does that is packed into the same row.
+        attention as long as all keys are selected, and cheaper; `index_topk` at most.
       batch_invariant: gives every step one shape and every chunk fixed borders, so that a row's logits have the same
         bits whatever is run beside it.
       max_length: the longest sequence that will come, in tokens; every table then has room for it, and one program
