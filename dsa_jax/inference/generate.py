@@ -304,8 +304,9 @@ class _Stream:
         return found
 
     def _holds_string(self, ids) -> bool:
+        """Tells whether the text ends in a stop string, by its last tokens: several may make one character."""
         assert self.tokenizer is not None
-        text = self.tokenizer.decode(ids)
+        text = self.tokenizer.decode(ids[-(4 * max(map(len, self.strings)) + 16) :])
         return any(string in text for string in self.strings)
 
 
