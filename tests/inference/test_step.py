@@ -285,14 +285,15 @@ def test_too_few_pages_change_nothing():
         (dict(prefill_chunk=0), ["prefill_chunk", "0"]),
         (dict(dense_below=99), ["dense_below", "index_topk", "99"]),
         (dict(max_length=257), ["max_length", "256", "257"]),
-        (dict(cache=PagedCache(FP8, 2, format="float32")), ["model's config"]),
+        (dict(cache_of=FP8), ["model's config"]),
     ],
     ids=str,
 )
 def test_bad_settings_are_refused(options, words):
-    options = dict(cache=PagedCache(CONFIG, 2, format="float32")) | options
+    cache = PagedCache(options.get("cache_of", CONFIG), 2, format="float32")
+    options = {name: value for name, value in options.items() if name != "cache_of"}
     with unchecked(), pytest.raises(ValueError) as caught:
-        Runner(small_model(CONFIG), **options)
+        Runner(small_model(CONFIG), cache, **options)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
@@ -305,7 +306,7 @@ def test_bad_settings_are_refused(options, words):
         ([[1], [2]], dict(temperature=[0.5, -1.0], seed=1), ["row 1", "-1"]),
         ([[1], [2]], dict(temperature=[0.5]), ["temperature", "2 rows"]),
         ([[1]], dict(stop_strings="x"), ["stop_strings", "tokenizer"]),
-        ([[1]], dict(seed=1, key=jax.random.key(0)), ["seed"]),
+        ([[1]], dict(seed=1, key=0), ["seed"]),
         ([[1]], dict(cache_format="int8"), ["format", "int8"]),
         ([[1]], dict(cache_format="fp8"), ["fp8", "index_fp8"]),
         ("text", {}, ["tokens", "integers"]),
