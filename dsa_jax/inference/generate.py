@@ -22,7 +22,7 @@ from dsa_jax.inference.step import PREFILL_CHUNK, Runner, bucket
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import shards
+from dsa_jax.parallel.sharding import check_model, shards
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,8 @@ def stream(model: Transformer, tokens: Prompts, *, max_new_tokens: int, **option
     """Yields the next token of every row as soon as it is known, until all rows have ended.
 
     Args:
-      model: the transformer; on a mesh its parameters live where `parameter_shardings` says, as `load_hf(mesh=…)`
-        leaves them.
+      model: the transformer; on a mesh its parameters should live where `parameter_shardings` says, as
+        `load_hf(mesh=…)` leaves them; those of one device are moved there first.
       tokens: prompts, a list of lists or an array padded on the right.
       max_new_tokens: how many tokens to add to each, at most.
       options:
@@ -162,7 +162,7 @@ def stream(model: Transformer, tokens: Prompts, *, max_new_tokens: int, **option
           selected; `index_topk` if None.
         batch_invariant: makes logits the same bits whatever the other rows are and wherever chunks end.
         cache_format: "float32", "bfloat16" or "fp8"; the model's compute dtype if None.
-        mesh: the devices that the model is on, one if None.
+        mesh: the devices that the model is on, one if None. Where pages are sharded, attention must be "sparse".
 
     Examples:
       >>> for step in stream(model, [[1, 2, 3]], max_new_tokens=2, temperature=0.0):
@@ -204,6 +204,8 @@ class _Stream:
         return_kept: bool = False,
     ):
         config = model.config
+        if mesh is not None:
+            check_model(mesh, config)
         self.prompts = check_prompts(tokens, lengths, config.vocab_size)
         self.rows = len(self.prompts)
         if max_new_tokens < 1:

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from dsa_jax.cache import page_shapes, token_bytes
 from dsa_jax.config import Config
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import shards, spec
+from dsa_jax.parallel.sharding import check_model, shards, spec
 
 USABLE_FRACTION = 0.9  # of the free memory: the rest is for what the compiler makes and for fragments
 
@@ -97,10 +97,12 @@ class PagedCache:
           mesh: where the pools live; one device if None.
 
         Raises:
-          ValueError: if there is no page, or the model cannot have the format.
+          ValueError: if there is no page, the model cannot have the format, or it cannot be split over the mesh.
         """
         if pages < 1:
             raise ValueError(f"pages must be at least 1, got {pages}")
+        if mesh is not None:
+            check_model(mesh, config)
         self.config, self.format, self.mesh, self.pages = config, format, mesh, pages
         self.row_shards = 1 if mesh is None else shards(mesh, "rows")
         self.page_shards = 1 if mesh is None else shards(mesh, "pages")
@@ -226,8 +228,24 @@ class PagedCache:
           sequences: one for each row; None for a row that is padding.
           width: pages of a row, at least as many as any sequence has; the rest of the row is page 0, unread. Where
             pages are sharded, a multiple of the shards: the pages of the first shard stand first.
+
+        Raises:
+          ValueError: if a row is not of the shard that its sequence belongs to.
         """
+        sequences = list(sequences)
+        self.check_places(sequences)
         return self.packed_table([[sequence] for sequence in sequences], width)
+
+    def check_places(self, sequences: Sequence[int | None]) -> None:
+        """Raises ValueError unless every row's sequence belongs to the shard of rows that has this row."""
+        rows = len(sequences) / self.row_shards
+        if not rows.is_integer():
+            raise ValueError(f"the rows must be a multiple of the {self.row_shards} shards, got {len(sequences)}")
+        for row, sequence in enumerate(sequences):
+            if sequence is not None and self.rows_of(sequence) != row // int(rows):
+                raise ValueError(
+                    f"row {row} must be a sequence of shard {row // int(rows)}, got one of {self.rows_of(sequence)}"
+                )
 
     def packed_table(self, rows: Sequence[Sequence[int | None]], width: int) -> Int32[np.ndarray, "B P"]:
         """Makes the table of rows that each hold several sequences, one behind the other in whole pages.

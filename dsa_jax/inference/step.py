@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.cache import Pages
@@ -24,7 +24,7 @@ from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import check_model, parameter_specs, spec
+from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
 
 MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
@@ -127,13 +127,19 @@ def _forward_on(graph, options: Options, pools, state, table, rows):
     row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
     selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
     specs: Any = spec("rows", None, "vocabulary"), selected, routed
-    return jax.shard_map(
+    out, pools = jax.shard_map(
         run,
         mesh=options.mesh,
         in_specs=((pool, pool), parameter_specs(state), spec("rows", "pages"), row),
         out_specs=(StepOutput(*specs), (pool, pool)),
         check_vma=False,
     )(pools, state, table, rows)
+    return out, _keep_at(options.mesh, pools, None, "pool")
+
+
+def _keep_at(mesh: Mesh | None, x, *names: str | None):
+    """Says where on a mesh arrays come out: one sharding after every step, or the next would be compiled again."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*names)))
 
 
 def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops, *, kind: Kind):
@@ -144,15 +150,15 @@ def _decode_on(graph, options: Options, pools, carry: Carry, state, table, setti
     out, pools = _forward_on(graph, options, pools, state, table, rows)
     drawn = draw(out.logits[:, 0], settings, carry.number, kind=kind)
     taken = dataclasses.replace(carry, length=carry.length + carry.live)
-    return _advance(taken, drawn, stops), drawn, out, pools
+    return _keep_at(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
 
 
-@partial(jax.jit, static_argnames="kind")
-def _first(logits, length, settings: Settings, stops, live, *, kind: Kind):
+@partial(jax.jit, static_argnums=0, static_argnames="kind")
+def _first(mesh: Mesh | None, logits, length, settings: Settings, stops, live, *, kind: Kind):
     """Draws the first token of each row, from the logits of its prompt."""
     zero = jnp.zeros_like(length)
     drawn = draw(logits, settings, zero, kind=kind)
-    return _advance(Carry(zero, length, zero, live), drawn, stops), drawn
+    return _keep_at(mesh, _advance(Carry(zero, length, zero, live), drawn, stops)), drawn
 
 
 def _advance(carry: Carry, drawn: Draw, stops) -> Carry:
@@ -209,7 +215,8 @@ class Runner:
     """Runs one model over one paged cache.
 
     Args:
-      model: the transformer; on a mesh its parameters live where `parameter_shardings` says.
+      model: the transformer; on a mesh its parameters live where `parameter_shardings` says, or are moved there from
+        one device.
       cache: of the model, and on the same mesh.
       attention: "sparse" or "dense".
       prefill_chunk: tokens of prompts at a time, on each shard of rows.
@@ -248,12 +255,14 @@ class Runner:
             raise ValueError(f"dense_below must be from 0 to index_topk = {config.index_topk}, got {dense_below}")
         if cache.config != config:
             raise ValueError("the cache must be of the model's config: make it with PagedCache(model.config, …)")
-        if cache.mesh is not None:
-            check_model(cache.mesh, config)
+        if attention == "dense" and cache.page_shards > 1:
+            raise ValueError(
+                f"attention must be 'sparse' where pages are sharded, as on {_describe(cache.mesh)}, got 'dense'"
+            )
         self.cache, self.config = cache, config
         self.options = Options(attention, return_selected, return_routed, cache.mesh)
         graph, state = nnx.split(model)
-        self.parameters, tree = jax.tree.flatten(state)
+        self.parameters, tree = jax.tree.flatten(_place(state, cache.mesh))
         self.programs = programs(graph, tree, self.options)
         self.dense_programs = programs(graph, tree, self.options._replace(attention="dense"))
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
@@ -398,10 +407,12 @@ class Runner:
         """Appends the same number of tokens, one to four, to each row, and returns the logits behind each of them.
 
         This is what verifies drafts: what is not taken is forgotten by `PagedCache.truncate`. None is a padding row.
+        On a mesh the rows stand as `place` lays them out.
         """
         tokens = np.asarray(tokens, np.int32)
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= MAX_DECODED or len(tokens) != len(sequences):
             raise ValueError(f"tokens must be [{len(sequences)}, 1 to {MAX_DECODED}], got {list(tokens.shape)}")
+        self.cache.check_places(sequences)
         live = [sequence for sequence in sequences if sequence is not None]
         before = dict(zip(live, self._extend(live, [tokens.shape[1]] * len(live)), strict=True))
         length = np.array([-1 if each is None else before[each] for each in sequences], np.int32)[:, None]
@@ -432,7 +443,10 @@ class Runner:
 
     def first(self, logits, length, settings: Settings, stops, live, *, kind: Kind = "truncated") -> tuple[Carry, Draw]:
         """Draws the first token of each row from logits [B, vocab], those of padding among them."""
-        return _first(logits, length, settings, stops, live, kind=kind)
+        mesh = self.cache.mesh
+        if mesh is not None:  # wherever they were: one program takes them
+            logits = jax.device_put(logits, NamedSharding(mesh, spec()))
+        return _first(mesh, logits, length, settings, stops, live, kind=kind)
 
     def decode(
         self, carry: Carry, table, settings: Settings, stops, *, kind: Kind = "truncated"
@@ -479,6 +493,23 @@ class Runner:
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 self._run_prefill(Rows(**arrays), table, dense=dense)
+
+
+def _place(state, mesh: Mesh | None):
+    """Puts parameters of one device where a mesh has them, and leaves those that are there.
+
+    Raises:
+      ValueError: if they are on another mesh.
+    """
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(state))
+    for found in {x.mesh for x in shardings if isinstance(x, NamedSharding) and x.mesh.size > 1}:
+        if found != mesh:
+            raise ValueError(f"the cache must be on the model's mesh, {_describe(found)}, got {_describe(mesh)}")
+    return state if mesh is None else jax.device_put(state, parameter_shardings(state, mesh))
+
+
+def _describe(mesh):
+    return "no mesh" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 def padding_settings(rows: int, vocab: int) -> Settings:

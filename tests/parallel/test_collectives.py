@@ -13,7 +13,9 @@ from sharded_cases import mesh_of, whole
 
 from dsa_jax.parallel import sharding
 from dsa_jax.parallel.collectives import (
+    combine_attention,
     exchange_columns,
+    gather_candidates,
     gather_head_weights,
     gather_parameters,
     gather_sequence,
@@ -71,8 +73,9 @@ def test_copies_that_differ_are_found():
 
 def identities(x, state):
     """Pairs the result of each function with its argument, where it is the identity."""
-    named = (sum_statistics, sum_gradients, sum_shards, slice_tokens, gather_tokens)
+    named = (sum_statistics, sum_gradients, sum_shards, slice_tokens, gather_tokens, gather_candidates)
     pairs = [(f(x, name), x) for f in named for name in sharding.RULES]
+    pairs += [(part, x) for name in sharding.RULES for part in combine_attention(x[..., None], x, name)[1:]]
     pairs += [(f(x), x) for f in (gather_sequence, heads_to_tokens, tokens_to_heads)]
     pairs += [(gather_head_weights(x), x)]
     options = [{}, {"dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16, "wide": True}, {"whole": False}]
@@ -345,3 +348,54 @@ def test_columns_are_looked_up_where_they_are(name):
     gradient, rows = run(table, tokens, weights)
     same_bits(rows, table[tokens])
     close(gradient, jax.grad(loss, has_aux=True)(table, tokens, weights)[0])
+
+
+# Pages of one sequence.
+
+
+def attention(logits, values):
+    """Attends over the last dimension in float64: out [B, T, N, V] and lse, 0 and -inf where nothing is reached."""
+    logits, values = np.asarray(logits, np.float64), np.asarray(values, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = logits.max(-1, keepdims=True, initial=-np.inf)
+        lse = np.log(np.exp(logits - np.where(np.isinf(top), 0, top)).sum(-1)) + np.where(np.isinf(top), 0, top)[..., 0]
+        weights = np.where(np.isneginf(logits), 0, np.exp(logits - lse[..., None]))
+    return np.einsum("btns,sv->btnv", weights, values), lse
+
+
+@pytest.mark.parametrize("name", ["context=4", "data=2,context=4"])
+def test_attention_over_all_shards_keys(name):
+    """Shards without keys, queries without any, scores too far apart for exp, and a NaN, which stays with its head."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 5, 3, 4, 6)) * 3  # [B, T, N, shards, keys]
+    logits[0, 0, :, 1:] = -np.inf
+    logits[0, 1] = -np.inf
+    logits[0, 2, :, 2] += 300
+    logits[0, 3, :, :2] -= 300
+    logits[1, 0, 1, 2, 3] = np.nan
+    values = rng.normal(size=(4, 6, 7))
+    parts = [attention(logits[..., i, :], values[i]) for i in range(4)]
+    out, lse = (np.stack(x).astype(np.float32) for x in zip(*parts, strict=True))
+    run = on_mesh(name, lambda out, lse: combine_attention(out[0], lse[0], "pages"), spec("pages"), spec())
+    actual, total = run(out, lse)
+    expected = attention(logits.reshape(2, 5, 3, 24), values.reshape(24, 7))
+    close((actual, total), expected)
+    assert not actual[0, 1].any() and np.all(total[0, 1] == -np.inf)
+    assert np.isnan(actual[1, 0, 1]).all() and np.isnan(total[1, 0, 1])
+    assert np.isnan(actual).sum() == 7 and np.isnan(total).sum() == 1
+
+
+def test_attention_is_joined_in_float32():
+    """1 and 1/256 of four shards alike: in bfloat16 the small ones would be lost one by one."""
+    out = jnp.full((4, 1, 1, 1, 1), 1 / 64, jnp.bfloat16).at[0].set(1.0)
+    lse = jnp.zeros((4, 1, 1, 1))
+    run = on_mesh("context=4", lambda out, lse: combine_attention(out[0], lse[0], "pages"), spec("pages"), spec())
+    actual, total = run(out, lse)
+    same_bits(actual, np.full((1, 1, 1, 1), (1 + 3 / 64) / 4, jnp.bfloat16))
+    np.testing.assert_allclose(total, np.log(4), rtol=1e-6)
+
+
+def test_candidates_of_all_shards_stand_by_shard():
+    x = np.arange(2 * 3 * 8, dtype=np.int32).reshape(2, 3, 8)
+    gathered = on_mesh("context=4", lambda x: gather_candidates(x, "pages"), spec(None, None, "pages"), spec())(x)
+    same_bits(gathered, x)
