@@ -127,19 +127,18 @@ def _forward_on(graph, options: Options, pools, state, table, rows):
     row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
     selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
     specs: Any = spec("rows", None, "vocabulary"), selected, routed
-    out, pools = jax.shard_map(
+    return jax.shard_map(
         run,
         mesh=options.mesh,
         in_specs=((pool, pool), parameter_specs(state), spec("rows", "pages"), row),
         out_specs=(StepOutput(*specs), (pool, pool)),
         check_vma=False,
     )(pools, state, table, rows)
-    return out, _keep_at(options.mesh, pools, None, "pool")
 
 
-def _keep_at(mesh: Mesh | None, x, *names: str | None):
-    """Says where on a mesh arrays come out: one sharding after every step, or the next would be compiled again."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*names)))
+def _everywhere(mesh: Mesh | None, carry: Carry) -> Carry:
+    """Has every device get the carry: wherever else a step left it, the next would be compiled for that anew."""
+    return carry if mesh is None else jax.lax.with_sharding_constraint(carry, NamedSharding(mesh, spec()))
 
 
 def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops, *, kind: Kind):
@@ -150,7 +149,7 @@ def _decode_on(graph, options: Options, pools, carry: Carry, state, table, setti
     out, pools = _forward_on(graph, options, pools, state, table, rows)
     drawn = draw(out.logits[:, 0], settings, carry.number, kind=kind)
     taken = dataclasses.replace(carry, length=carry.length + carry.live)
-    return _keep_at(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
+    return _everywhere(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="kind")
@@ -158,7 +157,7 @@ def _first(mesh: Mesh | None, logits, length, settings: Settings, stops, live, *
     """Draws the first token of each row, from the logits of its prompt."""
     zero = jnp.zeros_like(length)
     drawn = draw(logits, settings, zero, kind=kind)
-    return _keep_at(mesh, _advance(Carry(zero, length, zero, live), drawn, stops)), drawn
+    return _everywhere(mesh, _advance(Carry(zero, length, zero, live), drawn, stops)), drawn
 
 
 def _advance(carry: Carry, drawn: Draw, stops) -> Carry:

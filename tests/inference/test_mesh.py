@@ -121,33 +121,40 @@ def test_a_checkpoint_on_a_mesh_continues_as_on_one_device(tmp_path):
     same_bits(np.asarray(found)[::2], want.tokens[::2])  # the others are drawn at random
 
 
-def extended(mesh, model, rows) -> tuple[np.ndarray, np.ndarray]:
-    """Appends four tokens to each prompt, then forgets three and appends four others; logits in the prompts' order."""
+def extended(mesh, model, rows) -> list[np.ndarray]:
+    """Appends four tokens to each prompt, then in place of three of them four others; then the first four to forks."""
     cache = PagedCache(CONFIG, PAGES if mesh else 2 * PAGES, format="float32", mesh=mesh)
     runner = Runner(model, cache, prefill_chunk=CHUNK, batch_invariant=True, **RETURNED)
     sequences = [cache.new(row * cache.row_shards // rows) for row in range(rows)]
     runner.prefill(sequences, [np.asarray(prompt) for prompt in PROMPTS[:rows]])
-    placed = runner.place(sequences)
-    at = [placed.index(sequence) for sequence in sequences]
-    drafts, results = np.random.default_rng(0).integers(64, size=(2, rows, 4)), []
-    for draft in drafts:
+    forks = [cache.fork(sequence) for sequence in sequences]
+    drafts = np.random.default_rng(0).integers(64, size=(2, rows, 4))
+
+    def extend(sequences, draft):
+        placed = runner.place(sequences)
+        at = [placed.index(sequence) for sequence in sequences]
         tokens = np.zeros((len(placed), 4), np.int32)
         tokens[at] = draft
-        results.append(np.asarray(runner.extend(placed, tokens))[at])
-        for sequence in sequences:
-            cache.truncate(sequence, cache.length(sequence) - 3)
+        return np.asarray(runner.extend(placed, tokens))[at]
+
+    results = [extend(sequences, drafts[0])]
+    for sequence in sequences:
+        cache.truncate(sequence, cache.length(sequence) - 3)
+    results.append(extend(sequences, drafts[1]))
+    results.append(extend(forks, drafts[0]))
     cache.check()
-    return results[0], results[1]
+    return results
 
 
-@pytest.mark.parametrize(("name", "rows"), [(CET, 4), pytest.param("data=4", 3, marks=pytest.mark.meshes)])
+@pytest.mark.parametrize(("name", "rows"), [(CET, 4), pytest.param("data=4", FEW, marks=pytest.mark.meshes)])
 def test_four_tokens_at_a_time(name, rows):
-    """What is forgotten leaves nothing, whichever shard has its page: 64 - 3 + 4 crosses a page's border."""
-    want = extended(None, small_model(CONFIG), rows)
-    mesh = mesh_of(name)
-    for actual, expected in zip(extended(mesh, on_mesh(CONFIG, mesh), rows), want, strict=True):
+    """What is forgotten leaves nothing, and what a fork shares stays as it was, whichever shard has the page."""
+    want, mesh = extended(None, small_model(CONFIG), rows), mesh_of(name)
+    found = extended(mesh, on_mesh(CONFIG, mesh), rows)
+    for actual, expected in zip(found, want, strict=True):
         assert actual.shape == (rows, 4, 64)
         np.testing.assert_allclose(actual, expected, atol=2e-5)
+    same_bits(found[2], found[0])
 
 
 # What is refused, before any work.
