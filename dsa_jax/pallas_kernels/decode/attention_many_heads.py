@@ -4,7 +4,8 @@ A unit of work is 64 heads of one query and one part of its keys, in blocks of 6
 after another with four warpgroups:
 
   warpgroup 0     logits and softmax of the even key blocks, then the left half of the columns of `out` for both
-  warpgroup 1     logits and softmax of the odd key blocks, then the right half of the columns of `out` for both
+  warpgroup 1     logits of the odd key blocks, their softmax while the tensor cores add the even block's values, then
+                  the right half of the columns of `out` for both
   warpgroups 2, 3 gather the left and the right half of the columns of both blocks, and convert them; see `gather_rows`
 
 as `sparse_attention`'s kernel does with a gather that converts nothing. A unit with a single block has it even.
@@ -14,9 +15,14 @@ instead of 8; rotary columns are bfloat16, so some memory has two types. Q is co
 its own would take 10 µs at batch 128. A block of keys that half precision cannot hold comes in bfloat16; then P is
 bfloat16 too, and Q is converted on its way to the tensor cores.
 
-What limits it: with room for two blocks of keys, copying, converting and multiplying a block wait for each other. On an
-H200 at K 2048, S 32768, 128 heads, the same design takes 172 µs at batch 128; its gather and conversion alone 156, its
-multiplication alone 133, its shared memory's traffic 108.
+What limits it: with room for two blocks of keys, copying, converting and multiplying a block wait for each other. In a
+prototype at K 2048, S 32768, batch 128, 128 heads, gather and conversion alone took 156 µs on an H200, the
+multiplication alone 133, the traffic of shared memory 108.
+
+Measured there: 180.9 µs at batch 128, and 184.3 with the softmax of the odd block before the even block's values. To
+start a block's copies as soon as its slot is released, while the last block's are under way, takes longer: 186.4, and
+at batch 16 in four splits 41.5, where 38.8 were measured without either. Batch 1, whose parts are single blocks, takes
+13.5 with the kernel that joins them.
 """
 
 import dataclasses
@@ -66,16 +72,11 @@ class Config:
         the 64 × 64 logits. The gathering warpgroups have the rest.
       blocks: thread blocks at most; None for one on each multiprocessor.
       packed_q: whether the latent columns of q come in half precision, their bits taken for bfloat16; see `pack_query`.
-      ahead: whether the copies of a block start when its slot is released, even while those of the block before are
-        under way; else when that one is converted.
-      overlap: whether warpgroup 1 has the even block's values added while it is in its softmax.
     """
 
     compute_registers: int = 200
     blocks: int | None = None
     packed_q: bool = False
-    ahead: bool = False
-    overlap: bool = True
 
     def __post_init__(self):
         if not LAUNCH_REGISTERS <= self.compute_registers <= 232 or self.compute_registers % 8:
@@ -197,17 +198,7 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
                     next_positions = load_positions(n + 3)
                     next_scales = gather_rows.load_scales(next_rows, pool_gmem)
                     late = n + 1 < total
-                    if config.ahead and slots > 1:
-                        free = 2 * other + half, *p_halves(other)
-                        parity = lax.rem(lax.div(n + 1, slots) + 1, 2)
-                        early = late & gather_rows.free_before_landed(
-                            gathered, 2 * slot + half, lax.rem(i, 2), free, parity
-                        )
-                        late &= ~early
-                        pl.when(early)(functools.partial(start, n + 1, other, next_rows))
-                        pl.when(~early)(gather_rows.close_without_copies)
-                    else:
-                        gather_rows.close_without_copies()
+                    gather_rows.close_without_copies()
                     fits = gather_rows.choose_type(rows, scales, gathered, 2 * slot + half, half)
                     gather_rows.convert(scales, fits, k_smem.at[slot], gathered, 2 * slot + half, half, pending=1)
                     pl.when(late)(functools.partial(start, n + 1, other, next_rows))
@@ -445,11 +436,8 @@ def _kernel(q_shape, table_shape, key_blocks, scale, splits, config, has_after):
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(odd_barrier)
 
-                    if not config.overlap:
-                        softmax()
                     even_wide = gather_rows.is_bfloat16(gathered, 1)
-                    meanwhile = softmax if config.overlap else None
-                    accs = add_values(accs, even_factor, p_even(zero), 0, HALF_COLUMNS, zero, even_wide, meanwhile)
+                    accs = add_values(accs, even_factor, p_even(zero), 0, HALF_COLUMNS, zero, even_wide, softmax)
                     release(0, 1)
                     odd_max = row_values(rows(ODD_MAX, zero))  # like the sum below, read back rather than kept
                     factor = jnp.exp2(even_max - odd_max)

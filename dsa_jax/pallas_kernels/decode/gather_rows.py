@@ -58,8 +58,8 @@ def block_barriers(slots: int):
     """Gives the scratch type of what gathering and computing warpgroups tell each other of `slots` blocks.
 
     Of each half of a slot, number 2 · slot + half: an mbarrier for its landing, which `ptx.wait_gather` knows, and a
-    word, whether its latents are bfloat16. Of each slot: 64 bits, which rows have a key. Then, for gathers that look
-    ahead: of each half, an mbarrier a warp for its raw rows, and one for its release by those who compute.
+    word, whether its latents are bfloat16. Of each slot: 64 bits, which rows have a key. Then of each half: an mbarrier
+    a warp for its raw rows, which nobody waits for, and one for its release by those who compute.
     """
     return plgpu.SMEM((slots, _SLOT_BYTES // 4), jnp.int32)
 
@@ -127,27 +127,6 @@ def wait_free(barriers_smem, i: int, parity, also=()) -> None:
             simt_copies.wait_barrier(simt.smem_address(barriers), simt.scalar(parity), _free_offset(barriers, half))
 
     wait(barriers_smem, jnp.int32(parity))
-
-
-def free_before_landed(barriers_smem, i: int, landed_parity, free: tuple, free_parity):
-    """Waits until the raw rows of half `i` of this warp have landed, or all halves `free` are released; is it those?
-
-    The answer differs from warp to warp: branch on it around what a warp does alone.
-    """
-
-    @ptx.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SPLAT, ptx.SPLAT), return_type=_SPLAT)
-    def poll(ctx, barriers, landed_parity, free_parity):
-        address = simt.smem_address(barriers)
-        return _splat(
-            simt_copies.first_of(
-                address + (_Lane().warp << 3) + _raw_offset(barriers, i),
-                simt.scalar(landed_parity),
-                [address + _free_offset(barriers, half) for half in free],
-                simt.scalar(free_parity),
-            )
-        )
-
-    return poll(barriers_smem, jnp.int32(landed_parity), jnp.int32(free_parity)) != 0
 
 
 def close_without_copies() -> None:
@@ -308,7 +287,8 @@ def _row_or_first(slot):
 def start_copies(slots, pool_gmem, block_smem, half: int, barriers_smem=None, number: int = 0) -> None:
     """Starts the copies of half of the latent columns, and, with the right half, of the rotary ones.
 
-    With barriers, those of the raw rows of half `number` complete a phase when the copies have landed.
+    With barriers, those of the raw rows of half `number` complete a phase when the copies have landed: to wait for them
+    was slower, and the kernel that was measured without still arrives there.
 
     e4m3 land where 16-bit numbers of the same rows will be; see the top. In odd rows the two 64-byte halves of each
     128 bytes change places, or the reads of `convert` would meet in the same banks.

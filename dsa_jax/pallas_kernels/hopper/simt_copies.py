@@ -114,21 +114,6 @@ def wait_barrier(address, parity, offset=0):
     _asm(text, address, parity, convergent=True)
 
 
-def first_of(landed, landed_parity, free, free_parity):
-    """Waits until the mbarrier `landed` has completed its phase, or all of `free` have: 1 for those, in all lanes."""
-    # Lanes may see a phase at different times: what one has seen, all take. Copies take a microsecond to land; this
-    # sleeps on them for 50 ns at a time.
-    tests = [f"mbarrier.test_wait.parity.shared::cta.b64 {{}}, [${4 + i}], $3;" for i in range(len(free))]
-    tests = tests[0].format("f") + "".join(x.format("q") + " and.pred f, f, q;" for x in tests[1:])
-    text = (
-        "{.reg .pred l, f, q;\nPOLL_${:uid}:\n"
-        f"{tests} vote.sync.any.pred f, f, 0xffffffff;\n@f bra DONE_${{:uid}};\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 l, [$1], $2, 50; vote.sync.any.pred l, l, 0xffffffff;\n"
-        "@!l bra POLL_${:uid};\nDONE_${:uid}:\nselp.b32 $0, 1, 0, f;}"
-    )
-    return _asm(text, landed, landed_parity, free_parity, *free, results="r", convergent=True)
-
-
 # Bulk copies, which one thread starts for a whole row.
 
 
