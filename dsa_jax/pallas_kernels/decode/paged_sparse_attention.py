@@ -2,11 +2,12 @@
 
 A few tokens leave most of the card idle, so the selected keys of a query are split among thread blocks, whose results
 `combine` joins. FP8 pages have kernels of their own: `attention_many_heads` for multiples of 64 heads,
-`attention_few_heads` for 8, 16 and 32, and for all of these, where its config asks for it, `attention_keys_as_rows`.
-bfloat16 pages go to the kernels of `sparse_attention`, as one long sequence that is the whole pool, the
+`attention_keys_as_rows` for 8 and 16 whose keys are not split, and `attention_few_heads` for 8 and 16 whose keys are,
+and for 32. bfloat16 pages go to the kernels of `sparse_attention`, as one long sequence that is the whole pool, the
 splits as further queries of it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from dsa_jax.pallas_kernels import sparse_attention as contiguous
 from dsa_jax.pallas_kernels.decode.attention_few_heads import HEADS as FEW_HEADS
 from dsa_jax.pallas_kernels.decode.attention_few_heads import Config as FewHeadsConfig
 from dsa_jax.pallas_kernels.decode.attention_few_heads import attend_few_heads
+from dsa_jax.pallas_kernels.decode.attention_keys_as_rows import HEADS as KEYS_AS_ROWS_HEADS
 from dsa_jax.pallas_kernels.decode.attention_keys_as_rows import Config as KeysAsRowsConfig
 from dsa_jax.pallas_kernels.decode.attention_keys_as_rows import attend_keys_as_rows
 from dsa_jax.pallas_kernels.decode.attention_many_heads import Config as ManyHeadsConfig
@@ -87,7 +89,8 @@ def paged_sparse_attention(
       value_dim: 512, the first columns of a row, which are its values.
       scale: of the logits.
       splits: parts that the selection is cut into, 1 to 32; None for as many as fill the card.
-      config: tuning of the kernel for this type of pages and number of heads.
+      config: tuning of the kernel for this type of pages, number of heads and splits. For 8 and 16 heads without splits
+        that of `attention_few_heads` has this kernel run.
       interpret: run in Pallas' interpreter, on a CPU; bfloat16 pages alone.
       after: an array that is not read; what makes it runs first. For timing one call after another.
 
@@ -117,17 +120,10 @@ def paged_sparse_attention(
     if fp8:
         if interpret:
             raise ValueError("interpret: FP8 pages cannot be interpreted, their kernels are written in PTX")
-        attend: Callable[..., Any]
-        attend, tuning = (
-            (attend_few_heads, FewHeadsConfig) if heads in FEW_HEADS else (attend_many_heads, ManyHeadsConfig)
-        )
-        if isinstance(config, KeysAsRowsConfig):
-            attend = attend_keys_as_rows
-        elif not isinstance(config, tuning | None):
-            raise ValueError(f"config must be a {tuning.__module__}.Config for {heads} heads, got {config}")
+        attend, config = _choose_kernel(heads, splits, config)
         out, lse = attend(
             q.reshape(-1, heads, dim), pages.reshape(-1, ROW_BYTES), table, indices,
-            scale=scale, splits=splits, config=config or tuning(), after=after,
+            scale=scale, config=config, after=after,
         )  # fmt: skip
     else:
         out, lse = _attend_bfloat16(q, pages, table, indices, scale, splits, config, interpret)
@@ -154,6 +150,22 @@ def split_keys(queries: int, heads: int, keys: int, splits: int | None) -> tuple
     if not fixed:
         splits = -(-blocks // each)  # none without a key
     return splits, each * BLOCK_KEYS
+
+
+def _choose_kernel(heads: int, splits: int, config: Any) -> tuple[Callable[..., Any], Any]:
+    """Chooses the kernel for FP8 pages that a config is for, or without one the fastest; returns it and its config."""
+    kernels: list[tuple[Any, Callable[..., Any]]] = []
+    if heads in KEYS_AS_ROWS_HEADS and splits == 1:
+        kernels.append((KeysAsRowsConfig, attend_keys_as_rows))
+    if heads in FEW_HEADS:
+        kernels.append((FewHeadsConfig, functools.partial(attend_few_heads, splits=splits)))
+    else:
+        kernels.append((ManyHeadsConfig, functools.partial(attend_many_heads, splits=splits)))
+    for tuning, attend in kernels:
+        if config is None or isinstance(config, tuning):
+            return attend, config or tuning()
+    names = " or ".join(f"{tuning.__module__}.Config" for tuning, _ in kernels)
+    raise ValueError(f"config must be a {names} for {heads} heads and {splits} splits, got {config}")
 
 
 def _attend_bfloat16(q, pages, table, indices, scale, splits, config, interpret):

@@ -40,6 +40,7 @@ EIGHT_ROWS = 4 * PAIR_PITCH
 BLOCK_BYTES = BLOCK_KEYS // 2 * PAIR_PITCH  # 45 KiB
 GROUPS = VALUE_DIM // 128  # scales of a row
 TILE_COLUMNS = 64
+VALUE_TILES = 4  # operands of 64 values made at a time: a lane has 8 neighbouring values of a row
 TABLE_WORDS = GROUPS * BLOCK_KEYS // 2  # scales of a block in half precision, two rows a word
 
 _SPLAT = ptx.Result((), jnp.int32, ptx.SPLAT(()))
@@ -51,8 +52,8 @@ def stage_barriers(stages: int):
     return plgpu.SMEM((stages, _STAGE_BYTES // 4), jnp.int32)
 
 
-def init_barriers(barriers_smem, readers: int) -> None:
-    """Initialises what `stage_barriers` has, for `readers` warpgroups. All threads of the block call it."""
+def init_barriers(barriers_smem) -> None:
+    """Initialises what `stage_barriers` has, for one reader a stage. All threads of the block call it."""
 
     @ptx.inline_mgpu(arg_types=(plgpu.RefType(),))
     def init(ctx, barriers):
@@ -60,7 +61,7 @@ def init_barriers(barriers_smem, readers: int) -> None:
         with simt.when(simt.thread_id().equals(0)):
             for stage in range(barriers.type.shape[0]):
                 simt_copies.init_barrier(address, WARPS_PER_WARPGROUP, _STAGE_BYTES * stage + _FULL)
-                simt_copies.init_barrier(address, readers * WARPGROUP_THREADS, _STAGE_BYTES * stage + _FREE)
+                simt_copies.init_barrier(address, WARPGROUP_THREADS, _STAGE_BYTES * stage + _FREE)
         simt_copies.publish_barriers()
 
     init(barriers_smem)
@@ -81,12 +82,12 @@ def wait_full(barriers_smem, stage, parity) -> None:
 
 
 def wait_free(barriers_smem, stage, parity) -> None:
-    """Waits until all readers have released a stage; of a new one, parity 1 has been."""
+    """Waits until its reader has released a stage; of a new one, parity 1 has been."""
     _wait(barriers_smem, stage, parity, _FREE)
 
 
 def release(barriers_smem, stage) -> None:
-    """Lets the copying warpgroup refill a stage, as far as this warpgroup reads it. All its threads call this."""
+    """Lets the copying warpgroup refill a stage. All threads of its reader call this."""
 
     @ptx.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SPLAT))
     def arrive(ctx, barriers, stage):
@@ -258,29 +259,28 @@ def scale_table(raw_smem, stage, table_smem):
     return write(raw_smem, jnp.int32(stage), table_smem) != 0
 
 
-def values_tiles(raw_smem, stage, table_smem, first: int, tiles: int, wide: bool):
-    """Makes operands [64 columns, 64 keys] of the 64 · `tiles` values from `first`, half precision or `wide`, bfloat16.
+def values_tiles(raw_smem, stage, table_smem, first: int, wide: bool):
+    """Makes four operands [64 columns, 64 keys] of 256 values from `first`, half precision or `wide`, bfloat16.
 
-    Of 2 or 4 tiles; a lane has two neighbouring columns of each. Row 16 w + 8 h + g of operand t has column
-    `first` + 16 · tiles · w + 2 · tiles · g + 2 t + h.
+    A lane has two neighbouring columns of each. Row 16 w + 8 h + g of operand t has column
+    `first` + 64 w + 8 g + 2 t + h.
     """
     dtype, mlir_type = (jnp.bfloat16, ir.BF16Type) if wide else (jnp.float16, ir.F16Type)
-    result = (ptx.Result((64, 64), dtype, plgpu.Layout.WGMMA),) * tiles
+    result = (ptx.Result((64, 64), dtype, plgpu.Layout.WGMMA),) * VALUE_TILES
 
     @ptx.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SPLAT, plgpu.RefType()), return_type=result)
     def make(ctx, raw, stage, table):
         place = _Fragment()
         rows = simt.smem_address(raw) + simt.scalar(stage) * BLOCK_BYTES + place.pair * PAIR_PITCH
-        columns = rows + place.warp * (16 * tiles) + place.eighth * (2 * tiles)
-        group = place.warp >> 1 if tiles == 4 else simt.i32(0)  # of those among these columns
+        columns = rows + place.warp * (16 * VALUE_TILES) + place.eighth * (2 * VALUE_TILES)
+        group = place.warp >> 1  # of those among these columns
         scales = simt.smem_address(table) + (((group << 5) + (place.pair << 3)) << 2)
         if not wide:
             words_of = [y for i in range(2) for y in simt.load4(scales, 4 * (32 * (first // 128)) + 16 * i)]
-        out = [np.empty((8, 2), dtype=object) for _ in range(tiles)]
+        out = [np.empty((8, 2), dtype=object) for _ in range(VALUE_TILES)]
         for b in range(8):
             at = EIGHT_ROWS * b + first
-            load = simt_copies.load2 if tiles == 4 else lambda *x: [simt.load(*x)]
-            upper, lower = (load(columns, at + ODD_ROW * i) for i in range(2))
+            upper, lower = (simt_copies.load2(columns, at + ODD_ROW * i) for i in range(2))
             if wide:
                 base = rows + (group << 2)
                 of_group = EIGHT_ROWS * b + SCALE_OFFSET + 4 * (first // 128)
@@ -338,39 +338,30 @@ def _values(array):
     ]
 
 
-def store_out(accs, first: int, out_gmem, head) -> None:
-    """Writes accumulators [64 columns, N] of `values_tiles` to `out_gmem` [all heads, 512], in its dtype.
+def store_out(accs, first: int, out_gmem) -> None:
+    """Writes accumulators [64 columns, N] of `values_tiles` to `out_gmem`.
 
     Args:
-      accs: two or four of [64, N] float32.
+      accs: four of [64, N] float32.
       first: their first column.
-      out_gmem: [all heads, 512] bfloat16 or float32.
-      head: the one that the accumulators begin with.
+      out_gmem: [N, 512] bfloat16.
     """
-    narrow, tiles = out_gmem.dtype == jnp.bfloat16, len(accs)
-    size = 2 if narrow else 4
 
-    @ptx.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,) * tiles + (plgpu.RefType(), ptx.SPLAT))
+    @ptx.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,) * VALUE_TILES + (plgpu.RefType(),))
     def store(ctx, *args):
-        *accs, out, head = args
+        *accs, out = args
         place = _Fragment()
-        row = simt.scalar(head) + (place.pair << 1)
-        column = place.warp * (16 * tiles) + place.eighth * (2 * tiles) + first
-        at = simt.gmem_address(out) + ((row * VALUE_DIM + column) * size).long()
+        row = place.pair << 1
+        column = place.warp * (16 * VALUE_TILES) + place.eighth * (2 * VALUE_TILES) + first
+        at = simt.gmem_address(out) + ((row * VALUE_DIM + column) * 2).long()
         values = [_values(acc) for acc in accs]
         for b in range(len(values[0]) // 2):
             for i in range(2):
-                numbers = [values[t][2 * b + h][i] for t in range(tiles) for h in range(2)]
-                if narrow:
-                    words = [simt_copies.bfloat16_pair_of(*x) for x in zip(numbers[::2], numbers[1::2], strict=True)]
-                else:
-                    words = [x.bits() for x in numbers]
-                offset = (8 * b + i) * VALUE_DIM * size
-                for k in range(0, len(words), 4):
-                    write = simt.store4_gmem if len(words) > 2 else simt_copies.store2_gmem
-                    write(at, words[k : k + 4], offset + 4 * k)
+                numbers = [[values[t][2 * b + h][i] for h in range(2)] for t in range(VALUE_TILES)]
+                words = [simt_copies.bfloat16_pair_of(*x) for x in numbers]
+                simt.store4_gmem(at, words, (8 * b + i) * VALUE_DIM * 2)
 
-    store(*accs, out_gmem, jnp.int32(head))
+    store(*accs, out_gmem)
 
 
 def exchange(accs, memory_smem, write: bool):
@@ -463,16 +454,16 @@ def spread(sums, heads: int):
     return make(sums)
 
 
-def store_by_head(x, to_gmem, part) -> None:
-    """Writes one float32 a head, [N] of `COLUMN_LAYOUT`, to `to_gmem` from number `part` on."""
+def store_by_head(x, to_gmem) -> None:
+    """Writes one float32 a head, [N] of `COLUMN_LAYOUT`, to `to_gmem` [N]."""
 
-    @ptx.inline_mgpu(arg_types=(COLUMN_LAYOUT, plgpu.RefType(), ptx.SPLAT))
-    def store(ctx, x, to, part):
+    @ptx.inline_mgpu(arg_types=(COLUMN_LAYOUT, plgpu.RefType()))
+    def store(ctx, x, to):
         place = _Fragment()
-        at = simt.gmem_address(to) + ((simt.scalar(part) + (place.pair << 1)) << 2).long()
+        at = simt.gmem_address(to) + (place.pair << 3).long()
         with simt.when(place.row < 1):
             for b, two in enumerate(_values(x)):
                 for i in range(2):
                     simt.store_gmem(at + simt.i32(4 * (8 * b + i)).long(), two[i].bits())
 
-    store(x, to_gmem, jnp.int32(part))
+    store(x, to_gmem)

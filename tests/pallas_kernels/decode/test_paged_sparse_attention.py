@@ -1,6 +1,8 @@
 """Tests sparse attention over pages: arguments, splits and lowering anywhere, bfloat16 pages interpreted, the card."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax.pallas_kernels.decode import attention_few_heads, attention_many_heads
+from dsa_jax.pallas_kernels.decode import attention_few_heads, attention_keys_as_rows, attention_many_heads
 from dsa_jax.pallas_kernels.decode.paged_sparse_attention import (
     MAX_SPLITS,
     paged_sparse_attention,
@@ -139,6 +141,42 @@ def test_says_what_it_cannot_take(change, words):
     assert why_not(*abstract(16), 512) is None and "value_dim" in (why_not(*abstract(16), 448) or "")
 
 
+MODULES = {"few": attention_few_heads, "rows": attention_keys_as_rows, "many": attention_many_heads}
+
+
+@pytest.mark.parametrize(
+    ("heads", "splits", "config", "kernel"),
+    [
+        (8, 1, None, "rows"),
+        (16, 1, None, "rows"),
+        (16, 1, "rows", "rows"),
+        (16, 1, "few", "few"),
+        (16, 2, None, "few"),
+        (16, None, None, "few"),  # of four queries, whose keys are split
+        (32, 1, None, "few"),
+        (64, 1, None, "many"),
+        (16, 2, "rows", None),
+        (32, 1, "rows", None),
+        (16, 1, "many", None),
+        (64, 2, "few", None),
+    ],
+)
+def test_the_kernel_is_chosen_by_heads_splits_and_config(heads, splits, config, kernel):
+    config = config and MODULES[config].Config()
+    call = functools.partial(paged_sparse_attention, scale=SCALE, splits=splits, config=config)
+    if kernel is None:
+        with pytest.raises(ValueError, match=f"for {heads} heads and {splits} splits"):
+            jax.eval_shape(call, *abstract(heads))
+        return
+    with contextlib.ExitStack() as patches:
+        made = {
+            name: patches.enter_context(mock.patch.object(module, "_kernel", wraps=module._kernel))
+            for name, module in MODULES.items()
+        }
+        jax.eval_shape(call, *abstract(heads))
+    assert [name for name, make in made.items() if make.called] == [kernel]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -155,7 +193,7 @@ def test_refuses_options(options, words):
         paged_sparse_attention(*map(jnp.asarray, (q, pages, table, indices)), **{"scale": SCALE} | options)
 
 
-@pytest.mark.parametrize("module", [attention_many_heads, attention_few_heads])
+@pytest.mark.parametrize("module", MODULES.values())
 @pytest.mark.parametrize("registers", [8, 201, 256])
 def test_configs_refuse_registers(module, registers):
     with pytest.raises(ValueError, match="compute_registers"):
@@ -186,9 +224,9 @@ def test_equals_the_definition(heads, tokens, splits, fp8):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize(("heads", "splits"), [(16, 1), (16, 2), (64, 2)])
 @pytest.mark.parametrize("scale", [2.0**-30, 0.1, 3.7e4])
-def test_any_scale_is_read_right(heads, scale):
+def test_any_scale_is_read_right(heads, splits, scale):
     q, pages, table, indices, rows = make(4, heads, True, scales=(scale,))
     if scale > 1:  # for logits that leave more than one key a weight
         q[..., :512] = (q[..., :512].astype(np.float32) * 7e-3).astype(q.dtype)
@@ -197,14 +235,14 @@ def test_any_scale_is_read_right(heads, scale):
             np.float32(scale)
         )
         rows = np.concatenate([latent, rows[..., 512:]], -1)
-    check(q, pages, table, indices, rows, splits=2)
+    check(q, pages, table, indices, rows, splits=splits)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [16, 128])
-def test_bits_do_not_depend_on_the_batch(heads):
+@pytest.mark.parametrize(("heads", "splits"), [(16, 1), (16, 4), (128, 4)])
+def test_bits_do_not_depend_on_the_batch(heads, splits):
     q, pages, table, indices, _ = map(jnp.asarray, make(5, heads, True))
-    call = functools.partial(paged_sparse_attention, scale=SCALE, splits=4)
+    call = functools.partial(paged_sparse_attention, scale=SCALE, splits=splits)
     whole, alone = call(q, pages, table, indices), call(q[1:], pages, table[1:], indices[1:])
     for a, b in zip(whole, alone, strict=True):
         assert bool(jnp.all(a[1:] == b))
