@@ -1,20 +1,16 @@
-"""Checks and times sparse attention over pages, of a few tokens a sequence, on a Hopper GPU.
+"""Checks and times sparse attention over pages, of a few tokens a sequence, on one Hopper GPU.
 
-    python -m benchmarks.decode_attention [--only checks hostile times variants rows] [--out FILE]
+  python -m benchmarks.decode_attention                  # everything; writes benchmarks/results/decode_attention.json
+  python -m benchmarks.decode_attention --only times     # a part alone, merged into the file
 
-Every case is compared with float64 or float32 from the definition; a failure is recorded, and the rest goes on. A
-call's time is that of a chain of calls in one program, each of which waits for the one before, on inputs that do not
-fit into the L2 cache together: between programs the card idles for some 40 µs, which would count as the calls' own.
+Every case is compared with float64 or float32 from the definition. One that fails is recorded, and the next one runs.
+Times are of calls in one program, each after the other, over rows that do not fit the L2 cache together.
 """
 
-import argparse
 import concurrent.futures
-import contextlib
 import functools
-import json
-import pathlib
-import time
-from unittest import mock
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,88 +18,71 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from benchmarks import measure
 from dsa_jax.pallas_kernels.decode import (
     attention_few_heads,
     attention_keys_as_rows,
     attention_many_heads,
-    gather_rows,
     half_query,
 )
 from dsa_jax.pallas_kernels.decode.paged_sparse_attention import paged_sparse_attention
 
+OUT = measure.RESULTS / "decode_attention.json"
 LENGTH, K, SCALE = 32768, 2048, 576**-0.5
 POOL_PAGES = 110_000  # 4.6 GB, beyond what 32 bits address
-PARTS = ("hostile", "checks", "times", "variants", "rows")
-ROWS: list[dict] = []
+CHAIN = {1: (40, 120), 16: (8, 32), 32: (4, 16)}  # sets of inputs, and calls of a chain, by batch
+LONG_CHAIN = (3, 12)  # of all others
 
-# (heads, batch, tokens, splits, config, sets, microseconds to reach and to aim at)
+# (heads, batch, microseconds not to exceed and to aim at) of one token a sequence, as it runs by default.
 TIMES = [
-    (128, 1, 1, None, {}, 40, 14, 11.5),
-    (128, 16, 1, None, {}, 8, 38, 28),
-    (128, 128, 1, None, {}, 3, 175, 135),
-    (64, 128, 1, None, {}, 3, None, None),
-    (16, 1, 1, None, {}, 40, 11.5, 9),
-    (16, 16, 1, None, {}, 8, 23, 17),
-    (16, 128, 1, None, {}, 3, 90, 68),
-    (32, 128, 1, None, {}, 3, None, None),
-    (8, 128, 1, None, {}, 3, None, None),
-    (128, 128, 1, None, {"packed_q": True}, 3, None, None),
-    (128, 128, 1, None, {"compute_registers": 208}, 3, None, None),
-    (128, 1, 1, 16, {}, 40, None, None),
-    (128, 1, 1, None, {"packed_q": True}, 40, None, None),
-    (128, 16, 1, 8, {}, 8, None, None),
-    (128, 32, 1, 1, {}, 4, None, None),
-    (128, 32, 1, 2, {}, 4, None, None),
-    (128, 16, 4, None, {}, 4, None, None),
-    (16, 1, 1, 16, {}, 40, None, None),
-    (16, 16, 1, 4, {}, 8, None, None),
+    (128, 1, 14, 11.5),
+    (128, 16, 38, 28),
+    (128, 128, 175, 135),
+    (64, 128, None, None),
+    (32, 128, None, None),
+    (16, 1, 11.5, 9),
+    (16, 16, 23, 17),
+    (16, 128, 90, 68),
+    (8, 128, None, None),
 ]
-
-
-# (heads, batch, config, what is left out): one program each, all compiled before the first runs
-AHEAD, OVERLAP = {"ahead": True, "overlap": False}, {"ahead": True, "overlap": True}
-NEITHER = {"ahead": False, "overlap": False}
-VARIANTS = [
-    (128, 128, NEITHER, None),
-    (128, 128, AHEAD, None),
-    (128, 128, OVERLAP, None),
-    (128, 128, {"ahead": False, "overlap": True}, None),
-    (128, 128, OVERLAP | {"compute_registers": 208}, None),
-    (128, 128, OVERLAP, "vote"),
-    (128, 128, OVERLAP, "vote and types"),
-    (128, 16, NEITHER, None),
-    (128, 16, AHEAD, None),
-    (128, 16, OVERLAP, None),
-    (64, 128, OVERLAP, None),
-    (32, 128, {}, None),
-    (16, 128, {}, None),
+# (what differs, heads, batch, tokens, splits, config)
+VARIANTS: list[tuple[str, int, int, int, int | None, Any]] = [
+    ("packed q", 128, 128, 1, None, attention_many_heads.Config(packed_q=True)),
+    ("208 registers", 128, 128, 1, None, attention_many_heads.Config(compute_registers=208)),
+    ("packed q", 128, 1, 1, None, attention_many_heads.Config(packed_q=True)),
+    ("16 splits", 128, 1, 1, 16, None),
+    ("8 splits", 128, 16, 1, 8, None),
+    ("1 split", 128, 32, 1, 1, None),
+    ("2 splits", 128, 32, 1, 2, None),
+    ("4 tokens", 128, 16, 4, None, None),
+    ("attention_few_heads", 16, 128, 1, 1, attention_few_heads.Config()),
+    ("attention_few_heads", 8, 128, 1, 1, attention_few_heads.Config()),
+    ("240 registers", 16, 128, 1, 1, attention_keys_as_rows.Config(compute_registers=240)),
+    ("1 split", 16, 16, 1, 1, None),
+    ("4 splits", 16, 16, 1, 4, None),
+    ("16 splits", 16, 1, 1, 16, None),
 ]
-ROW_SHAPES = [(64, 1, "fp8"), (128, 5, "fp8"), (8, 1, "fp8"), (16, 5, "fp8"), (32, 2, "fp8")]
-ROW_VARIANTS = [
-    (128, 128, {"rows": True}, None),
-    (128, 128, {"rows": True, "compute_registers": 240}, None),
-    (128, 16, {"rows": True}, None),
-    (64, 128, {"rows": True}, None),
-    (32, 128, {"rows": True}, None),
-    (16, 128, {"rows": True}, None),
-    (16, 128, {"rows": True, "halves": True}, None),
-    (16, 16, {"rows": True}, None),
-    (8, 128, {"rows": True}, None),
-]
+# (heads, splits, type of pages) of what is checked with hostile data
+HOSTILE_SHAPES = [(64, 1, "fp8"), (64, 3, "fp8"), (128, 5, "fp8"), (8, 1, "fp8"), (16, 1, "fp8"), (16, 2, "fp8")]
+HOSTILE_SHAPES += [(16, 5, "fp8"), (32, 1, "fp8"), (64, 3, "bfloat16"), (8, 2, "bfloat16")]
+HOSTILE = (
+    "plain", "absent", "empty", "tenths", "tiny", "large", "mixed", "groups", "zero", "negative", "edges", "nan latent",
+    "nan rotary", "nan scale", "nan query", "large query", "inf scale",
+)  # fmt: skip
 
 
 def attend(config, splits, q, table, indices, pages, after=None):
-    """Calls a kernel, with tuning by the names of a config's fields; "rows" for the one that has keys as rows."""
-    module = attention_few_heads if q.shape[2] in attention_few_heads.HEADS else attention_many_heads
-    config = dict(config)
-    if config.pop("rows", False):
-        module = attention_keys_as_rows
-    given = config or module is attention_keys_as_rows
-    tuning = module.Config(**config) if given and pages.dtype == jnp.uint8 else None
-    return paged_sparse_attention(q, pages, table, indices, scale=SCALE, splits=splits, config=tuning, after=after)
+    """Calls what is checked and timed."""
+    return paged_sparse_attention(q, pages, table, indices, scale=SCALE, splits=splits, config=config, after=after)
 
 
 # Inputs.
+
+
+@functools.cache
+def pool():
+    """Makes the pages of the real shapes once."""
+    return make_pages(jax.random.key(0), POOL_PAGES)
 
 
 def make_pages(key, pages):
@@ -175,57 +154,31 @@ def relative(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-# Parts.
+# Checks. Each gives its row.
 
 
-def note(path, **row):
-    """Records and prints a row."""
-    ROWS.append(row)
-    path.write_text(json.dumps(ROWS, indent=1) + "\n")
-    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+def check_hostile(compiled, heads, kind) -> dict[str, Any]:
+    """Compares a small shape, once it is compiled, with float64 on all kinds of hostile data."""
+    call, wrong, errors = compiled.result(), [], {"out": 0.0, "lse": 0.0}
+    for case in HOSTILE:
+        found = hostile_case(call, heads, kind, case)
+        if not found.pop("right"):
+            wrong.append(case)
+        errors = {name: max(error, found.get(name, 0.0)) for name, error in errors.items()}
+    return {"right": not wrong, "kinds": len(HOSTILE), "wrong": wrong} | errors
 
 
-def guarded(path, part, name, run):
-    """Runs one case, and records what it returns or how it failed."""
-    try:
-        note(path, part=part, case=name, **run())
-    except Exception as error:
-        note(path, part=part, case=name, failed=f"{type(error).__name__}: {error}"[:400])
+def compile_hostile(shape):
+    """Compiles the call of a small shape."""
+    heads, splits, kind = shape
+    s = jax.ShapeDtypeStruct
+    pages = s((40, 64, 656), jnp.uint8) if kind == "fp8" else s((40, 64, 576), jnp.bfloat16)
+    arguments = s((2, 2, heads, 576), jnp.bfloat16), s((2, 6), jnp.int32), s((2, 2, 300), jnp.int32), pages
+    return jax.jit(functools.partial(attend, None, splits)).lower(*arguments).compile()
 
 
-def hostile(path, shapes=None, config=None):
-    """Compares hostile rows, scales and queries with float64, at small shapes."""
-    shapes = shapes or [
-        (heads, splits, kind)
-        for heads, splits in ((64, 1), (64, 3), (128, 5), (8, 1), (16, 2), (16, 5), (32, 1))
-        for kind in ("fp8",)
-    ] + [(64, 3, "bfloat16"), (8, 2, "bfloat16")]
-
-    def compile_one(shape):
-        heads, splits, kind = shape
-        sd = jax.ShapeDtypeStruct
-        pool = sd((40, 64, 656), jnp.uint8) if kind == "fp8" else sd((40, 64, 576), jnp.bfloat16)
-        arguments = sd((2, 2, heads, 576), jnp.bfloat16), sd((2, 6), jnp.int32), sd((2, 2, 300), jnp.int32), pool
-        return jax.jit(functools.partial(attend, config or {}, splits)).lower(*arguments).compile()
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        compiled = {shape: pool.submit(compile_one, shape) for shape in shapes}
-    for shape, future in compiled.items():
-        for case in HOSTILE:
-            run = functools.partial(hostile_case, future, shape, case)
-            guarded(path, "hostile", f"{shape} {case} {config or ''}", run)
-
-
-HOSTILE = (
-    "plain", "absent", "empty", "tenths", "tiny", "large", "mixed", "groups", "zero", "negative", "edges", "nan latent",
-    "nan rotary", "nan scale", "nan query", "large query", "inf scale",
-)  # fmt: skip
-
-
-def hostile_case(compiled, shape, case):
-    """Runs one kernel, once it is compiled, on one kind of hostile data; returns its errors."""
-    call = compiled.result()
-    heads, _, kind = shape
+def hostile_case(call, heads, kind, case) -> dict[str, Any]:
+    """Runs a compiled call on one kind of hostile data; gives the largest errors, and whether that is right."""
     random = np.random.default_rng(7)
     bf16 = ml_dtypes.bfloat16
     e4m3 = random.integers(0, 256, (40, 64, 512), dtype=np.uint8)
@@ -297,7 +250,7 @@ def hostile_case(compiled, shape, case):
         if heads_hit is None:
             heads_hit = [(0, 0, n) for n in range(heads)]
         bad = sum(np.isfinite(got_lse[i]) for i in heads_hit)
-        return {"ok": int(bad) == 0, "hidden": int(bad)}
+        return {"right": int(bad) == 0}
     nan_same = np.array_equal(np.isnan(got_lse), np.isnan(want_lse))
     nan_same &= np.array_equal(np.isnan(got_out).any(-1), np.isnan(want_out).any(-1))
     finite = np.isfinite(want_lse) & np.isfinite(got_lse)
@@ -310,186 +263,108 @@ def hostile_case(compiled, shape, case):
         columns = slice(128 * group, 128 * group + 128)
         a, b = got_out[clean][:, columns], want_out[clean][:, columns]
         errors.append(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)))
-    ok = nan_same and empty_same and max(errors) < 8e-3 and lse_error < 4e-3
-    return {"ok": bool(ok), "nan": bool(nan_same), "empty": bool(empty_same), "out": max(errors), "lse": lse_error}
+    right = nan_same and empty_same and max(errors) < 8e-3 and lse_error < 4e-3
+    return {"right": bool(right), "out": max(errors), "lse": lse_error}
 
 
-def checks(path, pages):
-    """Compares real shapes with float32, repeats their bits, and holds a query's bits against another batch's."""
-    cases = [(h, b, t, s) for h, b, t, s in ((128, 2, 4, None), (64, 5, 3, None), (16, 3, 2, None), (8, 1, 1, None))]
-
-    def run(heads, batch, tokens, splits):
-        q, table, indices = make_inputs(3, batch, tokens, heads, absent=70)
-        call = jax.jit(functools.partial(attend, {}, splits))
-        out, lse = call(q, table, indices, pages)
-        count = min(2, batch * tokens)
-        want_out, want_lse = reference(q, table, indices, pages, count)
-        same = all(bool(jnp.all(call(q, table, indices, pages)[0] == out)) for _ in range(3))
-        return {
-            "out": relative(out.reshape(-1, heads, 512)[-count:], want_out),
-            "lse": relative(lse.reshape(-1, heads)[-count:], want_lse),
-            "same_bits": same,
-        }
-
-    for case in cases:
-        guarded(path, "checks", str(case), lambda case=case: run(*case))
-
-    def invariant(heads, splits):
-        q, table, indices = make_inputs(4, 16, 1, heads, absent=70)
-        call = jax.jit(functools.partial(attend, {}, splits))
-        whole, alone = call(q, table, indices, pages), call(q[9:10], table[9:10], indices[9:10], pages)
-        equal = all(bool(jnp.all(a[9:10] == b)) for a, b in zip(whole, alone, strict=True))
-        return {"ok": equal}
-
-    for heads in (128, 16):
-        guarded(path, "checks", f"batch invariance, {heads} heads", lambda heads=heads: invariant(heads, 4))
+def check_shape(heads, batch, tokens) -> dict[str, Any]:
+    """Compares a real shape with float32, and repeats its bits."""
+    q, table, indices = make_inputs(3, batch, tokens, heads, absent=70)
+    call = jax.jit(functools.partial(attend, None, None))
+    first = call(q, table, indices, pool())
+    found = errors_of(first, q, table, indices)
+    found["same_bits"] = all(bool(jnp.all(call(q, table, indices, pool())[0] == first[0])) for _ in range(3))
+    return {"right": found["same_bits"] and found["out"] < 5e-3 and found["lse"] < 1e-5} | found
 
 
-def times(path, pages):
-    """Times chains of calls, with the first call's error and whether its bits repeat."""
-    inputs: dict = {}
-
-    def run(heads, batch, tokens, splits, config, sets, must, goal):
-        shape = heads, batch, tokens
-        if shape not in inputs:
-            inputs.clear()
-            inputs[shape] = [make_inputs(100 + i, batch, tokens, heads, 0 if i else 70) for i in range(sets)]
-        data, plain = inputs[shape], inputs[shape][0]
-        if config.get("packed_q"):
-            data = [(half_query.pack_query(q), *rest) for q, *rest in data]
-        call = jax.jit(functools.partial(attend, config, splits))
-        after = jnp.zeros((batch, tokens, heads), jnp.float32)
-        out, lse = call(*data[0], pages, after)
-        want_out, want_lse = reference(*plain, pages, min(2, batch * tokens))
-        count = want_lse.shape[0]
-        seconds = chained_seconds(call, data, pages, after)
-        row = {"us": seconds * 1e6, "must": must, "goal": goal} if must else {"us": seconds * 1e6}
-        return row | {
-            "tflops": 2 * batch * tokens * heads * K * 1088 / seconds / 1e12,
-            "out": relative(out.reshape(-1, heads, 512)[-count:], want_out),
-            "lse": relative(lse.reshape(-1, heads)[-count:], want_lse),
-            "same_bits": bool(jnp.all(call(*data[0], pages, after)[0] == out)),
-        }
-
-    for case in TIMES:
-        heads, batch, tokens, splits, config, *_ = case
-        name = f"N {heads} B {batch} T {tokens} splits {splits} {config or ''}"
-        guarded(path, "times", name, lambda case=case: run(*case))
+def errors_of(got, q, table, indices) -> dict[str, float]:
+    """Computes the errors of the last two queries."""
+    heads, count = q.shape[2], min(2, q.shape[0] * q.shape[1])
+    want_out, want_lse = reference(q, table, indices, pool(), count)
+    return {
+        "out": relative(got[0].reshape(-1, heads, 512)[-count:], want_out),
+        "lse": relative(got[1].reshape(-1, heads)[-count:], want_lse),
+    }
 
 
-def rounds_of(sets):
-    """Says how often a program goes through its sets of inputs."""
-    return 4 if sets < 20 else 3
+def check_batch(heads, splits) -> dict[str, Any]:
+    """Compares the bits of a query alone with those that it gets among sixteen."""
+    q, table, indices = make_inputs(4, 16, 1, heads, absent=70)
+    call = jax.jit(functools.partial(attend, None, splits))
+    whole, alone = call(q, table, indices, pool()), call(q[9:10], table[9:10], indices[9:10], pool())
+    return {"right": all(bool(jnp.all(a[9:10] == b)) for a, b in zip(whole, alone, strict=True))}
 
 
-def chain_of(call, sets):
-    """Makes a program of many calls, each waiting for the one before; it returns the first and the last."""
-
-    @jax.jit
-    def chain(data, pages, after):
-        outs = []
-        for arguments in data * rounds_of(sets):
-            outs.append(call(*arguments, pages, after))
-            after = outs[-1][1]
-        return outs[0], outs[-1]
-
-    return chain
-
-
-def program_seconds(program, arguments, calls):
-    """Times a program, for one of its calls."""
-    jax.block_until_ready(program(*arguments))
-    jax.block_until_ready(program(*arguments))
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(6):
-            out = program(*arguments)
-        jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - began) / 6 / calls)
-    return sorted(seconds)[2]
+def checks() -> list[dict[str, Any]]:
+    """Runs the checks; hostile shapes compile beside each other."""
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        compiled = {shape: threads.submit(compile_hostile, shape) for shape in HOSTILE_SHAPES}
+        cases: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            (f"hostile data, N {heads}, splits {splits}, {kind}", functools.partial(check_hostile, call, heads, kind))
+            for (heads, splits, kind), call in compiled.items()
+        ]
+        for heads, batch, tokens in ((128, 2, 4), (64, 5, 3), (16, 3, 2), (8, 1, 1)):
+            cases.append((f"N {heads} B {batch} T {tokens}", functools.partial(check_shape, heads, batch, tokens)))
+        for heads, splits in ((128, 4), (16, 4), (16, 1)):
+            name = f"bits alone and among others, N {heads}, splits {splits}"
+            cases.append((name, functools.partial(check_batch, heads, splits)))
+        return [measure.run_case(*case) for case in cases]
 
 
-def chained_seconds(call, data, pages, after):
-    """Times a call in a program of many."""
-    sets = len(data)
-    return program_seconds(chain_of(call, sets), (data, pages, after), sets * rounds_of(sets))
+# Times.
 
 
-def leave_out(part):
-    """Replaces parts of the kernels, for what they cost, while it is entered; scales must fit half precision then."""
-    patches = contextlib.ExitStack()
-    if part in ("vote", "vote and types"):  # each warp decides for itself
-        warp_any = lambda number, threads, condition: gather_rows.simt_copies.ballot(condition) > 0  # noqa: E731
-        patches.enter_context(mock.patch.object(gather_rows.simt, "barrier_any", warp_any))
-    if part == "vote and types":
-        patches.enter_context(mock.patch.object(gather_rows, "is_bfloat16", lambda *_: lax.axis_index("block") < 0))
-    return patches
+@functools.lru_cache(maxsize=1)
+def timed_inputs(heads, batch, tokens):
+    """Makes sets of inputs; a few keys of the first are absent."""
+    sets, _ = CHAIN.get(batch, LONG_CHAIN)
+    return [make_inputs(100 + i, batch, tokens, heads, 0 if i else 70) for i in range(sets)]
 
 
-def variants(path, pages, cases, part):
-    """Times variants of the kernels, with errors, and whether they give the bits of the first of their shape."""
-    sets = {batch: [make_inputs(100 + i, batch, 1, 128, 0 if i else 70) for i in range(3)] for batch in (16, 128)}
-    lowered = {}
-    for number, (heads, batch, config, missing) in enumerate(cases):
-        data = [(q[:, :, :heads], *rest) for q, *rest in sets[batch]]
-        if config.get("packed_q"):
-            data = [(half_query.pack_query(q), *rest) for q, *rest in data]
-        after = jnp.zeros((batch, 1, heads), jnp.float32)
-        try:
-            with leave_out(missing):
-                call = jax.jit(functools.partial(attend, dict(config), None))
-                lowered[number] = chain_of(call, len(data)).lower(data, pages, after), data, after
-        except Exception as error:
-            note(path, part=part, case=str(cases[number]), failed=f"{type(error).__name__}: {error}"[:400])
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        compiled = {number: pool.submit(program.compile) for number, (program, *_) in lowered.items()}
-        firsts: dict = {}
-
-        def run(number):
-            heads, batch, *_ = cases[number]
-            _, data, after = lowered[number]
-            program = compiled[number].result()
-            (out, lse), _ = program(data, pages, after)
-            if (heads, batch) not in firsts:
-                firsts[heads, batch] = out, *reference(sets[batch][0][0][:, :, :heads], *data[0][1:], pages, 2)
-            first, want_out, want_lse = firsts[heads, batch]
-            seconds = program_seconds(program, (data, pages, after), rounds_of(len(data)) * len(data))
-            return {
-                "us": seconds * 1e6,
-                "tflops": 2 * batch * heads * K * 1088 / seconds / 1e12,
-                "out": relative(out.reshape(-1, heads, 512)[-2:], want_out),
-                "lse": relative(lse.reshape(-1, heads)[-2:], want_lse),
-                "same_bits": bool(jnp.all(program(data, pages, after)[0][0] == out)),
-                "bits_of_first": bool(jnp.all(out == first)),
-            }
-
-        for number in lowered:
-            guarded(path, part, str(cases[number]), functools.partial(run, number))
+def time_one(heads, batch, tokens=1, splits=None, config=None) -> dict[str, Any]:
+    """Times chained calls; gives the first call's errors and whether its bits repeat beside it."""
+    plain = sets = timed_inputs(heads, batch, tokens)
+    if config is not None and config.packed_q:
+        sets = [(half_query.pack_query(q), *rest) for q, *rest in sets]
+    call = jax.jit(functools.partial(attend, config, splits))
+    after = jnp.zeros((batch, tokens, heads), jnp.float32)
+    first = call(*sets[0], pool(), after)
+    _, calls = CHAIN.get(batch, LONG_CHAIN)
+    seconds = measure.timed_chain(lambda *arrays: call(*arrays)[1], sets, (pool(),), calls)
+    return {
+        "microseconds": seconds * 1e6,
+        "tflops": 2 * batch * tokens * heads * K * 1088 / seconds / 1e12,
+        **errors_of(first, *plain[0]),
+        "same_bits": bool(jnp.all(call(*sets[0], pool(), after)[0] == first[0])),
+    }
 
 
-def main():
-    """Runs the parts and writes the rows after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("decode_attention.json"))
-    arguments = parser.parse_args()
-    began = time.perf_counter()
-    if "hostile" in arguments.only:
-        hostile(arguments.out)
-    pages = make_pages(jax.random.key(0), POOL_PAGES) if set(PARTS[1:]) & set(arguments.only) else None
-    if "checks" in arguments.only:
-        checks(arguments.out, pages)
-    if "times" in arguments.only:
-        times(arguments.out, pages)
-    if "variants" in arguments.only:
-        variants(arguments.out, pages, VARIANTS, "variants")
-        hostile(arguments.out, [(64, 1, "fp8"), (64, 3, "fp8")], OVERLAP)
-    if "rows" in arguments.only:
-        hostile(arguments.out, ROW_SHAPES, {"rows": True})
-        variants(arguments.out, pages, ROW_VARIANTS, "rows")
-    failed = [row["case"] for row in ROWS if "failed" in row or row.get("ok") is False]
-    print(f"{len(ROWS)} cases, {len(failed)} failed: {failed[:20]}; {time.perf_counter() - began:.0f} s")
+def times() -> list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Lists what is timed: what runs by default, and variants of it."""
+    cases = []
+    for heads, batch, must, goal in TIMES:
+        labels = {"name": "paged_sparse_attention", "batch": batch, "heads": heads, "keys": LENGTH}
+        labels |= {"must": must, "goal": goal} if must else {}
+        cases.append((labels, functools.partial(time_one, heads, batch)))
+    for what, heads, batch, tokens, splits, config in VARIANTS:
+        labels = {"name": f"variant {what}", "batch": batch, "heads": heads, "keys": LENGTH}
+        cases.append((labels, functools.partial(time_one, heads, batch, tokens, splits, config)))
+    return cases
+
+
+def main() -> None:
+    """Runs the parts, and records each at its end."""
+    chosen, out = measure.command_line(__doc__, ("checks", "times"), OUT)
+    wrong = []
+    if "checks" in chosen:
+        rows = checks()
+        measure.record(out, {"checks": {"rows": rows}})
+        wrong += [row["case"] for row in rows if not row["right"]]
+    if "times" in chosen:
+        part = measure.run_timings(times())
+        measure.record(out, {"times": part})
+        wrong += part.get("failed", [])
+    print("wrong:", wrong or "none")
 
 
 if __name__ == "__main__":

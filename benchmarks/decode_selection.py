@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks import measure
 from dsa_jax import KeyRange, index_scores, select_topk
 from dsa_jax.pallas_kernels.decode import paged_index_scores, paged_select_keys, write_entries
+from dsa_jax.pallas_kernels.decode.few_rows_plan import Config as SelectConfig
 from dsa_jax.pallas_kernels.decode.paged_index_scores import Config as ScoresConfig
 from dsa_jax.pallas_kernels.decode.paged_index_scores import unfilled_scores
-from dsa_jax.pallas_kernels.decode.select_few_rows import Config as SelectConfig
 from dsa_jax.pallas_kernels.decode.select_few_rows import select_few_rows
 
 OUT = measure.RESULTS / "decode_selection.json"
@@ -35,44 +35,11 @@ PAGE, DIM, HEADS = 64, 128, 64
 LONG, TOPK = 131072, 2048
 SEQUENCES = 64  # of LONG keys, that the timed pool holds: 1.1 GB
 WINDOWS = 5  # of which the median counts
-TARGETS = {1: (18, 23), 16: (95, 106), 64: (340, 400)}  # µs of scores and top-k by batch: the goal, and the most
-
-
-def timed_chain(call: Callable, sets: list[tuple], shared: tuple, calls: int = 72) -> float:
-    """Times a call of `call(*arrays, *shared, after)`, in seconds: chained in one jit, over the sets in turn.
-
-    Args:
-      call: gives one array, and makes its kernel wait for `after`, the result of the call before.
-      sets: the arrays of each call.
-      shared: arrays of all calls.
-      calls: of a chain, about.
-    """
-    call = jax.jit(call)  # traced and lowered once
-    sequence = sets * max(1, round(calls / len(sets)))
-
-    @jax.jit
-    def chain(sets, shared, after):
-        for _ in range(len(sequence) // len(sets)):
-            for arrays in sets:
-                after = call(*arrays, *shared, after)
-        return after
-
-    result = jax.eval_shape(call, *sets[0], *shared, jnp.zeros(8))
-    after = jnp.zeros(result.shape, result.dtype)
-    jax.block_until_ready(chain(sets, shared, after))
-    repeats = 1
-    times: list[float] = []
-    while len(times) < WINDOWS:
-        began = time.perf_counter()
-        for _ in range(repeats):
-            out = chain(sets, shared, after)
-        jax.block_until_ready(out)
-        seconds = time.perf_counter() - began
-        if seconds < 0.02:  # the first calls and the end of a window cost the host some 0.1 ms
-            repeats, times = 2 * repeats, []
-            continue
-        times.append(seconds / repeats / len(sequence))
-    return statistics.median(times)
+TARGETS = {  # microseconds of scores and top-k by batch: not to exceed, and to aim at
+    1: {"must": 23, "goal": 18},
+    16: {"must": 106, "goal": 95},
+    64: {"must": 400, "goal": 340},
+}
 
 
 # Inputs.
@@ -338,8 +305,8 @@ def time_scores(batch, length, config=None) -> dict[str, Any]:
     def call(q, w, table, start, stop, pages, after):
         return unfilled_scores(q, pages, w, table, start, stop, after=(after,), config=config)
 
-    seconds = timed_chain(call, score_sets(batch, length, sets_of(batch)), (pool(),), 72 if batch == 1 else 12)
-    return {"us": seconds * 1e6, "tb_per_s": batch * LONG * 132 / seconds / 1e12}
+    seconds = measure.timed_chain(call, score_sets(batch, length, sets_of(batch)), (pool(),), 72 if batch == 1 else 12)
+    return {"microseconds": seconds * 1e6, "tb_per_s": batch * LONG * 132 / seconds / 1e12}
 
 
 def time_select(rows, config=None) -> dict[str, Any]:
@@ -350,7 +317,7 @@ def time_select(rows, config=None) -> dict[str, Any]:
 
     count = {1: 40, 4: 20, 16: 12}.get(rows, 3)
     sets = [(jax.random.normal(jax.random.key(i), (rows, 1, LONG)),) for i in range(count)]
-    return {"us": timed_chain(call, sets, (start, stop), 80 if rows < 16 else 24) * 1e6}
+    return {"microseconds": measure.timed_chain(call, sets, (start, stop), 80 if rows < 16 else 24) * 1e6}
 
 
 def time_joined(batch, length) -> dict[str, Any]:
@@ -358,9 +325,8 @@ def time_joined(batch, length) -> dict[str, Any]:
         scores = unfilled_scores(q, pages, w, table, start, stop, after=(after,))
         return select_few_rows(scores, TOPK, start=start, stop=stop, table=table)
 
-    us = timed_chain(call, score_sets(batch, length, sets_of(batch)), (pool(),), 72 if batch == 1 else 12) * 1e6
-    goal, most = TARGETS.get(batch, (None, None)) if length == 1 else (None, None)
-    return {"us": us, "goal_us": goal, "most_us": most}
+    sets = score_sets(batch, length, sets_of(batch))
+    return {"microseconds": measure.timed_chain(call, sets, (pool(),), 72 if batch == 1 else 12) * 1e6}
 
 
 def time_write(tokens) -> dict[str, Any]:
@@ -386,68 +352,54 @@ def time_write(tokens) -> dict[str, Any]:
             pools = chain(*pools, kv, key, slots)
         jax.block_until_ready(pools)
         times += [(time.perf_counter() - began) / 20 / calls] if i > 1 else []
-    return {"us": statistics.median(times) * 1e6}
+    return {"microseconds": statistics.median(times) * 1e6}
 
 
-def timings() -> dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]]:
-    """Lists what is timed, by part."""
-    joined = [
-        (f"joined B {b} T {t}", functools.partial(time_joined, b, t))
-        for b, t in ((1, 1), (16, 1), (64, 1), (1, 2), (1, 4), (16, 4))
-    ]
+def timings() -> dict[str, list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]]:
+    """Lists what is timed, by part: what a row begins with, and what gives the rest."""
+
+    def labels(name, batch, length, **more):
+        tokens = f", {length} tokens" if length > 1 else ""
+        return {"name": name + tokens, "batch": batch, "heads": HEADS, "keys": LONG} | more
+
+    joined = []
+    for batch, length in ((1, 1), (16, 1), (64, 1), (1, 2), (1, 4), (16, 4)):
+        goals = TARGETS.get(batch, {}) if length == 1 else {}
+        joined.append(
+            (labels("paged_select_keys", batch, length, **goals), functools.partial(time_joined, batch, length))
+        )
     scores = [
-        (f"scores B {b} T {t}", functools.partial(time_scores, b, t))
-        for b, t in ((1, 1), (16, 1), (64, 1), (1, 2), (1, 4))
+        (labels("paged_index_scores", batch, length), functools.partial(time_scores, batch, length))
+        for batch, length in ((1, 1), (16, 1), (64, 1), (1, 2), (1, 4))
     ]
     for batch, length, stages in ((1, 1, 2), (1, 1, 4), (16, 1, 5), (1, 4, 3), (1, 4, 4)):
-        config = ScoresConfig(stages=stages)
-        scores.append(
-            (f"scores B {batch} T {length}, {stages} stages", functools.partial(time_scores, batch, length, config))
-        )
-    select = [(f"top-k of {rows} rows", functools.partial(time_select, rows)) for rows in (1, 4, 16, 64)]
-    for rows, *config in (
-        (1, 8, 256),
-        (16, 8, 512),
-        (16, 4, 512),
-        (16, 2, 1024),
-        (64, 1, 1024),
-        (64, 4, 1024),
-    ):
-        select.append(
-            (
-                f"top-k of {rows} rows, {config[0]} blocks of {config[1]}",
-                functools.partial(time_select, rows, SelectConfig(*config)),
-            )
-        )
-    writes = [(f"write {tokens} tokens", functools.partial(time_write, tokens)) for tokens in (1, 64)]
-    return {"joined": joined, "scores": scores, "select": select, "write": writes}
-
-
-def run(name: str, case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a case and prints its row; an error becomes the row."""
-    began = time.perf_counter()
-    try:
-        row = case()
-    except Exception as error:  # the next case runs all the same
-        row = {"right": False, "error": f"{type(error).__name__}: {str(error)[:400]}"}
-    row = {"case": name} | row
-    shown = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in row.items()
-        if key != "case" and value is not None
-    )
-    print(f"{name:50s} {shown}  ({time.perf_counter() - began:.1f} s)", flush=True)
-    return row
+        variant = labels(f"variant paged_index_scores of {stages} stages", batch, length)
+        scores.append((variant, functools.partial(time_scores, batch, length, ScoresConfig(stages=stages))))
+    select = [
+        ({"name": "select_few_rows", "rows": rows, "keys": LONG}, functools.partial(time_select, rows))
+        for rows in (1, 4, 16, 64)
+    ]
+    configs = (1, 8, 256), (16, 8, 512), (16, 4, 512), (16, 2, 1024), (64, 1, 1024), (64, 4, 1024)
+    for rows, blocks, threads in configs:
+        variant = {"name": f"variant select_few_rows of {blocks} blocks of {threads}", "rows": rows, "keys": LONG}
+        select.append((variant, functools.partial(time_select, rows, SelectConfig(blocks, threads))))
+    write = [({"name": "write_entries", "tokens": n}, functools.partial(time_write, n)) for n in (1, 64)]
+    return {"joined": joined, "scores": scores, "select": select, "write": write}
 
 
 def main() -> None:
-    parts = {"checks": checks(), **timings()}
-    chosen, out = measure.command_line(__doc__, parts, OUT)
+    """Runs the parts, and records each at its end."""
+    timed = timings()
+    chosen, out = measure.command_line(__doc__, ["checks", *timed], OUT)
     wrong = []
-    for part in chosen:
-        rows = [run(*case) for case in parts[part]]
-        measure.record(out, {part: {"rows": rows}})
-        wrong += [row["case"] for row in rows if row.get("right") is False]
+    for name in chosen:
+        if name == "checks":
+            part = {"rows": [measure.run_case(*case) for case in checks()]}
+            wrong += [row["case"] for row in part["rows"] if not row["right"]]
+        else:
+            part = measure.run_timings(timed[name])
+            wrong += part.get("failed", [])
+        measure.record(out, {name: part})
     print("wrong:", wrong or "none")
 
 

@@ -23,6 +23,8 @@ REPEATS = 7  # windows, of which the median counts
 WINDOW_SECONDS = 0.04  # of back-to-back calls
 PAUSE_SECONDS = 0.15  # of rest before each window, in which the card cools
 LONG_WINDOW_SECONDS = 0.8  # of back-to-back calls, in which the card's power limit lowers its clock
+CHAIN_WINDOWS = 5  # of chained calls, of which the median counts
+CHAIN_SECONDS = 0.02  # of such a window at least: its first calls and its end cost the host some 0.1 ms
 
 
 def seconds_per_call(fn: Callable, inputs: Sequence[tuple]) -> dict[str, float]:
@@ -61,6 +63,69 @@ def window(fn, inputs, calls):
         out = fn(*inputs[call % len(inputs)])
     jax.block_until_ready(out)
     return (time.perf_counter() - began) / calls
+
+
+def timed_chain(call: Callable, sets: Sequence[tuple], shared: tuple = (), calls: int = 72) -> float:
+    """Times a short call in a chain of many in one program, each of which waits for the one before.
+
+    Between programs the device idles for some 40 µs, more than many a kernel takes.
+
+    Args:
+      call: makes one array of `(*arrays, *shared, after)`, when `after`, what the call before has made, is there.
+      sets: the arrays of each call, in turn; so many that the L2 cache does not hold them all.
+      shared: arrays of all calls.
+      calls: of a chain, about.
+
+    Returns:
+      Seconds of a call, the median of CHAIN_WINDOWS windows.
+    """
+    call = jax.jit(call)  # traced and lowered once
+    rounds = max(1, round(calls / len(sets)))
+
+    @jax.jit
+    def chain(sets, shared, after):
+        for arrays in sets * rounds:
+            after = call(*arrays, *shared, after)
+        return after
+
+    sets, repeats = list(sets), 1
+    result = jax.eval_shape(call, *sets[0], *shared, jnp.zeros(8))
+    after = jnp.zeros(result.shape, result.dtype)
+    jax.block_until_ready(chain(sets, shared, after))
+    times: list[float] = []
+    while len(times) < CHAIN_WINDOWS:
+        seconds = window(chain, [(sets, shared, after)], repeats)
+        if seconds * repeats < CHAIN_SECONDS:
+            repeats, times = 2 * repeats, []
+        else:
+            times.append(seconds / len(sets) / rounds)
+    return statistics.median(times)
+
+
+def run_case(name: str, case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Runs a case and prints its row; an error becomes the row, so that the next case runs all the same."""
+    began = time.perf_counter()
+    try:
+        row = case()
+    except Exception as error:
+        row = {"right": False, "error": f"{type(error).__name__}: {str(error)[:400]}"}
+    shown = (
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if value is not None
+    )
+    print(f"{name:50s} {', '.join(shown)}  ({time.perf_counter() - began:.1f} s)", flush=True)
+    return {"case": name} | row
+
+
+def run_timings(cases: Iterable[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]) -> dict[str, Any]:
+    """Runs cases, each with what its row begins with, "name" among it; returns "timings", and what has "failed"."""
+    rows = []
+    for labels, case in cases:
+        name = ", ".join(str(x) if key == "name" else f"{key} {x}" for key, x in labels.items())
+        rows.append(labels | {key: x for key, x in run_case(name, case).items() if key != "case"})
+    failed = [row for row in rows if "error" in row]
+    return {"timings": [row for row in rows if "error" not in row]} | ({"failed": failed} if failed else {})
 
 
 def peak_gib(compiled: Any) -> float:

@@ -248,24 +248,6 @@ def clamped(x, limit):
     return Reg(np.clip(x.value.view(np.int32), 0, limit).astype(np.uint32))
 
 
-def maximum_f32(a, b):
-    return a._with(b, np.fmax)
-
-
-def _approximate(function, x):
-    assert x.value.dtype == np.float32
-    with np.errstate(all="ignore"):
-        return Reg(function(x.value).astype(np.float32))
-
-
-def exp2(x):
-    return _approximate(np.exp2, x)
-
-
-def log2(x):
-    return _approximate(np.log2, x)
-
-
 def bfloat16_pair(x):
     return (x << 16).float(), (x & 0xFFFF0000).float()
 
@@ -471,22 +453,6 @@ def warp_minimum(x):
 
 def warp_maximum(x):
     return _spread(_warps(x).max(1))
-
-
-def _over_lanes(x, op):
-    x = _warps(x)
-    with np.errstate(all="ignore"):
-        for distance in (16, 8, 4, 2, 1):
-            x = op(x, x[:, np.arange(32) ^ distance])
-    return Reg(x.ravel())
-
-
-def warp_sum_f32(x):
-    return _over_lanes(x, np.add)
-
-
-def warp_maximum_f32(x):
-    return _over_lanes(x, np.fmax)
 
 
 def warp_reserve(address, count, lane):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import forward, gpu_tests, measure, sharded, training
+from benchmarks import decode_attention, decode_selection, forward, gpu_tests, measure, rates, sharded, training
 from dsa_jax import Config
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -35,7 +35,7 @@ PEAKS = {name: 1.0 for name in ("bf16_matmul_tflops", "fp8_matmul_tflops", "copy
 def timed_windows(monkeypatch, *seconds):
     """Scripts what windows take, in seconds a call; gives the list of how many calls each makes."""
     windows, calls = iter(seconds), []
-    monkeypatch.setattr(measure, "_window", lambda fn, inputs, count: (calls.append(count), next(windows))[1])
+    monkeypatch.setattr(measure, "window", lambda fn, inputs, count: (calls.append(count), next(windows))[1])
     monkeypatch.setattr(measure, "REPEATS", 3)
     monkeypatch.setattr(measure, "WINDOW_SECONDS", 0.11)
     monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
@@ -61,6 +61,40 @@ def test_calls_rotate_over_the_inputs_and_the_compiled_one_is_not_timed(small):
     timed = measure.seconds_per_call(lambda x: called.append(x) or x, [(0,), (1,), (2,)])
     assert called[:2] == [0, 0] and 1 in called and called[called.index(1) : called.index(1) + 3] == [1, 2, 0]
     assert timed["least"] > 0
+
+
+def test_a_chain_goes_through_its_sets_and_is_timed_in_windows_long_enough(monkeypatch):
+    """A window's `seconds` are those of a program, of six calls here; the first two windows end too soon."""
+    windows, programs = iter([0.012, 0.008, 0.012, 0.006, 0.018, 0.036, 0.024]), []
+
+    def window(fn, inputs, count):
+        programs.append((count, fn(*inputs[0])))
+        return next(windows)
+
+    monkeypatch.setattr(measure, "window", window)
+    seconds = measure.timed_chain(lambda x, y, after: after[:1] * y + x, [(1.0,), (2.0,), (3.0,)], (10.0,), calls=7)
+    assert seconds == pytest.approx(0.018 / 6)
+    assert [count for count, _ in programs] == [1, 2, 4, 4, 4, 4, 4]
+    assert [out.tolist() for _, out in programs] == [[123123.0]] * 7
+
+
+def test_a_case_that_fails_leaves_the_others():
+    timed = measure.run_timings(
+        [({"name": "a", "batch": 1}, lambda: {"microseconds": 2.0}), ({"name": "b"}, lambda: 1 / 0)]
+    )
+    assert timed["timings"] == [{"name": "a", "batch": 1, "microseconds": 2.0}]
+    assert timed["failed"] == [{"name": "b", "right": False, "error": "ZeroDivisionError: division by zero"}]
+
+
+def test_decode_rows_are_those_that_the_planner_looks_for():
+    """One a batch and number of heads under the operation's name, and variants under others."""
+    for operation, cases in (
+        ("attention", decode_attention.times()),
+        ("selection", decode_selection.timings()["joined"]),
+    ):
+        name = rates.DECODE[operation][1]
+        found = [(labels["batch"], labels["heads"]) for labels, _ in cases if labels["name"] == name]
+        assert len(found) == len(set(found)) >= 3 and len(found) < len(cases)
 
 
 def test_a_row_has_the_rates_of_its_work(monkeypatch):

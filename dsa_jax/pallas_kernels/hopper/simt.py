@@ -2,7 +2,7 @@
 
 For use inside `plgpu.inline_mgpu`: each function emits MLIR for one thread's view (SIMT: single instruction, multiple
 threads). `tests/numpy_simt.py` has the same vocabulary for all threads at once in NumPy, and runs kernels written with
-it, as they stand, on any machine.
+it, as they stand, on any machine. `simt_copies.py`, `simt_softmax.py`, `floats.py` and `cluster.py` add words to it.
 
 Addresses of shared memory are int32, of global memory int64, in bytes. Numbers are unsigned unless a docstring says
 otherwise. Docstrings say what the emitted code does.
@@ -257,22 +257,6 @@ def clamped(x, limit):
     return asm(f"{{max.s32 $0, $1, 0; min.s32 $0, $0, {limit};}}", x, results="r", pure=True)
 
 
-def maximum_f32(a, b):
-    """Takes the greater float32; of a number and NaN the number."""
-    # `max.f32`, unlike MLIR's maximumf, which keeps NaN.
-    return asm("max.f32 $0, $1, $2;", a, b, results="f", pure=True)
-
-
-def exp2(x):
-    """Computes 2^x of float32, to about 2^-22 of it."""
-    return asm("ex2.approx.f32 $0, $1;", x, results="f", pure=True)
-
-
-def log2(x):
-    """Computes the logarithm of a float32 to base 2, to about 2^-22."""
-    return asm("lg2.approx.f32 $0, $1;", x, results="f", pure=True)
-
-
 def bfloat16_pair(x):
     """Widens the two bfloat16 in an int32, the lower half first, to float32."""
     return (x << 16).float(), (x & 0xFFFF0000).float()
@@ -478,22 +462,6 @@ def warp_minimum(x):
 def warp_maximum(x):
     """Takes the greatest `x` of the warp."""
     return asm("redux.sync.max.u32 $0, $1, 0xffffffff;", x, results="r", convergent=True)
-
-
-def warp_sum_f32(x):
-    """Sums the warp's float32: the same bits in all lanes, and in every run."""
-    for distance in (16, 8, 4, 2, 1):
-        text = f"{{.reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, 0xffffffff; add.f32 $0, $1, t;}}"
-        x = asm(text, x, results="f", convergent=True)
-    return x
-
-
-def warp_maximum_f32(x):
-    """Takes the greatest float32 of the warp."""
-    for distance in (16, 8, 4, 2, 1):
-        text = f"{{.reg .f32 t; shfl.sync.bfly.b32 t, $1, {distance}, 31, 0xffffffff; max.f32 $0, $1, t;}}"
-        x = asm(text, x, results="f", convergent=True)
-    return x
 
 
 def warp_reserve(address, count, lane):

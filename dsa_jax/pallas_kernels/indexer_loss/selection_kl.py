@@ -45,7 +45,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from dsa_jax.pallas_kernels.hopper import ptx, simt
+from dsa_jax.pallas_kernels.hopper import ptx, simt, simt_softmax
 from dsa_jax.pallas_kernels.hopper.constants import (
     BLOCK_HEADS,
     BLOCK_KEYS,
@@ -559,7 +559,7 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
             for (is_key, at), p, scale, value in zip(own, present, scales, values, strict=True):
                 x = simt.where(p, simt.load(scores + at).float() * scale, minus_infinity)
                 simt.store_if(is_key, scores + at, x.bits())
-                peak, total = simt.maximum_f32(peak, x), total + value
+                peak, total = simt_softmax.maximum_f32(peak, x), total + value
             return [peak, total]
 
         return for_each_key([minus_infinity, zero], work)
@@ -571,7 +571,7 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
             (total,) = carried
             for is_key, at in own:
                 x = simt.where(is_key, simt.load(scores + at).float(), minus_infinity)
-                total = total + simt.exp2((x - peak) * LOG2E)
+                total = total + simt_softmax.exp2((x - peak) * LOG2E)
             return [total]
 
         return for_each_key([zero], work)[0]
@@ -583,8 +583,8 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
     # First the maximum of I and the sum of p, then the sum of exponentials: in each warp over its own maximum, so that
     # one exchange between the warps is enough.
     peak, total = scores_of_keys()
-    peak, total = simt.warp_maximum_f32(peak), simt.warp_sum_f32(total)
-    exponential = simt.warp_sum_f32(exponentials(or_zero(peak)))
+    peak, total = simt_softmax.warp_maximum_f32(peak), simt_softmax.warp_sum_f32(total)
+    exponential = simt_softmax.warp_sum_f32(exponentials(or_zero(peak)))
     with simt.when(lane.equals(0)):
         simt.store4(notes + (warp << 4), [x.bits() for x in (peak, total, exponential, zero)])
     simt.barrier(number, WARPGROUP_THREADS)
@@ -592,16 +592,16 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
     # Every thread adds the four warps' parts in the same order, and has the same bits.
     peak = minus_infinity
     for part in parts:
-        peak = simt.maximum_f32(peak, part[0])
+        peak = simt_softmax.maximum_f32(peak, part[0])
     peak = or_zero(peak)
     total, exponential = zero, zero
     for part in parts:
         total = total + part[1]
-        exponential = exponential + part[2] * simt.exp2((part[0] - peak) * LOG2E)
+        exponential = exponential + part[2] * simt_softmax.exp2((part[0] - peak) * LOG2E)
     # Where p is 0, or there is no key: nothing is divided by 0, and all terms are 0.
     total = simt.where(total.bits().equals(0), simt.f32(1.0), total)
     exponential = simt.where(exponential.bits().equals(0), simt.f32(1.0), exponential)
-    log_sum = peak + simt.log2(exponential) * (1 / LOG2E)
+    log_sum = peak + simt_softmax.log2(exponential) * (1 / LOG2E)
     weight = [simt.load_gmem_if(simt.predicate(True), x + (query << 2).long()).float() for x in d_kl]
 
     def divergence(own, carried):
@@ -612,10 +612,10 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
             target = value / total
             log_softmax = simt.load(scores + at).float() - log_sum
             # log2 of a target of 0 is -inf, its term NaN: it is not taken.
-            term = target * (simt.log2(target) * (1 / LOG2E) - log_softmax)
+            term = target * (simt_softmax.log2(target) * (1 / LOG2E) - log_softmax)
             kl = kl + simt.where(p & positive(target), term, zero)
             for d in weight:  # d_kl, one or none: dI = (softmax - p) · d_kl · k_scale
-                d_score = (simt.exp2(log_softmax * LOG2E) - target) * d * scale
+                d_score = (simt_softmax.exp2(log_softmax * LOG2E) - target) * d * scale
                 simt.store_if(is_key, scores + at, simt.where(p, d_score, zero).bits())
         return [kl]
 
@@ -623,7 +623,7 @@ def run_statistics(keys, size, query, ids, sums, scale, d_kl, kl, scores, notes)
         """Tells whether x > 0, or is NaN, which shall show in the KL."""
         return ~zero.reaches(x)
 
-    part = simt.warp_sum_f32(for_each_key([zero], divergence)[0])
+    part = simt_softmax.warp_sum_f32(for_each_key([zero], divergence)[0])
     simt.barrier(number, WARPGROUP_THREADS)  # all have read the notes
     with simt.when(lane.equals(0)):
         simt.store(notes + (warp << 2), part.bits())

@@ -13,7 +13,8 @@ from cases import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax.pallas_kernels.decode.select_few_rows import Config, Plan, why_not
+from dsa_jax.pallas_kernels.decode.few_rows_plan import Config, Plan
+from dsa_jax.pallas_kernels.decode.select_few_rows import why_not
 
 kernel = importlib.import_module("dsa_jax.pallas_kernels.decode.select_few_rows")
 INF, NAN = np.inf, np.nan

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_simt
+import numpy_simt_softmax
 import pytest
 from cases import hostile_indices, normal, poison_unselected, same_bits
 from reference import f64
@@ -120,6 +121,7 @@ def test_statistics(k, backward, kind):
     machine.smem[:k] = weighted.view(np.uint32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "simt", numpy_simt)
+        patch.setattr(kernel, "simt_softmax", numpy_simt_softmax)
         patch.setattr(numpy_simt, "machine", machine, raising=False)
         at = [numpy_simt.gmem_address(machine.put(x)) for x in (ids, sums, scale, d_kl, np.full(5, 9, np.float32))]
         query_at = numpy_simt.i32(query)
