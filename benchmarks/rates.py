@@ -121,7 +121,7 @@ def gather() -> dict[str, Any]:
 
 
 def decode_rows(operation: str) -> list[dict[str, Any]]:
-    """Gathers times of a decode step's kernel by batch and heads: as recorded, or the prototype's until then.
+    """Gathers recorded times of a decode step's kernel by batch and heads.
 
     The file has parts of {"circumstances": …, "timings": […]}, and of the timings those rows count that have the
     operation's name of `DECODE`: one for each batch and number of heads, of one token a sequence over FP8 pages.
@@ -130,12 +130,7 @@ def decode_rows(operation: str) -> list[dict[str, Any]]:
       ValueError: if the file has no such row, or several of one batch and number of heads.
     """
     file, name = DECODE[operation]
-    if (measure.RESULTS / f"{file}.json").exists():
-        parts = [(_source(file, part), part) for part in recorded(file).values()]
-    else:
-        part = recorded("decode_prototype")[file]
-        parts = [(part["source"], part)]
-    timings = [(row, source) for source, part in parts for row in part.get("timings", [])]
+    timings = [(row, _source(file, part)) for part in recorded(file).values() for row in part.get("timings", [])]
     rows = [_decode_row(row, source) for row, source in timings if row["name"] == name]
     if not rows or len({(row["batch"], row["heads"]) for row in rows}) < len(rows):
         raise ValueError(f"{file}.json must have one row of {name} for each batch and number of heads, got {len(rows)}")

@@ -79,7 +79,7 @@ def write_decode(folder, name, *rows):
     (folder / f"{name}.json").write_text(json.dumps({"kernels": part | {"timings": rows}, "checks": part}))
 
 
-def test_recorded_decode_kernels_replace_the_prototypes(other_results):
+def test_decode_kernels_are_gathered_from_the_rows_of_their_names(other_results):
     row = {"name": "paged_sparse_attention", "batch": 1, "heads": 128, "microseconds": 11.5, "splits": 32}
     other = {"name": "combine", "batch": 1, "heads": 128, "microseconds": 3.0}
     before = rates.gather_serving()
