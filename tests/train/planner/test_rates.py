@@ -77,6 +77,7 @@ def other_results(monkeypatch, tmp_path):
 def write_decode(folder, name, *rows):
     part = {"circumstances": {"card": "NVIDIA H200", "date": "2027-01-02"}}
     (folder / f"{name}.json").write_text(json.dumps({"kernels": part | {"timings": rows}, "checks": part}))
+    rates.recorded.cache_clear()
 
 
 def test_decode_kernels_are_gathered_from_the_rows_of_their_names(other_results):
@@ -96,6 +97,5 @@ def test_ambiguous_decode_rows_are_refused(other_results):
     row = {"name": "paged_sparse_attention", "batch": 1, "heads": 128, "microseconds": 11.5}
     for rows in ([], [row, row]):
         write_decode(other_results, "decode_attention", *rows)
-        rates.recorded.cache_clear()
         with pytest.raises(ValueError, match="one row of paged_sparse_attention for each batch"):
             rates.gather_serving()
