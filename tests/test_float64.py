@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import reference
 from cases import hostile_indices, pulled, random_range
+from model_cases import small_config, small_model
 
 from dsa_jax import (
-    Config,
     attention_target,
     dense_indexer_kl,
     index_scores,
@@ -22,6 +22,9 @@ from dsa_jax import (
 
 B, T, S, N, J, E, C, R, K, SCALE = 2, 9, 17, 3, 2, 8, 8, 4, 6, 0.3
 TOLERANCE = dict(rtol=1e-11, atol=1e-13)
+
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 @pytest.fixture(autouse=True)
@@ -123,10 +126,8 @@ def test_float32_index_beside_float64_attention():
 
 @pytest.mark.parametrize("index_fp8", [False, True])
 def test_a_model_keeps_its_own_dtypes(index_fp8):
-    from model_cases import small_model
-
-    model = small_model(Config.tiny(num_hidden_layers=2, index_fp8=index_fp8))
-    tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
+    model = small_model(small_config(first_k_dense_replace=2, index_fp8=index_fp8))
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 40))
     output = model(tokens)
     with jax.enable_x64(False):
         expected = model(tokens)

@@ -177,6 +177,7 @@ def test_sparse_mla_against_float64(x, attention):
     assert not np.any(out.x[1, 20:]) and not np.any(out.indexer_kl[1, 20:])
 
 
+@pytest.mark.usefixtures("in_a_hurry")
 def test_the_three_forms_agree_where_every_key_is_selected(x):
     """Sparse with K ≥ S, dense multi-head, and dense over latents (that is, with a cache): outputs and KL."""
     config, keys = small_config(index_topk=T + 3), KeyRange.causal(B, T)

@@ -410,9 +410,10 @@ def test_a_model_starts_from_its_seed():
     assert np.std(attention["indexer"]["wq_b"][...]) == pytest.approx(0.1, rel=0.2)
 
 
-@pytest.mark.parametrize(("index_fp8", "attention"), [(False, "sparse"), (True, "sparse"), (False, "dense")])
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize(("index_fp8", "attention"), [(True, "sparse"), (False, "dense")], ids=["sparse", "dense"])
 def test_attention_maps_show_what_a_layer_attends_to(index_fp8, attention):
-    config = Config.tiny(num_hidden_layers=2, index_topk=8, index_fp8=index_fp8)
+    config = small_config(first_k_dense_replace=2, index_fp8=index_fp8)
     model, ids = small_model(config), tokens(2, 20)
     keys = KeyRange.packed(jnp.array([[0] * 12 + [1] * 8, [3] * 18 + [-1] * 2]))
     maps = model.attention_maps(ids, -1, keys=keys, attention=attention)

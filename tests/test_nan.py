@@ -58,9 +58,7 @@ def slow_except(cases, always):
 HEADS = [(heads, place) for heads in (16, 64) for place in nan_cases.PLACES]
 
 
-@pytest.mark.parametrize(
-    ("heads", "place"), slow_except(HEADS, lambda *case: case in ((16, "inf query"), (64, "nan key")))
-)
+@pytest.mark.parametrize(("heads", "place"), slow_except(HEADS, lambda *case: case == (64, "nan key")))
 def test_sparse_attention_interpreted(place, heads):
     keys = 140 if heads == 64 else 70  # two pairs of key blocks, so that maxima meet; one
     inputs = nan_cases.sparse_inputs(0, 1, 3, 300, heads, 64, 64, keys, "bfloat16")
@@ -195,7 +193,7 @@ LOSSES = [(way, what) for way in ("xla", "interpreted") for what in (*INDEX, *na
 
 
 @pytest.mark.parametrize(
-    ("implementation", "what"), slow_except(LOSSES, lambda way, what: way == "xla" or what in ("k_index", "nan query"))
+    ("implementation", "what"), slow_except(LOSSES, lambda way, what: way == "xla" or what == "nan query")
 )
 def test_sparse_loss(what, implementation):
     b, t, s, k = 1, 3, 300, 70

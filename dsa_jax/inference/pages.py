@@ -82,9 +82,9 @@ class PagedCache:
     Examples:
       >>> cache = PagedCache(model.config, pages=8, format="float32")
       >>> sequence = cache.new()
-      >>> cache.extend(sequence, 80)
-      >>> cache.table([sequence], width=2).tolist(), cache.free_pages
-      ([[0, 1]], 6)
+      >>> cache.extend(sequence, 60)
+      >>> cache.table([sequence], width=1).tolist(), cache.free_pages
+      ([[0]], 7)
     """
 
     def __init__(self, config: Config, pages: int, *, format: str = "bfloat16", mesh: Mesh | None = None):

@@ -95,11 +95,16 @@ def test_other_lengths_settings_and_stop_tokens_take_the_same_program():
     runner = step.Runner(model, PagedCache(CONFIG, 1, format="float32"))
     sizes = lambda: [run._cache_size() for run in (step._first, *runner.programs, *runner.dense_programs)]
     for stop_token in (None, (3, 4)):  # one stop token or none take a bucket, two the next
-        for settings in (dict(temperature=0), dict(temperature=0.7), dict(temperature=0.7, top_p=0.9)):
+        for settings in (dict(temperature=0), dict(temperature=0.7, top_p=0.9)):
             generate(model, PROMPTS, max_new_tokens=NEW, key=key, stop_token=stop_token, **settings)
     before = sizes()
     for width in (12, 9, 10):
-        for options in (dict(temperature=0), dict(top_p=0.5), dict(top_k=3, stop_token=5), dict(stop_token=(1, 2))):
+        for options in (
+            dict(temperature=0),
+            dict(top_p=0.5),
+            dict(top_k=3, stop_token=5),
+            dict(top_p=0.7, stop_token=(1, 2)),
+        ):
             generate(model, PROMPTS[:, :width], max_new_tokens=NEW - 1, **dict(key=key, temperature=1.3) | options)
     assert sizes() == before
 

@@ -155,7 +155,7 @@ def test_a_draw_depends_on_its_row_alone():
 
 @pytest.mark.parametrize(
     ("config", "cache_format"),
-    [(CONFIG, "float32"), (FP8, "fp8"), (ROUTED, "float32")],
+    [(CONFIG, "float32"), (FP8, "fp8"), pytest.param(ROUTED, "float32", marks=pytest.mark.slow)],
     ids=["float32", "fp8", "experts"],
 )
 def test_batch_invariant_logits_are_the_same_bits(config, cache_format):

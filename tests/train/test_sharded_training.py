@@ -279,6 +279,7 @@ def choices_that_differ(one, mesh, steps):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", meshes(DCT))
 def test_ten_steps_of_adamw(one, name, record_property):
     """Gives the same losses, for as long as no selection or routing differs.

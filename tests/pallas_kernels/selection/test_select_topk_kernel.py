@@ -251,7 +251,7 @@ def test_plans_fit_the_shared_memory(size, k):
         ({"teams": 0}, "teams must be 1 to 4 of 256, got 0"),
         ({"vectors": 3}, "vectors must be 1, 2, 4 or 8, got 3"),
         ({"margin": -1.0}, "margin must be None or within 0 to 100, got -1.0"),
-        ({"blocks": 0}, "blocks must be at least 1, got 0"),
+        ({"blocks": 0}, "blocks must be None or at least 1, got 0"),
     ],
 )
 def test_configs_validate_themselves(config, message):

@@ -103,7 +103,7 @@ def test_default_config():
         ({"streams": 3}, "streams must be 1 or 2, got 3"),
         ({"slot_tiles": 0}, "slot_tiles must be from 1 to 9, got 0"),
         ({"slots": 1}, "slots must be None or at least 2, got 1"),
-        ({"blocks": 0}, "blocks must be at least 1, got 0"),
+        ({"blocks": 0}, "blocks must be None or at least 1, got 0"),
     ],
 )
 def test_config_checks_itself(changes, message):
