@@ -24,8 +24,8 @@ from flax import nnx
 
 from benchmarks import measure
 from dsa_jax import Config, PagedCache, Runner, Transformer
+from dsa_jax.inference.programs import Carry
 from dsa_jax.inference.sampling import Settings
-from dsa_jax.inference.step import Carry
 
 OUT = measure.RESULTS / "decode_step.json"
 STEPS, WINDOWS = 24, 5  # of a window, and windows

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, Int32
 
 from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Kind, Settings, check_sampling, kind_of, row_seeds
-from dsa_jax.inference.step import PREFILL_CHUNK, Runner, bucket
+from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE

@@ -4,10 +4,8 @@ Every step is one compiled program. Shapes are rounded up to powers of two, so f
 them ahead of time. The pools are donated: a step updates them in place.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,181 +15,27 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.cache import Pages
 from dsa_jax.inference.pages import PagedCache
-from dsa_jax.inference.sampling import Draw, Kind, Settings, draw
-from dsa_jax.key_range import KeyRange
+from dsa_jax.inference.programs import (
+    Carry,
+    Options,
+    Rows,
+    StepOutput,
+    bucket,
+    draw_first,
+    padding_settings,
+    programs,
+)
+from dsa_jax.inference.sampling import Draw, Kind, Settings
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
+from dsa_jax.parallel.sharding import parameter_shardings, spec
 
 MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
 MAX_DECODED = 4  # tokens of a row in a decode step, as many as the kernels take
-# XLA copies each layer's weights out of their stack before it multiplies by them, unless the slice goes into the call
-# of cuBLAS; Triton's products never take it. Four layers of the 671B shape at batch 16: 2.9 ms a step, 4.8 without.
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}}
-MAX_PROGRAMS = 32  # models and options whose programs are kept
 INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
-
-
-class Options(NamedTuple):
-    """Says how a step runs; part of what is compiled."""
-
-    attention: Attention = "sparse"
-    return_selected: bool = False
-    return_routed: bool = False
-    mesh: Mesh | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Holds the tokens of a step: rows of one sequence, or of several behind each other in the row's pages.
-
-    Attributes:
-      tokens: int32 [B, T].
-      positions: int32 [B, T], in their sequence: what rotates them.
-      start: int32 [B, T], where their sequence begins in the row.
-      stop: int32 [B, T], behind their own position in the row; 0 for padding.
-      wanted: int32 [B, M], the columns of the tokens whose logits are wanted.
-    """
-
-    tokens: Array | np.ndarray
-    positions: Array | np.ndarray
-    start: Array | np.ndarray
-    stop: Array | np.ndarray
-    wanted: Array | np.ndarray
-
-
-class StepOutput(NamedTuple):
-    """Holds the results of a step: logits [B, M, vocab], and for every token what was asked for."""
-
-    logits: Array
-    selected: Array | None  # int32 [layers, B, T, K], positions of the token's own sequence
-    routed: Array | None  # int32 [moe_layers, B, T, k]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """Holds what decode steps hand on, of each row, so that the next need not wait for the host.
-
-    Attributes:
-      token: int32 [B], the last one that was drawn, which the next step takes in.
-      length: int32 [B], the tokens in the cache.
-      number: int32 [B], how many were drawn.
-      live: bool [B], whether the row goes on.
-    """
-
-    token: Array
-    length: Array
-    number: Array
-    live: Array
-
-
-def bucket(size: int, least: int = 1) -> int:
-    """Rounds a size up to a power of two, `least` or more, so that few sizes are compiled."""
-    return max(least, 1 << max(size - 1, 0).bit_length())
-
-
-def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, rows: Rows):
-    """Runs the model on this shard's rows; returns the wanted logits, of its part of the vocabulary, and the pools."""
-    model = nnx.merge(graph, state)
-    keys = KeyRange(jnp.asarray(rows.start), jnp.asarray(rows.stop))
-    latents, index_keys = pools
-    cache = Pages.at(latents, index_keys, table, keys, value_dim=model.config.kv_lora_rank)
-    out = model(
-        jnp.asarray(rows.tokens),
-        keys=keys,
-        positions=jnp.asarray(rows.positions),
-        attention=options.attention,
-        cache=cache,
-        return_selected=options.return_selected,
-        return_routed=options.return_routed,
-        return_indexer_kl=False,
-    )
-    hidden = jnp.take_along_axis(out.hidden, rows.wanted[..., None], axis=1)
-    selected = out.selected
-    if selected is not None:  # in the row they stand behind the beginning of their sequence
-        selected = jnp.where(selected < 0, -1, selected - rows.start[..., None])
-    return StepOutput(model.unembed(hidden), selected, out.routed), (out.cache.latents, out.cache.index_keys)
-
-
-def _forward_on(graph, options: Options, pools, state, table, rows):
-    """Runs `_forward` on one device, or on every shard of a mesh."""
-    run = partial(_forward, graph, options)
-    if options.mesh is None:
-        return run(pools, state, table, rows)
-    row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
-    selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
-    specs: Any = spec("rows", None, "vocabulary"), selected, routed
-    return jax.shard_map(
-        run,
-        mesh=options.mesh,
-        in_specs=((pool, pool), parameter_specs(state), spec("rows", "pages"), row),
-        out_specs=(StepOutput(*specs), (pool, pool)),
-        check_vma=False,
-    )(pools, state, table, rows)
-
-
-def _everywhere(mesh: Mesh | None, carry: Carry) -> Carry:
-    """Has every device get the carry: wherever else a step left it, the next would be compiled for that anew."""
-    return carry if mesh is None else jax.lax.with_sharding_constraint(carry, NamedSharding(mesh, spec()))
-
-
-def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops, *, kind: Kind):
-    """Takes in each row's last token and draws the next."""
-    length = carry.length[:, None]
-    zero = jnp.zeros_like(length)
-    rows = Rows(carry.token[:, None], length, zero, jnp.where(carry.live[:, None], length + 1, 0), zero)
-    out, pools = _forward_on(graph, options, pools, state, table, rows)
-    drawn = draw(out.logits[:, 0], settings, carry.number, kind=kind)
-    taken = dataclasses.replace(carry, length=carry.length + carry.live)
-    return _everywhere(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
-
-
-@partial(jax.jit, static_argnums=0, static_argnames="kind")
-def _first(mesh: Mesh | None, logits, length, settings: Settings, stops, live, *, kind: Kind):
-    """Draws the first token of each row, from the logits of its prompt."""
-    zero = jnp.zeros_like(length)
-    drawn = draw(logits, settings, zero, kind=kind)
-    return _everywhere(mesh, _advance(Carry(zero, length, zero, live), drawn, stops)), drawn
-
-
-def _advance(carry: Carry, drawn: Draw, stops) -> Carry:
-    """Counts what was drawn; a row that has stopped keeps its last token."""
-    token = jnp.where(carry.live, drawn.token, carry.token)
-    # Of NaN logits every log-probability is NaN: such a row ends here, and the others go on.
-    live = carry.live & ~jnp.any(token[:, None] == stops, axis=-1) & ~jnp.isnan(drawn.log_prob)
-    return Carry(token, carry.length, carry.number + 1, live)
-
-
-class Programs(NamedTuple):
-    """Holds the compiled steps of a model: functions of arrays alone, the parameters as a flat list."""
-
-    prefill: Callable  # (pools, parameters, table, rows) -> (StepOutput, pools)
-    decode: Callable  # (pools, carry, parameters, table, settings, stops, kind) -> (Carry, Draw, StepOutput, pools)
-
-
-@lru_cache(maxsize=MAX_PROGRAMS)
-def programs(graph, tree, options: Options) -> Programs:
-    """Makes the programs of a model's steps, the same for the same model and options.
-
-    A step at a time takes but a few milliseconds, so the host must not go through a model's description at every call:
-    hashing it and flattening its state took longer than a step of four layers.
-    """
-
-    def prefill(pools, parameters, table, rows):
-        return _forward_on(graph, options, pools, jax.tree.unflatten(tree, parameters), table, rows)
-
-    def decode(pools, carry, parameters, table, settings, stops, kind):
-        state = jax.tree.unflatten(tree, parameters)
-        return _decode_on(graph, options, pools, carry, state, table, settings, stops, kind=kind)
-
-    compile = partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
-    return Programs(compile(prefill), compile(decode, static_argnums=6))
 
 
 class Piece(NamedTuple):
@@ -445,7 +289,7 @@ class Runner:
         mesh = self.cache.mesh
         if mesh is not None:  # wherever they were: one program takes them
             logits = jax.device_put(logits, NamedSharding(mesh, spec()))
-        return _first(mesh, logits, length, settings, stops, live, kind=kind)
+        return draw_first(mesh, logits, length, settings, stops, live, kind=kind)
 
     def decode(
         self, carry: Carry, table, settings: Settings, stops, *, kind: Kind = "truncated"
@@ -509,13 +353,6 @@ def _place(state, mesh: Mesh | None):
 
 def _describe(mesh):
     return "no mesh" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-
-
-def padding_settings(rows: int, vocab: int) -> Settings:
-    """Makes the settings of rows that nobody reads: greedy."""
-    return Settings(
-        np.zeros(rows, np.float32), np.full(rows, vocab, np.int32), np.ones(rows, np.float32), np.zeros(rows, np.uint32)
-    )
 
 
 def _join(parts, width):

@@ -9,8 +9,8 @@ import pytest
 from cases import same_bits, unchecked
 from model_cases import forward, small_config, small_model, tokens
 
-from dsa_jax import KeyRange, PagedCache, generate, sample
-from dsa_jax.inference import step
+from dsa_jax import KeyRange, PagedCache, Runner, generate, sample
+from dsa_jax.inference import programs
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
@@ -92,8 +92,8 @@ def test_a_row_stops_at_any_of_several_tokens():
 
 def test_other_lengths_settings_and_stop_tokens_take_the_same_program():
     model, key = small_model(CONFIG), jax.random.key(0)
-    runner = step.Runner(model, PagedCache(CONFIG, 1, format="float32"))
-    sizes = lambda: [run._cache_size() for run in (step._first, *runner.programs, *runner.dense_programs)]
+    runner = Runner(model, PagedCache(CONFIG, 1, format="float32"))
+    sizes = lambda: [run._cache_size() for run in (programs.draw_first, *runner.programs, *runner.dense_programs)]
     for stop_token in (None, (3, 4)):  # one stop token or none take a bucket, two the next
         for settings in (dict(temperature=0), dict(temperature=0.7, top_p=0.9)):
             generate(model, PROMPTS, max_new_tokens=NEW, key=key, stop_token=stop_token, **settings)

@@ -92,7 +92,7 @@ def test_fp8(name):
 def compiled(records) -> list[str]:
     """Lists the steps among what JAX says that it compiles."""
     names = (match[1] for each in records if (match := re.match(r"Compiling jit\((\w+)\)", each.getMessage())))
-    return [name for name in names if name in ("prefill", "decode", "_first")]
+    return [name for name in names if name in ("prefill", "decode", "draw_first")]
 
 
 @pytest.mark.parametrize(("name", "rows"), [(CET, ROWS), pytest.param("data=4", FEW, marks=pytest.mark.slow)])
@@ -107,7 +107,7 @@ def test_batch_invariant_rows(name, rows, caplog):
         assert x.sharding == sharding
     with jax.log_compiles():
         runner.warm(rows=[1], tokens=[CHUNK], kinds=["random"])
-        assert set(compiled(caplog.records)) >= {"_first", "decode"}  # other tests may have had the same prefill
+        assert set(compiled(caplog.records)) >= {"draw_first", "decode"}  # other tests may have had the same prefill
         caplog.clear()
         check(name, rows=rows, batch_invariant=True)
         assert not compiled(caplog.records)

@@ -13,7 +13,7 @@ from flax import nnx
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import KeyRange, OutOfPages, PagedCache, Runner, complete, stream
-from dsa_jax.inference.step import padding_settings
+from dsa_jax.inference.programs import padding_settings
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import dsa_jax
 from dsa_jax import Config, PagedCache, Runner, Transformer, complete
-from dsa_jax.inference.step import padding_settings
+from dsa_jax.inference.programs import padding_settings
 
 pytestmark = pytest.mark.gpu
 
