@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Kind, Settings, check_sampling, kind_of, row_seeds
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
+from dsa_jax.inference.text import Decoder
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
@@ -28,14 +29,6 @@ from dsa_jax.parallel.sharding import check_model, shards
 logger = logging.getLogger(__name__)
 
 Prompts = Int[Array, "B T"] | Int[np.ndarray, "B T"] | Sequence[Sequence[int]]
-
-
-class Decoder(Protocol):
-    """Turns tokens into text, as tokenizers of Hugging Face do."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of tokens."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +216,8 @@ class _Stream:
         chosen = check_sampling(temperature, top_k, top_p, self.rows, config.vocab_size)
         if np.any(chosen[0] > 0) and key is None and seed is None:
             raise ValueError("sampling needs a random key: pass key=jax.random.key(…) or seed=…, or temperature=0")
-        self.kind: Kind = kind_of(*chosen, config.vocab_size)
+        # Each kind is a program of its own, which may compute other bits of the same log-probabilities.
+        self.kind: Kind = "truncated" if batch_invariant else kind_of(*chosen, config.vocab_size)
         self.settings = Settings(*chosen, row_seeds(key, seed, self.rows))
         self.return_kept = return_kept
         self.stopped, self.failed = np.zeros(self.rows, bool), np.zeros(self.rows, bool)

@@ -123,6 +123,7 @@ class PagedCache:
         batch: int,
         length: int,
         memory: int | None = None,
+        most: int | None = None,
         mesh: Mesh | None = None,
     ) -> Self:
         """Makes pools as large as the device's free memory allows.
@@ -132,13 +133,14 @@ class PagedCache:
           batch: rows of a decode step on a shard, whose index scores need memory beside the pools.
           length: the longest sequence, in tokens.
           memory: free bytes of each device; measured if None.
+          most: how many pages to make at most.
 
         Raises:
           ValueError: if not even one page fits, or the device does not say how much memory is free.
         """
         free = _free_memory() if memory is None else memory
         pages = pages_that_fit(config, format=format, batch=batch, length=length, memory=free)
-        return cls(config, pages, format=format, mesh=mesh)
+        return cls(config, pages if most is None else min(pages, most), format=format, mesh=mesh)
 
     @property
     def free_pages(self) -> int:
@@ -203,6 +205,27 @@ class PagedCache:
         for place, page in enumerate(own.pages):
             self._shard(own, place).share(page)
         return self._add(_Sequence(own.rows, list(own.pages), own.length))
+
+    def begin(self, pages: Sequence[int], rows: int = 0) -> int:
+        """Begins a sequence of whole pages that others have, and shares them.
+
+        Raises:
+          ValueError: if nobody has one of them, or pages are sharded, so that each belongs to a place.
+        """
+        free = self._free[rows][0]
+        if self.page_shards > 1 or not all(0 <= page < self.pages and free.counts[page] for page in pages):
+            raise ValueError(f"pages must be taken ones of a cache whose pages are not sharded, got {list(pages)}")
+        for page in pages:
+            free.share(page)
+        return self._add(_Sequence(rows, list(pages), PAGE * len(pages)))
+
+    def pages_of(self, sequence: int) -> list[int]:
+        """Lists the pages of a sequence, in the order of its tokens."""
+        return list(self._get(sequence).pages)
+
+    def owners(self, page: int, rows: int = 0) -> int:
+        """Counts the sequences that have a page, where pages are not sharded."""
+        return int(self._free[rows][0].counts[page])
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forgets the tokens from `length` on."""
@@ -418,10 +441,13 @@ def pages_that_fit(config: Config, *, format: str, batch: int, length: int, memo
 
 
 def _free_memory() -> int:
-    stats: Any = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
+    device: Any = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform != "cpu":
         raise ValueError("this device does not say how much memory is free: give memory, in bytes")
-    return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # the other half is for whatever else runs
 
 
 def check_table(table: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, " B"], pages: int) -> None:

@@ -76,10 +76,10 @@ class Carry:
       live: bool [B], whether the row goes on.
     """
 
-    token: Array
-    length: Array
-    number: Array
-    live: Array
+    token: Array | np.ndarray
+    length: Array | np.ndarray
+    number: Array | np.ndarray
+    live: Array | np.ndarray
 
 
 def bucket(size: int, least: int = 1) -> int:
@@ -138,7 +138,7 @@ def _decode_on(graph, options: Options, pools, carry: Carry, state, table, setti
     zero = jnp.zeros_like(length)
     rows = Rows(carry.token[:, None], length, zero, jnp.where(carry.live[:, None], length + 1, 0), zero)
     out, pools = _forward_on(graph, options, pools, state, table, rows)
-    drawn = draw(out.logits[:, 0], settings, carry.number, kind=kind)
+    drawn = draw(out.logits[:, 0], settings, jnp.asarray(carry.number), kind=kind)
     taken = dataclasses.replace(carry, length=carry.length + carry.live)
     return _everywhere(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
 

@@ -109,20 +109,23 @@ class Runner:
         self.programs = programs(graph, tree, self.options)
         self.dense_programs = programs(graph, tree, self.options._replace(attention="dense"))
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
+        self.max_length = max_length
         self.table_pages = None if max_length is None else math.ceil(max_length / PAGE)
         skips = attention == "sparse" and not return_selected and not batch_invariant and cache.page_shards == 1
         self.dense_below = (config.index_topk if dense_below is None else dense_below) if skips else 0
 
     # Prefill.
 
-    def prefill(self, sequences: Sequence[int], prompts: Sequence[np.ndarray]) -> Prefilled:
-        """Appends a prompt, int32 [T], to each sequence, in as many steps as its chunks need.
+    def prefill(self, sequences: Sequence[int], prompts: Sequence[np.ndarray], *, extended: bool = False) -> Prefilled:
+        """Appends a prompt, int32 [T], to each sequence, which has room for it already if `extended`.
 
         Raises:
           OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
           ValueError: for an empty prompt, or one that would make its sequence too long.
         """
-        before = self._extend(sequences, [len(prompt) for prompt in prompts])
+        counts = [len(prompt) for prompt in prompts]
+        lengths = map(self.cache.length, sequences)
+        before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)
         last: list[Array] = [jnp.zeros(0)] * len(prompts)
         selected: list[list[np.ndarray]] = [[] for _ in prompts]
         routed: list[list[np.ndarray]] = [[] for _ in prompts]

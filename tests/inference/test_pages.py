@@ -334,6 +334,7 @@ def test_pages_that_fit_take_the_bytes_that_they_count(format):
     memory = math.ceil((7 * page + 4 * 5 * 90) / 0.9)
     assert pages_that_fit(config, **options, memory=memory) == 7
     assert pages_that_fit(config, **options, memory=memory - 2) == 6
+    assert PagedCache.sized(config, **options, memory=memory, most=3).pages == 3
     sized = PagedCache.sized(config, **options, memory=memory)
     assert sized.pages == sized.free_pages == 7 and sized.format == format
     with pytest.raises(ValueError, match=f"a page takes {page:,} bytes beside 1,800 bytes of index scores, got 99 "):
@@ -341,16 +342,22 @@ def test_pages_that_fit_take_the_bytes_that_they_count(format):
 
 
 def test_free_memory_is_asked_of_the_device(monkeypatch):
-    options: dict[str, Any] = dict(format="float32", batch=1, length=64)
-    with pytest.raises(ValueError, match="give memory"):  # a CPU does not say
-        PagedCache.sized(TINY, **options)
+    """A CPU does not say: half of what its host has is taken."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < module._free_memory() <= available / 2
 
     class Device:
-        def memory_stats(self):
-            return dict(bytes_limit=1_000_000, bytes_in_use=600_000)
+        platform = "gpu"
 
-    monkeypatch.setattr(module.jax, "local_devices", lambda: [Device()])
+        def __init__(self, **stats):
+            self.memory_stats = lambda: stats
+
+    monkeypatch.setattr(module.jax, "local_devices", lambda: [Device(bytes_limit=1_000_000, bytes_in_use=600_000)])
     assert module._free_memory() == 400_000
+    monkeypatch.setattr(module.jax, "local_devices", lambda: [Device()])
+    options: dict[str, Any] = dict(format="float32", batch=1, length=64)
+    with pytest.raises(ValueError, match="give memory"):
+        PagedCache.sized(TINY, **options)
 
 
 # Files

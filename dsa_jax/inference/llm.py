@@ -1,0 +1,147 @@
+"""`LLM`: a model or a checkpoint's folder, and continuations of prompts."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from dsa_jax.hf.convert import load_hf
+from dsa_jax.inference.engine import ROWS, Engine, Finished, Request, SamplingParams
+from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.step import PREFILL_CHUNK, Runner
+from dsa_jax.model import Transformer
+from dsa_jax.paged import PAGE
+
+PREFIX_POOLS = 2  # times the pages that full rows of the longest sequences need: the rest keeps prefixes
+
+
+@dataclasses.dataclass
+class Output:
+    """Holds one continuation: its tokens, their log-probabilities, its text, and why it ended."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finished: Finished | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass
+class Result:
+    """Holds the continuations of one prompt."""
+
+    prompt: Any
+    outputs: list[Output]
+
+
+class LLM:
+    """Continues prompts by a model.
+
+    Args:
+      model: the transformer, or a folder with a checkpoint, and its `tokenizer.json` if text is wanted.
+      tokenizer: of the model; that of the folder if None.
+      max_length: the longest sequence, prompt and continuation; the model's positions if None.
+      pages: of the cache; as many as free memory has room for if None.
+      rows: how many sequences run at a time.
+      cache_format: "float32", "bfloat16" or "fp8"; the model's compute dtype if None.
+      prefill_chunk: tokens of prompts that a step takes beside the tokens that it decodes.
+      batch_invariant: makes the tokens independent of whatever else runs, to the last bit of their log-probabilities.
+      reuse_prefixes: whether pages of equal prefixes are computed once.
+
+    Examples:
+      >>> llm = LLM(model, pages=16)
+      >>> [result] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=4))
+      >>> len(result.outputs[0].tokens)
+      4
+    """
+
+    def __init__(
+        self,
+        model: Transformer | str | Path,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        pages: int | None = None,
+        rows: int = ROWS,
+        cache_format: str | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        batch_invariant: bool = False,
+        reuse_prefixes: bool = True,
+    ):
+        end_tokens: list[int] = []
+        if not isinstance(model, Transformer):
+            folder = Path(model)
+            end_tokens = read_end_tokens(folder)
+            if tokenizer is None and (folder / "tokenizer.json").exists():
+                tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            model = load_hf(folder)
+        config = model.config
+        length = config.max_position_embeddings if max_length is None or batch_invariant else max_length
+        format = cache_format or config.dtype
+        if pages is None:
+            most = PREFIX_POOLS * rows * math.ceil(length / PAGE)
+            cache = PagedCache.sized(config, format=format, batch=rows, length=length, most=most)
+        else:
+            cache = PagedCache(config, pages, format=format)
+        runner = Runner(
+            model, cache, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant, max_length=length
+        )  # fmt: skip
+        self.engine = Engine(
+            runner, tokenizer=tokenizer, end_tokens=end_tokens, rows=rows, reuse_prefixes=reuse_prefixes
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+    ) -> list[Result]:
+        """Continues each prompt, text or token ids, and returns when all have ended.
+
+        Args:
+          prompts: any number; a single text is one prompt.
+          params: for all of them, or one for each.
+
+        Raises:
+          ValueError, OutOfPages: as `Engine.add`; nothing has run then.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params must be one, or one for each of the {len(prompts)} prompts, got {len(each)}")
+        results: dict[int, Result] = {}
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                name = self.engine.add(Request(prompt, own))
+                results[name] = Result(prompt, [Output() for _ in range(own.n)])
+            while self.engine.busy:
+                self._collect(results)
+        except BaseException:
+            for name in results:
+                self.engine.cancel(name)
+            raise
+        return list(results.values())
+
+    def _collect(self, results: dict[int, Result]) -> None:
+        """Runs a step, and adds its tokens to the results that they belong to."""
+        for token in self.engine.step():
+            if token.request in results:
+                output = results[token.request].outputs[token.index]
+                if token.token is not None and token.log_prob is not None:
+                    output.tokens.append(token.token)
+                    output.log_probs.append(token.log_prob)
+                output.text += token.text
+                output.finished, output.error = token.finished, token.error
+
+
+def read_end_tokens(folder: Path) -> list[int]:
+    """Reads the ids that end a text from `generation_config.json`, or else `config.json`; none if neither says."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return [found] if isinstance(found, int) else list(found)
+    return []

@@ -1,0 +1,229 @@
+"""The scheduler: which sequences run in the next step, each with how many tokens. It runs on the host alone.
+
+First come, first served. In every step each running sequence decodes one token, and prompts take what the budget
+leaves, at most one chunk: a long prompt delays others by no more. Where pages run out, the youngest running sequence is
+preempted: its pages are free, it waits in front of all others, and is computed anew when there is room.
+"""
+
+import collections
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from dsa_jax.inference.prefix import Chain, PrefixCache
+from dsa_jax.paged import PAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds a step.
+
+    Attributes:
+      rows: how many sequences run at a time.
+      budget: tokens, decoded and of prompts together.
+      chunk: tokens of prompts.
+      invariant: whether a chunk is of one sequence and crosses no multiple of `chunk`, and what was preempted is
+        generated anew instead of being taken for a longer prompt: its keys then have the same bits as before.
+    """
+
+    rows: int
+    budget: int
+    chunk: int
+    invariant: bool = False
+
+    def __post_init__(self):
+        if self.rows < 1 or self.chunk < 1:
+            raise ValueError(f"rows and chunk must be at least 1, got {self.rows} and {self.chunk}")
+        if self.budget <= self.rows:
+            raise ValueError(
+                f"budget must be more than the {self.rows} rows that decode a token each, got {self.budget}"
+            )
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """Holds what the scheduler knows of a sequence.
+
+    Attributes:
+      prompt: int32 [T].
+      max_tokens: how many tokens to draw at most.
+      chain: the keys of its pages.
+      leader: a sequence with the same prompt, whose pages this one waits for.
+      tokens: what was drawn and read.
+      cached: its number in the paged cache while it runs, else -1.
+      filled: tokens that the cache holds when the steps under way have run.
+      target: tokens to prefill before the next one is drawn.
+      drawn: tokens drawn, those of steps under way included; counted anew after a preemption under `invariant`.
+      slot: a number below `rows` that is its own while it runs.
+      ended: whether it will not run again.
+    """
+
+    prompt: np.ndarray
+    max_tokens: int
+    chain: Chain
+    leader: "Sequence | None" = None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    cached: int = -1
+    filled: int = 0
+    target: int = 0
+    drawn: int = 0
+    slot: int = -1
+    ended: bool = False
+
+    @property
+    def runs(self) -> bool:
+        """Tells whether it has pages and a slot."""
+        return self.cached >= 0
+
+    @property
+    def known(self) -> np.ndarray:
+        """Returns the prompt and what was drawn and read."""
+        return np.concatenate([self.prompt, np.asarray(self.tokens, np.int32)])
+
+    @property
+    def decodes(self) -> bool:
+        """Tells whether its prompt is in the cache and tokens are left to draw."""
+        return self.filled >= self.target and self.drawn < self.max_tokens
+
+
+class Work(NamedTuple):
+    """Says what a step does for a sequence."""
+
+    sequence: Sequence
+    begin: int  # the first token that it takes in
+    count: int
+    number: int | None  # of the token that it draws; None in the midst of a prompt
+
+
+@dataclasses.dataclass
+class Plan:
+    """Holds the work of a step, and which sequences had to go."""
+
+    decode: list[Work] = dataclasses.field(default_factory=list)
+    prefill: list[Work] = dataclasses.field(default_factory=list)
+    preempted: list[Sequence] = dataclasses.field(default_factory=list)
+
+
+class Scheduler:
+    """Plans steps over a cache.
+
+    `running` and `waiting` are in order of arrival, and everything that runs came before everything that waits.
+    """
+
+    def __init__(self, pages: PrefixCache, limits: Limits):
+        self.pages, self.limits = pages, limits
+        self.running: list[Sequence] = []
+        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.preemptions = 0
+        self._slots = list(range(limits.rows - 1, -1, -1))
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence at the end of the queue."""
+        self.waiting.append(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is; its pages are free, even where a step under way still writes them."""
+        sequence.ended = True
+        if sequence.runs:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def plan(self) -> Plan:
+        """Decides on the next step, and makes room in the cache for the tokens that it takes in."""
+        plan = Plan()
+        decoding = sum(sequence.decodes for sequence in self.running)
+        left = min(self.limits.chunk, self.limits.budget - decoding)
+        for sequence in list(self.running):  # the oldest first: who is preempted has not been planned yet
+            if sequence.runs:
+                left -= self._plan_one(plan, sequence, left)
+        while not plan.preempted and self._takes_more(plan, left) and (admitted := self._admit()):
+            left -= self._plan_one(plan, admitted, left)
+        return plan
+
+    def _plan_one(self, plan, sequence, left) -> int:
+        """Plans a sequence's work; returns how many tokens of a prompt it takes."""
+        decodes = sequence.decodes
+        count = 1 if decodes else self._chunk(plan, sequence, left)
+        if not count or not self._make_room(plan, sequence, count):
+            return 0
+        begin, ends = sequence.filled, sequence.filled + count >= sequence.target
+        self.pages.cache.extend(sequence.cached, count)
+        sequence.filled += count
+        (plan.decode if decodes else plan.prefill).append(
+            Work(sequence, begin, count, sequence.drawn if ends else None)
+        )
+        sequence.drawn += ends
+        return 0 if decodes else count
+
+    def _takes_more(self, plan, left) -> bool:
+        return left > 0 and not (self.limits.invariant and plan.prefill)
+
+    def _chunk(self, plan, sequence, left) -> int:
+        """Counts the tokens of a prompt that a step takes."""
+        if not self._takes_more(plan, left):
+            return 0
+        if self.limits.invariant:
+            left = min(left, self.limits.chunk - sequence.filled % self.limits.chunk)
+        return max(0, min(left, sequence.target - sequence.filled))
+
+    def _make_room(self, plan, sequence, count) -> bool:
+        """Preempts the youngest until there are pages; returns whether the sequence is still running."""
+        while not self.pages.room(self.pages.cache.missing(sequence.cached, count)):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            plan.preempted.append(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence) -> None:
+        self.preemptions += 1
+        self._stop(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _stop(self, sequence) -> None:
+        """Takes a running sequence off the batch; its pages stay known as a prefix until they are wanted."""
+        self.keep(sequence)
+        self.pages.cache.free(sequence.cached)
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        sequence.cached = sequence.slot = -1
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keeps the full pages of a running sequence as a prefix; of its prompt alone under `invariant`.
+
+        Keys that decode steps have written may differ in their last bits from those of a prefill. The last token that
+        was read has not been taken in, or by a step that nobody has read yet, whose results may be NaN.
+        """
+        if sequence.runs and sequence.tokens:
+            tokens = sequence.prompt if self.limits.invariant else sequence.known[:-1]
+            self.pages.keep(sequence.cached, tokens[: sequence.filled], sequence.chain)
+
+    def _admit(self) -> Sequence | None:
+        """Lets the first in the queue run, if there are pages for all its tokens and for a while of the others."""
+        if not self.waiting or not self._slots:
+            return None
+        sequence = self.waiting[0]
+        leader = sequence.leader
+        if leader is not None and not leader.ended and not leader.tokens:
+            return None
+        prefilling = [each for each in self.running if each.filled < each.target]
+        spare = sum(self.pages.cache.missing(each.cached, each.target - each.filled) for each in prefilling)
+        spare += len(self.running) - len(prefilling)  # a page each
+        tokens = sequence.prompt if self.limits.invariant else sequence.known
+        cached = self.pages.begin(tokens, sequence.chain, spare)
+        if cached is None:
+            return None
+        sequence.cached, sequence.slot = cached, self._slots.pop()
+        sequence.filled, sequence.target = self.pages.cache.length(cached), len(tokens)
+        sequence.drawn = 0 if self.limits.invariant else len(sequence.tokens)
+        self.running.append(self.waiting.popleft())
+        return sequence
+
+
+def pages_needed(prompt: int, max_tokens: int) -> int:
+    """Counts the pages of a sequence that is as long as it may become; its last token is never taken in."""
+    return math.ceil((prompt + max_tokens - 1) / PAGE)

@@ -1,0 +1,80 @@
+"""Text from tokens as they come: no half characters, and nothing of a stop string."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+WINDOW = 16  # tokens that are waited for until they make whole characters
+
+
+class Decoder(Protocol):
+    """Turns tokens into text, as tokenizers of Hugging Face do."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens."""
+        ...
+
+
+class TextStream:
+    """Turns tokens into text that is final: what may yet become a stop string is held back.
+
+    Attributes:
+      text: what is final.
+      stopped: whether a stop string came; `text` ends before it.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str] = ()):
+        self.text, self.stopped = "", False
+        self._decoder, self._stops = decoder, stops
+        self._ids: list[int] = []  # the last tokens: those that are read, then those that are not
+        self._read = 0
+        self._held = ""
+
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """Takes a token in; returns the text that has become final.
+
+        Args:
+          token: the next one.
+          may_stop: whether a stop string that it completes counts.
+        """
+        if self.stopped:
+            return ""
+        self._held += self._decode(token)
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found and may_stop:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(self._held) - self._possible())
+
+    def finish(self) -> str:
+        """Returns the text that was held back, when no token follows."""
+        if self.stopped:
+            return ""
+        self._held += self._new(whole=False)
+        return self._release(len(self._held))
+
+    def _decode(self, token) -> str:
+        self._ids.append(token)
+        return self._new(whole=len(self._ids) - self._read < WINDOW)
+
+    def _new(self, *, whole) -> str:
+        """Returns the text of the tokens that are not read, behind that of those that are: spaces depend on these."""
+        before = self._decoder.decode(self._ids[: self._read])
+        text = self._decoder.decode(self._ids)
+        if whole and text.endswith("\ufffd"):
+            return ""
+        self._ids, self._read = self._ids[self._read :], len(self._ids) - self._read
+        return text[len(before) :]
+
+    def _possible(self) -> int:
+        """Counts the characters at the end that a stop string begins with."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for count in range(min(longest, len(self._held)), 0, -1):
+            end = self._held[-count:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return count
+        return 0
+
+    def _release(self, count) -> str:
+        out, self._held = self._held[:count], self._held[count:]
+        self.text += out
+        return out
