@@ -202,6 +202,12 @@ class Scheduler:
             tokens = sequence.prompt if self.limits.invariant else sequence.known[:-1]
             self.pages.keep(sequence.cached, tokens[: sequence.filled], sequence.chain)
 
+    def _wants(self, sequence) -> int:
+        """Counts the pages to leave to a running sequence: for the rest of its prompt, or for its next tokens."""
+        if sequence.filled < sequence.target:
+            return self.pages.cache.missing(sequence.cached, sequence.target - sequence.filled)
+        return min(1, self.pages.cache.missing(sequence.cached, sequence.max_tokens - sequence.drawn))
+
     def _admit(self) -> Sequence | None:
         """Lets the first in the queue run, if there are pages for all its tokens and for a while of the others."""
         if not self.waiting or not self._slots:
@@ -210,9 +216,7 @@ class Scheduler:
         leader = sequence.leader
         if leader is not None and not leader.ended and not leader.tokens:
             return None
-        prefilling = [each for each in self.running if each.filled < each.target]
-        spare = sum(self.pages.cache.missing(each.cached, each.target - each.filled) for each in prefilling)
-        spare += len(self.running) - len(prefilling)  # a page each
+        spare = sum(map(self._wants, self.running))
         tokens = sequence.prompt if self.limits.invariant else sequence.known
         cached = self.pages.begin(tokens, sequence.chain, spare)
         if cached is None:
