@@ -12,7 +12,9 @@ from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
+from dsa_jax.inference.engine import Engine, Request, SamplingParams
 from dsa_jax.inference.generate import Completions, complete, generate, stream
+from dsa_jax.inference.llm import LLM
 from dsa_jax.inference.pages import OutOfPages, PagedCache
 from dsa_jax.inference.sampling import sample
 from dsa_jax.inference.step import Runner
@@ -30,11 +32,13 @@ from dsa_jax.selection import select_keys, select_topk
 __version__ = "0.2.0"
 
 __all__ = [
+    "LLM",
     "Attention",
     "AttentionMaps",
     "Cache",
     "Completions",
     "Config",
+    "Engine",
     "Implementation",
     "KeyRange",
     "LightningIndexer",
@@ -42,7 +46,9 @@ __all__ = [
     "OutOfPages",
     "Output",
     "PagedCache",
+    "Request",
     "Runner",
+    "SamplingParams",
     "SparseMLA",
     "Transformer",
     "YaRN",

@@ -1,19 +1,29 @@
 """Inference: a paged cache, the steps of prefill and decode over it, sampling, and generation.
 
 `generate` continues prompts; `complete` tells all that is known of what it drew, `stream` yields tokens as they come.
-`Runner` runs a model over a `PagedCache` a step at a time, for engines of one's own.
+`LLM` serves many requests at once from one model, `Engine` is what it runs: sequences join and leave its batch at every
+step. `Runner` runs a model over a `PagedCache` a step at a time, for engines of one's own.
 """
 
+from dsa_jax.inference.engine import Engine, Request, SamplingParams, Token
 from dsa_jax.inference.generate import Completions, complete, generate, stream
+from dsa_jax.inference.llm import LLM, Output, Result
 from dsa_jax.inference.pages import OutOfPages, PagedCache, check_table, pages_that_fit
 from dsa_jax.inference.sampling import sample
 from dsa_jax.inference.step import Runner
 
 __all__ = [
+    "LLM",
     "Completions",
+    "Engine",
     "OutOfPages",
+    "Output",
     "PagedCache",
+    "Request",
+    "Result",
     "Runner",
+    "SamplingParams",
+    "Token",
     "check_table",
     "complete",
     "generate",

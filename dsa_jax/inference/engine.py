@@ -12,6 +12,7 @@ import itertools
 import math
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from dsa_jax.inference.text import TextStream
 from dsa_jax.paged import PAGE
 
 ROWS = 64  # sequences that run at a time
+CHECK_SECONDS = 10  # between two checks when idle: one of 100,000 kept pages takes 0.2 s
 NO_STOPS = np.full(1, -1, np.int32)  # the host judges tokens, a step later: each request has stops of its own
 
 Finished = Literal["stop", "length", "cancelled", "error"]
@@ -176,6 +178,7 @@ class Engine:
         self._pending: list[_Ran] = []
         self._last = jnp.zeros(rows + 1, jnp.int32)  # the last token of each slot; the last slot is padding's
         self._tables: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # of each slot: of what sequence, and its row
+        self._check_due = 0.0
         self._queues: dict[int, asyncio.Queue[Token | Exception]] = {}
         self._serving: asyncio.Task | None = None
 
@@ -242,8 +245,9 @@ class Engine:
             before, self._pending = self._pending, self._run(plan)
             for ran in before:
                 tokens += self._read(ran)
-            if not self.busy:
+            if not self.busy and time.monotonic() >= self._check_due:
                 self.check()
+                self._check_due = time.monotonic() + CHECK_SECONDS
             return tokens
 
     def check(self) -> None:

@@ -368,10 +368,8 @@ class PagedCache:
         """Raises AssertionError unless every page is counted once for each sequence that has it, and else free."""
         for rows, row in enumerate(self._free):
             for shard, free in enumerate(row):
-                counts = np.zeros(self.pages, np.int32)
-                for own in self._sequences.values():
-                    if own.rows == rows:
-                        np.add.at(counts, own.pages[shard :: self.page_shards], 1)
+                owned = (own.pages[shard :: self.page_shards] for own in self._sequences.values() if own.rows == rows)
+                counts = np.bincount(np.fromiter(itertools.chain.from_iterable(owned), int), minlength=self.pages)
                 assert np.array_equal(counts, free.counts), (rows, shard, counts, free.counts)
                 assert len(free) == np.sum(counts == 0)
 
