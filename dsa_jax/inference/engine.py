@@ -143,7 +143,8 @@ class Engine:
       reuse_prefixes: whether pages of equal prefixes are computed once.
 
     Examples:
-      >>> engine = Engine(Runner(model, PagedCache(model.config, 16, format="float32"), max_length=128))
+      >>> from dsa_jax import PagedCache
+      >>> engine = Engine(Runner(model, PagedCache(model.config, 16, format="float32"), max_length=64))
       >>> request = engine.add(Request([1, 2, 3], SamplingParams(max_tokens=2)))
       >>> tokens = []
       >>> while engine.busy:
