@@ -24,9 +24,10 @@ import numpy as np
 from dsa_jax.inference.generate import check_prompts
 from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.inference.prefix import Chain, PrefixCache
+from dsa_jax.inference.programs import Carry, bucket
 from dsa_jax.inference.sampling import Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Sequence, Work, pages_needed
-from dsa_jax.inference.step import INVARIANT_ROWS, Carry, Runner, bucket
+from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 from dsa_jax.inference.text import TextStream
 from dsa_jax.paged import PAGE
 
