@@ -110,7 +110,7 @@ def test_many_requests_and_cancels_with_pages_for_few():
     rng = np.random.default_rng(0)
     engine = make(rows=8)
     params = [
-        SamplingParams(seed=row, top_k=20, max_tokens=int(rng.integers(1, 70))) for row in range(40)
+        SamplingParams(seed=row, top_k=20, max_tokens=int(rng.integers(1, 100))) for row in range(40)
     ]  # fmt: skip
     asked = [Request(prompt(int(rng.integers(1, 120)), row % 9), each) for row, each in enumerate(params)]
     needed = sum(-(-(len(each.prompt) + each.params.max_tokens - 1) // 64) for each in asked)

@@ -95,7 +95,8 @@ def compiled(records) -> list[str]:
     return [name for name in names if name in ("prefill", "decode", "draw_first")]
 
 
-@pytest.mark.parametrize(("name", "rows"), [(CET, ROWS), pytest.param("data=4", FEW, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [(CET, ROWS), ("data=4", FEW)])
 def test_batch_invariant_rows(name, rows, caplog):
     """`warm` compiles the one program of each step: pools, parameters and what steps hand on stay where they are."""
     mesh = mesh_of(name)
