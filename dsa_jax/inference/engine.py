@@ -262,8 +262,7 @@ class Engine:
         """Compiles every size of step that may come."""
         limits = self.scheduler.limits
         sizes = lambda most: [1 << power for power in range(bucket(most).bit_length())]  # noqa: E731
-        kinds = ("truncated",) if limits.invariant else tuple(kinds)
-        self.runner.warm(rows=sizes(limits.rows), tokens=sizes(limits.chunk), kinds=kinds)
+        self.runner.warm(rows=sizes(limits.rows), tokens=sizes(limits.chunk), kinds=tuple(kinds))
 
     def _take_in(self) -> list[Token]:
         """Takes in what was added and cancelled since the last step."""

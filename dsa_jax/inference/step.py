@@ -318,8 +318,9 @@ class Runner:
         Args:
           rows: numbers of rows of decode steps, on each shard.
           tokens: sizes of prefill steps, on each shard.
-          kinds: of the draws.
+          kinds: of the draws; with `batch_invariant` all are of the kind that serves all.
         """
+        kinds = ("truncated",) if self.batch_invariant else kinds
         if self.table_pages is None:
             raise ValueError("to compile ahead of time, give the Runner max_length: tables are as wide, got None")
         width = self._table_width(self.table_pages)

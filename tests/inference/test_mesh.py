@@ -107,7 +107,7 @@ def test_batch_invariant_rows(name, rows, caplog):
     for x, sharding in zip(runner.parameters, jax.tree.leaves(shardings), strict=True):
         assert x.sharding == sharding
     with jax.log_compiles():
-        runner.warm(rows=[1], tokens=[CHUNK], kinds=["random"])
+        runner.warm(rows=[1], tokens=[CHUNK])
         assert set(compiled(caplog.records)) >= {"draw_first", "decode"}  # other tests may have had the same prefill
         caplog.clear()
         check(name, rows=rows, batch_invariant=True)
