@@ -431,13 +431,17 @@ def test_attention_maps_show_what_a_layer_attends_to(index_fp8, attention):
         np.put_along_axis(chosen, np.where(maps.selected < 0, 20, maps.selected), True, axis=-1)
         np.testing.assert_array_equal(attended, chosen[..., :20])
     # Weights times values, projected, are what the layer itself makes of the same hidden states.
-    layer = list(model.layers())[-1].self_attn
-    x = normal(1, 2, 20, config.hidden_size)
-    angles = rotation(jnp.broadcast_to(jnp.arange(20), (2, 20)), config)
-    own = layer.attention_maps(x, angles, keys, attention=attention)
-    values = layer.expand(layer.project(x, angles).kv)[1]
-    expected = layer(x, angles, keys, attention=attention).x
-    actual = jnp.einsum("bnts,bsnv,nvd->btd", own.weights, values, layer.o_proj[...], precision="highest")
+    graph, state = nnx.split(list(model.layers())[-1].self_attn)
+
+    @jax.jit
+    def both_ways(state, x):
+        layer, angles = nnx.merge(graph, state), rotation(jnp.broadcast_to(jnp.arange(20), (2, 20)), config)
+        weights = layer.attention_maps(x, angles, keys, attention=attention).weights
+        values = layer.expand(layer.project(x, angles).kv)[1]
+        out = jnp.einsum("bnts,bsnv,nvd->btd", weights, values, layer.o_proj[...], precision="highest")
+        return out, layer(x, angles, keys, attention=attention).x
+
+    actual, expected = both_ways(state, normal(1, 2, 20, config.hidden_size))
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 

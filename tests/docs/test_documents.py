@@ -27,8 +27,13 @@ def test_the_documents_are_found():
     assert {name: n for name, text in TEXTS.items() if (n := text.count("```py\n"))} == NOT_RUN
 
 
+def _marked(name):
+    """The pages of the site take minutes together."""
+    return pytest.param(name, marks=pytest.mark.slow if name.startswith("docs/") else ())
+
+
 @pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("name", SNIPPETS)
+@pytest.mark.parametrize("name", map(_marked, SNIPPETS))
 def test_snippets_run_and_print_what_stands_beside_them(name, capsys):
     """The snippets of a document share their names, in order; a print's comment is its output."""
     source = "\n".join(SNIPPETS[name])

@@ -114,6 +114,7 @@ def test_batch_invariant_rows(name, rows, caplog):
         assert not compiled(caplog.records)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_a_mesh_continues_as_on_one_device(tmp_path):
     save_hf(small_model(CONFIG), tmp_path / "hf")
     mesh, want = mesh_of(CET), alone(batch_invariant=True)
