@@ -132,7 +132,8 @@ def test_many_requests_and_cancels_with_pages_for_few():
 def test_preemption_loses_and_repeats_nothing(invariant):
     """Four that outgrow the pages together; under `batch_invariant` to the last bit."""
     engine = make(invariant=invariant)
-    asked = [Request(prompt(100, row), SamplingParams(seed=row, top_k=20, max_tokens=130)) for row in range(4)]
+    settings = [dict(top_k=20), dict(temperature=0.0), dict(top_k=20), dict(top_p=0.9)]  # kinds of draw differ
+    asked = [Request(prompt(100, row), SamplingParams(seed=row, max_tokens=130, **settings[row])) for row in range(4)]
     found = run(engine, *asked)
     assert engine.scheduler.preemptions
     for request, events in zip(asked[1:], found[1:], strict=True):
@@ -268,6 +269,8 @@ def test_stop_strings_end_across_tokens_and_are_left_out():
     [events] = run(engine, Request(prompt(70), GREEDY))
     text = "".join(event.text for event in events)
     assert text == Letters().decode(tokens_of(events))
+    held = SamplingParams(temperature=0.0, max_tokens=6, stop=text[-1] + "?")
+    assert "".join(event.text for event in run(engine, Request(prompt(70), held))[0]) == text
     params = SamplingParams(temperature=0.0, max_tokens=6, stop=text[2:4])
     [stopped] = run(engine, Request(prompt(70), params))
     at = text.index(text[2:4])
@@ -378,9 +381,9 @@ def test_streams_yield_tokens_as_they_come_and_who_leaves_frees_its_pages():
     whole, part = asyncio.run(both())
     assert tokens_of(whole) == tokens_of(alone(Request(prompt(70), GREEDY)))
     assert len(part) == 2 and all(token.finished is None for token in part)
-    while engine.busy:
+    for _ in range(2):
         engine.step()
-    assert engine.cache.free_pages == PAGES and not engine._queues
+    assert not engine.busy and engine.cache.free_pages == PAGES and not engine._queues
     again = asyncio.run(read(Request(prompt(70), GREEDY)))
     assert tokens_of(again) == tokens_of(whole), "another event loop takes it up"
 

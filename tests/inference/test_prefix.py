@@ -100,12 +100,12 @@ def test_equal_hashes_of_other_tokens_are_no_hit():
 
 
 def test_the_longest_unused_goes_first_and_the_end_before_the_beginning():
-    prefix = make(pages=4)
+    prefix = make(pages=5)
     for tokens in (ids(1, 2), ids(3, 4)):
         prefix.cache.free(filled(prefix, tokens))
-    assert prefix.cache.free_pages == 0 and reused(prefix, ids(1, 2, more=1)) == 128
-    for pages, left in ((1, (128, 64)), (2, (128, 0)), (3, (64, 0)), (4, (0, 0))):
-        assert prefix.room(pages) and prefix.cache.free_pages == pages == prefix.evicted
+    assert prefix.cache.free_pages == 1 and reused(prefix, ids(1, 2, more=1)) == 128
+    for pages, left in ((2, (128, 64)), (3, (128, 0)), (4, (64, 0)), (5, (0, 0))):
+        assert prefix.room(pages) and prefix.cache.free_pages == pages == prefix.evicted + 1
         known = [[key in prefix._kept for key in Chain().keys(tokens, 2)] for tokens in (ids(1, 2), ids(3, 4))]
         assert known == [[64 * place < tokens for place in range(2)] for tokens in left]
         prefix.check(), prefix.cache.check()
@@ -119,6 +119,20 @@ def test_pages_in_use_stay():
     assert reused(prefix, ids(1, 2, more=1)) == 128
     prefix.cache.free(running)
     assert prefix.room(4) and len(prefix) == 0
+
+
+def test_a_page_stays_as_long_as_one_behind_it_is_in_use():
+    """Two have computed the same first page; the one whose page is kept has ended, the other goes on behind it."""
+    prefix = make(pages=4)
+    chain = Chain()
+    first, second = (prefix.begin(ids(1, 2), chain) for _ in range(2))
+    for sequence, tokens in ((first, ids(1)), (second, ids(1, 2))):
+        prefix.cache.extend(sequence, 128)
+        prefix.keep(sequence, tokens, chain)
+    prefix.cache.free(first)
+    assert not prefix.room(2) and prefix.cache.free_pages == 1
+    assert reused(prefix, ids(1, 2, more=1)) == 128
+    prefix.check()
 
 
 def test_a_sequence_that_finds_no_room_changes_nothing():

@@ -63,6 +63,7 @@ class Device:
         for work in read:
             self.read(work)
         self.steps += 1
+        assert self.steps < 1500, "it does not come to an end"
         return plan
 
     def write(self, work):
@@ -139,7 +140,6 @@ def test_any_requests_end_and_nothing_is_lost_or_repeated(asked, rows, chunk, in
         gone = plan.preempted[::-1]
         assert gone == before[len(before) - len(gone) :], "the youngest go"
         scheduler.pages.cache.check()
-        assert device.steps < 5000
     assert all(each.ended for each in arrived)
     for each in arrived:
         assert each.tokens == [drawn(each, number) for number in range(len(each.tokens))]

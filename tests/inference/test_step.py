@@ -13,6 +13,7 @@ from flax import nnx
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import KeyRange, OutOfPages, PagedCache, Runner, complete, stream
+from dsa_jax.inference.generate import _Stream
 from dsa_jax.inference.programs import padding_settings
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -190,6 +191,15 @@ def test_batch_invariant_logits_are_the_same_bits(config, cache_format):
     same_bits(alone[:, 0], together[:, 2])
     for cut in (1, 63, 64, 100):
         same_bits(run(LENGTHS[2:], cut=cut, spoil=cut % 3), alone)
+
+
+def test_batch_invariant_draws_are_of_one_kind():
+    """A greedy row beside others runs the program that it runs alone: its log-probabilities keep their bits."""
+    alone = [
+        _Stream(small_model(CONFIG), [[1]], max_new_tokens=1, seed=1, batch_invariant=True, **each).kind
+        for each in (dict(temperature=0.0), dict(temperature=1.0), dict(top_k=3))
+    ]
+    assert len(set(alone)) == 1
 
 
 def decode_arguments(runner, sequences, length):
