@@ -12,10 +12,11 @@ from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.indexer import LightningIndexer, index_scores
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
-from dsa_jax.inference.engine import Engine, Request, SamplingParams
+from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.generate import Completions, complete, generate, stream
 from dsa_jax.inference.llm import LLM
 from dsa_jax.inference.pages import OutOfPages, PagedCache
+from dsa_jax.inference.params import Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
 from dsa_jax.inference.step import Runner
 from dsa_jax.key_range import KeyRange
@@ -50,6 +51,8 @@ __all__ = [
     "Runner",
     "SamplingParams",
     "SparseMLA",
+    "StructuredOutputs",
+    "Token",
     "Transformer",
     "YaRN",
     "attention_target",

@@ -5,10 +5,11 @@
 step. `Runner` runs a model over a `PagedCache` a step at a time, for engines of one's own.
 """
 
-from dsa_jax.inference.engine import Engine, Request, SamplingParams, Token
+from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.generate import Completions, complete, generate, stream
 from dsa_jax.inference.llm import LLM, Output, Result
 from dsa_jax.inference.pages import OutOfPages, PagedCache, check_table, pages_that_fit
+from dsa_jax.inference.params import PromptToken, Record, Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
 from dsa_jax.inference.step import Runner
 
@@ -19,10 +20,13 @@ __all__ = [
     "OutOfPages",
     "Output",
     "PagedCache",
+    "PromptToken",
+    "Record",
     "Request",
     "Result",
     "Runner",
     "SamplingParams",
+    "StructuredOutputs",
     "Token",
     "check_table",
     "complete",

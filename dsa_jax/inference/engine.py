@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from dsa_jax.inference.generate import check_prompts
 from dsa_jax.inference.pages import OutOfPages
+from dsa_jax.inference.params import Finished, Request, SamplingParams, Token
 from dsa_jax.inference.prefix import Chain, PrefixCache
 from dsa_jax.inference.programs import Carry, bucket
 from dsa_jax.inference.sampling import Draw, Kind, Settings, draw, kind_of
@@ -34,81 +35,6 @@ from dsa_jax.paged import PAGE
 ROWS = 64  # sequences that run at a time
 CHECK_SECONDS = 10  # between two checks when idle: one of 100,000 kept pages takes 0.2 s
 NO_STOPS = np.full(1, -1, np.int32)  # the host judges tokens, a step later: each request has stops of its own
-
-Finished = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """Says how to continue a prompt.
-
-    Attributes:
-      temperature: 0 takes the likeliest token.
-      top_k: the number of likeliest tokens to draw among; 0 or -1 for all.
-      top_p: the probability that the tokens to draw among have together, at least.
-      seed: the same seed draws the same tokens, whatever else runs; None takes a random one.
-      n: how many continuations; the i-th draws with seed + i.
-      max_tokens: how many tokens at most; None for as many as there are positions.
-      min_tokens: up to this many tokens no stop ends the continuation.
-      stop: texts that end the continuation; its text ends before them.
-      stop_token_ids: tokens that end the continuation; they count among its tokens, their text is left out.
-      ignore_eos: whether to go on after the model's own end tokens.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    n: int = 1
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: str | Iterable[str] = ()
-    stop_token_ids: Iterable[int] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        most = math.inf if self.max_tokens is None else self.max_tokens
-        wrong = {
-            "temperature must be at least 0 and finite": not 0 <= self.temperature < math.inf,
-            "top_k must be at least 1, or 0 or -1 for all tokens": self.top_k < -1,
-            "top_p must be in (0, 1]": not 0 < self.top_p <= 1,
-            "n must be at least 1": self.n < 1,
-            "max_tokens must be at least 1": most < 1,
-            "min_tokens must be from 0 to max_tokens": not 0 <= self.min_tokens <= most,
-            "stop must be texts that are not empty": not all(isinstance(each, str) and each for each in self.stop),
-        }
-        for words, found in wrong.items():
-            if found:
-                raise ValueError(f"{words}, got {getattr(self, words.split()[0])!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Asks for continuations of one prompt.
-
-    Attributes:
-      prompt: token ids, or text for the engine's tokenizer.
-      params: how to continue it.
-      salt: prefixes are shared among requests with the same salt alone.
-    """
-
-    prompt: Any
-    params: SamplingParams = SamplingParams()
-    salt: str = ""
-
-
-class Token(NamedTuple):
-    """Tells of one token of a request, or of its end."""
-
-    request: int  # the number that `Engine.add` gave
-    index: int  # of the continuation, below n
-    token: int | None  # None where a request ends without one
-    log_prob: float | None  # under the distribution that it was drawn from; of greedy ones under the model's own
-    text: str  # what has become final, which may lag behind the tokens
-    finished: Finished | None = None
-    error: str | None = None
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -10,8 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dsa_jax.hf.convert import load_hf
-from dsa_jax.inference.engine import ROWS, Engine, Finished, Request, SamplingParams
+from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.params import Finished, Request, SamplingParams
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE

@@ -13,8 +13,9 @@ from model_cases import small_config, small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsa_jax import OutOfPages, PagedCache, Runner, complete, save_hf
-from dsa_jax.inference.engine import Engine, Request, SamplingParams
+from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.llm import LLM, read_end_tokens
+from dsa_jax.inference.params import Request, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
