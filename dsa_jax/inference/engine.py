@@ -7,53 +7,36 @@ is dropped.
 
 import asyncio
 import collections
-import dataclasses
 import itertools
 import math
 import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
 
+from dsa_jax.inference.batch import KINDS, Batch, Ran
+from dsa_jax.inference.continuation import Continuation, PromptScores, Trace, check_biases
 from dsa_jax.inference.generate import check_prompts
 from dsa_jax.inference.pages import OutOfPages
-from dsa_jax.inference.params import Finished, Request, SamplingParams, Token
+from dsa_jax.inference.params import Finished, Request, Stats, Token
 from dsa_jax.inference.prefix import Chain, PrefixCache
-from dsa_jax.inference.programs import Carry, bucket
-from dsa_jax.inference.sampling import Draw, Kind, Settings, draw, kind_of
-from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Sequence, Work, pages_needed
+from dsa_jax.inference.sampling import Kind
+from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Work, pages_needed
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
-from dsa_jax.inference.text import TextStream
+from dsa_jax.inference.structured import Grammars
+from dsa_jax.inference.text import TextStream, encode_text
+from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
 
 ROWS = 64  # sequences that run at a time
+PAUSE_SECONDS = 0.05  # that a step waits for while the engine is paused
 CHECK_SECONDS = 10  # between two checks when idle: one of 100,000 kept pages takes 0.2 s
-NO_STOPS = np.full(1, -1, np.int32)  # the host judges tokens, a step later: each request has stops of its own
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Continuation(Sequence):
-    """Holds one continuation of a request."""
-
-    request: int
-    index: int
-    params: SamplingParams
-    seed: int
-    stops: frozenset[int]
-    text: TextStream | None
-
-
-class _Ran(NamedTuple):
-    """Holds what a step draws: of each row its work, None for padding, and the tokens on the device."""
-
-    rows: list[Work | None]
-    drawn: Draw
 
 
 class Engine:
@@ -100,40 +83,64 @@ class Engine:
         self.max_length, self.end_tokens = runner.max_length, frozenset(end_tokens)
         self.prefix = PrefixCache(self.cache, enabled=reuse_prefixes)
         self.scheduler = Scheduler(self.prefix, limits)
-        self._continuations: dict[int, list[_Continuation]] = {}  # of each request, those that have not ended
-        self._inbox: collections.deque[list[_Continuation] | int] = collections.deque()
+        self._continuations: dict[int, list[Continuation]] = {}  # of each request, those that have not ended
+        self._inbox: collections.deque[list[Continuation] | int] = collections.deque()
         self._names, self._lock = itertools.count(), threading.Lock()
-        self._pending: list[_Ran] = []
-        self._last = jnp.zeros(rows + 1, jnp.int32)  # the last token of each slot; the last slot is padding's
-        self._tables: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # of each slot: of what sequence, and its row
+        self._pending: list[Ran] = []
         self._check_due = 0.0
         self._queues: dict[int, asyncio.Queue[Token | Exception]] = {}
         self._serving: asyncio.Task | None = None
+        self._grammars: Grammars | None = None
+        self._batch = Batch(runner, limits)
+        self._resumed = threading.Event()
+        self._resumed.set()
+        self._due: list[Token] = []  # read between two steps
+        self._prompt_tokens = self._generated_tokens = self._weights_version = 0
 
     # Requests.
 
     def add(self, request: Request) -> int:
         """Puts a request at the end of the queue; returns its number.
 
+        Text is encoded and grammars are compiled here, in the caller's thread: the engine's steps go on meanwhile.
+
         Raises:
-          ValueError: for ids outside the vocabulary, too long a request, or one that needs a tokenizer.
+          ValueError: for ids outside the vocabulary, too long a request, one that needs a tokenizer, or a grammar that
+            is wrong, too large or too slow.
           OutOfPages: if the cache could not hold it even alone.
         """
+        group = self._prepare(request)
+        self._inbox.append(group)
+        return group[0].request
+
+    def _prepare(self, request: Request) -> list[Continuation]:
+        """Makes the continuations of a request, or refuses it."""
         name, params = next(self._names), request.params
         prompt, most = self._check(name, request)
         seed = secrets.randbits(32) if params.seed is None else params.seed
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_tokens)
-        group: list[_Continuation] = []
+        check_biases(params, stops, self.runner.config.vocab_size)
+        constraint = self._constrain(params.structured_outputs)
+        traced = params.return_selected or params.return_routed or params.return_kept
+        salt = f"{self._weights_version} {request.salt}"
+        group: list[Continuation] = []
         for index in range(params.n):
+            scores = None
+            if params.prompt_logprobs is not None and not index:
+                scores = PromptScores(prompt, params.prompt_logprobs)
             group.append(
-                _Continuation(
-                    prompt, most, Chain(request.salt), leader=group[0] if group else None, request=name, index=index,
-                    params=params, seed=(seed + index) % 2**32, stops=stops,
+                Continuation(
+                    prompt, most, Chain(salt), leader=group[0] if group else None, request=name, index=index,
+                    params=params, seed=(seed + index) % 2**32, stops=stops, scores=scores,
                     text=TextStream(self.tokenizer, tuple(params.stop)) if self.tokenizer is not None else None,
+                    constraint=None if constraint is None else constraint.fork(), waits=constraint is not None,
+                    trace=Trace(params) if traced else None,
+                    reuses=scores is None and not params.return_selected and not params.return_routed,
+                    # Scoring is a program of its own, whose keys may differ in their last bits.
+                    keeps=scores is None or not self.runner.batch_invariant,
                 )
             )  # fmt: skip
-        self._inbox.append(group)
-        return name
+        return group
 
     def cancel(self, request: int) -> None:
         """Ends a request; its pages are free at the next step. One that has ended already is let be."""
@@ -142,19 +149,24 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Tells whether there is anything left to do."""
-        return bool(self._inbox or self._continuations or self._pending)
+        return bool(self._inbox or self._continuations or self._pending or self._due)
 
     def _check(self, name, request) -> tuple[np.ndarray, int]:
         """Returns the prompt's tokens, and how many may follow."""
-        ids, params, tokenizer = request.prompt, request.params, self.tokenizer
+        ids, params = request.prompt, request.params
+        tokenizer: Any = self.tokenizer
         if tokenizer is None and (isinstance(ids, str) or params.stop):
             raise ValueError(f"request {name} has text or stop strings, which need a tokenizer, got None")
-        ids = tokenizer.encode(ids).ids if isinstance(ids, str) and tokenizer is not None else ids
+        ids = encode_text(tokenizer, ids, add_special_tokens=True) if isinstance(ids, str) else ids
         (ids,) = check_prompts([ids], None, self.runner.config.vocab_size)
+        options = self.runner.options
+        for wanted in ("return_selected", "return_routed"):
+            if getattr(params, wanted) and not getattr(options, wanted):
+                raise ValueError(f"request {name} wants {wanted}: the engine's Runner must be made with it, got False")
         most = params.max_tokens
         if most is None:
             most = min(self.max_length, self.cache.pages * PAGE + 1) - len(ids)
-        if most < 1 or len(ids) + most > self.max_length:
+        if most < min(1, params.max_tokens or 0) or len(ids) + most > self.max_length:
             raise ValueError(
                 f"request {name} must fit max_length = {self.max_length} tokens, got {len(ids)} + {params.max_tokens}"
             )
@@ -163,16 +175,81 @@ class Engine:
             raise OutOfPages(f"request {name} needs {needed} pages, got {self.cache.pages} in the cache")
         return ids, most
 
+    def _constrain(self, wanted):
+        """Returns a constraint at its beginning, or None."""
+        if wanted is None:
+            return None
+        if not isinstance(self.tokenizer, Tokenizer):
+            raise ValueError(f"structured_outputs need a tokenizers.Tokenizer, got {type(self.tokenizer).__name__}")
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.runner.config.vocab_size, self.end_tokens)
+        return self._grammars.begin(wanted)
+
+    # From outside.
+
+    def pause(self) -> None:
+        """Lets no further step begin; what was begun is read. Requests wait, and may be cancelled."""
+        with self._lock:
+            self._resumed.clear()
+
+    def resume(self) -> None:
+        """Goes on."""
+        self._resumed.set()
+
+    def update_weights(self, new: Transformer | nnx.State) -> None:
+        """Exchanges the model's weights; the prefixes that are known are forgotten.
+
+        Sequences that run keep their tokens, whose keys are computed anew.
+
+        Raises:
+          ValueError: for weights of other shapes or dtypes; under `batch_invariant` while requests run, since these
+            would be generated anew.
+        """
+        with self._lock:
+            if self.runner.batch_invariant and (self.scheduler.running or self._pending):
+                raise ValueError(
+                    "update_weights under batch_invariant needs that nothing runs, "
+                    f"got {len(self.scheduler.running)} sequences"
+                )
+            self.runner.replace_parameters(new)
+            self._due += self._read_pending()
+            self.scheduler.preempt_all()
+            self.prefix.clear()
+            self._weights_version += 1
+
+    def stats(self) -> Stats:
+        """Returns the counts of this moment; from any thread, it waits for no step."""
+        prefix, scheduler = self.prefix, self.scheduler
+        waiting = sum(len(group) for group in self._inbox.copy() if not isinstance(group, int))
+        return Stats(
+            queued=waiting + len(scheduler.waiting),
+            running=len(scheduler.running),
+            pages=self.cache.pages,
+            pages_used=self.cache.pages - self.cache.free_pages,
+            pages_kept=len(prefix),
+            prefix_hits=prefix.hits,
+            prefix_asked=prefix.asked,
+            prefix_evicted=prefix.evicted,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            weights_version=self._weights_version,
+        )
+
     # The loop.
 
     def step(self) -> list[Token]:
-        """Runs one step; returns the tokens of the step before, and the ends of requests."""
+        """Runs one step; returns the tokens of the step before, and the ends of requests.
+
+        While the engine is paused it waits for a moment, and runs nothing.
+        """
+        paused = not self._resumed.wait(0 if self._pending else PAUSE_SECONDS)
         with self._lock:
             tokens = self._take_in()
-            plan = self.scheduler.plan()
-            before, self._pending = self._pending, self._run(plan)
-            for ran in before:
-                tokens += self._read(ran)
+            plan = Plan() if paused else self.scheduler.plan()
+            ran = self._batch.run(plan)
+            tokens += self._read_pending()
+            self._pending = ran
             if not self.busy and time.monotonic() >= self._check_due:
                 self.check()
                 self._check_due = time.monotonic() + CHECK_SECONDS
@@ -184,134 +261,93 @@ class Engine:
         self.prefix.check()
         assert len(self.cache.sequences) == len(self.prefix) + len(self.scheduler.running)
 
-    def warm(self, kinds: Iterable[Kind] = ("greedy", "random", "truncated")) -> None:
-        """Compiles every size of step that may come."""
-        limits = self.scheduler.limits
-        sizes = lambda most: [1 << power for power in range(bucket(most).bit_length())]  # noqa: E731
-        self.runner.warm(rows=sizes(limits.rows), tokens=sizes(limits.chunk), kinds=tuple(kinds))
+    def warm(self, kinds: Iterable[Kind] = KINDS) -> None:
+        """Compiles every size of step that may come, but for those that score prompts."""
+        self._batch.warm(tuple(kinds))
 
     def _take_in(self) -> list[Token]:
         """Takes in what was added and cancelled since the last step."""
-        tokens = []
+        tokens, self._due = self._due, []
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, int):
                 tokens += [self._end(each, "cancelled") for each in list(self._continuations.get(item, ()))]
             else:
                 self._continuations[item[0].request] = item
+                self._prompt_tokens += len(item[0].prompt)
                 for each in item:
                     self.scheduler.add(each)
         return tokens
 
-    # Run.
-
-    def _run(self, plan: Plan) -> list[_Ran]:
-        """Gives the device the work of a step, and waits for nothing."""
-        ran = self._prefill(plan.prefill) if plan.prefill else []
-        return [*ran, self._decode(plan.decode)] if plan.decode else ran
-
-    def _prefill(self, works: list[Work]) -> list[_Ran]:
-        sequences = [work.sequence.cached for work in works]
-        chunks = [work.sequence.known[work.begin : work.begin + work.count] for work in works]
-        logits = self.runner.prefill(sequences, chunks, extended=True).logits
-        last = [row for row, work in enumerate(works) if work.number is not None]
-        if not last:
-            return []
-        padding = (INVARIANT_ROWS if self.runner.batch_invariant else bucket(len(last))) - len(last)
-        rows = [*(works[row] for row in last), *[None] * padding]
-        settings, number, slots, kind = self._settings(rows)
-        drawn = _draw(logits[np.array([*last, *[0] * padding])], settings, number, kind=kind)
-        self._last = _put(self._last, slots, drawn.token)
-        return [_Ran(rows, drawn)]
-
-    def _decode(self, works: list[Work]) -> _Ran:
-        by_name = {work.sequence.cached: work for work in works}
-        rows = [None if name is None else by_name[name] for name in self.runner.place(list(by_name))]
-        settings, number, slots, kind = self._settings(rows)
-        length = np.array([work.begin if work else 0 for work in rows], np.int32)
-        live = np.array([work is not None for work in rows])
-        carry = Carry(_take(self._last, slots), length, number, live)
-        _, drawn, _ = self.runner.decode(carry, self._table(rows), settings, NO_STOPS, kind=kind)
-        self._last = _put(self._last, slots, drawn.token)
-        return _Ran(rows, drawn)
-
-    def _settings(self, rows: list[Work | None]) -> tuple[Settings, np.ndarray, np.ndarray, Kind]:
-        """Returns the settings of a batch, which token each row draws, its slot, and what the rows need of a draw."""
-        vocab = self.runner.config.vocab_size
-        values: list[tuple] = [(0.0, vocab, 1.0, 0, 0, self.scheduler.limits.rows)] * len(rows)
-        for row, work in enumerate(rows):
-            if work is not None:
-                own: Any = work.sequence
-                params = own.params
-                top_k = min(params.top_k, vocab) if params.top_k > 0 else vocab
-                values[row] = params.temperature, top_k, params.top_p, own.seed, work.number, own.slot
-        temperature, top_k, top_p, seed, number, slot = zip(*values, strict=True)
-        settings = Settings(
-            np.array(temperature, np.float32), np.array(top_k, np.int32), np.array(top_p, np.float32),
-            np.array(seed, np.uint32),
-        )  # fmt: skip
-        # Every kind is a program of its own, whose other parts may be compiled to other bits.
-        kind: Kind = "truncated"
-        if not self.runner.batch_invariant:
-            kind = kind_of(np.array(temperature), np.array(top_k), np.array(top_p), vocab)
-        return settings, np.array(number, np.int32), np.array(slot, np.int32), kind
-
-    def _table(self, rows: list[Work | None]) -> np.ndarray:
-        """Makes the table of a decode step; a sequence's row is made anew when it has got another page."""
-        found = []
-        for work in rows:
-            if work is None:
-                found.append(None)
-                continue
-            slot, name = work.sequence.slot, work.sequence.cached
-            state = name, self.cache.row_pages(name)
-            if slot not in self._tables or self._tables[slot][0] != state:
-                self._tables[slot] = state, self.runner.table([name])[0]
-            found.append(self._tables[slot][1])
-        padding = np.zeros_like(next(row for row in found if row is not None))
-        return np.stack([padding if row is None else row for row in found])
-
     # Postprocess.
 
-    def _read(self, ran: _Ran) -> list[Token]:
-        """Waits for what a step has drawn, and judges it."""
-        drawn = zip(
-            ran.rows, np.asarray(ran.drawn.token).tolist(), np.asarray(ran.drawn.log_prob).tolist(), strict=True
-        )
-        found = [self._judge(work, *each) for work, *each in drawn if work is not None and not work.sequence.ended]
+    def _read_pending(self) -> list[Token]:
+        """Reads the steps that were dispatched."""
+        ran, self._pending = self._pending, []
+        return [token for each in ran for token in self._read(each)]
+
+    def _read(self, ran: Ran) -> list[Token]:
+        """Waits for what a step has left, and judges what it has drawn."""
+        for work, scored in ran.scored:
+            _of(work).scores.add(work.begin + scored.piece.begin, scored)
+        if ran.drawn is None:
+            return []
+        live = [(row, work) for row, work in enumerate(ran.rows) if work is not None and not work.sequence.ended]
+        self._trace(ran, live)
+        tokens, log_probs = np.asarray(ran.drawn.token).tolist(), np.asarray(ran.drawn.log_prob).tolist()
+        likeliest = ran.drawn.likeliest
+        if likeliest is not None and any(_of(work).params.logprobs is not None for _, work in live):
+            likeliest = jax.tree.map(np.asarray, likeliest)
+        found = []
+        for row, work in live:
+            own = _of(work)
+            found.append(self._judge(own, work.number, tokens[row], log_probs[row], own.top(likeliest, row)))
         return [token for token in found if token is not None]
 
-    def _judge(self, work, token: int, log_prob: float) -> Token | None:
+    def _trace(self, ran: Ran, live) -> None:
+        """Hands on what training wants to know of a step."""
+        traced = [(row, work) for row, work in live if _of(work).trace is not None]
+        found = {name: np.asarray(x) for name, x in ran.found.items()} if traced else {}
+        for row, work in traced:
+            trace = _of(work).trace
+            if found:
+                trace.add(work.begin, {name: x[:, row] for name, x in found.items()})
+            if trace.keeps:
+                bits = np.unpackbits(np.asarray(ran.kept)[row])[: self.runner.config.vocab_size]
+                trace.add_kept(work.number, np.flatnonzero(bits).astype(np.int32))
+
+    def _judge(self, own: Continuation, number, token: int, log_prob: float, likeliest) -> Token | None:
         """Adds a token to its sequence, which may end there."""
-        own, number = work.sequence, work.number
-        if math.isnan(log_prob):
-            return self._end(
-                own, "error", error=f"request {own.request} has ended: its logits are NaN at token {number}"
-            )
+        own.read = number + 1
+        if not math.isfinite(log_prob):
+            words = "its logits are NaN" if math.isnan(log_prob) else "no token may be drawn"
+            return self._end(own, "error", error=f"request {own.request} has ended: {words} at token {number}")
+        if not own.max_tokens:
+            return self._end(own, "length")
         if number < len(own.tokens):  # generated anew after a preemption
-            same = own.tokens[number] == token
+            same = own.is_again(number, token)
             return None if same else self._end(own, "error", error=f"request {own.request} came out otherwise anew")
-        own.tokens.append(token)
+        text, finished, error = own.push(token)
+        self._generated_tokens += 1
         if number == 0:
             self.scheduler.keep(own)
-        may_stop = len(own.tokens) > own.params.min_tokens
-        ends = may_stop and token in own.stops
-        text = own.text.push(token, may_stop=may_stop) if own.text is not None and not ends else ""
-        if ends or own.text is not None and own.text.stopped:
-            return self._end(own, "stop", token, log_prob, text)
-        if len(own.tokens) == own.max_tokens:
-            return self._end(own, "length", token, log_prob, text)
-        return Token(own.request, own.index, token, log_prob, text)
+        made = own.token(token, log_prob, text, likeliest)
+        if finished is None:
+            return made
+        error = error and f"request {own.request} has ended: {error}"
+        return self._end(own, finished, made, error=error)
 
-    def _end(self, own, finished: Finished, token=None, log_prob=None, text="", error=None) -> Token:
+    def _end(self, own: Continuation, finished: Finished, last: Token | None = None, *, error=None) -> Token:
         """Ends a continuation: its pages are free at once, and the steps under way cannot harm who takes them next."""
         self.scheduler.end(own)
         group = self._continuations[own.request]
         group.remove(own)
         if not group:
             del self._continuations[own.request]
-        text += own.text.finish() if own.text is not None else ""
-        return Token(own.request, own.index, token, log_prob, text, finished, error)
+        last = own.token() if last is None else last
+        record = None if own.trace is None else own.trace.record()
+        text = last.text + (own.text.finish() if own.text is not None else "")
+        return last._replace(text=text, finished=finished, error=error, record=record)
 
     # Streams.
 
@@ -322,8 +358,10 @@ class Engine:
           ValueError, OutOfPages: as `add`.
           RuntimeError: if a step has failed.
         """
-        name, left = self.add(request), request.params.n
+        group = await asyncio.to_thread(self._prepare, request)
+        name, left = group[0].request, len(group)
         queue = self._queues[name] = asyncio.Queue()
+        self._inbox.append(group)  # now that there is somebody to listen
         if self._serving is None or self._serving.done():
             self._serving = asyncio.create_task(self._serve())
         try:
@@ -350,14 +388,6 @@ class Engine:
                 queue.put_nowait(error)
 
 
-_draw = jax.jit(draw, static_argnames="kind")
-
-
-@jax.jit
-def _take(last, slots):
-    return last[slots]
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put(last, slots, tokens):
-    return last.at[slots].set(tokens)
+def _of(work: Work) -> Any:
+    """Returns the continuation that a work is for."""
+    return work.sequence

@@ -175,3 +175,40 @@ class Token(NamedTuple):
     top: Top | None = None  # of that distribution, if `logprobs` was given
     prompt: tuple[PromptToken, ...] | None = None  # with the first of a request that gave `prompt_logprobs`
     record: Record | None = None  # with the last of a continuation that asked for one
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts what an engine has to do, and what it has done since it was made.
+
+    Attributes:
+      queued: continuations that wait.
+      running: continuations that run.
+      pages: of the cache.
+      pages_used: that are not free: of what runs, and kept prefixes.
+      pages_kept: of prefixes.
+      prefix_hits: pages that were reused.
+      prefix_asked: full pages that could have been reused at most.
+      prefix_evicted: pages of prefixes that were forgotten because pages were wanted.
+      preemptions: of continuations.
+      prompt_tokens: of the requests that were taken in.
+      generated_tokens: that were handed out.
+      drafts_proposed: tokens that a drafter has proposed.
+      drafts_accepted: of these, tokens that came out.
+      weights_version: how often weights were exchanged.
+    """
+
+    queued: int = 0
+    running: int = 0
+    pages: int = 0
+    pages_used: int = 0
+    pages_kept: int = 0
+    prefix_hits: int = 0
+    prefix_asked: int = 0
+    prefix_evicted: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
+    weights_version: int = 0

@@ -64,19 +64,20 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def begin(self, tokens: np.ndarray, chain: Chain, spare: int = 0) -> int | None:
+    def begin(self, tokens: np.ndarray, chain: Chain, spare: int = 0, *, reuse: bool = True) -> int | None:
         """Begins a sequence with the pages that are known of its tokens, all but the last one's: its logits are wanted.
 
         Args:
           tokens: int32 [T], all that the sequence will have to hold.
           chain: their keys.
           spare: how many pages must be left when it holds them.
+          reuse: whether it may begin with pages that are known.
 
         Returns:
           the sequence, which is as long as what it reuses, or None, and nothing has begun, if pages are too few.
         """
-        most = (len(tokens) - 1) // PAGE
-        known = self._match(tokens, chain.keys(tokens, most)) if self.enabled else []
+        most = (len(tokens) - 1) // PAGE if self.enabled and reuse else 0
+        known = self._match(tokens, chain.keys(tokens, most))
         sequence = self.cache.begin([kept.page for kept in known])
         if not self.room(self.cache.missing(sequence, len(tokens) - len(known) * PAGE) + spare):
             self.cache.free(sequence)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from dsa_jax.cache import Pages
-from dsa_jax.inference.sampling import Draw, Kind, Settings, draw
+from dsa_jax.inference.sampling import Draw, Kind, Likeliest, Settings, draw, likeliest
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.parallel.sharding import parameter_specs, spec
@@ -24,6 +24,7 @@ from dsa_jax.parallel.sharding import parameter_specs, spec
 # XLA copies each layer's weights out of their stack before it multiplies by them, unless the slice goes into the call
 # of cuBLAS; Triton's products never take it. Four layers of the 671B shape at batch 16: 2.9 ms a step, 4.8 without.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}}
+SCORED_TOKENS = 128  # whose logits exist at a time where a prompt is scored: 66 MB of 129,280 in float32
 MAX_PROGRAMS = 32  # models and options whose programs are kept
 
 
@@ -62,6 +63,7 @@ class StepOutput(NamedTuple):
     logits: Array
     selected: Array | None  # int32 [layers, B, T, K], positions of the token's own sequence
     routed: Array | None  # int32 [moe_layers, B, T, k]
+    scores: Likeliest | None = None  # [B, T], of the targets
 
 
 @jax.tree_util.register_dataclass
@@ -87,8 +89,11 @@ def bucket(size: int, least: int = 1) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, rows: Rows):
-    """Runs the model on this shard's rows; returns the wanted logits, of its part of the vocabulary, and the pools."""
+def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, rows: Rows, targets=None):
+    """Runs the model on this shard's rows; returns the wanted logits, of its part of the vocabulary, and the pools.
+
+    Targets, int32 [B, T], are tokens to be scored, one behind each token.
+    """
     model = nnx.merge(graph, state)
     keys = KeyRange(jnp.asarray(rows.start), jnp.asarray(rows.stop))
     latents, index_keys = pools
@@ -107,14 +112,28 @@ def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, 
     selected = out.selected
     if selected is not None:  # in the row they stand behind the beginning of their sequence
         selected = jnp.where(selected < 0, -1, selected - rows.start[..., None])
-    return StepOutput(model.unembed(hidden), selected, out.routed), (out.cache.latents, out.cache.index_keys)
+    scores = None if targets is None else _score(model, out.hidden, targets)
+    output = StepOutput(model.unembed(hidden), selected, out.routed, scores)
+    return output, (out.cache.latents, out.cache.index_keys)
 
 
-def _forward_on(graph, options: Options, pools, state, table, rows):
-    """Runs `_forward` on one device, or on every shard of a mesh."""
+def _score(model, hidden, targets) -> Likeliest:
+    """Scores a target a token, [B, T], some tokens at a time: logits of all of them would be T × vocabulary."""
+    count = targets.size
+    blocks = -(-count // SCORED_TOKENS)
+    padding = blocks * SCORED_TOKENS - count
+    hidden = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0))).reshape(blocks, SCORED_TOKENS, -1)
+    blocked = jnp.pad(targets.reshape(-1), (0, padding)).reshape(blocks, SCORED_TOKENS)
+    scores = jax.lax.map(lambda block: likeliest(model.unembed(block[0]), block[1]), (hidden, blocked))
+    restore = lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*targets.shape, *x.shape[2:])  # noqa: E731
+    return jax.tree.map(restore, scores)
+
+
+def _forward_on(graph, options: Options, pools, state, table, rows, targets=None):
+    """Runs `_forward` on one device, or on every shard of a mesh, which scores nothing."""
     run = partial(_forward, graph, options)
     if options.mesh is None:
-        return run(pools, state, table, rows)
+        return run(pools, state, table, rows, targets)
     row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
     selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
     specs: Any = spec("rows", None, "vocabulary"), selected, routed
@@ -132,13 +151,13 @@ def _everywhere(mesh: Mesh | None, carry: Carry) -> Carry:
     return carry if mesh is None else jax.lax.with_sharding_constraint(carry, NamedSharding(mesh, spec()))
 
 
-def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings: Settings, stops, *, kind: Kind):
+def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings, stops, controls, *, kind: Kind):
     """Takes in each row's last token and draws the next."""
     length = carry.length[:, None]
     zero = jnp.zeros_like(length)
     rows = Rows(carry.token[:, None], length, zero, jnp.where(carry.live[:, None], length + 1, 0), zero)
     out, pools = _forward_on(graph, options, pools, state, table, rows)
-    drawn = draw(out.logits[:, 0], settings, jnp.asarray(carry.number), kind=kind)
+    drawn = draw(out.logits[:, 0], settings, jnp.asarray(carry.number), kind=kind, controls=controls)
     taken = dataclasses.replace(carry, length=carry.length + carry.live)
     return _everywhere(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
 
@@ -162,8 +181,9 @@ def _advance(carry: Carry, drawn: Draw, stops) -> Carry:
 class Programs(NamedTuple):
     """Holds the compiled steps of a model: functions of arrays alone, the parameters as a flat list."""
 
-    prefill: Callable  # (pools, parameters, table, rows) -> (StepOutput, pools)
-    decode: Callable  # (pools, carry, parameters, table, settings, stops, kind) -> (Carry, Draw, StepOutput, pools)
+    prefill: Callable  # (pools, parameters, table, rows, targets=None) -> (StepOutput, pools)
+    # (pools, carry, parameters, table, settings, stops, kind, controls=None) -> (Carry, Draw, StepOutput, pools)
+    decode: Callable
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
@@ -174,12 +194,12 @@ def programs(graph, tree, options: Options) -> Programs:
     hashing it and flattening its state took longer than a step of four layers.
     """
 
-    def prefill(pools, parameters, table, rows):
-        return _forward_on(graph, options, pools, jax.tree.unflatten(tree, parameters), table, rows)
+    def prefill(pools, parameters, table, rows, targets=None):
+        return _forward_on(graph, options, pools, jax.tree.unflatten(tree, parameters), table, rows, targets)
 
-    def decode(pools, carry, parameters, table, settings, stops, kind):
+    def decode(pools, carry, parameters, table, settings, stops, kind, controls=None):
         state = jax.tree.unflatten(tree, parameters)
-        return _decode_on(graph, options, pools, carry, state, table, settings, stops, kind=kind)
+        return _decode_on(graph, options, pools, carry, state, table, settings, stops, controls, kind=kind)
 
     compile = partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     return Programs(compile(prefill), compile(decode, static_argnums=6))

@@ -51,11 +51,15 @@ class Sequence:
       max_tokens: how many tokens to draw at most.
       chain: the keys of its pages.
       leader: a sequence with the same prompt, whose pages this one waits for.
+      waits: whether its next token is drawn only when the last one was read.
+      reuses: whether it may begin with pages that others have left.
+      keeps: whether it may leave pages to others.
       tokens: what was drawn and read.
       cached: its number in the paged cache while it runs, else -1.
       filled: tokens that the cache holds when the steps under way have run.
       target: tokens to prefill before the next one is drawn.
       drawn: tokens drawn, those of steps under way included; counted anew after a preemption under `invariant`.
+      read: how many of these were read.
       slot: a number below `rows` that is its own while it runs.
       ended: whether it will not run again.
     """
@@ -64,11 +68,15 @@ class Sequence:
     max_tokens: int
     chain: Chain
     leader: "Sequence | None" = None
+    waits: bool = False
+    reuses: bool = True
+    keeps: bool = True
     tokens: list[int] = dataclasses.field(default_factory=list)
     cached: int = -1
     filled: int = 0
     target: int = 0
     drawn: int = 0
+    read: int = 0
     slot: int = -1
     ended: bool = False
 
@@ -84,8 +92,9 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Tells whether its prompt is in the cache and tokens are left to draw."""
-        return self.filled >= self.target and self.drawn < self.max_tokens
+        """Tells whether its prompt is in the cache, and another token is to be drawn now."""
+        is_due = not self.waits or self.read == self.drawn
+        return self.filled >= self.target and self.drawn < self.max_tokens and is_due
 
 
 class Work(NamedTuple):
@@ -192,13 +201,18 @@ class Scheduler:
         self._slots.append(sequence.slot)
         sequence.cached = sequence.slot = -1
 
+    def preempt_all(self) -> None:
+        """Takes everything that runs off the batch, to be computed anew."""
+        for sequence in reversed(self.running.copy()):
+            self._preempt(sequence)
+
     def keep(self, sequence: Sequence) -> None:
         """Keeps the full pages of a running sequence as a prefix; of its prompt alone under `invariant`.
 
         Keys that decode steps have written may differ in their last bits from those of a prefill. The last token that
         was read has not been taken in, or by a step that nobody has read yet, whose results may be NaN.
         """
-        if sequence.runs and sequence.tokens:
+        if sequence.runs and sequence.tokens and sequence.keeps:
             tokens = sequence.prompt if self.limits.invariant else sequence.known[:-1]
             self.pages.keep(sequence.cached, tokens[: sequence.filled], sequence.chain)
 
@@ -218,16 +232,16 @@ class Scheduler:
             return None
         spare = sum(map(self._wants, self.running))
         tokens = sequence.prompt if self.limits.invariant else sequence.known
-        cached = self.pages.begin(tokens, sequence.chain, spare)
+        cached = self.pages.begin(tokens, sequence.chain, spare, reuse=sequence.reuses)
         if cached is None:
             return None
         sequence.cached, sequence.slot = cached, self._slots.pop()
         sequence.filled, sequence.target = self.pages.cache.length(cached), len(tokens)
-        sequence.drawn = 0 if self.limits.invariant else len(sequence.tokens)
+        sequence.drawn = sequence.read = 0 if self.limits.invariant else len(sequence.tokens)
         self.running.append(self.waiting.popleft())
         return sequence
 
 
 def pages_needed(prompt: int, max_tokens: int) -> int:
     """Counts the pages of a sequence that is as long as it may become; its last token is never taken in."""
-    return math.ceil((prompt + max_tokens - 1) / PAGE)
+    return math.ceil((prompt + max(max_tokens, 1) - 1) / PAGE)

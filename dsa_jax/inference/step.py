@@ -5,7 +5,7 @@ them ahead of time. The pools are donated: a step updates them in place.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from dsa_jax.inference.programs import (
     padding_settings,
     programs,
 )
-from dsa_jax.inference.sampling import Draw, Kind, Settings
+from dsa_jax.inference.sampling import Controls, Draw, Kind, Likeliest, Settings
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
@@ -46,12 +46,27 @@ class Piece(NamedTuple):
     count: int
 
 
+class Scored(NamedTuple):
+    """Says where the scores of a piece of a prompt are."""
+
+    piece: Piece
+    scores: Any  # Likeliest of a whole step [B, T], on the device
+    row: int
+    column: int  # of the piece's first token
+
+    def read(self) -> Likeliest:
+        """Waits for the piece's scores and returns them, [count] and [count, L]."""
+        here = slice(self.column, self.column + self.piece.count)
+        return jax.tree.map(lambda x: np.asarray(x)[self.row, here], self.scores)
+
+
 class Prefilled(NamedTuple):
     """Holds the results of a prefill: logits behind each prompt [n, vocab], and for each prompt what was asked for."""
 
     logits: Array
     selected: list[np.ndarray] | None  # [layers, T, K] each
     routed: list[np.ndarray] | None  # [moe_layers, T, k] each
+    scored: list[Scored]  # of the prompts that have targets, in order
 
 
 class Runner:
@@ -105,33 +120,71 @@ class Runner:
         self.cache, self.config = cache, config
         self.options = Options(attention, return_selected, return_routed, cache.mesh)
         graph, state = nnx.split(model)
-        self.parameters, tree = jax.tree.flatten(_place(state, cache.mesh))
-        self.programs = programs(graph, tree, self.options)
-        self.dense_programs = programs(graph, tree, self.options._replace(attention="dense"))
+        self.parameters, self._tree = jax.tree.flatten(_place(state, cache.mesh))
+        self.programs = programs(graph, self._tree, self.options)
+        self.dense_programs = programs(graph, self._tree, self.options._replace(attention="dense"))
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
         self.max_length = max_length
         self.table_pages = None if max_length is None else math.ceil(max_length / PAGE)
         skips = attention == "sparse" and not return_selected and not batch_invariant and cache.page_shards == 1
         self.dense_below = (config.index_topk if dense_below is None else dense_below) if skips else 0
 
+    def replace_parameters(self, new: Transformer | nnx.State) -> None:
+        """Runs other weights from the next step on; what the cache holds was computed by those before.
+
+        Raises:
+          ValueError: unless they have the shapes and dtypes of those before; the first that differs is named.
+        """
+        state = nnx.split(new)[1] if isinstance(new, Transformer) else new
+        before = jax.tree.leaves_with_path(jax.tree.unflatten(self._tree, self.parameters))
+        after = dict(jax.tree.leaves_with_path(state))
+        for path, own in before:
+            found = after.pop(path, None)
+            if found is None or (found.shape, found.dtype) != (own.shape, own.dtype):
+                got = "none" if found is None else f"{found.dtype} {found.shape}"
+                raise ValueError(f"{jax.tree_util.keystr(path)} must be {own.dtype} {own.shape}, got {got}")
+        if after:
+            raise ValueError(f"the model has no {jax.tree_util.keystr(next(iter(after)))}, got one")
+        self.parameters = jax.tree.leaves(_place(state, self.cache.mesh))
+
     # Prefill.
 
-    def prefill(self, sequences: Sequence[int], prompts: Sequence[np.ndarray], *, extended: bool = False) -> Prefilled:
-        """Appends a prompt, int32 [T], to each sequence, which has room for it already if `extended`.
+    def prefill(
+        self,
+        sequences: Sequence[int],
+        prompts: Sequence[np.ndarray],
+        *,
+        extended: bool = False,
+        targets: Sequence[np.ndarray | None] | None = None,
+    ) -> Prefilled:
+        """Appends a prompt, int32 [T], to each sequence.
+
+        Args:
+          sequences: of the cache.
+          prompts: one for each.
+          extended: whether the sequences have room for them already.
+          targets: for each prompt None, or int32 [T]: for each of its tokens, the one to be scored behind it.
 
         Raises:
           OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
-          ValueError: for an empty prompt, or one that would make its sequence too long.
+          ValueError: for an empty prompt, or one that would make its sequence too long; for targets on a mesh.
         """
+        targets = [None] * len(prompts) if targets is None else targets
+        if self.cache.mesh is not None and any(own is not None for own in targets):
+            raise ValueError(f"targets must be None on a mesh, got some on {_describe(self.cache.mesh)}")
         counts = [len(prompt) for prompt in prompts]
         lengths = map(self.cache.length, sequences)
         before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)
         last: list[Array] = [jnp.zeros(0)] * len(prompts)
         selected: list[list[np.ndarray]] = [[] for _ in prompts]
         routed: list[list[np.ndarray]] = [[] for _ in prompts]
+        scored: list[Scored] = []
         for step in self._steps(sequences, prompts, before):
             rows, table, ends, places = self._pack(step, sequences, prompts, before)
-            out = self._run_prefill(rows, table, dense=self._is_short(step, before))
+            wanted = [(piece, place) for piece, place in places if targets[piece.item] is not None]
+            dense, own = self._is_short(step, before), _pack_targets(wanted, targets, rows.tokens.shape)
+            out = self._run_prefill(rows, table, own, dense=dense)
+            scored += [Scored(piece, out.scores, *place) for piece, place in wanted]
             for item, (row, number) in ends.items():
                 last[item] = out.logits[row, number]
             for kept, found in ((selected, out.selected), (routed, out.routed)):
@@ -143,6 +196,7 @@ class Runner:
             jnp.stack(last),
             [_join(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
             [np.concatenate(parts, 1) for parts in routed] if self.options.return_routed else None,
+            scored,
         )
 
     def _extend(self, sequences, counts):
@@ -240,10 +294,10 @@ class Runner:
         shards = self.cache.page_shards
         return shards * bucket(math.ceil(pages / shards), MIN_PAGES)
 
-    def _run_prefill(self, rows: Rows, table, *, dense: bool) -> StepOutput:
+    def _run_prefill(self, rows: Rows, table, targets=None, *, dense: bool) -> StepOutput:
         chosen = self.dense_programs if dense else self.programs
         pools = self.cache.latents, self.cache.index_keys
-        out, pools = chosen.prefill(pools, self.parameters, table, rows)
+        out, pools = chosen.prefill(pools, self.parameters, table, rows, targets)
         self.cache.update(*pools)
         return out
 
@@ -295,14 +349,24 @@ class Runner:
         return draw_first(mesh, logits, length, settings, stops, live, kind=kind)
 
     def decode(
-        self, carry: Carry, table, settings: Settings, stops, *, kind: Kind = "truncated"
+        self,
+        carry: Carry,
+        table,
+        settings: Settings,
+        stops,
+        *,
+        kind: Kind = "truncated",
+        controls: Controls | None = None,
     ) -> tuple[Carry, Draw, StepOutput]:
         """Takes in the last token of each row and draws the next. The host need not know what was drawn before.
 
-        Every `kind`, which `sampling.kind_of` tells from settings, is a program of its own; "truncated" serves all.
+        Every `kind`, which `sampling.kind_of` tells from settings, is a program of its own; "truncated" serves all that
+        need no `controls`, "full" takes these as well.
         """
         pools = self.cache.latents, self.cache.index_keys
-        carry, drawn, out, pools = self.programs.decode(pools, carry, self.parameters, table, settings, stops, kind)
+        carry, drawn, out, pools = self.programs.decode(
+            pools, carry, self.parameters, table, settings, stops, kind, controls
+        )
         self.cache.update(*pools)
         return carry, drawn, out
 
@@ -312,15 +376,17 @@ class Runner:
         rows: Sequence[int],
         tokens: Sequence[int] = (),
         kinds: Sequence[Kind] = ("greedy", "random", "truncated"),
+        controls: Callable[[int], Controls] | None = None,
     ) -> None:
         """Compiles the steps that will be needed, by running them on padding; `max_length` must be known.
 
         Args:
           rows: numbers of rows of decode steps, on each shard.
           tokens: sizes of prefill steps, on each shard.
-          kinds: of the draws; with `batch_invariant` all are of the kind that serves all.
+          kinds: of the draws; with `batch_invariant` all are of the one that serves all.
+          controls: makes those of so many padding rows, for kind "full".
         """
-        kinds = ("truncated",) if self.batch_invariant else kinds
+        kinds = kinds if not self.batch_invariant else ("truncated",) if controls is None else ("full",)
         if self.table_pages is None:
             raise ValueError("to compile ahead of time, give the Runner max_length: tables are as wide, got None")
         width = self._table_width(self.table_pages)
@@ -331,8 +397,13 @@ class Runner:
             stops, length = np.full(1, -1, np.int32), np.zeros(total, np.int32)
             logits = jnp.zeros((total, self.config.vocab_size), jnp.float32)
             for kind in kinds:
-                carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool), kind=kind)
-                self.decode(carry, table, settings, stops, kind=kind)
+                own = controls(total) if kind == "full" and controls is not None else None
+                if own is None:
+                    carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool), kind=kind)
+                    self.decode(carry, table, settings, stops, kind=kind)
+                else:
+                    carry = Carry(jnp.asarray(length), length, length, np.zeros(total, bool))
+                    self.decode(carry, table, settings, stops, kind=kind, controls=own)
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
             empty = np.zeros((self.cache.row_shards, size), np.int32)
@@ -340,6 +411,16 @@ class Runner:
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 self._run_prefill(Rows(**arrays), table, dense=dense)
+
+
+def _pack_targets(places, targets, shape):
+    """Makes the targets of a step, int32 [B, T], from those of its pieces; None if there are none."""
+    if not places:
+        return None
+    packed = np.zeros(shape, np.int32)
+    for piece, (row, column) in places:
+        packed[row, column : column + piece.count] = targets[piece.item][piece.begin : piece.begin + piece.count]
+    return packed
 
 
 def _place(state, mesh: Mesh | None):

@@ -1,9 +1,57 @@
-"""Text from tokens as they come: no half characters, and nothing of a stop string."""
+"""Tokens from text, in which nothing is a control token, and text from tokens as they come.
 
+Text that comes has no half characters, and nothing of a stop string.
+"""
+
+import functools
+import json
+import secrets
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
 
 WINDOW = 16  # tokens that are waited for until they make whole characters
+
+
+def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Returns the tokens of a text; the spelling of an added or special token in it becomes ordinary tokens.
+
+    Args:
+      tokenizer: of the model. Its first text of all takes a second, in which a copy without added tokens is made.
+      text: without lone surrogates.
+      add_special_tokens: whether the tokens that the tokenizer puts before and behind every text are wanted.
+
+    Raises:
+      ValueError: for a lone surrogate, or another kind of tokenizer.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"text needs a tokenizers.Tokenizer, got {type(tokenizer).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text must be Unicode, got a lone surrogate at character {error.start}") from None
+    return _literal(tokenizer).encode(text, add_special_tokens=add_special_tokens).ids
+
+
+@functools.lru_cache(maxsize=8)
+def _literal(tokenizer: Tokenizer) -> Tokenizer:
+    """Copies a tokenizer without its added tokens, to which no text then leads; all other ids stay."""
+    spec = json.loads(tokenizer.to_str())
+    names = {token["content"]: f"<{secrets.token_hex(16)}>" for token in spec["added_tokens"]}
+    spec |= dict(added_tokens=[], truncation=None, padding=None)
+    # The model's own vocabulary may spell them too: under a name that nobody can guess they are still there for the
+    # model's unknown token, and no text has it.
+    model: dict[str, Any] = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if not names.keys() & {*merge, "".join(merge)}]
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 class Decoder(Protocol):

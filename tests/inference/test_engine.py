@@ -1,6 +1,7 @@
 """The engine against one request at a time: batches, pages that run out, ends of every kind, streams."""
 
 import asyncio
+import dataclasses
 import functools
 
 import jax
@@ -253,9 +254,20 @@ def test_stop_tokens_end_and_count_among_the_tokens():
     assert tokens_of(ended) == free[: free.index(free[3]) + 1]
     go_on = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     assert tokens_of(run(engine, Request(prompt(70), go_on))[0]) == free
-    least = SamplingParams(temperature=0.0, max_tokens=6, stop_token_ids=free, min_tokens=4)
-    [later] = run(engine, Request(prompt(70), least))
-    assert tokens_of(later) == free[:5] and later[-1].finished == "stop"
+
+
+def test_before_min_tokens_no_stop_token_is_drawn():
+    """All but four tokens are stops, some of them the engine's own."""
+    engine = make(end_tokens=range(30))
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(
+            temperature=temperature, seed=1, max_tokens=40, stop_token_ids=range(30, 60), min_tokens=4
+        )
+        [events] = run(engine, Request(prompt(70), params))
+        *others, last = tokens_of(events)
+        assert len(others) >= 4 and min(others) >= 60 and last < 60 and events[-1].finished == "stop"
+    [events] = run(engine, Request(prompt(70), dataclasses.replace(params, ignore_eos=True)))
+    assert min(tokens_of(events)[:4]) < 30, "whose end tokens are ignored may draw them"
 
 
 class Letters:

@@ -1,0 +1,177 @@
+"""Gives the device the work of a step, and keeps there what the next step takes: tokens, and counts of tokens."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.inference.controls import SlotControls
+from dsa_jax.inference.programs import Carry, bucket
+from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
+from dsa_jax.inference.scheduler import Limits, Plan, Work
+from dsa_jax.inference.step import INVARIANT_ROWS, Runner, Scored
+
+NO_STOPS = np.full(1, -1, np.int32)  # the host judges tokens, a step later: each request has stops of its own
+KINDS: tuple[Kind, ...] = ("greedy", "random", "truncated", "full")
+
+
+class Ran(NamedTuple):
+    """Holds what a step leaves on the device to be read.
+
+    Attributes:
+      rows: of each row its work, None for padding.
+      drawn: their tokens; None where no prompt has come to its end.
+      kept: the tokens that could be drawn, packed bits [B, vocab / 8], if a row wants them.
+      scored: pieces of prompts whose tokens were scored.
+      found: what the tokens that were taken in have selected, [layers, B, 1, K], and where they were routed.
+    """
+
+    rows: list[Work | None]
+    drawn: Draw | None
+    kept: jax.Array | None = None
+    scored: Sequence[tuple[Work, Scored]] = ()
+    found: dict[str, jax.Array] = {}
+
+
+class Batch:
+    """Runs the works of `Continuation`s.
+
+    Args:
+      runner: of the model.
+      limits: of a step.
+    """
+
+    def __init__(self, runner: Runner, limits: Limits):
+        self.runner, self.limits = runner, limits
+        self._last = jnp.zeros(limits.rows + 1, jnp.int32)  # the last token of each slot; the last slot is padding's
+        self._tables: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # of each slot: of what sequence, and its row
+        self._controls = SlotControls(limits.rows, runner.config.vocab_size)
+
+    def run(self, plan: Plan) -> list[Ran]:
+        """Gives the device the work of a step, and waits for nothing."""
+        ran = self._prefill(plan.prefill) if plan.prefill else []
+        return [*ran, self._decode(plan.decode)] if plan.decode else ran
+
+    def warm(self, kinds: Sequence[Kind]) -> None:
+        """Compiles every size of step that may come, but for those that score prompts."""
+        limits, vocab = self.limits, self.runner.config.vocab_size
+        kinds = ("full",) if limits.invariant else kinds
+        controls = self._controls.padding
+        self.runner.warm(rows=_sizes(limits.rows), tokens=_sizes(limits.chunk), kinds=kinds, controls=controls)
+        for rows in [INVARIANT_ROWS] if limits.invariant else _sizes(limits.rows):
+            for kind in kinds:
+                self._draw(jnp.zeros((rows, vocab)), [None] * rows, kind)
+            _take(self._last, np.zeros(rows, np.int32))
+
+    def _prefill(self, works: list[Work]) -> list[Ran]:
+        owns: list[Any] = [work.sequence for work in works]
+        chunks = [own.known[work.begin : work.begin + work.count] for own, work in zip(owns, works, strict=True)]
+        targets = [own.scores and own.scores.targets(work) for own, work in zip(owns, works, strict=True)]
+        out = self.runner.prefill([own.cached for own in owns], chunks, extended=True, targets=targets)
+        for row, own in enumerate(owns):
+            if own.trace is not None:
+                found = dict(selected=out.selected, routed=out.routed)
+                own.trace.add(works[row].begin, {name: x[row] for name, x in found.items() if x is not None})
+        scored = [(works[each.piece.item], each) for each in out.scored]
+        last = [row for row, work in enumerate(works) if work.number is not None]
+        if not last:
+            return [Ran([], None, scored=scored)] if scored else []
+        padding = (INVARIANT_ROWS if self.runner.batch_invariant else bucket(len(last))) - len(last)
+        rows = [*(works[row] for row in last), *[None] * padding]
+        drawn = self._draw(out.logits[np.array([*last, *[0] * padding])], rows)
+        return [Ran(rows, drawn, _pack(rows, drawn), scored)]
+
+    def _draw(self, logits, rows: list[Work | None], kind: Kind | None = None) -> Draw:
+        """Draws the first token of each row."""
+        settings, number, slots, needed = self._settings(rows)
+        kind = kind or needed
+        controls = self._controls.of(rows, slots) if kind == "full" else None
+        drawn = _draw(logits, settings, number, kind=kind, controls=controls)
+        self._keep(slots, drawn, controls)
+        return drawn
+
+    def _place(self, works: list[Work]) -> list[Work | None]:
+        """Lays works out as the rows of a step."""
+        by_name = {work.sequence.cached: work for work in works}
+        return [None if name is None else by_name[name] for name in self.runner.place(list(by_name))]
+
+    def _decode(self, works: list[Work]) -> Ran:
+        rows = self._place(works)
+        settings, number, slots, kind = self._settings(rows)
+        controls = self._controls.of(rows, slots) if kind == "full" else None
+        length = np.array([work.begin if work else 0 for work in rows], np.int32)
+        live = np.array([work is not None for work in rows])
+        carry = Carry(_take(self._last, slots), length, number, live)
+        table = self._table(rows)
+        _, drawn, out = self.runner.decode(carry, table, settings, NO_STOPS, kind=kind, controls=controls)
+        self._keep(slots, drawn, controls)
+        found = dict(selected=out.selected, routed=out.routed)
+        return Ran(rows, drawn, _pack(rows, drawn), found={name: x for name, x in found.items() if x is not None})
+
+    def _keep(self, slots: np.ndarray, drawn: Draw, controls: Controls | None) -> None:
+        """Keeps what was drawn for the next step."""
+        self._last = _put(self._last, slots, drawn.token)
+        if controls is not None:
+            self._controls.count(slots, drawn.token)
+
+    def _settings(self, rows: list[Work | None]) -> tuple[Settings, np.ndarray, np.ndarray, Kind]:
+        """Returns the settings of a batch, which token each row draws, its slot, and what the rows need of a draw."""
+        vocab = self.runner.config.vocab_size
+        values: list[tuple] = [(0.0, vocab, 1.0, 0, True, 0, self.limits.rows)] * len(rows)
+        for row, work in enumerate(rows):
+            if work is not None:
+                own: Any = work.sequence
+                values[row] = (*own.settings(vocab), work.number, own.slot)
+        temperature, top_k, top_p, seed, plain, number, slot = zip(*values, strict=True)
+        settings = Settings(
+            np.array(temperature, np.float32), np.array(top_k, np.int32), np.array(top_p, np.float32),
+            np.array(seed, np.uint32),
+        )  # fmt: skip
+        # Every kind is a program of its own, whose other parts may be compiled to other bits.
+        kind: Kind = "full"
+        if not self.runner.batch_invariant and all(plain):
+            kind = kind_of(np.array(temperature), np.array(top_k), np.array(top_p), vocab)
+        return settings, np.array(number, np.int32), np.array(slot, np.int32), kind
+
+    def _table(self, rows: list[Work | None]) -> np.ndarray:
+        """Makes the table of a decode step; a sequence's row is made anew when it has got another page."""
+        found = []
+        for work in rows:
+            if work is None:
+                found.append(None)
+                continue
+            slot, name = work.sequence.slot, work.sequence.cached
+            state = name, self.runner.cache.row_pages(name)
+            if slot not in self._tables or self._tables[slot][0] != state:
+                self._tables[slot] = state, self.runner.table([name])[0]
+            found.append(self._tables[slot][1])
+        padding = np.zeros_like(next(row for row in found if row is not None))
+        return np.stack([padding if row is None else row for row in found])
+
+
+def _sizes(most) -> list[int]:
+    """Lists the powers of two up to the one that `most` is rounded up to."""
+    return [1 << power for power in range(bucket(most).bit_length())]
+
+
+def _pack(rows, drawn):
+    """Packs the tokens that could be drawn, if a row wants them."""
+    traces = (work.sequence.trace for work in rows if work is not None)
+    return _packbits(drawn.kept) if any(trace is not None and trace.keeps for trace in traces) else None
+
+
+_draw = jax.jit(draw, static_argnames="kind")
+_packbits = jax.jit(partial(jnp.packbits, axis=1))
+
+
+@jax.jit
+def _take(last, slots):
+    return last[slots]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(last, slots, tokens):
+    return last.at[slots].set(tokens)
