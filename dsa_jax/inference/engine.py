@@ -166,7 +166,7 @@ class Engine:
         most = params.max_tokens
         if most is None:
             most = min(self.max_length, self.cache.pages * PAGE + 1) - len(ids)
-        if most < min(1, params.max_tokens or 0) or len(ids) + most > self.max_length:
+        if params.max_tokens is None and most < 1 or len(ids) + most > self.max_length:
             raise ValueError(
                 f"request {name} must fit max_length = {self.max_length} tokens, got {len(ids)} + {params.max_tokens}"
             )

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
-from dsa_jax.inference.params import Finished, Request, SamplingParams
+from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
@@ -22,21 +22,47 @@ PREFIX_POOLS = 2  # times the pages that full rows of the longest sequences need
 
 @dataclasses.dataclass
 class Output:
-    """Holds one continuation: its tokens, their log-probabilities, its text, and why it ended."""
+    """Holds one continuation.
+
+    Attributes:
+      tokens: a stop token included.
+      log_probs: of each, under the distribution that it was drawn from.
+      text: without a stop token or text.
+      finished: why it ended.
+      error: why, where that is an error.
+      model_log_probs: of each under the model's own distribution, if `logprobs` was given.
+      top: the likeliest tokens of that distribution, at each.
+      record: what it recorded for training, if that was asked for.
+    """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
     text: str = ""
     finished: Finished | None = None
     error: str | None = None
+    model_log_probs: list[float] = dataclasses.field(default_factory=list)
+    top: list[Top] = dataclasses.field(default_factory=list)
+    record: Record | None = None
+
+    def add(self, token: Token) -> None:
+        """Takes in what an engine tells of it."""
+        if token.token is not None and token.log_prob is not None:
+            self.tokens.append(token.token)
+            self.log_probs.append(token.log_prob)
+        if token.model_log_prob is not None and token.top is not None:
+            self.model_log_probs.append(token.model_log_prob)
+            self.top.append(token.top)
+        self.text += token.text
+        self.finished, self.error, self.record = token.finished, token.error, token.record
 
 
 @dataclasses.dataclass
 class Result:
-    """Holds the continuations of one prompt."""
+    """Holds the continuations of one prompt, and how likely its tokens are, if `prompt_logprobs` was given."""
 
     prompt: Any
     outputs: list[Output]
+    prompt_tokens: tuple[PromptToken, ...] | None = None
 
 
 class LLM:
@@ -52,6 +78,8 @@ class LLM:
       prefill_chunk: tokens of prompts that a step takes beside the tokens that it decodes.
       batch_invariant: makes the tokens independent of whatever else runs, to the last bit of their log-probabilities.
       reuse_prefixes: whether pages of equal prefixes are computed once.
+      return_selected: whether requests may ask for the selections of their tokens.
+      return_routed: whether requests may ask for the experts of their tokens.
 
     Examples:
       >>> llm = LLM(model, pages=16)
@@ -72,6 +100,8 @@ class LLM:
         prefill_chunk: int = PREFILL_CHUNK,
         batch_invariant: bool = False,
         reuse_prefixes: bool = True,
+        return_selected: bool = False,
+        return_routed: bool = False,
     ):
         end_tokens: list[int] = []
         if not isinstance(model, Transformer):
@@ -89,7 +119,8 @@ class LLM:
         else:
             cache = PagedCache(config, pages, format=format)
         runner = Runner(
-            model, cache, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant, max_length=length
+            model, cache, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant, max_length=length,
+            return_selected=return_selected, return_routed=return_routed,
         )  # fmt: skip
         self.engine = Engine(
             runner, tokenizer=tokenizer, end_tokens=end_tokens, rows=rows, reuse_prefixes=reuse_prefixes
@@ -130,12 +161,9 @@ class LLM:
         """Runs a step, and adds its tokens to the results that they belong to."""
         for token in self.engine.step():
             if token.request in results:
-                output = results[token.request].outputs[token.index]
-                if token.token is not None and token.log_prob is not None:
-                    output.tokens.append(token.token)
-                    output.log_probs.append(token.log_prob)
-                output.text += token.text
-                output.finished, output.error = token.finished, token.error
+                result = results[token.request]
+                result.outputs[token.index].add(token)
+                result.prompt_tokens = result.prompt_tokens or token.prompt
 
 
 def read_end_tokens(folder: Path) -> list[int]:
