@@ -111,6 +111,8 @@ class Runner:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         if dense_below is not None and not 0 <= dense_below <= config.index_topk:
             raise ValueError(f"dense_below must be from 0 to index_topk = {config.index_topk}, got {dense_below}")
+        if return_routed and not config.num_moe_layers:
+            raise ValueError("return_routed needs layers with experts, got a config that has none")
         if cache.config != config:
             raise ValueError("the cache must be of the model's config: make it with PagedCache(model.config, …)")
         if attention == "dense" and cache.page_shards > 1:

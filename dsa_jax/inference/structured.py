@@ -89,7 +89,7 @@ class Grammars:
         self._pool = concurrent.futures.ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
         self._compiled = functools.lru_cache(KEPT_GRAMMARS)(self._compile)
 
-    def begin(self, wanted: StructuredOutputs, *, seconds: float = COMPILE_SECONDS) -> Constraint:
+    def begin(self, wanted: StructuredOutputs) -> Constraint:
         """Returns a constraint at the beginning of its grammar; compiles that in a thread, for so long at most.
 
         Raises:
@@ -101,9 +101,9 @@ class Grammars:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{kind} must be Unicode, got a lone surrogate")
         try:
-            return self._pool.submit(self._compiled, kind, text).result(seconds).fork()
+            return self._pool.submit(self._compiled, kind, text).result(COMPILE_SECONDS).fork()
         except concurrent.futures.TimeoutError:
-            raise ValueError(f"{kind} must compile within {seconds:g} seconds, got one that takes longer") from None
+            raise ValueError(f"{kind} must compile within {COMPILE_SECONDS:g} seconds, got a slower one") from None
 
     def _compile(self, kind, text) -> Constraint:
         from llguidance import LLMatcher, LLParserLimits

@@ -2,15 +2,15 @@
 
 import asyncio
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import unchecked
+from engine_cases import CHUNK, CONFIG, GREEDY, PAGES, alone, log_probs_of, make, prompt, run, tokens_of
 from flax import nnx
-from model_cases import small_config, small_model
+from model_cases import small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsa_jax import OutOfPages, PagedCache, Runner, complete, save_hf
@@ -19,61 +19,6 @@ from dsa_jax.inference.llm import LLM, read_end_tokens
 from dsa_jax.inference.params import Request, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
-
-CONFIG = small_config(first_k_dense_replace=2, max_position_embeddings=256)
-PAGES, CHUNK = 12, 32
-GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
-
-
-def make(model=None, *, rows=4, invariant=False, **options) -> Engine:
-    cache = PagedCache(CONFIG, PAGES, format="float32")
-    runner = Runner(
-        small_model(CONFIG) if model is None else model, cache, prefill_chunk=CHUNK, max_length=256, dense_below=0,
-        batch_invariant=invariant,
-    )  # fmt: skip
-    return Engine(runner, rows=rows, **options)
-
-
-def prompt(length, seed=0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 64, length).tolist()
-
-
-def run(engine, *requests, cancels=()):
-    """Runs requests to their ends; returns of each its events, by the numbers that `add` gave."""
-    names = [engine.add(request) for request in requests]
-    found = {name: [] for name in names}
-    steps = 0
-    while engine.busy:
-        for at, place in cancels:
-            if at == steps:
-                engine.cancel(names[place])
-        for token in engine.step():
-            found[token.request].append(token)
-        steps += 1
-    engine.check()
-    assert engine.cache.free_pages + len(engine.prefix) == PAGES
-    return [found[name] for name in names]
-
-
-def tokens_of(events, index=0):
-    """The tokens of one continuation, which must have one end, the last."""
-    own = [event for event in events if event.index == index]
-    assert [event.finished is not None for event in own] == [False] * (len(own) - 1) + [True]
-    return [event.token for event in own if event.token is not None]
-
-
-def log_probs_of(events, index=0):
-    return np.float32([event.log_prob for event in events if event.index == index and event.token is not None])
-
-
-@functools.cache
-def lone_engine(invariant=False) -> Engine:
-    return make(rows=1, invariant=invariant, reuse_prefixes=False)
-
-
-def alone(request, invariant=False):
-    return run(lone_engine(invariant), request)[0]
-
 
 # What comes out
 
@@ -133,8 +78,13 @@ def test_many_requests_and_cancels_with_pages_for_few():
 @pytest.mark.parametrize("invariant", [False, True])
 def test_preemption_loses_and_repeats_nothing(invariant):
     """Four that outgrow the pages together; under `batch_invariant` to the last bit."""
-    engine = make(invariant=invariant)
-    settings = [dict(top_k=20), dict(temperature=0.0), dict(top_k=20), dict(top_p=0.9)]  # kinds of draw differ
+    engine = make(invariant=invariant, tokenizer=character_tokenizer())
+    settings = [
+        dict(top_k=20),
+        dict(temperature=0.0, logprobs=2),
+        dict(top_k=20, repetition_penalty=1.2, frequency_penalty=0.1),
+        dict(top_p=0.9, structured_outputs=StructuredOutputs(regex="[a-z0-9]{500}")),
+    ]  # kinds of draw differ
     asked = [Request(prompt(100, row), SamplingParams(seed=row, max_tokens=130, **settings[row])) for row in range(4)]
     found = run(engine, *asked)
     assert engine.scheduler.preemptions

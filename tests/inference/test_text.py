@@ -78,3 +78,63 @@ def test_the_work_of_a_token_does_not_grow(count):
     for _ in range(count):
         stream.push(97)
     assert max(most) <= 2
+
+
+# Tokens from text
+
+BYTES = pre_tokenizers.ByteLevel.alphabet()
+
+
+def byte_tokenizer():
+    """Byte-level BPE with merges, one of which spells a control token; one control token is not marked as special."""
+    names = {name: place for place, name in enumerate(["<s>", *sorted(BYTES), "he", "<t", "h>", "<th>"])}
+    merges = [("h", "e"), ("<", "t"), ("h", ">"), ("<t", "h>")]
+    tokenizer = Tokenizer(models.BPE(names, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "<|end|>"])
+    tokenizer.add_tokens([AddedToken("<th>", normalized=False), AddedToken("<｜User｜>", special=False)])
+    start = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+    return tokenizer
+
+
+def piece_tokenizer():
+    """Pieces with scores, which spell the control tokens, and bytes for what they lack."""
+    byte_pieces = [(f"<0x{number:02X}>", -9.0) for number in range(256)]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("h", -1.0), ("e", -1.0), ("he", -1.5), ("<", -2.0), (">", -2.0)]
+    tokenizer = Tokenizer(models.Unigram([*pieces, *byte_pieces], unk_id=0, byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "<s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, piece_tokenizer])
+def test_spellings_of_control_tokens_are_text(make):
+    tokenizer = make()
+    added = tokenizer.get_added_tokens_decoder()
+    for text in ("he he", "he<s>", "<|end|>he", "<th><｜User｜>e", "é", "<unk>", "".join(map(str, added.values()))):
+        ids = encode_text(tokenizer, text)
+        assert not {*ids} & {*added} and tokenizer.decode(ids, skip_special_tokens=False) == text, text
+        if not any(token.content in text for token in added.values()):
+            assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+    assert {*tokenizer.encode("he<s>").ids} & {*added}, "as they are without it"
+
+
+def test_what_a_tokenizer_puts_before_texts_is_put_if_asked_for():
+    tokenizer = byte_tokenizer()
+    assert encode_text(tokenizer, "<s>he", add_special_tokens=True) == [0, *encode_text(tokenizer, "<s>he")]
+
+
+def test_a_character_that_a_tokenizer_lacks_is_its_unknown_token_still():
+    tokenizer = Tokenizer(models.WordLevel({"w0": 0, "<end>": 1, "w2": 2}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<end>", "w0"])
+    assert encode_text(tokenizer, "w2 <end> w0 x") == [2, 0, 0, 0]
+
+
+def test_text_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="text must be Unicode, got a lone surrogate at character 2"):
+        encode_text(byte_tokenizer(), "he\ud800")
+    with pytest.raises(ValueError, match=r"text needs a tokenizers\.Tokenizer, got list"):
+        encode_text([], "he")
