@@ -1,10 +1,11 @@
-"""Text as tokens come: whole characters, and nothing of a stop string."""
+"""Text as tokens come: whole characters, and nothing of a stop string; and tokens of text, none of which is control."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dsa_jax.inference.text import WINDOW, TextStream
+from dsa_jax.inference.text import WINDOW, TextStream, encode_text
 
 
 class Bytes:
