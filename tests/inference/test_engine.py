@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import unchecked
-from engine_cases import CHUNK, CONFIG, GREEDY, PAGES, alone, log_probs_of, make, prompt, run, tokens_of
+from engine_cases import (
+    CHUNK,
+    CONFIG,
+    GREEDY,
+    PAGES,
+    alone,
+    character_tokenizer,
+    log_probs_of,
+    make,
+    prompt,
+    run,
+    tokens_of,
+)
 from flax import nnx
 from model_cases import small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from dsa_jax import OutOfPages, PagedCache, Runner, complete, save_hf
 from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.llm import LLM, read_end_tokens
-from dsa_jax.inference.params import Request, SamplingParams
+from dsa_jax.inference.params import Request, SamplingParams, StructuredOutputs
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
