@@ -206,11 +206,9 @@ class Engine:
             would be generated anew.
         """
         with self._lock:
-            if self.runner.batch_invariant and (self.scheduler.running or self._pending):
-                raise ValueError(
-                    "update_weights under batch_invariant needs that nothing runs, "
-                    f"got {len(self.scheduler.running)} sequences"
-                )
+            begun = sum(each.runs or len(each.tokens) > 0 for group in self._continuations.values() for each in group)
+            if self.runner.batch_invariant and begun:
+                raise ValueError(f"update_weights under batch_invariant needs that nothing runs, got {begun} sequences")
             self.runner.replace_parameters(new)
             self._due += self._read_pending()
             self.scheduler.preempt_all()
@@ -243,10 +241,11 @@ class Engine:
 
         While the engine is paused it waits for a moment, and runs nothing.
         """
-        paused = not self._resumed.wait(0 if self._pending else PAUSE_SECONDS)
+        if not self._pending:
+            self._resumed.wait(PAUSE_SECONDS)
         with self._lock:
             tokens = self._take_in()
-            plan = Plan() if paused else self.scheduler.plan()
+            plan = self.scheduler.plan() if self._resumed.is_set() else Plan()
             ran = self._batch.run(plan)
             tokens += self._read_pending()
             self._pending = ran

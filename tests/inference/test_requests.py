@@ -362,9 +362,12 @@ def test_weights_of_other_shapes_are_refused_by_name():
         engine.update_weights(short)
     invariant = make(invariant=True)
     invariant.add(Request(prompt(40), GREEDY))
-    invariant.step()
-    with pytest.raises(ValueError, match="batch_invariant needs that nothing runs, got 1"):
-        invariant.update_weights(state)
+    for preempt in (lambda: None, invariant.scheduler.preempt_all):
+        for _ in range(3):
+            invariant.step()
+        preempt()
+        with pytest.raises(ValueError, match="batch_invariant needs that nothing runs, got 1"):
+            invariant.update_weights(state)
 
 
 def test_a_pause_begins_no_step_and_loses_nothing(monkeypatch):
