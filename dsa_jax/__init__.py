@@ -18,6 +18,7 @@ from dsa_jax.inference.llm import LLM
 from dsa_jax.inference.pages import OutOfPages, PagedCache
 from dsa_jax.inference.params import Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
+from dsa_jax.inference.speculative import NGram
 from dsa_jax.inference.step import Runner
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention, AttentionMaps, SparseMLA
@@ -44,6 +45,7 @@ __all__ = [
     "KeyRange",
     "LightningIndexer",
     "MoE",
+    "NGram",
     "OutOfPages",
     "Output",
     "PagedCache",

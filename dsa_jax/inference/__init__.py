@@ -11,12 +11,15 @@ from dsa_jax.inference.llm import LLM, Output, Result
 from dsa_jax.inference.pages import OutOfPages, PagedCache, check_table, pages_that_fit
 from dsa_jax.inference.params import PromptToken, Record, Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
+from dsa_jax.inference.speculative import Drafter, NGram
 from dsa_jax.inference.step import Runner
 
 __all__ = [
     "LLM",
     "Completions",
+    "Drafter",
     "Engine",
+    "NGram",
     "OutOfPages",
     "Output",
     "PagedCache",

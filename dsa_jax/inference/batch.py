@@ -12,6 +12,7 @@ from dsa_jax.inference.controls import SlotControls
 from dsa_jax.inference.programs import Carry, bucket
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Work
+from dsa_jax.inference.speculative import Drafted
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner, Scored
 
 NO_STOPS = np.full(1, -1, np.int32)  # the host judges tokens, a step later: each request has stops of its own
@@ -23,9 +24,10 @@ class Ran(NamedTuple):
 
     Attributes:
       rows: of each row its work, None for padding.
-      drawn: their tokens; None where no prompt has come to its end.
+      drawn: their tokens; None where no prompt has come to its end. Where drafts were verified, of every position.
       kept: the tokens that could be drawn, packed bits [B, vocab / 8], if a row wants them.
       scored: pieces of prompts whose tokens were scored.
+      taken: int32 [B], how many drafts of each row are right, where drafts were verified.
       found: what the tokens that were taken in have selected, [layers, B, 1, K], and where they were routed.
     """
 
@@ -33,6 +35,7 @@ class Ran(NamedTuple):
     drawn: Draw | None
     kept: jax.Array | None = None
     scored: Sequence[tuple[Work, Scored]] = ()
+    taken: jax.Array | None = None
     found: dict[str, jax.Array] = {}
 
 
@@ -53,14 +56,17 @@ class Batch:
     def run(self, plan: Plan) -> list[Ran]:
         """Gives the device the work of a step, and waits for nothing."""
         ran = self._prefill(plan.prefill) if plan.prefill else []
-        return [*ran, self._decode(plan.decode)] if plan.decode else ran
+        decode = self._verify if any(work.drafts for work in plan.decode) else self._decode
+        return [*ran, decode(plan.decode)] if plan.decode else ran
 
     def warm(self, kinds: Sequence[Kind]) -> None:
         """Compiles every size of step that may come, but for those that score prompts."""
         limits, vocab = self.limits, self.runner.config.vocab_size
         kinds = ("full",) if limits.invariant else kinds
         controls = self._controls.padding
-        self.runner.warm(rows=_sizes(limits.rows), tokens=_sizes(limits.chunk), kinds=kinds, controls=controls)
+        self.runner.warm(
+            rows=_sizes(limits.rows), tokens=_sizes(limits.chunk), drafts=limits.drafts, kinds=kinds, controls=controls
+        )  # fmt: skip
         for rows in [INVARIANT_ROWS] if limits.invariant else _sizes(limits.rows):
             for kind in kinds:
                 self._draw(jnp.zeros((rows, vocab)), [None] * rows, kind)
@@ -90,7 +96,7 @@ class Batch:
         kind = kind or needed
         controls = self._controls.of(rows, slots) if kind == "full" else None
         drawn = _draw(logits, settings, number, kind=kind, controls=controls)
-        self._keep(slots, drawn, controls)
+        self._keep(slots, drawn.token, controls)
         return drawn
 
     def _place(self, works: list[Work]) -> list[Work | None]:
@@ -107,15 +113,23 @@ class Batch:
         carry = Carry(_take(self._last, slots), length, number, live)
         table = self._table(rows)
         _, drawn, out = self.runner.decode(carry, table, settings, NO_STOPS, kind=kind, controls=controls)
-        self._keep(slots, drawn, controls)
-        found = dict(selected=out.selected, routed=out.routed)
-        return Ran(rows, drawn, _pack(rows, drawn), found={name: x for name, x in found.items() if x is not None})
+        self._keep(slots, drawn.token, controls)
+        return Ran(rows, drawn, _pack(rows, drawn), found=_found(out))
 
-    def _keep(self, slots: np.ndarray, drawn: Draw, controls: Controls | None) -> None:
-        """Keeps what was drawn for the next step."""
-        self._last = _put(self._last, slots, drawn.token)
+    def _verify(self, works: list[Work]) -> Ran:
+        rows = self._place(works)
+        settings, _, slots, kind = self._settings(rows)
+        controls = self._controls.of(rows, slots) if kind == "full" else None
+        drafted = Drafted.of(rows, self.limits.drafts)
+        verified, out = self.runner.verify(drafted, self._table(rows), settings, kind=kind, controls=controls)
+        self._keep(slots, verified.last, controls)
+        return Ran(rows, verified.drawn, _pack(rows, verified.drawn), taken=verified.taken, found=_found(out))
+
+    def _keep(self, slots: np.ndarray, tokens: jax.Array, controls: Controls | None) -> None:
+        """Keeps the last tokens for the next step. Of rows that count theirs each has drawn one: they take no drafts."""
+        self._last = _put(self._last, slots, tokens)
         if controls is not None:
-            self._controls.count(slots, drawn.token)
+            self._controls.count(slots, tokens)
 
     def _settings(self, rows: list[Work | None]) -> tuple[Settings, np.ndarray, np.ndarray, Kind]:
         """Returns the settings of a batch, which token each row draws, its slot, and what the rows need of a draw."""
@@ -155,6 +169,12 @@ class Batch:
 def _sizes(most) -> list[int]:
     """Lists the powers of two up to the one that `most` is rounded up to."""
     return [1 << power for power in range(bucket(most).bit_length())]
+
+
+def _found(out) -> dict[str, jax.Array]:
+    """Returns what a step tells of the tokens that it took in."""
+    found = dict(selected=out.selected, routed=out.routed)
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def _pack(rows, drawn):

@@ -46,6 +46,11 @@ class Continuation(Sequence):
         params = self.params
         return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Tells whether its draws depend on no token before but by logits, and nothing is recorded of each token."""
+        return not self.is_penalised and self.constraint is None and self.trace is None
+
     def settings(self, vocab: int) -> tuple[float, int, float, int, bool]:
         """Returns its temperature, top-k, top-p, seed, and whether its draws need nothing else."""
         params = self.params

@@ -27,7 +27,8 @@ from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.inference.params import Finished, Request, Stats, Token
 from dsa_jax.inference.prefix import Chain, PrefixCache
 from dsa_jax.inference.sampling import Kind
-from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Work, pages_needed
+from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Sequence, Work, pages_needed
+from dsa_jax.inference.speculative import Drafter, check_most, propose
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 from dsa_jax.inference.structured import Grammars
 from dsa_jax.inference.text import TextStream, encode_text
@@ -51,6 +52,9 @@ class Engine:
       rows: how many sequences run at a time.
       budget: tokens of a step, decoded and of prompts; None for a chunk of prompts beside full rows.
       reuse_prefixes: whether pages of equal prefixes are computed once.
+      drafter: proposes tokens that a step then verifies; the tokens that come out are the same. A draft follows the
+        tokens before it, so a step is then read before the next is dispatched, and the device waits for the host in
+        between: to let half of the sequences run while the other half is read would read the weights twice as often.
 
     Examples:
       >>> from dsa_jax import PagedCache
@@ -72,13 +76,20 @@ class Engine:
         rows: int = ROWS,
         budget: int | None = None,
         reuse_prefixes: bool = True,
+        drafter: Drafter | None = None,
     ):
         if runner.max_length is None:
             raise ValueError("an engine's tables have room for the longest sequence: give the Runner max_length")
         if runner.batch_invariant and rows > INVARIANT_ROWS:
             raise ValueError(f"rows must be at most {INVARIANT_ROWS} with batch_invariant, got {rows}")
-        chunk = runner.prefill_chunk
-        limits = Limits(rows, chunk + rows if budget is None else budget, chunk, runner.batch_invariant)
+        if runner.batch_invariant and drafter is not None:
+            raise ValueError(
+                "drafter must be None with batch_invariant: a token has other bits where it is verified than where it "
+                f"is decoded, got {type(drafter).__name__}"
+            )
+        chunk, drafts = runner.prefill_chunk, 0 if drafter is None else check_most(drafter.most)
+        budget = chunk + rows * (1 + drafts) if budget is None else budget
+        limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts)
         self.runner, self.cache, self.tokenizer = runner, runner.cache, tokenizer
         self.max_length, self.end_tokens = runner.max_length, frozenset(end_tokens)
         self.prefix = PrefixCache(self.cache, enabled=reuse_prefixes)
@@ -96,6 +107,7 @@ class Engine:
         self._resumed.set()
         self._due: list[Token] = []  # read between two steps
         self._prompt_tokens = self._generated_tokens = self._weights_version = 0
+        self.drafter, self._proposed, self._accepted = drafter, 0, 0
 
     # Requests.
 
@@ -231,6 +243,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            drafts_proposed=self._proposed,
+            drafts_accepted=self._accepted,
             weights_version=self._weights_version,
         )
 
@@ -245,7 +259,9 @@ class Engine:
             self._resumed.wait(PAUSE_SECONDS)
         with self._lock:
             tokens = self._take_in()
-            plan = self.scheduler.plan() if self._resumed.is_set() else Plan()
+            if self.drafter is not None:
+                tokens += self._read_pending()
+            plan = self.scheduler.plan(self._propose()) if self._resumed.is_set() else Plan()
             ran = self._batch.run(plan)
             tokens += self._read_pending()
             self._pending = ran
@@ -278,6 +294,14 @@ class Engine:
                     self.scheduler.add(each)
         return tokens
 
+    def _propose(self) -> dict[Sequence, list[int]]:
+        """Asks the drafter how the sequences go on that decode."""
+        if self.drafter is None:
+            return {}
+        able = [own for own in self.scheduler.running if own.decodes and isinstance(own, Continuation)]
+        able = [own for own in able if own.takes_drafts]
+        return propose(self.drafter, able, self.runner.config.vocab_size) if able else {}
+
     # Postprocess.
 
     def _read_pending(self) -> list[Token]:
@@ -297,11 +321,26 @@ class Engine:
         likeliest = ran.drawn.likeliest
         if likeliest is not None and any(_of(work).params.logprobs is not None for _, work in live):
             likeliest = jax.tree.map(np.asarray, likeliest)
+        width = len(tokens) // len(ran.rows)
+        taken = [0] * len(ran.rows) if ran.taken is None else np.asarray(ran.taken).tolist()
         found = []
         for row, work in live:
             own = _of(work)
-            found.append(self._judge(own, work.number, tokens[row], log_probs[row], own.top(likeliest, row)))
+            for column in range(1 + taken[row]):
+                if not own.ended:
+                    at = row * width + column
+                    found.append(
+                        self._judge(own, work.number + column, tokens[at], log_probs[at], own.top(likeliest, at))
+                    )
+            self._count_drafts(work, taken[row])
         return [token for token in found if token is not None]
+
+    def _count_drafts(self, work: Work, taken: int) -> None:
+        """Counts the drafts of a row, and forgets the wrong ones."""
+        if work.drafts and not work.sequence.ended:
+            self.scheduler.take(work, 1 + taken)
+        self._proposed += len(work.drafts)
+        self._accepted += taken
 
     def _trace(self, ran: Ran, live) -> None:
         """Hands on what training wants to know of a step."""
@@ -310,9 +349,10 @@ class Engine:
         for row, work in traced:
             trace = _of(work).trace
             if found:
-                trace.add(work.begin, {name: x[:, row] for name, x in found.items()})
+                trace.add(work.begin, {name: x[:, row, :1] for name, x in found.items()})
             if trace.keeps:
-                bits = np.unpackbits(np.asarray(ran.kept)[row])[: self.runner.config.vocab_size]
+                kept = np.asarray(ran.kept)
+                bits = np.unpackbits(kept[row * len(kept) // len(ran.rows)])[: self.runner.config.vocab_size]
                 trace.add_kept(work.number, np.flatnonzero(bits).astype(np.int32))
 
     def _judge(self, own: Continuation, number, token: int, log_prob: float, likeliest) -> Token | None:

@@ -13,6 +13,7 @@ from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
+from dsa_jax.inference.speculative import Drafter
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
@@ -80,6 +81,7 @@ class LLM:
       reuse_prefixes: whether pages of equal prefixes are computed once.
       return_selected: whether requests may ask for the selections of their tokens.
       return_routed: whether requests may ask for the experts of their tokens.
+      drafter: proposes tokens for steps to verify, as `NGram()` does; the tokens that come out are the same.
 
     Examples:
       >>> llm = LLM(model, pages=16)
@@ -102,6 +104,7 @@ class LLM:
         reuse_prefixes: bool = True,
         return_selected: bool = False,
         return_routed: bool = False,
+        drafter: Drafter | None = None,
     ):
         end_tokens: list[int] = []
         if not isinstance(model, Transformer):
@@ -123,8 +126,9 @@ class LLM:
             return_selected=return_selected, return_routed=return_routed,
         )  # fmt: skip
         self.engine = Engine(
-            runner, tokenizer=tokenizer, end_tokens=end_tokens, rows=rows, reuse_prefixes=reuse_prefixes
-        )
+            runner, tokenizer=tokenizer, end_tokens=end_tokens, rows=rows, reuse_prefixes=reuse_prefixes,
+            drafter=drafter,
+        )  # fmt: skip
 
     def generate(
         self,

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from dsa_jax.cache import Pages
 from dsa_jax.inference.sampling import Draw, Kind, Likeliest, Settings, draw, likeliest
+from dsa_jax.inference.speculative import Drafted, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.parallel.sharding import parameter_specs, spec
@@ -162,6 +163,17 @@ def _decode_on(graph, options: Options, pools, carry: Carry, state, table, setti
     return _everywhere(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
 
 
+def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, settings, controls, *, kind: Kind):
+    """Takes in each row's last token and its drafts, and draws behind each of them."""
+    columns = jnp.arange(drafted.tokens.shape[1], dtype=jnp.int32)
+    real = columns < drafted.count[:, None]
+    positions = jnp.where(real, drafted.length[:, None] + columns, 0)
+    wanted = jnp.broadcast_to(columns, real.shape)
+    rows = Rows(drafted.tokens, positions, jnp.zeros_like(positions), jnp.where(real, positions + 1, 0), wanted)
+    out, pools = _forward_on(graph, options, pools, state, table, rows)
+    return verify_drafts(out.logits, drafted, settings, kind=kind, controls=controls), out, pools
+
+
 @partial(jax.jit, static_argnums=0, static_argnames="kind")
 def draw_first(mesh: Mesh | None, logits, length, settings: Settings, stops, live, *, kind: Kind):
     """Draws the first token of each row, from the logits of its prompt."""
@@ -184,6 +196,9 @@ class Programs(NamedTuple):
     prefill: Callable  # (pools, parameters, table, rows, targets=None) -> (StepOutput, pools)
     # (pools, carry, parameters, table, settings, stops, kind, controls=None) -> (Carry, Draw, StepOutput, pools)
     decode: Callable
+    verify: (
+        Callable  # (pools, drafted, parameters, table, settings, kind, controls=None) -> (Verified, StepOutput, pools)
+    )
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
@@ -201,8 +216,12 @@ def programs(graph, tree, options: Options) -> Programs:
         state = jax.tree.unflatten(tree, parameters)
         return _decode_on(graph, options, pools, carry, state, table, settings, stops, controls, kind=kind)
 
+    def verify(pools, drafted, parameters, table, settings, kind, controls=None):
+        state = jax.tree.unflatten(tree, parameters)
+        return _verify_on(graph, options, pools, drafted, state, table, settings, controls, kind=kind)
+
     compile = partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
-    return Programs(compile(prefill), compile(decode, static_argnums=6))
+    return Programs(compile(prefill), compile(decode, static_argnums=6), compile(verify, static_argnums=5))
 
 
 def padding_settings(rows: int, vocab: int) -> Settings:

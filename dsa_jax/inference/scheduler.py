@@ -8,6 +8,8 @@ preempted: its pages are free, it waits in front of all others, and is computed 
 import collections
 import dataclasses
 import math
+import types
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,19 +28,22 @@ class Limits:
       chunk: tokens of prompts.
       invariant: whether a chunk is of one sequence and crosses no multiple of `chunk`, and what was preempted is
         generated anew instead of being taken for a longer prompt: its keys then have the same bits as before.
+      drafts: of a sequence, at most.
     """
 
     rows: int
     budget: int
     chunk: int
     invariant: bool = False
+    drafts: int = 0
 
     def __post_init__(self):
         if self.rows < 1 or self.chunk < 1:
             raise ValueError(f"rows and chunk must be at least 1, got {self.rows} and {self.chunk}")
-        if self.budget <= self.rows:
+        decoded = self.rows * (1 + self.drafts)
+        if self.budget <= decoded:
             raise ValueError(
-                f"budget must be more than the {self.rows} rows that decode a token each, got {self.budget}"
+                f"budget must be more than the {decoded} tokens that {self.rows} rows decode, got {self.budget}"
             )
 
 
@@ -103,7 +108,8 @@ class Work(NamedTuple):
     sequence: Sequence
     begin: int  # the first token that it takes in
     count: int
-    number: int | None  # of the token that it draws; None in the midst of a prompt
+    number: int | None  # of the first token that it draws; None in the midst of a prompt
+    drafts: list[int] = []  # the tokens that it takes in behind the first
 
 
 @dataclasses.dataclass
@@ -140,32 +146,52 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def plan(self) -> Plan:
-        """Decides on the next step, and makes room in the cache for the tokens that it takes in."""
+    def plan(self, drafts: Mapping[Sequence, list[int]] = types.MappingProxyType({})) -> Plan:
+        """Decides on the next step, and makes room in the cache for the tokens that it takes in.
+
+        Args:
+          drafts: of sequences that decode and whose last step was read. As many are taken as there is room for.
+        """
         plan = Plan()
-        decoding = sum(sequence.decodes for sequence in self.running)
+        decoding = sum(1 + len(drafts.get(sequence, ())) for sequence in self.running if sequence.decodes)
         left = min(self.limits.chunk, self.limits.budget - decoding)
         for sequence in list(self.running):  # the oldest first: who is preempted has not been planned yet
             if sequence.runs:
-                left -= self._plan_one(plan, sequence, left)
+                left -= self._plan_one(plan, sequence, left, drafts.get(sequence, []))
         while not plan.preempted and self._takes_more(plan, left) and (admitted := self._admit()):
             left -= self._plan_one(plan, admitted, left)
         return plan
 
-    def _plan_one(self, plan, sequence, left) -> int:
+    def take(self, work: Work, count: int) -> None:
+        """Counts how many of the tokens that a verification took in are right, and forgets the drafts that are not."""
+        sequence = work.sequence
+        self.pages.cache.truncate(sequence.cached, work.begin + count)
+        sequence.filled = work.begin + count
+        sequence.drawn -= 1 + len(work.drafts) - count
+
+    def _plan_one(self, plan, sequence, left, drafts=()) -> int:
         """Plans a sequence's work; returns how many tokens of a prompt it takes."""
         decodes = sequence.decodes
-        count = 1 if decodes else self._chunk(plan, sequence, left)
+        drafts = self._with_room(sequence, drafts) if drafts else []
+        count = 1 + len(drafts) if decodes else self._chunk(plan, sequence, left)
         if not count or not self._make_room(plan, sequence, count):
             return 0
         begin, ends = sequence.filled, sequence.filled + count >= sequence.target
         self.pages.cache.extend(sequence.cached, count)
         sequence.filled += count
         (plan.decode if decodes else plan.prefill).append(
-            Work(sequence, begin, count, sequence.drawn if ends else None)
+            Work(sequence, begin, count, sequence.drawn if ends else None, drafts)
         )
-        sequence.drawn += ends
+        sequence.drawn += ends + len(drafts)
         return 0 if decodes else count
+
+    def _with_room(self, sequence, drafts) -> list[int]:
+        """Returns the drafts that may be taken in: within `max_tokens`, and no page is taken that others will want."""
+        drafts = drafts[: sequence.max_tokens - sequence.drawn - 1]
+        least, most = (self.pages.cache.missing(sequence.cached, 1 + count) for count in (0, len(drafts)))
+        if most > least and not self.pages.room(most + sum(map(self._wants, self.running))):
+            return []
+        return drafts
 
     def _takes_more(self, plan, left) -> bool:
         return left > 0 and not (self.limits.invariant and plan.prefill)

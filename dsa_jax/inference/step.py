@@ -27,6 +27,7 @@ from dsa_jax.inference.programs import (
     programs,
 )
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Likeliest, Settings
+from dsa_jax.inference.speculative import MAX_DRAFTS, Drafted, Verified
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
@@ -34,7 +35,7 @@ from dsa_jax.parallel.sharding import parameter_shardings, spec
 
 MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
-MAX_DECODED = 4  # tokens of a row in a decode step, as many as the kernels take
+MAX_DECODED = 1 + MAX_DRAFTS  # tokens of a row in a decode step, as many as the kernels take
 INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
 
 
@@ -372,11 +373,26 @@ class Runner:
         self.cache.update(*pools)
         return carry, drawn, out
 
+    def verify(
+        self, drafted: Drafted, table, settings: Settings, *, kind: Kind = "truncated", controls: Controls | None = None
+    ) -> tuple[Verified, StepOutput]:
+        """Takes in the last token of each row and its drafts, and draws behind each; sequences have room for all.
+
+        What was not taken is forgotten by `PagedCache.truncate`. On a mesh the rows stand as `place` lays them out.
+        """
+        pools = self.cache.latents, self.cache.index_keys
+        verified, out, pools = self.programs.verify(
+            pools, drafted, self.parameters, table, settings, kind, controls
+        )  # fmt: skip
+        self.cache.update(*pools)
+        return verified, out
+
     def warm(
         self,
         *,
         rows: Sequence[int],
         tokens: Sequence[int] = (),
+        drafts: int = 0,
         kinds: Sequence[Kind] = ("greedy", "random", "truncated"),
         controls: Callable[[int], Controls] | None = None,
     ) -> None:
@@ -385,6 +401,7 @@ class Runner:
         Args:
           rows: numbers of rows of decode steps, on each shard.
           tokens: sizes of prefill steps, on each shard.
+          drafts: how many a row of a verification has at most; 0 where none comes.
           kinds: of the draws; with `batch_invariant` all are of the one that serves all.
           controls: makes those of so many padding rows, for kind "full".
         """
@@ -406,6 +423,9 @@ class Runner:
                 else:
                     carry = Carry(jnp.asarray(length), length, length, np.zeros(total, bool))
                     self.decode(carry, table, settings, stops, kind=kind, controls=own)
+                if drafts:
+                    drafted = Drafted(np.zeros((total, 1 + drafts), np.int32), length, length, length)
+                    self.verify(drafted, table, settings, kind=kind, controls=own)
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
             empty = np.zeros((self.cache.row_shards, size), np.int32)
