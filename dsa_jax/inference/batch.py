@@ -126,7 +126,7 @@ class Batch:
         return Ran(rows, verified.drawn, _pack(rows, verified.drawn), taken=verified.taken, found=_found(out))
 
     def _keep(self, slots: np.ndarray, tokens: jax.Array, controls: Controls | None) -> None:
-        """Keeps the last tokens for the next step. Of rows that count theirs each has drawn one: they take no drafts."""
+        """Keeps the last tokens for the next step; rows that count theirs have drawn one, since they take no drafts."""
         self._last = _put(self._last, slots, tokens)
         if controls is not None:
             self._controls.count(slots, tokens)

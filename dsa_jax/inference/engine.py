@@ -298,8 +298,8 @@ class Engine:
         """Asks the drafter how the sequences go on that decode."""
         if self.drafter is None:
             return {}
-        able = [own for own in self.scheduler.running if own.decodes and isinstance(own, Continuation)]
-        able = [own for own in able if own.takes_drafts]
+        running: list[Any] = self.scheduler.running
+        able = [own for own in running if own.decodes and own.takes_drafts]
         return propose(self.drafter, able, self.runner.config.vocab_size) if able else {}
 
     # Postprocess.
@@ -326,12 +326,9 @@ class Engine:
         found = []
         for row, work in live:
             own = _of(work)
-            for column in range(1 + taken[row]):
+            for number, at in enumerate(range(row * width, row * width + taken[row] + 1), work.number or 0):
                 if not own.ended:
-                    at = row * width + column
-                    found.append(
-                        self._judge(own, work.number + column, tokens[at], log_probs[at], own.top(likeliest, at))
-                    )
+                    found.append(self._judge(own, number, tokens[at], log_probs[at], own.top(likeliest, at)))
             self._count_drafts(work, taken[row])
         return [token for token in found if token is not None]
 

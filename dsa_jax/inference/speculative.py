@@ -143,7 +143,7 @@ class NGram:
       >>> from dsa_jax import LLM, SamplingParams
       >>> llm = LLM(model, pages=16, rows=1, drafter=NGram())
       >>> [result] = llm.generate([[1, 2, 3] * 8], SamplingParams(temperature=0.0, max_tokens=4))
-      >>> llm.engine.drafts_proposed >= llm.engine.drafts_accepted
+      >>> llm.engine.stats().drafts_proposed >= llm.engine.stats().drafts_accepted
       True
     """
 
