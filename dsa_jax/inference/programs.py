@@ -196,9 +196,8 @@ class Programs(NamedTuple):
     prefill: Callable  # (pools, parameters, table, rows, targets=None) -> (StepOutput, pools)
     # (pools, carry, parameters, table, settings, stops, kind, controls=None) -> (Carry, Draw, StepOutput, pools)
     decode: Callable
-    verify: (
-        Callable  # (pools, drafted, parameters, table, settings, kind, controls=None) -> (Verified, StepOutput, pools)
-    )
+    # (pools, drafted, parameters, table, settings, kind, controls=None) -> (Verified, StepOutput, pools)
+    verify: Callable
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
