@@ -1,10 +1,10 @@
 """Times an engine under load, on one Hopper GPU:  python -m benchmarks.serving
 
-A slice of the 671B shape, four layers by default. `steps` has full batches decode, and sets the engine's step beside its
-floor: the same decode program, chained without a scheduler and without reading what is drawn. `load` sends requests at
-the times of a Poisson process, whatever has been answered, with prefixes that some share and lengths of their own, and
-times every token as the caller of `Engine.step` sees it. A request is good if its first token came in time, and the
-others in time on average. Dollars are those of the slice, at GPU_DOLLARS an hour.
+A slice of the 671B shape, four layers by default. `steps` has full batches decode, and sets the engine's step beside
+its floor: the same decode program, chained without a scheduler and without reading what is drawn. `load` sends requests
+at the times of a Poisson process, whatever has been answered, with prefixes that some share and lengths of their own,
+and times every token as the caller of `Engine.step` sees it. A request is good if its first token came in time, and the
+others in time on average. Tokens are the likeliest ones. Dollars are those of the slice, at GPU_DOLLARS an hour.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ def arrivals(traffic: Traffic, vocab: int, max_length: int) -> Iterator[Arrival]
         prompt = np.concatenate([prefixes[rng.integers(traffic.prefixes)], rng.integers(0, vocab, own)])
         answer = min(answer, max_length // 4)
         prompt = prompt[: max_length - answer]
-        params = SamplingParams(seed=int(rng.integers(2**31)), max_tokens=answer, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
         yield Arrival(at, Request(prompt.tolist(), params))
         at += rng.exponential(1 / traffic.rate)
 
@@ -164,7 +165,7 @@ def dollars(tokens_per_second: float) -> float:
 
 
 def load_row(engine: Engine, traffic: Traffic) -> dict[str, Any]:
-    """Sends traffic to an idle engine that remembers no prefix, and counts what is compiled meanwhile: nothing should."""
+    """Sends traffic to an idle engine that remembers no prefix, and counts the programs that are compiled meanwhile."""
     engine.prefix.clear()
     before, compiled = engine.stats(), []
     requests = list(arrivals(traffic, engine.runner.config.vocab_size, engine.max_length))
@@ -186,15 +187,14 @@ def load_row(engine: Engine, traffic: Traffic) -> dict[str, Any]:
 def step_row(engine: Engine, batch: int, length: int) -> dict[str, Any]:
     """Times the steps of a full batch that decodes, and their floor at the same lengths."""
     rng = np.random.default_rng(0)
-    count = (WINDOWS + 1) * STEPS
-    params = SamplingParams(temperature=0.0, max_tokens=count + length, ignore_eos=True)
-    for _ in range(batch):
-        engine.add(Request(rng.integers(0, engine.runner.config.vocab_size, length).tolist(), params))
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    prompts = rng.integers(0, engine.runner.config.vocab_size, (batch, length))
+    names = [engine.add(Request(prompt.tolist(), params)) for prompt in prompts]
     while engine.stats().queued or len(engine.step()) < batch:
         pass
     times = [_window(engine) for _ in range(WINDOWS)]
-    for request in list(engine._continuations):
-        engine.cancel(request)
+    for name in names:
+        engine.cancel(name)
     while engine.busy:
         engine.step()
     engine.prefix.clear()
@@ -258,26 +258,26 @@ def main() -> int:
     arguments = parser.parse_args()
     engine = make_engine(arguments)
     began = time.perf_counter()
-    engine.warm(kinds=["greedy", "random"])
+    engine.warm(kinds=["greedy"])
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     config = engine.runner.config
     name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
     short = dict(prefix_tokens=256, own_tokens=64, answer_tokens=16) if arguments.tiny else {}
-    cases: dict[str, list] = {
-        "steps": [(f"batch {batch}", lambda batch=batch: step_row(engine, batch, arguments.length)) for batch in arguments.batch],
-        "load": [
-            (f"{rate} a second", lambda rate=rate: load_row(engine, Traffic(rate, arguments.seconds, **short)))
-            for rate in arguments.rate
-        ],
-    }  # fmt: skip
+    traffic = Traffic(arguments.rate[0], arguments.seconds, **short)
+    cases: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+        "steps": {f"batch {each}": partial(step_row, engine, each, arguments.length) for each in arguments.batch},
+        "load": {
+            f"{each} a second": partial(load_row, engine, dataclasses.replace(traffic, rate=each))
+            for each in arguments.rate
+        },
+    }
+    settings: dict[str, Any] = {"weights": config.param_dtype, "cache": "fp8", "rows": engine.scheduler.limits.rows}
     for part in arguments.only:
         rows = []
-        for label, case in cases[part]:
+        for label, case in cases[part].items():
             rows.append(measure.run_case(f"{part}, {label}", case))
-            settings = {"weights": config.param_dtype, "cache": "fp8", "rows": engine.scheduler.limits.rows}
-            traffic = dataclasses.asdict(Traffic(0.0, arguments.seconds, **short)) if part == "load" else {}
-            traffic.pop("rate", None)
-            measure.record(arguments.out, {f"{part}: {name}": settings | {"traffic": traffic, "timings": rows}})
+            what = settings | ({"traffic": dataclasses.asdict(traffic)} if part == "load" else {})
+            measure.record(arguments.out, {f"{part}: {name}": what | {"timings": rows}})
     return 0
 
 

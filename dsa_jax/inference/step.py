@@ -36,6 +36,9 @@ from dsa_jax.parallel.sharding import parameter_shardings, spec
 MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
 MAX_DECODED = 1 + MAX_DRAFTS  # tokens of a row in a decode step, as many as the kernels take
+MANY_ENDS = (
+    64  # prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights
+)
 INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
 
 
@@ -282,14 +285,18 @@ class Runner:
                     ends[piece.item] = number, len(wanted[number])
                     wanted[number].append(column - 1)
             pages.append(page)
-        most = bucket(max(map(len, wanted)))
-        columns = np.zeros((len(step), most), np.int32)
+        columns = np.zeros((len(step), self._ends(width, max(map(len, wanted)))), np.int32)
         for line, values in zip(columns, wanted, strict=True):
             line[: len(values)] = values
         table = self.cache.packed_table(
             [[sequences[piece.item] for piece in row] for row in step], self._table_width(max(pages))
         )
         return Rows(**arrays, wanted=columns), table, ends, places
+
+    def _ends(self, tokens, count=1):
+        """Rounds up how many prompts end in a step of so many tokens: to all that may, if sizes are compiled ahead."""
+        ahead = self.max_length is not None and not self.batch_invariant
+        return bucket(count, min(tokens, MANY_ENDS) if ahead else 1)
 
     def _table_width(self, pages):
         """Rounds the pages of a row up: to the longest sequence's, if that is known."""
@@ -429,7 +436,8 @@ class Runner:
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
             empty = np.zeros((self.cache.row_shards, size), np.int32)
-            arrays: dict[str, Any] = dict(tokens=empty, positions=empty, start=empty, stop=empty, wanted=empty[:, :1])
+            arrays: dict[str, Any] = dict(tokens=empty, positions=empty, start=empty, stop=empty)
+            arrays["wanted"] = np.zeros((self.cache.row_shards, self._ends(size)), np.int32)
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 self._run_prefill(Rows(**arrays), table, dense=dense)
