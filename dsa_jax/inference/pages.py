@@ -171,6 +171,8 @@ class PagedCache:
     def missing(self, sequence: int, tokens: int) -> int:
         """Counts the pages that `tokens` more tokens of a sequence need."""
         own = self._get(sequence)
+        if self._fits(own, tokens):
+            return 0
         copies = int(self._writes_shared_page(own, tokens))
         return math.ceil((own.length + tokens) / PAGE) - len(own.pages) + copies
 
@@ -188,6 +190,9 @@ class PagedCache:
                 f"a sequence holds from 0 to max_position_embeddings = {self.config.max_position_embeddings} tokens, "
                 f"got {own.length} + {tokens}"
             )
+        if self._fits(own, tokens):
+            own.length = length
+            return
         first, last = len(own.pages), math.ceil(length / PAGE)
         copied = [first - 1] if self._writes_shared_page(own, tokens) else []
         self._check_free(own, [*copied, *range(first, last)], sequence)
@@ -385,6 +390,11 @@ class PagedCache:
 
     def _shard(self, own, place):
         return self._free[own.rows][place % self.page_shards]
+
+    def _fits(self, own, tokens):
+        """Tells whether new tokens go to a page that is the sequence's alone: most do, and it is found out in no time."""
+        room = len(own.pages) * PAGE - own.length
+        return 0 <= tokens <= room and (not tokens or self._shard(own, len(own.pages) - 1).counts[own.pages[-1]] == 1)
 
     def _writes_shared_page(self, own, tokens):
         """Tells whether new tokens go to a last page that others have too."""

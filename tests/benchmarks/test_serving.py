@@ -64,7 +64,7 @@ def test_requests_are_sent_when_they_are_due_and_given_up_in_the_end():
     assert [answer.finished for answer in answers] == ["length"] * 3
     assert [answer.asked for answer in answers] == [0.5, 1.0, 50.0]
     assert all(len(answer.tokens) == 3 and answer.tokens == sorted(answer.tokens) for answer in answers)
-    assert slept[0] < 1 and 10 < slept[-1] < 50 and 50 < answers[2].tokens[0] < 60
+    assert len(slept) == 1 and 10 < slept[0] < 50 and 50 < answers[2].tokens[0] < 60
     long = Arrival(0.5, Request([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=100)))
     [answer], _ = send([long], 20.0)
     assert answer.finished == "cancelled" and 2 < len(answer.tokens) < 20
