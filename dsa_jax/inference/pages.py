@@ -392,7 +392,7 @@ class PagedCache:
         return self._free[own.rows][place % self.page_shards]
 
     def _fits(self, own, tokens):
-        """Tells whether new tokens go to a page that is the sequence's alone: most do, and it is found out in no time."""
+        """Tells whether new tokens go to a page that is the sequence's alone, as most do."""
         room = len(own.pages) * PAGE - own.length
         return 0 <= tokens <= room and (not tokens or self._shard(own, len(own.pages) - 1).counts[own.pages[-1]] == 1)
 
