@@ -287,6 +287,21 @@ def test_what_is_kept_as_a_prefix_is_what_was_taken():
         assert engine.prefix.hits == 2 and tokens_of(again) == tokens_of(alone(later))
 
 
+def test_settings_of_every_kind_hold_amid_drafts():
+    """Penalties, for which no drafts are made though they would be right, beside biases and log-probabilities."""
+    asked = [
+        Request(prompt(20, 1), sampled(max_tokens=30, frequency_penalty=1.5, repetition_penalty=1.3)),
+        Request(prompt(20, 2), sampled(max_tokens=30, logprobs=2, logit_bias={5: 3.0}, min_p=0.02)),
+    ]
+    engine = make(drafter=oracle(*asked))
+    found, expected = run(engine, *asked), [alone(request) for request in asked]
+    assert [tokens_of(events) for events in found] == [tokens_of(events) for events in expected]
+    assert 5 < engine.stats().drafts_accepted < 29
+    for event, plain in zip(found[1], expected[1], strict=True):
+        assert event.model_log_prob == pytest.approx(plain.model_log_prob, abs=1e-5)
+        assert [token for token, _ in event.top] == [token for token, _ in plain.top]
+
+
 def broken_model():
     """A model that makes NaN of token 63."""
     graph, state = nnx.split(small_model(CONFIG))
