@@ -176,6 +176,8 @@ def run(engine, *requests, cancels=()):
                 engine.cancel(names[place])
         for token in engine.step():
             found[token.request].append(token)
+        for own in engine.scheduler.running:
+            assert engine.cache.length(own.cached) == own.filled, "what was not taken is forgotten"
         steps += 1
     engine.check()
     assert engine.cache.free_pages + len(engine.prefix) == engine.cache.pages
