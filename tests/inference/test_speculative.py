@@ -179,6 +179,7 @@ def run(engine, *requests, cancels=()):
         for own in engine.scheduler.running:
             assert engine.cache.length(own.cached) == own.filled, "what was not taken is forgotten"
         steps += 1
+        assert steps < 3000, "nothing goes on"
     engine.check()
     assert engine.cache.free_pages + len(engine.prefix) == engine.cache.pages
     return [found[name] for name in names]
