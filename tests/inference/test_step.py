@@ -230,6 +230,7 @@ def test_steps_are_compiled_ahead_of_time():
     runner = make(max_length=256)
     runner.warm(rows=[1, 2], tokens=[16, 128], kinds=["greedy"])
     sizes = [run._cache_size() for run in (*runner.programs, *runner.dense_programs)]
+    prefilled(runner, (3, 4, 5))  # however many end in a step
     sequences, found = prefilled(runner, (12,))
     rows = runner.place(sequences)
     settings, stops = padding_settings(1, CONFIG.vocab_size), np.full(1, -1, np.int32)
