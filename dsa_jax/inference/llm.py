@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
 from dsa_jax.inference.speculative import Drafter
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
+from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
 
@@ -110,9 +109,9 @@ class LLM:
         if not isinstance(model, Transformer):
             folder = Path(model)
             end_tokens = read_end_tokens(folder)
-            if tokenizer is None and (folder / "tokenizer.json").exists():
-                tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             model = load_hf(folder)
+            if tokenizer is None:
+                tokenizer = find_tokenizer(folder, model.config.vocab_size)
         config = model.config
         length = config.max_position_embeddings if max_length is None or batch_invariant else max_length
         format = cache_format or config.dtype
