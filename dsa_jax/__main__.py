@@ -16,10 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dsa_jax.chat.options import SamplingOptions
 from dsa_jax.hf import MAX_SHARD_BYTES, Checkpoint, convert_hf
+from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.strict_json import shorten
 
-PURPOSE = "DeepSeek Sparse Attention for JAX: work with checkpoints."
+PURPOSE = "DeepSeek Sparse Attention for JAX: work with checkpoints, and with the models in them."
+
+SERVING = ("fastapi", "jinja2", "llguidance", "prometheus_client", "prompt_toolkit", "uvicorn")  # of the extra `serve`
 
 MAX_LINE = 950  # characters of what is wrong with the input
 
@@ -112,7 +116,66 @@ def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
     return rows
 
 
-COMMANDS = {"convert": convert, "info": info}
+def generate(
+    folder: tyro.conf.Positional[Path],
+    *,
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    input: Path | None = None,
+    output: Path | None = None,
+    options: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(),  # noqa: B008
+    max_length: int | None = None,
+    pages: int | None = None,
+) -> int:
+    """Continues a prompt, to standard output as it comes, or many prompts as JSON lines.
+
+    Args:
+        folder: Folder with a checkpoint and its tokenizer.
+        prompt: Text to continue.
+        prompt_file: File of the text to continue; - for standard input.
+        input: File of JSON lines, each with a prompt, and an id and options of its own if wanted; - for standard input.
+        output: File of JSON lines to which results are added; what it holds already is not generated again.
+        options: How to continue.
+        max_length: Tokens of the longest sequence; the model's positions if not given.
+        pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
+    """
+    from dsa_jax.chat import commands
+
+    return commands.generate(
+        folder, prompt=prompt, prompt_file=prompt_file, input=input, output=output, options=options,
+        max_length=max_length, pages=pages,
+    )  # fmt: skip
+
+
+def chat(
+    folder: tyro.conf.Positional[Path],
+    *,
+    system: str | None = None,
+    thinking: bool = False,
+    tools: Path | None = None,
+    options: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_tokens=1024),  # noqa: B008
+    max_length: int | None = None,
+    pages: int | None = None,
+) -> int:
+    """Talks with a model in the terminal; line by line where input or output is none.
+
+    Args:
+        folder: Folder with a checkpoint and its tokenizer.
+        system: The system's message.
+        thinking: Whether the model thinks before it answers.
+        tools: File with a JSON list of functions that the model may call.
+        options: How to sample answers.
+        max_length: Tokens of the longest conversation; the model's positions if not given.
+        pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
+    """
+    from dsa_jax.chat import commands
+
+    return commands.chat(
+        folder, system=system, thinking=thinking, tools=tools, options=options, max_length=max_length, pages=pages
+    )
+
+
+COMMANDS = {"convert": convert, "info": info, "generate": generate, "chat": chat}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,18 +185,24 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: the command line without the program's name, that of this process if None.
 
     Returns:
-      The exit status: 0, 2 after one line on stderr that says what is wrong with the input, 130 if interrupted.
+      The exit status: 0, 1 if some of the work failed, 2 after one line on stderr that says what is wrong with the
+      input, 130 if interrupted.
     """
     program = "dsa-jax" if Path(sys.argv[0]).stem == "dsa-jax" else "python -m dsa_jax"
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program, args=arguments, description=PURPOSE)
-    except (ValueError, OSError) as error:
+        status = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program, args=arguments, description=PURPOSE)
+    except (ValueError, OSError, OutOfPages) as error:
         print(f"error: {shorten(str(error), MAX_LINE)}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in SERVING:
+            raise
+        print(f"error: this command needs {error.name}: pip install dsa-jax[serve]", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":
