@@ -144,7 +144,7 @@ class StreamParser:
             return True
         if not ended and (calls.call.startswith(rest) or calls.end.startswith(rest)):
             return False
-        if not rest and not self._opening:  # cut off behind a call
+        if calls.end.startswith(rest) and not self._opening:  # cut off behind a call
             self._held = ""
             return False
         return self._give_up(events, 0)

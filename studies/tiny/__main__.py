@@ -1,6 +1,7 @@
 """The command `python -m studies.tiny`: trains the demo's model on text and recall episodes, and reports."""
 
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from dsa_jax import save_hf
 from studies.tiny.recall import RecallConfig, draw_held_out, load
 from studies.tiny.report import LAYOUT
 from studies.tiny.settings import NAME, make_config
 from train.__main__ import parse, run_command
 from train.experiment import Experiment, held_out_shape, seed_runs
+from train.run import Run, load_model
 from train.settings import RunConfig
 
 
@@ -67,6 +70,16 @@ def study(arguments: Arguments, config: RunConfig, console: Console) -> None:
         controls=arguments.controls,
         resume=arguments.resume,
     ).run(console, began=began)
+    console.print(f"To talk with it: python -m dsa_jax chat {export(runs[0])}", highlight=False, soft_wrap=True)
+
+
+def export(run: Run) -> Path:
+    """Writes the model of a run as a checkpoint in Hugging Face's layout, into its folder; returns where that is."""
+    target = run.folder / "model"
+    if target.exists():  # of the same run, continued
+        shutil.rmtree(target)
+    save_hf(load_model(run.folder), target)
+    return target
 
 
 if __name__ == "__main__":
