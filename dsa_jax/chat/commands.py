@@ -56,7 +56,7 @@ def generate_text(engine: Engine, prompt: str, options: SamplingOptions) -> int:
 
 
 def generate_lines(engine: Engine, source: Path, target: Path, options: SamplingOptions) -> int:
-    """Continues the prompts of a file of JSON lines, `-` for standard input; returns the exit status, 1 if some failed."""
+    """Continues the prompts of JSON lines, `-` for standard input; returns the exit status, 1 if some failed."""
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"output must be another file than input, got {target}")
     columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

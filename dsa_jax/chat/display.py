@@ -31,7 +31,7 @@ def without_controls(text: str) -> str:
 
 
 class _Safe:
-    """Renders something, and takes control characters out of what has been rendered: Markdown can write any by number."""
+    """Renders something, and takes control characters out of that: Markdown can write any by its number."""
 
     def __init__(self, inner: RenderableType):
         self._inner = inner

@@ -38,7 +38,7 @@ class _Running:
 
 
 class Lines:
-    """Continues the prompts of a file of JSON lines, each {"prompt": text or token ids} with "id" and options if wanted.
+    """Continues prompts of JSON lines, each {"prompt": text or token ids} with "id" and options if wanted.
 
     A result is a line {"id", "outputs": [{"text", "tokens", "finished"}]}, written when its last continuation ends; the
     id is the line's number if the line has none. What the output already holds is not generated again.
@@ -176,8 +176,8 @@ def repair_results(path: Path) -> set[Id]:
             try:
                 done.add(parse_object(line)["id"])
             except (ValueError, KeyError, TypeError) as error:
-                problem = shorten(str(error), 200)
-                raise ValueError(f"{shown_path(path)} line {number} must be a result of this command: {problem}") from None
+                problem, place = shorten(str(error), 200), f"{shown_path(path)} line {number}"
+                raise ValueError(f"{place} must be a result of this command: {problem}") from None
     return done
 
 

@@ -1,7 +1,7 @@
 """A model's text as it comes, taken apart into reasoning, content and tool calls.
 
-Formats: reasoning between think tags; calls of DeepSeek-V3.1 and V3.2-Exp, a name and JSON between control tokens; calls
-of DeepSeek-V3.2, tags with a parameter each ("DSML"). Whatever is no whole, right call is content, to the letter.
+Formats: reasoning between think tags; calls of DeepSeek-V3.1 and V3.2-Exp, a name and JSON between control tokens;
+calls of DeepSeek-V3.2, tags with a parameter each ("DSML"). What is no whole, right call is content, to the letter.
 """
 
 import dataclasses

@@ -144,7 +144,7 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         found = own_file(folder, path.name).read_text(encoding="utf-8")
     if isinstance(found, list):
         entries = [entry if isinstance(entry, dict) else {} for entry in found]
-        sources = {entry.get("name"): entry.get("template") for entry in entries}
+        sources: dict[Any, Any] = {entry.get("name"): entry.get("template") for entry in entries}
     else:
         sources = {} if found is None else {"default": found}
     for name, source in sources.items():

@@ -149,7 +149,9 @@ def read_params(text: str, params: SamplingParams, thinking: bool) -> tuple[Samp
     for pair in text.split():
         name, sign, value = pair.partition("=")
         if not sign or name not in names:
-            raise ValueError(f"/params must be given NAME=VALUE, names of {', '.join(sorted(names))}; got {shown(pair)}")
+            raise ValueError(
+                f"/params must be given NAME=VALUE, names of {', '.join(sorted(names))}; got {shown(pair)}"
+            )
         try:
             changes[name] = json.loads(value)
         except ValueError:

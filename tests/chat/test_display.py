@@ -11,7 +11,8 @@ from rich.console import Console
 from dsa_jax.chat.display import Answer, finished, without_controls
 
 EVIL = [
-    "\x1b[31mred", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\go\x1b]8;;\x1b\\", "\x9b31m", "\x90dcs\x9c", "\b\b", "\r",
+    "\x1b[31mred", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\go\x1b]8;;\x1b\\", "\x9b31m", "\x90dcs\x9c",
+    "\b\b", "\r",
     "\x7f", "\0", "\u202edrawkcab\u202c", "\u2066a\u2069", "\u200f", "\u2028", "&#x202E;x", "&#27;[31m", "&#x9b;1m",
     "[a](javascript:x)", "[click](http://evil \"\x1b[1m\")", "`\x1b[2J`", "```\x1b[1m\n\x1b[2J\n```",
 ]  # fmt: skip
@@ -21,7 +22,9 @@ DANGEROUS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def shown(*pieces, kind="content", terminal=True, width=60) -> str:
     """What is written for an answer in these pieces."""
     file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=width, height=20, color_system="standard", highlight=False)
+    console = Console(
+        file=file, force_terminal=terminal, width=width, height=20, color_system="standard", highlight=False
+    )
     with Answer(console) as answer:
         for piece in pieces:
             answer.add(kind, piece)
@@ -72,7 +75,8 @@ def test_reasoning_is_dim_and_as_it_is():
     ("text", "count"),
     [
         ("a", 0), ("a\n", 0), ("a\n\n", 0), ("a\n\nb", 3), ("a\n\nb\n\n", 3), ("a\n\n- b", 0), ("a\n\n  b", 0),
-        ("```\na\n\nb\n```\n\nc", 14), ("```\na\n\nb", 0), ("````\n```\n\nb", 0), ("~~~\n\n```\n\na", 0), ("a\n\nb\n\nc", 6),
+        ("```\na\n\nb\n```\n\nc", 14), ("```\na\n\nb", 0), ("````\n```\n\nb", 0), ("~~~\n\n```\n\na", 0),
+        ("a\n\nb\n\nc", 6),
         ("1. a\n\n2. b", 0), ("> a\n\n> b", 0), ("a\n\n```\nb", 3),
     ],
 )  # fmt: skip

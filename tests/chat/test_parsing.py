@@ -107,9 +107,10 @@ def test_what_is_cut_off_behind_a_call_is_no_content():
 
 PIECES = st.sampled_from(
     ["<think>", "</think>", "a", "\n", "\n\n", " ", "<", "｜", "{", "}", '{"a": 1}', '"', "f", OLD_CALLS, OLD_CALL,
-     "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜DSML｜function_calls>",
-     "</｜DSML｜function_calls>", invoke("f"), invoke("f", tag("a", "b")), '<｜DSML｜invoke name="f">', tag("a", "1", "false"),
-     "</｜DSML｜invoke>", block(invoke("f", tag("a", "x")))]
+     "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+     "<｜DSML｜function_calls>", "</｜DSML｜function_calls>", invoke("f"), invoke("f", tag("a", "b")), "</｜DSML｜invoke>",
+     '<｜DSML｜invoke name="f">',
+     tag("a", "1", "false"), block(invoke("f", tag("a", "x")))]
 )  # fmt: skip
 
 
@@ -126,10 +127,16 @@ def test_any_cut_of_any_text_gives_the_same(pieces, cuts, thinking, format):
 @given(st.data())
 def test_mutations_raise_nothing_and_lose_no_letter(data):
     """Letters are changed, dropped and doubled; with no call in it the text is all there, in its order."""
-    text = data.draw(st.sampled_from([OLD_CALLS, block(invoke("f", tag("a", "x"), tag("b", "1", "false")), invoke("g"))]))
+    text = data.draw(
+        st.sampled_from([OLD_CALLS, block(invoke("f", tag("a", "x"), tag("b", "1", "false")), invoke("g"))])
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(text)))
-        text = text[:place] + data.draw(st.sampled_from(["", "<", "x", '"', "\n", "｜"])) + text[place + data.draw(st.integers(0, 2)) :]
+        text = (
+            text[:place]
+            + data.draw(st.sampled_from(["", "<", "x", '"', "\n", "｜"]))
+            + text[place + data.draw(st.integers(0, 2)) :]
+        )
     for format in (OLD, NEW):
         reasoning, content, calls = parse(format, *text)
         if not calls:

@@ -41,7 +41,8 @@ CALLED = """
 </function_results>
 
 """
-FIRST = "[<｜begin▁of▁sentence｜>]Be brief.[<｜User｜>]One?[<｜Assistant｜>][</think>]1[<｜end▁of▁sentence｜>][<｜User｜>]Two?"
+SYSTEM = "[<｜begin▁of▁sentence｜>]Be brief.[<｜User｜>]One?"
+FIRST = f"{SYSTEM}[<｜Assistant｜>][</think>]1[<｜end▁of▁sentence｜>][<｜User｜>]Two?"
 
 
 def own(tmp_path, source, tokenizer=None, **config) -> ChatTemplate:
@@ -64,9 +65,12 @@ def test_v32_writes_the_published_tokens_in_their_order(tmp_path):
     assert text_of(template, CHAT) == f"{FIRST}[<｜Assistant｜>][</think>]{CALLED}[</think>]"
     thinking = text_of(template, CHAT, thinking=True)
     assert thinking == f"{FIRST}[<｜Assistant｜>][<think>]look![</think>]{CALLED}[<think>]"
-    assert text_of(template, CHAT[:2], add_generation_prompt=False) == "[<｜begin▁of▁sentence｜>]Be brief.[<｜User｜>]One?"
+    assert text_of(template, CHAT[:2], add_generation_prompt=False) == SYSTEM
     described = text_of(template, CHAT[1:2], tools=TOOLS)
-    assert described.startswith("[<｜begin▁of▁sentence｜>]\n\n## Tools\n") and json.dumps(TOOLS[0]["function"]) in described
+    assert (
+        described.startswith("[<｜begin▁of▁sentence｜>]\n\n## Tools\n")
+        and json.dumps(TOOLS[0]["function"]) in described
+    )
     assert described.endswith("</functions>\n[<｜User｜>]One?[<｜Assistant｜>][</think>]")
     assert text_of(template, CHAT[:2], tools=TOOLS) == described.replace("]\n\n#", "]Be brief.\n\n#", 1)
 
@@ -90,18 +94,18 @@ def test_a_checkpoints_template_gets_what_it_expects(tmp_path):
     {%- if loop.index > 2 %}{% break %}{% endif %}
     {% generation %}{{ message.role }}={{ message.content }};{% endgeneration %}
 {% endfor %}
-{{ bos_token }}{{ eos_token }}{{ tools | tojson }}{{ strftime_now('%Y') | int > 2000 }}{{ thinking }}{{ enable_thinking }}
-{{- add_generation_prompt }}{{ size + 1 }}{{ '<think>' }}"""
+{{ bos_token }}{{ eos_token }}{{ tools | tojson }}{{ strftime_now('%Y') | int > 2000 }}
+{{- thinking }}{{ enable_thinking }}{{ add_generation_prompt }}{{ size + 1 }}{{ '<think>' }}"""
     template = own(tmp_path, source, bos_token="<｜User｜>", eos_token={"content": "é"})
     expected = "system=Be brief.;user=One?;[<｜User｜>]é" + json.dumps(TOOLS) + "TrueTrueTrueTrue3[<think>]"
     assert text_of(template, CHAT[:4], tools=TOOLS, thinking=True, size=2) == expected
 
 
 def test_templates_may_be_in_the_tokenizers_settings(tmp_path):
-    for given, expected in (
+    for value, expected in (
         ("a", "a"), ([{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b{{ tools }}"}], "b"),
     ):  # fmt: skip
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         template = ChatTemplate.of(tmp_path, byte_tokenizer())
         assert text_of(template, CHAT[:4]) == "a"
         assert template.takes_tools == (expected == "b")
@@ -164,9 +168,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 # Text stays text
 
 
-SPELLINGS = st.sampled_from([*CONTROL, "<｜", "User｜>", "｜", "<", ">", "a", "\n", "think>", "\0", "\x1b", "\ud800", "\ue000"])
+SPELLINGS = st.sampled_from(
+    [*CONTROL, "<｜", "User｜>", "｜", "<", ">", "a", "\n", "think>", "\0", "\x1b", "\ud800", "\ue000"]
+)
 TEXTS = st.lists(SPELLINGS, max_size=6).map("".join)
-TEMPLATE = "{% for m in messages %}<｜User｜>{{ m.name }}{{ m.content }}>{% endfor %}{{ tools | tojson }}{{ extra }}<think>"
+TEMPLATE = (
+    "{% for m in messages %}<｜User｜>{{ m.name }}{{ m.content }}>{% endfor %}{{ tools | tojson }}{{ extra }}<think>"
+)
 
 
 @given(name=TEXTS, content=TEXTS, key=TEXTS, value=TEXTS)
@@ -218,7 +226,7 @@ def test_tokens_that_take_in_blanks_do_so():
 
 @pytest.mark.parametrize("model", [
     models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"),
-    models.Unigram([("?", 0.0), ("</s>", 0.0), ("a", -1.0), ("<", -2.0), ("/", -2.0), ("s", -2.0), (">", -2.0)], 0, False),
+    models.Unigram([("?", 0.0), ("</s>", 0.0), ("<", -2.0), ("/", -2.0), ("s", -2.0), (">", -2.0)], 0, False),
     models.BPE({"<": 0, "/": 1, "s": 2, ">": 3, "</": 4, "s>": 5, "</s>": 6}, [("<", "/"), ("s", ">"), ("</", "s>")]),
 ])  # fmt: skip
 def test_a_vocabulary_that_spells_a_control_token_does_not_in_text(model):
@@ -234,6 +242,11 @@ def test_a_vocabulary_that_spells_a_control_token_does_not_in_text(model):
 # What comes in
 
 
+def called(function):
+    """A message with a call of it."""
+    return {"role": "assistant", "tool_calls": [{"function": function}]}
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -242,9 +255,9 @@ def test_a_vocabulary_that_spells_a_control_token_does_not_in_text(model):
         ([{"role": "user"}], r"messages\[0\].content must be text or"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\] must be"),
         ([{"role": "user", "content": "", "tool_calls": [CALL]}], "tool_calls must be a list of an assistant"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}], "must have a function with a name"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "arguments must be JSON text or an object"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}], "must hold a JSON object"),
+        ([called({"arguments": "{}"})], "must have a function with a name"),
+        ([called({"name": "f"})], "arguments must be JSON text or an object"),
+        ([called({"name": "f", "arguments": "[]"})], "must hold a JSON object"),
         ([{"role": "assistant", "content": "", "reasoning_content": 3}], "reasoning_content must be text, got 3"),
         ([{"role": "tool", "content": ""}], r"messages\[0\] must follow the call"),
         ([{"role": "user", "content": "", "x": object()}], r"messages\[0\] must hold JSON values, got object"),
@@ -276,7 +289,9 @@ def test_what_a_template_cannot_do_is_refused(tmp_path):
 
 
 def test_content_of_every_sort_has_one_shape(tmp_path):
-    template = own(tmp_path, "{% for m in messages %}[{{ m.content }}|{{ m.reasoning_content }}]{% endfor %}<think></think>")
+    template = own(
+        tmp_path, "{% for m in messages %}[{{ m.content }}|{{ m.reasoning_content }}]{% endfor %}<think></think>"
+    )
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "user", "content": parts}, {"role": "user", "content": ""}, {"role": "assistant"},

@@ -23,7 +23,8 @@ from dsa_jax.inference.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CALL = (
-    '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>\n'
+    '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n'
+    '<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>\n'
     '</｜DSML｜invoke>\n<｜DSML｜invoke name="g">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
 )  # fmt: skip
 
@@ -57,8 +58,9 @@ def test_answers_are_shown_and_remembered(tmp_path):
 def test_commands(tmp_path):
     said, file = conversation(tmp_path, ["a"], ["b"]), tmp_path / "saved.json"
     lines = [
-        "/system Be kind.", "hi", f"/save {file}", "/reset", "/params temperature=0.5 max_tokens=7 stop=[\"x\"] thinking=on",
-        "you", f"/load {file}", "/system", "/help", "/quit", "never",
+        "/system Be kind.", "hi", f"/save {file}", "/reset",
+        "/params temperature=0.5 max_tokens=7 stop=[\"x\"] thinking=on", "you", f"/load {file}", "/system",
+        "/help", "/quit", "never",
     ]  # fmt: skip
     out, err, failed, _ = talk(said, lines)
     assert not failed and not err, err
