@@ -108,7 +108,8 @@ def test_what_is_cut_off_behind_a_call_is_no_content():
 PIECES = st.sampled_from(
     ["<think>", "</think>", "a", "\n", "\n\n", " ", "<", "｜", "{", "}", '{"a": 1}', '"', "f", OLD_CALLS, OLD_CALL,
      "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
-     "<｜DSML｜function_calls>", "</｜DSML｜function_calls>", invoke("f"), invoke("f", tag("a", "b")), "</｜DSML｜invoke>",
+     "<｜DSML｜function_calls>", "</｜DSML｜function_calls>", invoke("f"), invoke("f", tag("a", "b")),
+     "</｜DSML｜invoke>",
      '<｜DSML｜invoke name="f">',
      tag("a", "1", "false"), block(invoke("f", tag("a", "x")))]
 )  # fmt: skip

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from chat_cases import conversation
+from model_cases import small_config, small_model
 from rich.console import Console
 
+from dsa_jax import save_hf
 from dsa_jax.chat.terminal import Chat, history_file, status
 from dsa_jax.inference.engine import SamplingParams
 from dsa_jax.inference.tokenizer import byte_tokenizer
@@ -181,16 +183,20 @@ def test_who_reads_no_further_frees_the_engine(tmp_path):
 
 
 # It makes the terminal its own, so that Ctrl-C reaches it.
-SCRIPT = """
-import fcntl, sys, termios, time
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+OWN_TERMINAL = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+SCRIPT = (
+    OWN_TERMINAL
+    + """
+import time
 from pathlib import Path
 from chat_cases import conversation
+from model_cases import small_config, small_model
 from dsa_jax.chat.terminal import run_chat
 endless = ["word "] * 100_000
 said = conversation(Path(sys.argv[1]), ["**bold** \\x1b[31m"], endless, ["after"], before_step=lambda: time.sleep(0.01))
 sys.exit(run_chat(said))
 """
+)
 
 
 class Terminal:
@@ -233,6 +239,20 @@ class Terminal:
                 self.type("\x1b[1;1R")
         before, _, self.text = self.text.partition(words)
         return before
+
+
+@pytest.mark.slow
+def test_a_model_in_a_real_terminal(tmp_path):
+    """The command itself, from a folder of bytes as training leaves it."""
+    save_hf(small_model(small_config(vocab_size=256)), tmp_path / "model")
+    command = [sys.executable, "-c", OWN_TERMINAL + "from dsa_jax.__main__ import main; sys.exit(main(sys.argv[1:]))"]
+    arguments = ["chat", str(tmp_path / "model"), "--max-tokens", "3", "--pages", "8"]
+    with Terminal(*command, *arguments, XDG_STATE_HOME=str(tmp_path)) as terminal:
+        terminal.wait_for("of 8 pages", seconds=300)
+        terminal.type("hello\r")
+        terminal.wait_for("3 tokens at", seconds=300)
+        terminal.type("/quit\r")
+        assert terminal.process.wait(60) == 0
 
 
 def test_a_conversation_in_a_real_terminal(tmp_path):

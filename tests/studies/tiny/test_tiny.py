@@ -11,7 +11,7 @@ from train_cases import fake_step, small_config, small_params, small_phases, wri
 
 from dsa_jax import load_hf
 from dsa_jax.inference.tokenizer import find_tokenizer
-from studies.tiny.__main__ import Arguments, main, study
+from studies.tiny.__main__ import Arguments, export, main, study
 from studies.tiny.recall import RecallConfig
 from studies.tiny.settings import make_config
 from train.data import DataConfig
@@ -59,7 +59,7 @@ def test_a_small_run_is_reported_with_recall_and_goals(tmp_path, monkeypatch):
     assert json.loads((out / "run.json").read_text())["run"]["data"]["recall"] == 0.5
     assert f"python -m dsa_jax chat {out / 'model'}" in shown.replace("\n", "")
     assert load_hf(out / "model").config.vocab_size == 256 and find_tokenizer(out / "model", 256) is not None
-    study(Arguments(out=out, resume=True), config, Console(quiet=True))
+    assert export(Run(config, out)) == out / "model", "a run that is continued writes it anew"
     with pytest.raises(ValueError, match="already holds a run"):
         study(Arguments(out=out), config, Console(quiet=True))
 
