@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from dsa_jax.chat import ChatTemplate
 from dsa_jax.chat.session import Conversation
-from dsa_jax.inference.engine import SamplingParams, Token
+from dsa_jax.inference import SamplingParams, Token
 from dsa_jax.inference.tokenizer import byte_tokenizer
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

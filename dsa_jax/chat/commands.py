@@ -18,8 +18,7 @@ from dsa_jax.chat.options import SamplingOptions
 from dsa_jax.chat.session import Conversation
 from dsa_jax.chat.template import ChatTemplate
 from dsa_jax.config import Config
-from dsa_jax.inference.engine import Engine, Request
-from dsa_jax.inference.llm import LLM
+from dsa_jax.inference import LLM, Engine, Request
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.strict_json import parse_object, shown_path
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsa_jax.chat.options import SamplingOptions
-from dsa_jax.inference.engine import Engine, Request, SamplingParams, Token
-from dsa_jax.inference.pages import OutOfPages
+from dsa_jax.inference import Engine, OutOfPages, Request, SamplingParams, Token
 from dsa_jax.strict_json import parse_object, shorten, shown, shown_path
 
 WAITING = 2  # times the engine's rows: requests that it holds, those that wait included

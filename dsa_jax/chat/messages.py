@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsa_jax.inference.text import whole_characters
 from dsa_jax.strict_json import shown, shown_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -97,6 +96,11 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ValueError(f"tools[{place}] must have a function with a name, got {shown(tool)}")
     return [{"type": "function"} | plain_values(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
+
+
+def whole_characters(text: str) -> str:
+    """Returns the text with U+FFFD in place of lone surrogates, which no tokenizer can read."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def plain_values(value: Any, name: str, depth: int = 0) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dsa_jax.inference.engine import SamplingParams
+from dsa_jax.inference import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from dsa_jax.chat.messages import check_messages
 from dsa_jax.chat.parsing import Event
 from dsa_jax.chat.template import ChatTemplate
-from dsa_jax.inference.engine import Engine, Finished, Request, SamplingParams
+from dsa_jax.inference import Engine, Request, SamplingParams
 from dsa_jax.strict_json import read_object, shown
 
 MAX_SAVED_BYTES = 100_000_000
@@ -54,7 +54,7 @@ class Statistics:
     prompt: int = 0
     tokens: int = 0
     seconds: float = 0.0  # between its first and its last token
-    finished: Finished | None = None
+    finished: str | None = None
 
     @property
     def rate(self) -> float:

@@ -16,8 +16,7 @@ from rich.text import Text
 
 from dsa_jax.chat.display import Answer, without_controls
 from dsa_jax.chat.session import Conversation
-from dsa_jax.inference.engine import SamplingParams
-from dsa_jax.inference.pages import OutOfPages
+from dsa_jax.inference import OutOfPages, SamplingParams
 from dsa_jax.strict_json import shorten, shown
 
 KEYS = "Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D ends."

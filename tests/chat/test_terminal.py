@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dsa_jax import save_hf
 from dsa_jax.chat.terminal import Chat, history_file, status
-from dsa_jax.inference.engine import SamplingParams
+from dsa_jax.inference import SamplingParams
 from dsa_jax.inference.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
