@@ -123,7 +123,7 @@ def generate(
     prompt_file: Path | None = None,
     input: Path | None = None,
     output: Path | None = None,
-    options: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(),  # noqa: B008
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(),  # noqa: B008
     max_length: int | None = None,
     pages: int | None = None,
 ) -> int:
@@ -135,14 +135,14 @@ def generate(
         prompt_file: File of the text to continue; - for standard input.
         input: File of JSON lines, each with a prompt, and an id and options of its own if wanted; - for standard input.
         output: File of JSON lines to which results are added; what it holds already is not generated again.
-        options: How to continue.
+        sampling: How to continue.
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
     """
     from dsa_jax.chat import commands
 
     return commands.generate(
-        folder, prompt=prompt, prompt_file=prompt_file, input=input, output=output, options=options,
+        folder, prompt=prompt, prompt_file=prompt_file, input=input, output=output, options=sampling,
         max_length=max_length, pages=pages,
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def chat(
     system: str | None = None,
     thinking: bool = False,
     tools: Path | None = None,
-    options: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_tokens=1024),  # noqa: B008
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_tokens=1024),  # noqa: B008
     max_length: int | None = None,
     pages: int | None = None,
 ) -> int:
@@ -164,14 +164,14 @@ def chat(
         system: The system's message.
         thinking: Whether the model thinks before it answers.
         tools: File with a JSON list of functions that the model may call.
-        options: How to sample answers.
+        sampling: How to sample answers.
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
     """
     from dsa_jax.chat import commands
 
     return commands.chat(
-        folder, system=system, thinking=thinking, tools=tools, options=options, max_length=max_length, pages=pages
+        folder, system=system, thinking=thinking, tools=tools, options=sampling, max_length=max_length, pages=pages
     )
 
 

@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dsa_jax.chat.display import Answer, without_controls
+from dsa_jax.chat.options import STRUCTURED, SamplingOptions
 from dsa_jax.chat.session import Conversation
 from dsa_jax.inference import OutOfPages, SamplingParams
 from dsa_jax.strict_json import shorten, shown
 
 KEYS = "Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D ends."
+PARAMETERS = {field.name for field in dataclasses.fields(SamplingOptions)} - {"n", *STRUCTURED}
 SWITCHES = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -118,8 +120,8 @@ class Chat:
         """Shows how answers are sampled, or changes it: /params temperature=0.6 max_tokens=200 thinking=on."""
         params, thinking = read_params(text, self.conversation.params, self.conversation.thinking)
         self.conversation.params, self.conversation.thinking = params, thinking
-        values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
-        self._tell("  ".join(f"{name}={value!r}" for name, value in (values | {"thinking": thinking}).items()))
+        values = {name: getattr(params, name) for name in sorted(PARAMETERS)} | {"thinking": thinking}
+        self._tell("  ".join(f"{name}={value!r}" for name, value in values.items()))
 
     def _help(self, _: str) -> None:
         """Shows this."""
@@ -144,7 +146,7 @@ def read_params(text: str, params: SamplingParams, thinking: bool) -> tuple[Samp
       ValueError: naming what is no parameter, or no value of it.
     """
     changes: dict[str, Any] = {}
-    names = {field.name for field in dataclasses.fields(params)} | {"thinking"}
+    names = PARAMETERS | {"thinking"}
     for pair in text.split():
         name, sign, value = pair.partition("=")
         if not sign or name not in names:

@@ -15,6 +15,7 @@ from dsa_jax.__main__ import main
 from dsa_jax.chat import commands, lines
 from dsa_jax.chat.lines import Lines, read_job, repair_results
 from dsa_jax.chat.options import SamplingOptions
+from dsa_jax.inference.params import StructuredOutputs
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
@@ -87,10 +88,14 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
 
 
 def test_every_parameter_is_an_option():
+    """But for what tells of tokens, which text has no place for."""
     fields = lambda kind: {field.name for field in dataclasses.fields(kind)}
-    assert fields(SamplingOptions) == fields(SamplingParams)
-    for name in fields(SamplingOptions) - {"max_tokens"}:
-        assert getattr(SamplingOptions().params(), name) == getattr(SamplingParams(), name)
+    tells = {"logprobs", "prompt_logprobs", "return_selected", "return_routed", "return_kept"}
+    params = fields(SamplingParams) - {"structured_outputs"} - tells
+    assert fields(SamplingOptions) == params | fields(StructuredOutputs)
+    assert SamplingOptions(max_tokens=16).params() == SamplingParams()
+    params = SamplingOptions(regex="a+", logit_bias={"3": -1.0}).params()
+    assert params.structured_outputs == StructuredOutputs(regex="a+") and params.logit_bias == {3: -1.0}
 
 
 # JSON lines
@@ -99,11 +104,12 @@ INPUT = [
     b'{"prompt": "abc"}', b'{"prompt": [1, 2, 3], "id": "x", "n": 2}', b"not JSON",
     b'{"prompt": "abc", "id": "x"}', b"", b'{"prompt": "abd", "warmth": 1}', b'{"prompt": "abe", "top_p": 7}',
     b'{"prompt": 3}', b'{"prompt": "abf", "id": 1.5}', b'{"prompt": "' + b"a" * 300 + b'"}', b"\xff",
-    b'{"prompt": "g", "top_p": "x"}', b'{"prompt": "last", "max_tokens": 2}',
+    b'{"prompt": "g", "top_p": "x"}', b'{"prompt": "h", "logit_bias": 3}',
+    b'{"prompt": "last", "max_tokens": 2}',
 ]  # fmt: skip
 BAD = {
     3: "not JSON", 4: "id 'x' of an earlier", 6: "warmth", 7: "top_p must be", 8: "prompt", 9: "id", 10: "max_length",
-    11: "JSON", 12: "'<'",
+    11: "JSON", 12: "'<'", 13: "logit_bias",
 }  # fmt: skip
 
 SOURCE = b"\n".join(INPUT)
@@ -126,10 +132,10 @@ def test_bad_lines_are_named_by_their_numbers_and_the_others_go_on(llm, tmp_path
     assert {int(re.match(r"in line (\d+): ", each)[1]): each for each in complaints}.keys() == BAD.keys()
     for line, words in BAD.items():
         assert any(each.startswith(f"in line {line}: ") and words in each for each in complaints), (line, complaints)
-    assert results.keys() == {1, "x", 13} and len(advanced) == len(INPUT)
+    assert results.keys() == {1, "x", 14} and len(advanced) == len(INPUT)
     assert results[1] == [{"text": text_of(llm, "abc"), "tokens": 4, "finished": "length"}]
     assert [output["tokens"] for output in results["x"]] == [4, 4]
-    assert results[13] == [{"text": text_of(llm, "last", max_tokens=2), "tokens": 2, "finished": "length"}]
+    assert results[14] == [{"text": text_of(llm, "last", max_tokens=2), "tokens": 2, "finished": "length"}]
 
 
 MANY = b"\n".join(json.dumps({"prompt": f"p{i}", "max_tokens": 1 + i % 4}).encode() for i in range(9))
