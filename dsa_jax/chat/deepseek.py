@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsa_jax.chat.messages import END_THINK, THINK, plain_values
-from dsa_jax.strict_json import parse_object, shown
+from dsa_jax.chat.messages import END_THINK, THINK
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -109,28 +108,3 @@ def _invoke(function) -> str:
 def _tools(tools) -> str:
     schemas = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     return f"{TOOLS}{schemas}\n</functions>\n"
-
-
-def parsed_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parses the arguments of calls that are JSON text: a spelling may hide in its escapes.
-
-    Raises:
-      ValueError: if one is no JSON object.
-    """
-    return [
-        message | {"tool_calls": [_parsed(call, place) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for place, message in enumerate(messages)
-    ]
-
-
-def _parsed(call, place) -> dict[str, Any]:
-    function = call["function"]
-    if not isinstance(function["arguments"], str):
-        return call
-    try:
-        arguments = plain_values(parse_object(function["arguments"] or "{}"), "arguments")
-    except ValueError as error:
-        raise ValueError(f"messages[{place}].tool_calls: the arguments of {shown(function['name'])}: {error}") from None
-    return call | {"function": function | {"arguments": arguments}}

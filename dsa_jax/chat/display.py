@@ -44,7 +44,7 @@ class _Safe:
 class Answer:
     """Shows an answer: reasoning dim, content as Markdown; whole blocks stay, the last one is drawn anew as it grows.
 
-    On what is no terminal the text comes as it is, without control characters.
+    On what is no terminal the text comes as it is, without control characters, reasoning before an empty line.
     """
 
     def __init__(self, console: Console):
@@ -52,6 +52,7 @@ class Answer:
         self._kind: Kind = "content"
         self._text = ""  # what is not yet shown for good
         self._live: Live | None = None
+        self._begun = False
 
     def __enter__(self) -> "Answer":
         return self
@@ -62,7 +63,9 @@ class Answer:
     def add(self, kind: Kind, text: str) -> None:
         """Shows more."""
         if not self._console.is_terminal:
-            self._console.out(without_controls(text), end="", highlight=False)
+            border = "\n\n" if kind != self._kind and self._begun else ""
+            self._console.out(border + without_controls(text), end="", highlight=False)
+            self._kind, self._begun = kind, True
             return
         if kind != self._kind:
             self.close()

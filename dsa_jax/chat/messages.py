@@ -1,9 +1,10 @@
 """Messages as OpenAI's interface has them: checked, and brought into one shape for templates."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dsa_jax.strict_json import shown, shown_name
+from dsa_jax.strict_json import parse_object, shown, shown_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_DEPTH = 64  # of what nests within messages and tools
@@ -122,3 +123,41 @@ def plain_values(value: Any, name: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [plain_values(item, name, depth + 1) for item in value]
     raise ValueError(f"{name} must hold JSON values, got {shown_name(type(value).__name__)}")
+
+
+def parsed_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes objects of the arguments of calls that are JSON text: a spelling may hide in its escapes.
+
+    Raises:
+      ValueError: if one is no JSON object.
+    """
+    return _with_arguments(messages, _parsed)
+
+
+def written_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes JSON text of the arguments of calls that are objects."""
+    written = lambda value, _: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # noqa: E731
+    return _with_arguments(messages, written)
+
+
+def _with_arguments(messages, change: Callable[[Any, str], Any]) -> list[dict[str, Any]]:
+    out = []
+    for place, message in enumerate(messages):
+        if "tool_calls" in message:
+            calls = []
+            for number, call in enumerate(message["tool_calls"]):
+                name = f"messages[{place}].tool_calls[{number}].function.arguments"
+                arguments = change(call["function"]["arguments"], name)
+                calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+            message = message | {"tool_calls": calls}
+        out.append(message)
+    return out
+
+
+def _parsed(arguments, name: str) -> dict[str, Any]:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return plain_values(parse_object(arguments or "{}"), name)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None

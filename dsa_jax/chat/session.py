@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -203,8 +204,9 @@ class Conversation:
           ValueError: naming what it must hold.
           OSError: if it cannot be read.
         """
-        if path.stat().st_size > MAX_SAVED_BYTES:
-            raise ValueError(f"{path} must have at most {MAX_SAVED_BYTES:,} bytes, got {path.stat().st_size:,}")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SAVED_BYTES:
+            raise ValueError(f"{path} must be a file of at most {MAX_SAVED_BYTES:,} bytes")
         values = read_object(path)
         thinking = values.get("thinking", False)
         if not isinstance(thinking, bool) or values.keys() - {"messages", "thinking"}:

@@ -9,8 +9,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from dsa_jax.chat.deepseek import CONTROL_TOKENS, parsed_arguments, render_v32
-from dsa_jax.chat.messages import THINK, check_messages, check_tools, plain_values
+from dsa_jax.chat.deepseek import CONTROL_TOKENS, render_v32
+from dsa_jax.chat.messages import (
+    THINK,
+    check_messages,
+    check_tools,
+    parsed_arguments,
+    plain_values,
+    written_arguments,
+)
 from dsa_jax.chat.parsing import DSML, Format, StreamParser
 from dsa_jax.chat.rendering import render
 from dsa_jax.chat.spellings import ControlTokens
@@ -168,8 +175,19 @@ def _render_jinja(sources, special, hide: Hide, values, *, thinking, add_generat
     name = "tool_use" if values["tools"] and "tool_use" in sources else "default"
     # Two names are in use for the switch.
     switches = {"thinking": thinking, "enable_thinking": thinking, "add_generation_prompt": add_generation_prompt}
-    hidden, put_back = hide(values)
-    return render(sources[name], {"documents": None} | special | switches | hidden), put_back
+    messages = values["messages"]
+    forms = [messages]
+    if any("tool_calls" in message for message in messages):
+        # Most templates write the arguments as JSON or one by one; some, DeepSeek-V3.1's among them, need them as text.
+        forms = [parsed_arguments(messages), written_arguments(messages)]
+    for form in forms:
+        hidden, put_back = hide(values | {"messages": form})
+        try:
+            return render(sources[name], {"documents": None} | special | switches | hidden), put_back
+        except ValueError:
+            if form is forms[-1]:
+                raise
+    raise AssertionError("there is a form at least")
 
 
 def _render_v32(hide: Hide, values, **switches) -> Rendered:

@@ -101,6 +101,21 @@ def test_a_checkpoints_template_gets_what_it_expects(tmp_path):
     assert text_of(template, CHAT[:4], tools=TOOLS, thinking=True, size=2) == expected
 
 
+def test_arguments_are_objects_unless_the_template_needs_text(tmp_path):
+    """GLM's goes through them one by one; DeepSeek-V3.1's joins them to a text."""
+    begin = "{% for m in messages if m.tool_calls %}{% set a = m.tool_calls[0].function.arguments %}"
+    one_by_one = "{% for k, v in a.items() %}{{ k }}={{ v | tojson }};{% endfor %}{% endfor %}{# tools #}"
+    joined = "{{ 'text: ' + a }}{% endfor %}{# tools #}"
+    spelling = CALL | {"function": {"name": "f", "arguments": r'{"\u003cthink>": "\ud800"}'}}
+    for arguments in (CALL, CALL | {"function": {"name": "f", "arguments": json.loads(CALL["function"]["arguments"])}}):
+        messages = [{"role": "assistant", "tool_calls": [arguments]}]
+        assert text_of(own(tmp_path, begin + one_by_one), messages) == 'at="é";deep=[1, null];'
+        assert text_of(own(tmp_path, begin + joined), messages) == "text: " + CALL["function"]["arguments"]
+    messages = [{"role": "assistant", "tool_calls": [spelling]}]
+    assert text_of(own(tmp_path, begin + one_by_one), messages) == '<think>="\ufffd";'
+    assert text_of(own(tmp_path, begin + joined), messages) == "text: " + spelling["function"]["arguments"]
+
+
 def test_templates_may_be_in_the_tokenizers_settings(tmp_path):
     for value, expected in (
         ("a", "a"), ([{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b{{ tools }}"}], "b"),

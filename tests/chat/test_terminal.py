@@ -128,6 +128,7 @@ def test_reasoning_is_shown_and_sent_back_to_the_template_alone(tmp_path):
     out, *_ = talk(said, ["hi"], terminal=True)
     assert "\x1b[2mhm" in out and "think>" not in out
     assert said.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    assert talk(conversation(tmp_path, ["hm", "</think>", "a"], thinking=True), ["hi"])[0] == "hm\n\na\n"
 
 
 def test_an_error_keeps_the_conversation_as_it_was(tmp_path):
@@ -135,6 +136,7 @@ def test_an_error_keeps_the_conversation_as_it_was(tmp_path):
     _, err, failed, _ = talk(said, ["hi"])
     assert failed and err == "error: request 0 has ended: NaN\n" and said.messages == []
     assert not said.engine.busy
+    assert "must be a file" in talk(said, ["/load /dev/zero"])[1]
     said = conversation(tmp_path, tokenizer=byte_tokenizer(), thinking=True)
     assert "thinking" in talk(said, ["hi"])[1] and said.messages == []
 
