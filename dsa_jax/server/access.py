@@ -20,8 +20,8 @@ LOGGED_PATH = 80  # characters
 class Access:
     """Refuses foreign Host and Origin headers, and logs each request.
 
-    A page of another site whose name has been made to mean this machine (DNS rebinding) comes with its own name in Host.
-    A form or script of another site comes with its own name in Origin, which CORS alone does not refuse.
+    A page of another site whose name has been made to mean this machine (DNS rebinding) comes with that name in Host. A
+    form or script of another site comes with the site's name in Origin, which CORS alone does not refuse.
 
     Args:
       app: what is behind the door.
@@ -39,13 +39,14 @@ class Access:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 0
+        begin, status, complete = time.perf_counter(), 0, False
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
@@ -55,9 +56,10 @@ class Access:
             await error.response()(scope, receive, watched)
         except Exception as error:
             log.error("%s", describe(error))
-            if status:
+            if not status:
+                await ApiError(500, "the server has failed at this request").response()(scope, receive, watched)
+            elif not complete:
                 raise _Broken(type(error).__name__) from None
-            await ApiError(500, "the server has failed at this request").response()(scope, receive, watched)
         finally:
             seconds = time.perf_counter() - begin
             log.info("%s %s %d %.3f s", scope["method"], _shown(scope["path"]), status, seconds)

@@ -13,7 +13,7 @@ from dsa_jax.server.settings import Settings
 
 OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")  # and what is below PAGE_PATH
 PAGE_PATH = "/page/"
-OVERRUN = 4  # times max_body that are read, and dropped, of a body that is too large, so that its sender sees the answer
+OVERRUN = 4  # times max_body that are read of a body that is too large, and dropped, so that its sender sees the answer
 BUSY_SECONDS, DRAIN_SECONDS = "1", "5"  # after which a refused client may try again
 
 
