@@ -175,7 +175,63 @@ def chat(
     )
 
 
-COMMANDS = {"convert": convert, "info": info, "generate": generate, "chat": chat}
+def serve(
+    folder: tyro.conf.Positional[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key_file: Path | None = None,
+    allow_origin: tuple[str, ...] = (),
+    allow_host: tuple[str, ...] = (),
+    max_requests: int = 512,
+    max_sequences: int = 1024,
+    max_output: int = 2**18,
+    max_body: int = 2**23,
+    drain_seconds: float = 30.0,
+    rows: int = 64,
+    max_length: int | None = None,
+    pages: int | None = None,
+    cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
+    batch_invariant: bool = False,
+    warm: bool = True,
+) -> None:
+    """Serves a model over HTTP to the clients of OpenAI's interface, and a page to chat in a browser.
+
+    Args:
+        folder: Folder with a checkpoint and its tokenizer.
+        host: Address to listen at; any but a loopback one needs --api-key-file.
+        port: Port to listen at; 0 takes a free one.
+        name: Name of the model for clients; the folder's if not given.
+        api_key_file: File with an API key a line, readable by its owner alone.
+        allow_origin: Sites whose pages may ask, such as https://chat.example.org.
+        allow_host: Names besides localhost by which clients call this server.
+        max_requests: Requests at a time.
+        max_sequences: Continuations at a time, of all requests, running or queued.
+        max_output: Tokens that one request may ask for, of all its continuations.
+        max_body: Bytes of a request's body.
+        drain_seconds: Time for requests to end in after SIGTERM.
+        rows: Continuations that run at a time.
+        max_length: Tokens of the longest sequence; the model's positions if not given.
+        pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
+        cache_format: Format of the cache; the model's dtype if not given.
+        batch_invariant: Whether outputs are the same bits whatever else runs.
+        warm: Whether every size of step is compiled before the server listens.
+    """
+    from dsa_jax import server
+
+    keys = () if api_key_file is None else server.read_keys(api_key_file)
+    settings = server.Settings(
+        name or folder.resolve().name, host, port, keys, allow_origin, allow_host, max_body=max_body,
+        max_requests=max_requests, max_sequences=max_sequences, max_output=max_output, drain_seconds=drain_seconds,
+    )  # fmt: skip
+    server.serve(
+        folder, settings, warm=warm, rows=rows, max_length=max_length, pages=pages, cache_format=cache_format,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+
+
+COMMANDS = {"convert": convert, "info": info, "generate": generate, "chat": chat, "serve": serve}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,11 +12,17 @@ from dsa_jax.inference.params import Request, Token
 from dsa_jax.server.errors import ApiError, printable
 from dsa_jax.server.service import Event, Run, Service
 
-HEADER_SECONDS = 5.0  # after which a stream begins, though its first token has not come: until then errors have a status
+HEADER_SECONDS = (
+    5.0  # after which a stream begins, though its first token has not come: until then errors have a status
+)
 ALIVE_SECONDS = 15.0  # between comments of a stream that has nothing to say, for proxies that end silent connections
 WAITING = ": waiting\n\n"
 
-EVENT_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
+EVENT_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",
+}
 
 
 class Job(Protocol):

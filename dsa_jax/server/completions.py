@@ -6,7 +6,16 @@ from typing import Any
 from dsa_jax.inference.params import PromptToken, Token
 from dsa_jax.inference.text import encode_text
 from dsa_jax.server.errors import ApiError
-from dsa_jax.server.jobs import Usage, check_model, finish_reason, finite, head, make_requests, ranked, token_and_log_prob
+from dsa_jax.server.jobs import (
+    Usage,
+    check_model,
+    finish_reason,
+    finite,
+    head,
+    make_requests,
+    ranked,
+    token_and_log_prob,
+)
 from dsa_jax.server.protocol import CompletionRequest
 from dsa_jax.server.service import Service
 
@@ -52,7 +61,9 @@ class CompletionJob:
       code: of the client's key.
     """
 
-    def __init__(self, body: CompletionRequest, service: Service, prompts: list[list[int]], texts: list[str], code: str):
+    def __init__(
+        self, body: CompletionRequest, service: Service, prompts: list[list[int]], texts: list[str], code: str
+    ):
         self._body, self._texts = body, texts
         scores = (body.logprobs or 0) if body.echo and (body.logprobs is not None or body.max_tokens == 0) else None
         self.requests = make_requests(

@@ -10,6 +10,7 @@ from dsa_jax.server.errors import ApiError
 from dsa_jax.server.protocol import Constraint, Sampling
 from dsa_jax.server.service import Service
 
+REASONS = {"stop": "stop", "length": "length"}  # OpenAI's words for the ends of continuations
 LEAST_LOG_PROB = -9999.0  # what clients are told of a probability of zero: JSON has no infinity
 
 
@@ -60,7 +61,9 @@ def _fields(body: Sampling) -> dict[str, Any]:
     ).split()
     values = {name: value for name in names if (value := getattr(body, name)) is not None}
     constraint = body.structured_outputs
-    return {"max_tokens": None} | values | {"structured_outputs": None if constraint is None else _structured(constraint)}
+    return (
+        {"max_tokens": None} | values | {"structured_outputs": None if constraint is None else _structured(constraint)}
+    )
 
 
 def _structured(constraint: Constraint) -> StructuredOutputs:
@@ -128,6 +131,6 @@ def token_and_log_prob(token: Token | PromptToken) -> tuple[int, float | None, T
     return token.token, known, token.top
 
 
-def finish_reason(token: Token, reasons: Mapping[str, str] = {"stop": "stop", "length": "length"}) -> str | None:  # noqa: B006
+def finish_reason(token: Token, reasons: Mapping[str, str] = REASONS) -> str | None:
     """Returns OpenAI's word for the end that a token tells of, None if it tells of none."""
     return None if token.finished is None else reasons[token.finished]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -12,6 +13,7 @@ from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.inference.params import Request, Token
 from dsa_jax.paged import PAGE
+from dsa_jax.server.admission import Keys
 from dsa_jax.server.errors import ApiError
 from dsa_jax.server.metrics import Metrics, Timer
 from dsa_jax.server.settings import Settings
@@ -36,6 +38,7 @@ class Service:
       special: the tokenizer's special tokens by their names, as `/tokenizer_info` tells them.
 
     Attributes:
+      keys: who may ask.
       failed: the last step's error, until a later step succeeds.
       sequences: continuations that have not ended.
       runs: of the clients that wait for tokens.
@@ -43,6 +46,7 @@ class Service:
 
     def __init__(self, engine: Engine, template: ChatTemplate, settings: Settings, *, special: dict[str, Any]):
         self.engine, self.template, self.settings, self.special = engine, template, settings, special
+        self.keys, self.created = Keys(settings.keys), int(time.time())
         self.vocabulary = Vocabulary(engine.tokenizer, engine.runner.config.vocab_size)
         self.metrics = Metrics(engine.stats)
         self.failed: str | None = None

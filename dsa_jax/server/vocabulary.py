@@ -19,7 +19,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _bytes(self) -> LLTokenizer:
-        return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size, eos_token=0)
+        return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size + 1, eos_token=self._size)  # it insists on one
 
     def bytes(self, token: int) -> bytes:
         """Returns what a token stands for; of a special token its name."""
