@@ -26,15 +26,17 @@ EVENT_HEADERS = {
 
 
 class Job(Protocol):
-    """Turns tokens into an endpoint's answer.
+    """Turns tokens into an endpoint's answer."""
 
-    Attributes:
-      requests: for the engine, one for each prompt.
-      stream: whether the client wants events.
-    """
+    @property
+    def requests(self) -> Sequence[Request]:
+        """For the engine, one for each prompt."""
+        ...
 
-    requests: Sequence[Request]
-    stream: bool
+    @property
+    def stream(self) -> bool:
+        """Whether the client wants events."""
+        ...
 
     def take(self, place: int, token: Token) -> list[dict[str, Any]]:
         """Takes the next token of a prompt in; returns events for a stream."""

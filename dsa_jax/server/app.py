@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 import dsa_jax
-from dsa_jax.server.access import Access, describe, log
+from dsa_jax.server.access import Access
 from dsa_jax.server.admission import PAGE_PATH, Admission
 from dsa_jax.server.answering import Answer, Job
 from dsa_jax.server.chat import make_chat
@@ -194,5 +194,4 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _failure(_: Request, error: Exception) -> Response:
-    log.error("%s", describe(error))
     return ApiError(500, "the server has failed at this request").response()

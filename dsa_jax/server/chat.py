@@ -114,10 +114,11 @@ class ChatJob:
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         more: dict[str, Any] = {} if structured is None else {"structured_outputs": structured}
-        log_probs = (body.top_logprobs or 0) if body.logprobs else None
-        self.requests = make_requests(
-            body, service, [prompt], code, max_tokens=most, stop=(*stop, *service.template.stop), logprobs=log_probs, **more
-        )  # fmt: skip
+        more |= {
+            "stop": (*stop, *service.template.stop),
+            "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        }
+        self.requests = make_requests(body, service, [prompt], code, max_tokens=most, **more)
         self.stream = bool(body.stream)
         self._head = head("chat.completion.chunk" if self.stream else "chat.completion", "chatcmpl", service)
         self._usage = Usage([prompt])
@@ -189,6 +190,8 @@ def make_chat(body: ChatRequest, service: Service, code: str) -> ChatJob:
       ApiError: naming what is wrong.
     """
     check_model(body.model, service)
+    if body.logprobs:
+        service.vocabulary.check()
     structured = _structured(body)
     if structured is not None and body.structured_outputs is not None:
         raise ApiError(400, "response_format, a demanded tool and structured_outputs exclude each other")

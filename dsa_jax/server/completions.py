@@ -132,6 +132,8 @@ def make_completion(body: CompletionRequest, service: Service, code: str) -> Com
       ApiError: naming what is wrong.
     """
     check_model(body.model, service)
+    if body.logprobs is not None:
+        service.vocabulary.check()
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens must be at least 1 without echo, got 0", param="max_tokens")
     prompts: list[Any] = _as_list(body.prompt)

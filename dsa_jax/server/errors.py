@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
 from dsa_jax.strict_json import one_line, shorten, shown, shown_name
@@ -11,6 +12,12 @@ from dsa_jax.strict_json import one_line, shorten, shown, shown_name
 MAX_MESSAGE = 900  # characters
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 SHOWN_ERRORS = 20  # of a body; the rest is counted
+CONFLICT = "conflict"  # marks pydantic's errors that are of no single field's value
+
+
+def conflict(param: str, words: str) -> PydanticCustomError:
+    """Makes an error for a validator of a whole body: `words` say it all, `param` is the field for programs."""
+    return PydanticCustomError(CONFLICT, "{words}", {"words": words, "param": param})
 
 
 class ErrorDetail(BaseModel):
@@ -64,12 +71,13 @@ class ApiError(Exception):
 
 def invalid_body(error: ValidationError) -> ApiError:
     """Says in one line what is wrong with a request's body."""
-    found = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False)
     lines = [_line(each) for each in found[:SHOWN_ERRORS]]
     hidden = len(found) - len(lines)
     words = one_line("the body is wrong", lines) if len(lines) > 1 else lines[0]
     words = f"{words}; and {hidden:,} problems more" if hidden else words
-    return ApiError(400, words, param=_path(found[0]["loc"]) or None, code="invalid_value")
+    param = found[0].get("ctx", {}).get("param") or _path(found[0]["loc"])
+    return ApiError(400, words, param=param or None, code="invalid_value")
 
 
 def printable(text: str) -> str:
@@ -81,6 +89,8 @@ def _line(error) -> str:
     path, words = _path(error["loc"]), error["msg"]
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {shorten(words, 160)}"
+    if error["type"] == CONFLICT:  # of several fields, which the words name
+        return f"{path}: {words}" if path else words
     got = "" if error["type"] == "missing" else f", got {shown(error['input'])}"
     return f"{path or 'the body'}: {words}{got}"
 

@@ -10,6 +10,11 @@ from dsa_jax.server.errors import ApiError
 from dsa_jax.server.protocol import Constraint, Sampling
 from dsa_jax.server.service import Service
 
+# The fields that the engine's settings have under the same name.
+SAMPLING = (
+    "n max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed "
+    "stop stop_token_ids min_tokens ignore_eos"
+).split()
 REASONS = {"stop": "stop", "length": "length"}  # OpenAI's words for the ends of continuations
 LEAST_LOG_PROB = -9999.0  # what clients are told of a probability of zero: JSON has no infinity
 
@@ -55,11 +60,7 @@ def make_requests(
 
 def _fields(body: Sampling) -> dict[str, Any]:
     """Returns what the client has said; null is as if a field were not there."""
-    names = (
-        "n max_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty logit_bias seed "
-        "stop min_tokens stop_token_ids ignore_eos"
-    ).split()
-    values = {name: value for name in names if (value := getattr(body, name)) is not None}
+    values: dict[str, Any] = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
     constraint = body.structured_outputs
     return (
         {"max_tokens": None} | values | {"structured_outputs": None if constraint is None else _structured(constraint)}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from dsa_jax.server.errors import conflict
 from dsa_jax.strict_json import shown_name
 
 MAX_PROMPTS = 128  # of a request
@@ -34,7 +35,7 @@ def _described(words: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError("one_of", words) from None  # pyright: ignore[reportArgumentType]
+            raise PydanticCustomError("one_of", "{words}", {"words": words}) from None
 
     return WrapValidator(check)
 
@@ -68,7 +69,7 @@ class Body(BaseModel):
         unknown = sorted(name for name, value in extra.items() if value is not None and name not in WITHOUT_EFFECT)
         if unknown:
             names = ", ".join(map(shown_name, unknown[:8])) + (", …" if len(unknown) > 8 else "")
-            raise PydanticCustomError("unknown", "has fields that are not supported: {names}", {"names": names})
+            raise conflict(unknown[0], f"these fields are not supported: {names}")
         return self
 
 
@@ -91,7 +92,7 @@ class Constraint(Body):
     @model_validator(mode="after")
     def _one(self) -> Self:
         if sum([self.json_schema is not None, self.regex is not None, self.grammar is not None, self.json_object]) != 1:
-            raise PydanticCustomError("one", "must hold exactly one of json, regex, grammar and json_object")
+            raise conflict("structured_outputs", "must hold exactly one of json, regex, grammar and json_object")
         return self
 
 
@@ -134,9 +135,9 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _supported(self) -> Self:
         if self.suffix:
-            raise PydanticCustomError("suffix", "suffix: filling in before a text is not supported")
+            raise conflict("suffix", "suffix: filling in before a text is not supported")
         if self.best_of is not None and self.best_of != self.n:
-            raise PydanticCustomError("best_of", "best_of must equal n: all that is drawn is returned")
+            raise conflict("best_of", "best_of must equal n: all that is drawn is returned")
         return self
 
 
@@ -163,7 +164,7 @@ class ToolCall(Body):
     index: int | None = None
 
 
-Content = Annotated[str | list[TextPart], _described('must be a text, or parts of {{"type": "text", "text": …}}')]
+Content = Annotated[str | list[TextPart], _described('must be a text, or a list of {"type": "text", "text": …}')]
 
 
 class Message(Body):
@@ -179,7 +180,7 @@ class Message(Body):
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.content is None and not (self.role == "assistant"):
-            raise PydanticCustomError("content", "content must be given, but in messages of the assistant")
+            raise conflict("content", "content must be given, but in messages of the assistant")
         return self
 
 
@@ -230,7 +231,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("schema", "json_schema must be given with the type json_schema, and only then")
+            raise conflict("response_format", "json_schema must be given with the type json_schema, and only then")
         return self
 
 
@@ -260,14 +261,14 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+            raise conflict("top_logprobs", "top_logprobs needs logprobs to be true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise PydanticCustomError("tool_choice", "tool_choice needs tools")
+            raise conflict("tool_choice", "tool_choice needs tools")
         names = [tool.function.name for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise PydanticCustomError("tool_choice", "tool_choice must name one of tools")
+            raise conflict("tool_choice", "tool_choice must name one of tools")
         if len(set(names)) < len(names):
-            raise PydanticCustomError("tools", "tools must have names that differ")
+            raise conflict("tools", "tools must have names that differ")
         return self
 
 
@@ -285,7 +286,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("one", "must hold either prompt or messages")
+            raise conflict("prompt", "the body must hold either prompt or messages")
         return self
 
 
