@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import jax
@@ -387,7 +387,7 @@ class Engine:
 
     # Streams.
 
-    async def stream(self, request: Request) -> AsyncIterator[Token]:
+    async def stream(self, request: Request) -> AsyncGenerator[Token, None]:
         """Yields the tokens of a request as they come; whoever leaves early cancels it.
 
         Raises:

@@ -31,7 +31,9 @@ def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool = False) 
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text must be Unicode, got a lone surrogate at character {error.start}") from None
-    return _literal(tokenizer).encode(text, add_special_tokens=add_special_tokens).ids
+    # A batch: a single text would be encoded with the interpreter locked, and every other thread would wait.
+    (encoded,) = _literal(tokenizer).encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoded.ids
 
 
 @functools.lru_cache(maxsize=8)

@@ -45,13 +45,13 @@ def make_requests(
     Raises:
       ApiError: if it asks for more than the limits let it, or settings contradict each other.
     """
-    values = _fields(body) | more
+    values: dict[str, Any] = _fields(body) | more
     salt = service.keys.salt(code, body.cache_salt)
     requests = []
     for prompt in prompts:
         most = _room(len(prompt), values["max_tokens"], body.n * len(prompts), service)
         try:
-            params = SamplingParams(**values | {"max_tokens": most})
+            params = SamplingParams(**{**values, "max_tokens": most})
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).split()[0]) from None
         requests.append(Request(list(prompt), params, salt=salt))
