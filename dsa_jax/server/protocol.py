@@ -6,7 +6,7 @@ server does not do learns of it.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dsa_jax.server.errors import conflict
@@ -100,7 +100,7 @@ class Sampling(Body):
     """Says how to continue, in the fields that both endpoints have."""
 
     model: str | None = None
-    n: int = Field(1, ge=1, le=MAX_N)
+    n: Annotated[int, BeforeValidator(lambda n: 1 if n is None else n)] = Field(1, ge=1, le=MAX_N)
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -108,10 +109,12 @@ def client_of(service, **options) -> httpx.AsyncClient:
 
 
 @contextlib.contextmanager
-def running(service, seconds=30.0):
-    """A server at a port of its own, in a thread that must end in time; yields its address."""
+def running(service, *, seconds=30.0, send_buffer=None):
+    """A server at a port of its own, in a thread that must end in time; yields its address and itself."""
     server = Server(service)
     with listening(service.settings) as listener:
+        if send_buffer is not None:  # of the system, for each connection
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
