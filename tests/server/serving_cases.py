@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dsa_jax.chat import ChatTemplate
 from dsa_jax.inference.params import PromptToken, Stats, Token
+from dsa_jax.inference.text import TextStream
 from dsa_jax.server import Server, Service, Settings
 from dsa_jax.server.app import make_app
 from dsa_jax.server.run import listening
@@ -70,20 +71,21 @@ class ScriptedEngine:
             )
         try:
             for index in range(params.n):
+                text = TextStream(self.tokenizer)
                 for place, token in enumerate(ids or [None]):
                     while not self.hold.is_set():
                         await asyncio.sleep(0.005)
                     if self.failure is not None and place == 2:
                         raise self.failure
                     await asyncio.sleep(0)
-                    yield self._token(params, index, token, place == len(ids or [0]) - 1, scores)
+                    yield self._token(params, index, token, text, place == len(ids or [0]) - 1, scores)
                     scores = None
             done = True
         finally:
             self.cancelled += not done
 
-    def _token(self, params, index, token, is_last, scores):
-        text = "" if token is None else self.tokenizer.decode([token], skip_special_tokens=False)
+    def _token(self, params, index, token, stream, is_last, scores):
+        text = ("" if token is None else stream.push(token)) + (stream.finish() if is_last else "")
         full = len(self.tokenizer.encode(self.text).ids) <= (params.max_tokens or 0)
         finished = ("stop" if full else "length") if is_last else None
         wanted = params.logprobs is not None and token is not None

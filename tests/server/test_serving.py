@@ -25,7 +25,7 @@ from dsa_jax.inference.params import Request, SamplingParams
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 CONFIG = small_config(vocab_size=VOCAB, first_k_dense_replace=2, max_position_embeddings=256)
-PAGES = 12
+PAGES = 6
 BROKEN = VOCAB - 1  # the token whose embedding is NaN
 SECONDS = 60  # after which a test gives up
 
@@ -55,7 +55,14 @@ def prompt(length, seed=0) -> list[int]:
 
 
 def body(length=20, seed=0, **settings):
-    return {"prompt": prompt(length, seed), "temperature": 1.0, "top_k": 10, "seed": seed, "max_tokens": 8} | settings
+    return {
+        "prompt": prompt(length, seed),
+        "temperature": 1.0,
+        "top_k": 10,
+        "seed": seed,
+        "max_tokens": 8,
+        "logit_bias": {BROKEN: -100},
+    } | settings
 
 
 def complete(address, **options):
@@ -81,7 +88,9 @@ def test_answers_are_the_engines(served):
     """The engine by itself, before anything is asked, and the same by HTTP."""
     address, service = served
     engine = service.engine
-    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2, prompt_logprobs=2)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=8, logprobs=2, prompt_logprobs=2, logit_bias={BROKEN: -100}
+    )  # fmt: skip
     engine.add(Request(prompt(40), params))
     tokens = []
     while engine.busy:
@@ -93,8 +102,8 @@ def test_answers_are_the_engines(served):
     expected = [each.log_prob for each in tokens[0].prompt] + [token.model_log_prob for token in tokens]
     found = choice["logprobs"]["token_logprobs"]
     assert found[0] is expected[0] is None and found[1:] == pytest.approx(expected[1:], abs=1e-5)
-    greedy = [max(tops.values()) for tops in choice["logprobs"]["top_logprobs"][40:]]
-    assert greedy == found[40:]
+    for token, tops in zip(found[1:], choice["logprobs"]["top_logprobs"][1:], strict=True):
+        assert token in tops.values() and 2 <= len(tops) <= 3
 
 
 def gather(address, bodies, leaving=()):
@@ -121,13 +130,13 @@ def gather(address, bodies, leaving=()):
     return asyncio.run(all_of_them())
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_clients_of_whom_a_third_vanishes(served, count):
     """On pages for a quarter of them; whoever stays has what it would have alone, and nothing is left behind."""
     address, service = served
     rng = np.random.default_rng(count)
     bodies = [
-        body(int(rng.integers(1, 120)), seed=int(rng.integers(9)), max_tokens=int(rng.integers(1, 60)))
+        body(int(rng.integers(1, 120)), seed=int(rng.integers(9)), max_tokens=int(rng.integers(1, 40)))
         for _ in range(count)
     ]  # fmt: skip
     needed = sum(-(-(len(each["prompt"]) + each["max_tokens"] - 1) // 64) for each in bodies)
@@ -171,7 +180,7 @@ def test_a_client_that_leaves_frees_its_pages(served, stream, half):
             connection.shutdown(socket.SHUT_WR) if half else connection.close()
             wait_for(lambda: service.sequences == 0)
         wait_for(lambda: is_idle(service))
-    assert engine.stats().generated_tokens <= before + 2 < 200, "what was under way, and no more"
+    assert engine.stats().generated_tokens - before <= 2, "what was under way, and no more"
 
 
 def test_a_nan_ends_its_request_alone(served):
@@ -189,7 +198,7 @@ def test_a_nan_ends_its_request_alone(served):
 
 def test_the_engines_refusals_are_400(served):
     address, _ = served
-    bad = [dict(structured_outputs={"regex": "("}), dict(structured_outputs={"json": "{"}), dict(logit_bias={"999": 1})]
+    bad = [dict(structured_outputs={"regex": "("}), dict(structured_outputs={"json": "{"}), dict(logit_bias={999: 1})]
     for more in bad:
         response = httpx.post(f"{address}/v1/completions", json=body(**more), timeout=SECONDS)
         assert response.status_code == 400 and response.json()["error"]["message"], response.text
