@@ -14,6 +14,7 @@ test: lint
 
 test-slow:
 	@.ci/install test,docs
+	@.ci/install_clients
 	$(bin)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(ARGS)
 
 test-meshes:

@@ -59,6 +59,7 @@ def test_the_wheel_holds_every_module_and_marks_its_types(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
     modules = {str(p.relative_to(ROOT)) for top in ("dsa_jax", "train") for p in (ROOT / top).rglob("*.py")}
     data = {"dsa_jax/py.typed", "train/py.typed", "train/planner/rates.json", "train/planner/serving_rates.json"}
+    data |= {f"dsa_jax/server/page/{name}" for name in ("chat.html", "chat.css", "chat.js", "icon.svg")}
     assert modules | data == {name for name in names if not name.startswith("dsa_jax-")}
 
 

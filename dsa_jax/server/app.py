@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -61,12 +61,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         job = await service.in_thread(_with_body, model, await request.body(), lambda body: make(body, service, code))
         return Answer(job, service, endpoint)
 
-    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest), responses=events)
     async def completions(request: Request) -> Response:
         """Continues prompts."""
         return await answer(request, CompletionRequest, make_completion, "completions")
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest), responses=events)
     async def chat(request: Request) -> Response:
         """Answers a conversation."""
         return await answer(request, ChatRequest, make_chat, "chat")
@@ -125,7 +127,7 @@ def _add_health(app: FastAPI, service: Service, admission: Admission) -> None:
         fine = service.failed is None and not admission.draining
         return _state(fine, failed=service.failed, draining=admission.draining)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Tells the counts, as Prometheus reads them."""
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -166,12 +166,14 @@ def test_loopback_needs_none():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(port=-1), "port must be from 0 to 65535, got -1"), (dict(max_body=0), "max_body must be positive"),
-        (dict(origins=("*",)), "origins"), (dict(origins=("https://a/b",)), "origins"),
+        (dict(port=-1), "port must be from 0 to 65535, got -1"),
+        (dict(max_body=0), "max_body must be positive"),
+        (dict(origins=("*",)), "origins"),
+        (dict(origins=("https://a/b",)), "origins"),
         (dict(drain_seconds=-1), "drain_seconds"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Settings("tiny", **options)
@@ -213,9 +215,7 @@ def test_large_bodies_are_refused_by_what_comes(tmp_path, size, chunked):
         for _ in range(size):
             yield b" "
 
-    response = send(
-        service, "POST", "/v1/completions", content=pieces() if chunked else b" " * size, headers=JSON
-    )  # fmt: skip
+    response = send(service, "POST", "/v1/completions", content=pieces() if chunked else b" " * size, headers=JSON)
     assert response.status_code == 413 and "at most 100 bytes" in error_of(response)["message"]
     fits = b'{"prompt": "he"}'.ljust(100)
     assert send(service, "POST", "/v1/completions", content=fits, headers=JSON).status_code == 200
@@ -304,9 +304,16 @@ def test_while_draining_nobody_is_let_in(service):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("GET", "/page/../app.py", 404), ("GET", "/page/chat.html", 404), ("PUT", "/health", 405),
-     ("GET", "/v1/completions", 405), ("GET", "/docs", 404), ("GET", "/v1/models/other", 404)],
-)  # fmt: skip
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/page/../app.py", 404),
+        ("GET", "/page/chat.html", 404),
+        ("PUT", "/health", 405),
+        ("GET", "/v1/completions", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/models/other", 404),
+    ],
+)
 def test_errors_of_paths_have_the_same_shape(service, method, path, status):
     response = send(service, method, path)
     assert response.status_code == status
@@ -330,9 +337,12 @@ def test_the_log_has_neither_prompts_nor_keys(tmp_path, caplog):
     for body in ({"prompt": "a secret"}, {"prompt": "a secret", "foo": 1}, {"prompt": ["a secret", 3]}):
         for key in (KEY, "sk-mistyped"):
             send(
-                service, "POST", "/v1/completions?key=sk-in-query", json=body,
+                service,
+                "POST",
+                "/v1/completions?key=sk-in-query",
+                json=body,
                 headers={"authorization": f"Bearer {key}"},
-            )  # fmt: skip
+            )
     send(service, "GET", "/%1b[31mred%0aPOST")
     own = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("dsa_jax"))
     assert own.count("POST /v1/completions") == 6

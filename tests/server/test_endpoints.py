@@ -80,11 +80,15 @@ def test_a_completion_has_openais_fields(service):
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("he</s>", [ids_of("he") + [27, 14, 82, 29]]), (["he", "lo"], [[256], [257]]), ([1, 2, 3], [[1, 2, 3]]),
-        ([[1, 2], [3]], [[1, 2], [3]]), ("é", [ids_of("é")]), ("\x00\x07\x1b", [ids_of("\x00\x07\x1b")]),
+        ("he</s>", [ids_of("he") + [27, 14, 82, 29]]),
+        (["he", "lo"], [[256], [257]]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        ("é", [ids_of("é")]),
+        ("\x00\x07\x1b", [ids_of("\x00\x07\x1b")]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_prompts_of_every_kind(service, prompt, expected):
     """The spelling of a special token is text; ids are what they say."""
     data = answer(complete(service, prompt=prompt, n=2))
@@ -95,10 +99,23 @@ def test_prompts_of_every_kind(service, prompt, expected):
 
 def test_every_setting_reaches_the_engine(service):
     settings = dict(
-        temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.2,
-        frequency_penalty=-0.3, logit_bias={"5": 2.5, "6": -100}, seed=-3, n=2, max_tokens=9, min_tokens=2, stop=["x"],
-        stop_token_ids=[4], ignore_eos=True, logprobs=3,
-    )  # fmt: skip
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.3,
+        logit_bias={"5": 2.5, "6": -100},
+        seed=-3,
+        n=2,
+        max_tokens=9,
+        min_tokens=2,
+        stop=["x"],
+        stop_token_ids=[4],
+        ignore_eos=True,
+        logprobs=3,
+    )
     answer(complete(service, **settings, structured_outputs={"regex": "a+"}, best_of=2))
     params = service.engine.requests[0].params
     for name, value in settings.items():
@@ -165,8 +182,10 @@ def test_tokens_that_are_no_whole_characters_have_names_of_their_own(service):
 def test_probabilities_of_zero_are_finite(service, monkeypatch):
     make = service.engine._token
     monkeypatch.setattr(
-        service.engine, "_token", lambda *arguments: make(*arguments)._replace(model_log_prob=-math.inf, top=((0, -math.inf),))
-    )  # fmt: skip
+        service.engine,
+        "_token",
+        lambda *arguments: make(*arguments)._replace(model_log_prob=-math.inf, top=((0, -math.inf),)),
+    )
     log_probs = answer(complete(service, logprobs=1))["choices"][0]["logprobs"]
     assert log_probs["token_logprobs"] == [-9999.0] * 3 and log_probs["top_logprobs"][0] == {
         "!": -9999.0,
@@ -198,11 +217,14 @@ def test_log_probs_of_an_answer(service):
     content = data["choices"][0]["logprobs"]["content"]
     assert [each["token"] for each in content] == ["he", "l", "lo"]
     assert content[0] == {
-        "token": "he", "logprob": -2.0, "bytes": [104, 101],
+        "token": "he",
+        "logprob": -2.0,
+        "bytes": [104, 101],
         "top_logprobs": [
-            {"token": "!", "logprob": -0.25, "bytes": [33]}, {"token": '"', "logprob": -1.25, "bytes": [34]},
+            {"token": "!", "logprob": -0.25, "bytes": [33]},
+            {"token": '"', "logprob": -1.25, "bytes": [34]},
         ],
-    }  # fmt: skip
+    }
     assert service.engine.requests[0].params.stop == ("x", *service.template.stop)
     parts = events(chat(service, logprobs=True, top_logprobs=2, stream=True))
     found = [event["choices"][0]["logprobs"] for event in parts]
@@ -230,11 +252,14 @@ def test_reasoning_and_calls_are_taken_apart(tmp_path):
 @pytest.mark.parametrize(
     ("said", "thinks"),
     [
-        ({}, False), ({"chat_template_kwargs": {"enable_thinking": True}}, True), ({"thinking": {"type": "enabled"}}, True),
-        ({"reasoning_effort": "high"}, True), ({"reasoning_effort": "none"}, False),
+        ({}, False),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"thinking": {"type": "enabled"}}, True),
+        ({"reasoning_effort": "high"}, True),
+        ({"reasoning_effort": "none"}, False),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_thinking_may_be_said_in_several_ways(tmp_path, said, thinks):
     service = thinking_service(tmp_path, "a")
     data = answer(chat(service, **said))
@@ -270,12 +295,15 @@ def test_a_demanded_call_is_constrained_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({"type": "text"}, None), ({"type": "json_object"}, StructuredOutputs(json_object=True)),
-        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
-         StructuredOutputs(json={"type": "object"})),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, StructuredOutputs(json_object=True)),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+            StructuredOutputs(json={"type": "object"}),
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_response_formats(service, said, expected):
     answer(chat(service, response_format=said))
     assert service.engine.requests[0].params.structured_outputs == expected
@@ -287,12 +315,18 @@ def test_response_formats(service, said, expected):
         (dict(messages=[]), "messages: List should have at least 1 item"),
         (dict(messages=[{"role": "robot", "content": "x"}]), "messages[0].role"),
         (dict(messages=[{"role": "user", "content": None}]), "messages[0]: content must be given"),
-        (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages[0].content: must"),
+        (
+            dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+            "messages[0].content: must",
+        ),
         (dict(messages=[{"role": "user", "content": "x", "foo": 1}]), "messages[0]: these fields"),
-        (dict(top_logprobs=2), "top_logprobs needs logprobs"), (dict(logprobs=True, top_logprobs=21), "top_logprobs"),
-        (dict(tool_choice="required"), "tool_choice needs tools"), (dict(tools=[TOOL, TOOL]), "names that differ"),
+        (dict(top_logprobs=2), "top_logprobs needs logprobs"),
+        (dict(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (dict(tool_choice="required"), "tool_choice needs tools"),
+        (dict(tools=[TOOL, TOOL]), "names that differ"),
         (dict(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "x"}}), "must name one of tools"),
-        (dict(parallel_tool_calls=False), "parallel_tool_calls"), (dict(functions=[]), "not supported: functions"),
+        (dict(parallel_tool_calls=False), "parallel_tool_calls"),
+        (dict(functions=[]), "not supported: functions"),
         (dict(response_format={"type": "json_schema"}), "json_schema must be given"),
         (dict(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}), "exclude each other"),
         (dict(chat_template_kwargs={"thinking": True}), "thinking must be False"),
@@ -301,10 +335,11 @@ def test_response_formats(service, said, expected):
         (dict(chat_template_kwargs={"messages": []}), "must have other names"),
         (dict(structured_outputs={"regex": "a", "json_object": True}), "exactly one"),
         (dict(thinking={"type": "enabled"}, response_format={"type": "json_object"}), "thinking must be off"),
-        (dict(max_tokens=512), "must fit 512 tokens"), (dict(n=129), "less than or equal to 128"),
+        (dict(max_tokens=512), "must fit 512 tokens"),
+        (dict(n=129), "less than or equal to 128"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_conversations_are_refused_in_one_line(service, body, words):
     error = refusal(chat(service, **body))
     assert words in error["message"] and "\n" not in error["message"] and not service.engine.requests
@@ -313,24 +348,38 @@ def test_bad_conversations_are_refused_in_one_line(service, body, words):
 @pytest.mark.parametrize(
     ("body", "words", "param"),
     [
-        (dict(prompt=3), "prompt: must be a text, token ids", "prompt"), (dict(prompt=[]), "prompt: must be", "prompt"),
-        (dict(prompt=[["x"]]), "prompt: must be", "prompt"), (dict(prompt=["x"] * 129), "1 to 128", "prompt"),
-        (dict(prompt=[]), "prompt", "prompt"), (dict(prompt=[[1], []]), "at least one token", "prompt"),
-        (dict(prompt=[320]), "below 320", "prompt"), (dict(prompt=[-1]), "prompt", "prompt"),
-        (dict(prompt=""), "at least one token", "prompt"), (dict(prompt=[1] * 512), "must fit 512", None),
-        (dict(stop=["x"] * 17), "up to 16", "stop"), (dict(stop=["x"] * 100_000), "up to 16", "stop"),
-        (dict(stop="x" * 257), "1 to 256 characters", "stop"), (dict(stop=""), "stop", "stop"),
-        (dict(logprobs=21), "logprobs", "logprobs"), (dict(temperature=2.1), "temperature", "temperature"),
-        (dict(temperature="1"), "temperature", "temperature"), (dict(top_p=0), "top_p", "top_p"),
-        (dict(n=True), "n: Input should be a valid integer", "n"), (dict(n=0), "n:", "n"),
-        (dict(seed=2**63), "seed", "seed"), (dict(logit_bias={"1": 101}), "logit_bias", "logit_bias.1"),
-        (dict(logit_bias={"x": 1}), "logit_bias", "logit_bias.x.[key]"), (dict(best_of=2), "best_of must equal n", "best_of"),
-        (dict(suffix="x"), "not supported", "suffix"), (dict(min_tokens=17), "min_tokens", "min_tokens"),
+        (dict(prompt=3), "prompt: must be a text, token ids", "prompt"),
+        (dict(prompt=[]), "prompt: must be", "prompt"),
+        (dict(prompt=[["x"]]), "prompt: must be", "prompt"),
+        (dict(prompt=["x"] * 129), "1 to 128", "prompt"),
+        (dict(prompt=[]), "prompt", "prompt"),
+        (dict(prompt=[[1], []]), "at least one token", "prompt"),
+        (dict(prompt=[320]), "below 320", "prompt"),
+        (dict(prompt=[-1]), "prompt", "prompt"),
+        (dict(prompt=""), "at least one token", "prompt"),
+        (dict(prompt=[1] * 512), "must fit 512", None),
+        (dict(stop=["x"] * 17), "up to 16", "stop"),
+        (dict(stop=["x"] * 100_000), "up to 16", "stop"),
+        (dict(stop="x" * 257), "1 to 256 characters", "stop"),
+        (dict(stop=""), "stop", "stop"),
+        (dict(logprobs=21), "logprobs", "logprobs"),
+        (dict(temperature=2.1), "temperature", "temperature"),
+        (dict(temperature="1"), "temperature", "temperature"),
+        (dict(top_p=0), "top_p", "top_p"),
+        (dict(n=True), "n: Input should be a valid integer", "n"),
+        (dict(n=0), "n:", "n"),
+        (dict(seed=2**63), "seed", "seed"),
+        (dict(logit_bias={"1": 101}), "logit_bias", "logit_bias.1"),
+        (dict(logit_bias={"x": 1}), "logit_bias", "logit_bias.x.[key]"),
+        (dict(best_of=2), "best_of must equal n", "best_of"),
+        (dict(suffix="x"), "not supported", "suffix"),
+        (dict(min_tokens=17), "min_tokens", "min_tokens"),
         (dict(n=100, max_tokens=500, prompt=["x"] * 6), "at most 262,144, got 600 × 500", "max_tokens"),
-        (dict(cache_salt=""), "cache_salt", "cache_salt"), (dict(stream_options={"foo": 1}), "foo", "foo"),
+        (dict(cache_salt=""), "cache_salt", "cache_salt"),
+        (dict(stream_options={"foo": 1}), "foo", "foo"),
     ],
     ids=lambda value: str(value)[:40],
-)  # fmt: skip
+)
 def test_bad_completions_are_refused_in_one_line(service, body, words, param):
     error = refusal(complete(service, **body))
     assert words in error["message"] and "\n" not in error["message"] and len(error["message"]) < 1000
@@ -340,12 +389,20 @@ def test_bad_completions_are_refused_in_one_line(service, body, words, param):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"{", b"[]", b"null", b'{"prompt": "\xff\xfe"}', b'{"prompt": "\\ud800"}', b'{"prompt": "x", "temperature": NaN}',
-        b'{"prompt": ' + b"[" * 100_000 + b"1" + b"]" * 100_000 + b"}", b'{"prompt": "x", "metadata": ' + b'{"a":' * 5000,
-        b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}", "{}".encode("utf-16"),
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": ' + b"[" * 100_000 + b"1" + b"]" * 100_000 + b"}",
+        b'{"prompt": "x", "metadata": ' + b'{"a":' * 5000,
+        b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}",
+        "{}".encode("utf-16"),
     ],
     ids=lambda data: repr(data[:30]),
-)  # fmt: skip
+)
 def test_bodies_that_cannot_be_read_are_refused(service, data):
     async def sent():
         async with client_of(service) as client:
