@@ -4,7 +4,7 @@ import ipaddress
 import logging
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -27,10 +27,13 @@ class Access:
       app: what is behind the door.
       hosts: names besides `localhost` that are this server's.
       origins: of other sites that may ask.
+      count: is told the path and the status of each request, 0 where the client has left before it had one.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] = (), origins: Iterable[str] = ()):
-        self.app = app
+    def __init__(
+        self, app: ASGIApp, *, hosts: Iterable[str], origins: Iterable[str], count: Callable[[str, int], None]
+    ):
+        self.app, self.count = app, count
         self.hosts = frozenset({"localhost", *(host.lower() for host in hosts)})
         self.origins = frozenset(origins)
 
@@ -62,7 +65,8 @@ class Access:
                 raise _Broken(type(error).__name__) from None
         finally:
             seconds = time.perf_counter() - begin
-            log.info("%s %s %d %.3f s", scope["method"], _shown(scope["path"]), status, seconds)
+            log.info("%s %s %s %.3f s", scope["method"], _shown(scope["path"]), status or "left", seconds)
+            self.count(scope["path"], status)
 
     def check(self, headers: Headers) -> None:
         """Raises ApiError for a host or an origin that is not ours."""

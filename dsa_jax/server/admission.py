@@ -123,7 +123,7 @@ class Admission:
         too_large = ApiError(
             413, f"the body must be at most {most:,} bytes", code="body_too_large", headers={"Connection": "close"}
         )
-        if said.isdecimal() and int(said) > OVERRUN * most:
+        if said.isdecimal() and (len(said) > 18 or int(said) > OVERRUN * most):
             raise too_large
         parts, size = [], 0
         try:

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from dsa_jax.inference.params import Request, Token
+from dsa_jax.server.access import log
 from dsa_jax.server.errors import ApiError, printable
 from dsa_jax.server.service import Event, Run, Service
 
@@ -57,12 +58,11 @@ class Answer(Response):
     Args:
       job: what to run.
       service: that runs it.
-      endpoint: named in the metrics.
     """
 
-    def __init__(self, job: Job, service: Service, endpoint: str):
+    def __init__(self, job: Job, service: Service):
         super().__init__()
-        self.job, self.service, self.endpoint = job, service, endpoint
+        self.job, self.service = job, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the job beside a watch on the connection, and ends with the first of them that does."""
@@ -80,10 +80,12 @@ class Answer(Response):
             for task in (work, watch):
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
-        gone = work.cancelled()
-        self.service.metrics.answers.labels(self.endpoint, "gone" if gone else str(self.status_code)).inc()
-        if not gone:
+        if work.cancelled():
+            return
+        try:
             work.result()
+        except TimeoutError:
+            log.info("a client has read nothing for %g s, and is left", seconds)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -95,7 +97,6 @@ class Answer(Response):
                     self.job.take(*event)
             response: Response = JSONResponse(self.job.body())
         except ApiError as error:
-            self.status_code = error.status
             response = error.response()
         await response(scope, receive, send)
 
@@ -116,7 +117,6 @@ class Answer(Response):
                 text = await self._wait(run)
             end = "".join(map(_event, self.job.last())) + "data: [DONE]\n\n"
         except ApiError as error:
-            self.status_code = error.status
             end = _event(error.body())
         await send({"type": "http.response.body", "body": end.encode()})
 

@@ -52,26 +52,27 @@ def make_app(service: Service) -> tuple[ASGIApp, Admission]:
         inner = CORSMiddleware(
             inner, allow_origins=service.settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )  # fmt: skip
-    return Access(inner, hosts=service.settings.hosts, origins=service.settings.origins), admission
+    settings, count = service.settings, service.metrics.count
+    return Access(inner, hosts=settings.hosts, origins=settings.origins, count=count), admission
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    async def answer(request: Request, model: type[BaseModel], make: Callable[..., Job], endpoint: str) -> Response:
+    async def answer(request: Request, model: type[BaseModel], make: Callable[..., Job]) -> Response:
         code = request.state.code
         job = await service.in_thread(_with_body, model, await request.body(), lambda body: make(body, service, code))
-        return Answer(job, service, endpoint)
+        return Answer(job, service)
 
     events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest), responses=events)
     async def completions(request: Request) -> Response:
         """Continues prompts."""
-        return await answer(request, CompletionRequest, make_completion, "completions")
+        return await answer(request, CompletionRequest, make_completion)
 
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest), responses=events)
     async def chat(request: Request) -> Response:
         """Answers a conversation."""
-        return await answer(request, ChatRequest, make_chat, "chat")
+        return await answer(request, ChatRequest, make_chat)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

@@ -11,6 +11,11 @@ from dsa_jax.inference.params import Stats, Token
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
+ENDPOINTS = frozenset(
+    "/ /v1/models /v1/completions /v1/chat/completions /tokenize /detokenize /tokenizer_info /metrics /health "
+    "/health/live /health/ready".split()
+)
+
 GAUGES = {
     "queued": "Continuations that wait.",
     "running": "Continuations that run.",
@@ -56,11 +61,11 @@ class Metrics:
     def __init__(self, stats: Callable[[], Stats]):
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineCollector(stats))
-        self.answers = Counter(
+        self._answers = Counter(
             "dsa_jax_requests", "Requests that were answered, by status.", ["endpoint", "status"], registry=registry
         )
         self.first = Histogram(
-            "dsa_jax_time_to_first_token_seconds", "From a request to its first token.",
+            "dsa_jax_time_to_first_token_seconds", "From a request's start in the engine to its first token.",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.between = Histogram(
@@ -68,6 +73,11 @@ class Metrics:
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.failures = Counter("dsa_jax_step_failures", "Requests that a failed step has ended.", registry=registry)
+
+    def count(self, path: str, status: int) -> None:
+        """Counts an answer; other paths than the endpoints' go under one name."""
+        endpoint = path if path in ENDPOINTS else "other"
+        self._answers.labels(endpoint, str(status) if status else "left").inc()
 
     def page(self) -> bytes:
         """Writes everything in Prometheus' text format."""

@@ -13,12 +13,11 @@ from dsa_jax.chat import ChatTemplate
 from dsa_jax.config import Config
 from dsa_jax.inference.llm import LLM
 from dsa_jax.inference.tokenizer import find_tokenizer
+from dsa_jax.server.access import log
 from dsa_jax.server.app import make_app
 from dsa_jax.server.service import Service
 from dsa_jax.server.settings import Settings
 from dsa_jax.strict_json import read_object, shown_path
-
-log = logging.getLogger("dsa_jax.server")
 
 LAST_SECONDS = 2  # in which the errors of requests that were ended go out
 

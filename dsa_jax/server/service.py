@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,13 @@ from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.inference.params import Request, Token
 from dsa_jax.paged import PAGE
+from dsa_jax.server.access import log
 from dsa_jax.server.admission import Keys
 from dsa_jax.server.errors import ApiError
 from dsa_jax.server.metrics import Metrics, Timer
 from dsa_jax.server.settings import Settings
 from dsa_jax.server.vocabulary import Vocabulary
 from dsa_jax.strict_json import shorten
-
-log = logging.getLogger("dsa_jax.server")
 
 THREADS = 4  # that parse bodies, fill templates and encode texts
 

@@ -462,13 +462,15 @@ def test_the_description_names_every_bound(service):
 
 def test_metrics_count_and_time(service):
     answer(complete(service, n=2))
+    refusal(complete(service, foo=1))
     lines = get(service, "/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert values["dsa_jax_queued"] == "1.0" and values["dsa_jax_prefix_hit_rate"] == "0.25"
     assert values["dsa_jax_generated_tokens_total"] == "5.0"
     assert values["dsa_jax_time_to_first_token_seconds_count"] == "1.0"
     assert values["dsa_jax_time_between_tokens_seconds_count"] == "4.0"
-    assert values['dsa_jax_requests_total{endpoint="completions",status="200"}'] == "1.0"
+    assert values['dsa_jax_requests_total{endpoint="/v1/completions",status="200"}'] == "1.0"
+    assert values['dsa_jax_requests_total{endpoint="/v1/completions",status="400"}'] == "1.0"
 
 
 # Failures

@@ -132,6 +132,7 @@ function showRunning(is) {
 
 async function ask(text) {
   showProblem("");
+  element("status").textContent = "";
   messages.push({ role: "user", content: text });
   showMessage("user", text);
   const parts = showMessage("assistant", "");

@@ -20,6 +20,7 @@ def ask(page, text):
     page.press("#question", "Enter")
 
 
+expect.set_options(timeout=60_000)
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
     page = browser.new_page()
@@ -43,7 +44,7 @@ with sync_playwright() as playwright:
     page.fill("#tokens", "12")
     for count in (1, 2):
         ask(page, "Hello <b>you</b>")
-        expect(page.locator("#status")).to_contain_text("tokens/s", timeout=60_000)
+        expect(page.locator("#status")).to_contain_text("tokens/s")
         expect(page.locator("#send")).to_be_visible()
         assert page.locator("article").count() == 2 * count
     assert "Hello <b>you</b>" in page.locator("article.user").first.inner_text()
