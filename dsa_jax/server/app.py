@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-import dsa_jax
 from dsa_jax.server.access import Access
 from dsa_jax.server.admission import PAGE_PATH, Admission
 from dsa_jax.server.answering import Answer, Job
@@ -38,7 +37,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(service: Service) -> tuple[ASGIApp, Admission]:
     """Makes the application, and the door that counts its requests and can be shut."""
     app = FastAPI(
-        title="dsa_jax", version=dsa_jax.__version__, docs_url=None, redoc_url=None, responses=ERRORS,
+        title="dsa_jax", version="1", docs_url=None, redoc_url=None, responses=ERRORS,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},
     )  # fmt: skip
     admission = Admission(app, settings=service.settings, keys=service.keys)
