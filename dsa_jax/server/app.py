@@ -45,7 +45,7 @@ def make_app(service: Service) -> tuple[ASGIApp, Admission]:
     _add_tokens(app, service)
     _add_health(app, service, admission)
     _add_page(app)
-    _describe_bodies(app)
+    _describe_bodies(app, service.settings.name)
     inner: ASGIApp = admission
     if service.settings.origins:
         inner = CORSMiddleware(
@@ -167,7 +167,7 @@ def _takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _describe_bodies(app: FastAPI) -> None:
+def _describe_bodies(app: FastAPI, model: str) -> None:
     """Adds the bodies' schemas to the OpenAPI description."""
     made = app.openapi
     _, found = models_json_schema(
@@ -176,7 +176,10 @@ def _describe_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = made()
-        schema["components"]["schemas"].update(found["$defs"])
+        for name, body in found["$defs"].items():
+            if "model" in body["properties"]:
+                body["properties"]["model"] = {"enum": [model, None]}
+            schema["components"]["schemas"][name] = body
         return schema
 
     app.openapi = openapi
