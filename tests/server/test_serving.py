@@ -25,7 +25,7 @@ from dsa_jax.inference.params import Request, SamplingParams
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 CONFIG = small_config(vocab_size=VOCAB, first_k_dense_replace=2, max_position_embeddings=256)
-PAGES = 6
+PAGES = 4
 BROKEN = VOCAB - 1  # the token whose embedding is NaN
 SECONDS = 60  # after which a test gives up
 
@@ -130,7 +130,7 @@ def gather(address, bodies, leaving=()):
     return asyncio.run(all_of_them())
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [14, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_clients_of_whom_a_third_vanishes(served, count):
     """On pages for a quarter of them; whoever stays has what it would have alone, and nothing is left behind."""
     address, service = served
@@ -247,7 +247,7 @@ def test_a_large_prompt_does_not_stop_the_others(scripted):
 
     async def both(address):
         async with httpx.AsyncClient(base_url=address, timeout=SECONDS) as client:
-            large = asyncio.create_task(client.post("/v1/completions", json={"prompt": "the quick brown " * 2**17}))
+            large = asyncio.create_task(client.post("/v1/completions", json={"prompt": "the quick brown " * 2**16}))
             count = 0
             while not large.done():
                 assert (await client.get("/health")).status_code == 200
@@ -257,7 +257,7 @@ def test_a_large_prompt_does_not_stop_the_others(scripted):
     with running(service) as (address, _):
         count, response = asyncio.run(both(address))
     assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
-    assert count > 5
+    assert count > 3
 
 
 def start(address, **more):
