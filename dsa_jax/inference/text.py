@@ -40,7 +40,9 @@ def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool = False) 
 def _literal(tokenizer: Tokenizer) -> Tokenizer:
     """Copies a tokenizer without its added tokens, to which no text then leads; all other ids stay."""
     spec = json.loads(tokenizer.to_str())
-    names = {token["content"]: f"<{secrets.token_hex(16)}>" for token in spec["added_tokens"]}
+    # A letter that was added, but controls nothing, stays: the model's vocabulary of letters may have no other.
+    added = [token["content"] for token in spec["added_tokens"] if len(token["content"]) > 1 or token["special"]]
+    names = {content: f"<{secrets.token_hex(16)}>" for content in added}
     spec |= dict(added_tokens=[], truncation=None, padding=None)
     # The model's own vocabulary may spell them too: under a name that nobody can guess they are still there for the
     # model's unknown token, and no text has it.

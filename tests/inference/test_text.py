@@ -134,6 +134,14 @@ def test_a_character_that_a_tokenizer_lacks_is_its_unknown_token_still():
     assert encode_text(tokenizer, "w2 <end> w0 x") == [2, 0, 0, 0]
 
 
+def test_a_letter_that_was_added_stays_unless_it_is_special():
+    letter, special = byte_tokenizer(), byte_tokenizer()
+    letter.add_tokens([AddedToken("h", normalized=False)])
+    assert encode_text(letter, "hh") == [letter.token_to_id("h")] * 2
+    special.add_special_tokens(["h"])
+    assert special.token_to_id("h") not in encode_text(special, "hh")
+
+
 def test_text_that_is_none_is_refused():
     with pytest.raises(ValueError, match="text must be Unicode, got a lone surrogate at character 2"):
         encode_text(byte_tokenizer(), "he\ud800")
