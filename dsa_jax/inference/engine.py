@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -101,6 +102,8 @@ class Engine:
         self._check_due = 0.0
         self._queues: dict[int, asyncio.Queue[Token | Exception]] = {}
         self._serving: asyncio.Task | None = None
+        # A thread of its own: those that all share may be full of grammars.
+        self._stepper = ThreadPoolExecutor(1, "dsa_jax engine")
         self._grammars: Grammars | None = None
         self._batch = Batch(runner, limits)
         self._resumed = threading.Event()
@@ -414,9 +417,10 @@ class Engine:
 
     async def _serve(self) -> None:
         """Runs steps in a thread as long as there is work, and hands their tokens out."""
+        loop = asyncio.get_running_loop()
         try:
             while self.busy:
-                for token in await asyncio.to_thread(self.step):
+                for token in await loop.run_in_executor(self._stepper, self.step):
                     if token.request in self._queues:
                         self._queues[token.request].put_nowait(token)
         except Exception as error:

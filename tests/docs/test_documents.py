@@ -33,7 +33,7 @@ def _marked(name):
 
 
 @pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("name", map(_marked, SNIPPETS))
+@pytest.mark.parametrize("name", [_marked(name) for name in SNIPPETS])
 def test_snippets_run_and_print_what_stands_beside_them(name, capsys):
     """The snippets of a document share their names, in order; a print's comment is its output."""
     source = "\n".join(SNIPPETS[name])

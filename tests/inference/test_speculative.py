@@ -290,6 +290,7 @@ def test_what_is_kept_as_a_prefix_is_what_was_taken():
         assert engine.prefix.hits == 2 and tokens_of(again) == tokens_of(alone(later))
 
 
+@pytest.mark.slow
 def test_settings_of_every_kind_hold_amid_drafts():
     """Penalties, for which no drafts are made though they would be right, beside biases and log-probabilities."""
     asked = [
