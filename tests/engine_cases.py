@@ -1,7 +1,10 @@
 """Small engines, requests that run to their ends on them, and what came of each."""
 
+import contextlib
 import functools
 
+import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,9 +20,9 @@ PAGES, CHUNK = 12, 32
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 
 
-def make(model=None, *, rows=4, invariant=False, traced=False, **options) -> Engine:
+def make(model=None, *, rows=4, pages=PAGES, invariant=False, traced=False, **options) -> Engine:
     model = small_model(CONFIG) if model is None else model
-    cache = PagedCache(model.config, PAGES, format="float32")
+    cache = PagedCache(model.config, pages, format="float32")
     runner = Runner(
         model, cache, prefill_chunk=CHUNK, max_length=256, dense_below=0,
         batch_invariant=invariant, return_selected=traced, return_routed=traced,
@@ -42,9 +45,12 @@ def run(engine, *requests, cancels=()):
                 engine.cancel(names[place])
         for token in engine.step():
             found[token.request].append(token)
+        for own in engine.scheduler.running:
+            assert engine.cache.length(own.cached) == own.filled, "what was not taken is forgotten"
         steps += 1
+        assert steps < 3000, "nothing goes on"
     engine.check()
-    assert engine.cache.free_pages + len(engine.prefix) == PAGES
+    assert engine.cache.free_pages + len(engine.prefix) == engine.cache.pages
     return [found[name] for name in names]
 
 
@@ -91,3 +97,19 @@ def character_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
     return tokenizer
+
+
+@contextlib.contextmanager
+def compilations():
+    """Lists the names of the programs that are compiled within, the smallest included."""
+    names = []
+
+    def listen(event, seconds, *, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

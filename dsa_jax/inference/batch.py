@@ -82,12 +82,11 @@ class Batch:
                 found = dict(selected=out.selected, routed=out.routed)
                 own.trace.add(works[row].begin, {name: x[row] for name, x in found.items() if x is not None})
         scored = [(works[each.piece.item], each) for each in out.scored]
-        last = [row for row, work in enumerate(works) if work.number is not None]
-        if not last:
+        if all(work.number is None for work in works):
             return [Ran([], None, scored=scored)] if scored else []
-        padding = (INVARIANT_ROWS if self.runner.batch_invariant else bucket(len(last))) - len(last)
-        rows = [*(works[row] for row in last), *[None] * padding]
-        drawn = self._draw(out.logits[np.array([*last, *[0] * padding])], rows)
+        padding = [None] * (len(out.rows) - len(works))
+        rows = [*(None if work.number is None else work for work in works), *padding]
+        drawn = self._draw(out.rows, rows)
         return [Ran(rows, drawn, _pack(rows, drawn), scored)]
 
     def _draw(self, logits, rows: list[Work | None], kind: Kind | None = None) -> Draw:

@@ -65,12 +65,18 @@ class Scored(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """Holds the results of a prefill: logits behind each prompt [n, vocab], and for each prompt what was asked for."""
+    """Holds the results of a prefill: logits behind each prompt, and for each prompt what was asked for."""
 
-    logits: Array
+    rows: Array  # [n, vocab], n rounded up, so that few sizes are compiled
+    prompts: int
     selected: list[np.ndarray] | None  # [layers, T, K] each
     routed: list[np.ndarray] | None  # [moe_layers, T, k] each
     scored: list[Scored]  # of the prompts that have targets, in order
+
+    @property
+    def logits(self) -> Array:
+        """Returns the logits behind each prompt, [n, vocab]."""
+        return self.rows[: self.prompts]
 
 
 class Runner:
@@ -181,7 +187,7 @@ class Runner:
         counts = [len(prompt) for prompt in prompts]
         lengths = map(self.cache.length, sequences)
         before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)
-        last: list[Array] = [jnp.zeros(0)] * len(prompts)
+        last, size = None, bucket(len(prompts), INVARIANT_ROWS if self.batch_invariant else 1)
         selected: list[list[np.ndarray]] = [[] for _ in prompts]
         routed: list[list[np.ndarray]] = [[] for _ in prompts]
         scored: list[Scored] = []
@@ -191,15 +197,15 @@ class Runner:
             dense, own = self._is_short(step, before), _pack_targets(wanted, targets, rows.tokens.shape)
             out = self._run_prefill(rows, table, own, dense=dense)
             scored += [Scored(piece, out.scores, *place) for piece, place in wanted]
-            for item, (row, number) in ends.items():
-                last[item] = out.logits[row, number]
+            last = _collect(last, out.logits, *_places_of(ends, size))
             for kept, found in ((selected, out.selected), (routed, out.routed)):
                 if found is not None:
                     found = np.asarray(found)
                     for piece, (row, column) in places:
                         kept[piece.item].append(found[:, row, column : column + piece.count])
         return Prefilled(
-            jnp.stack(last),
+            last if last is not None else jnp.zeros((0, self.config.vocab_size)),
+            len(prompts),
             [_join(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
             [np.concatenate(parts, 1) for parts in routed] if self.options.return_routed else None,
             scored,
@@ -440,7 +446,9 @@ class Runner:
             arrays["wanted"] = np.zeros((self.cache.row_shards, self._ends(size)), np.int32)
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
-                self._run_prefill(Rows(**arrays), table, dense=dense)
+                logits = self._run_prefill(Rows(**arrays), table, dense=dense).logits
+            for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in rows}:
+                _collect(_collect(None, logits, *_places_of({}, most)), logits, *_places_of({}, most))
 
 
 def _pack_targets(places, targets, shape):
@@ -451,6 +459,21 @@ def _pack_targets(places, targets, shape):
     for piece, (row, column) in places:
         packed[row, column : column + piece.count] = targets[piece.item][piece.begin : piece.begin + piece.count]
     return packed
+
+
+@jax.jit
+def _collect(last, logits, ended, row, column):
+    """Takes the logits of the prompts that have ended in a step, and leaves the others."""
+    found = logits[row, column]
+    return found if last is None else jnp.where(ended[:, None], found, last)
+
+
+def _places_of(ends, size):
+    """Returns of each prompt whether it has ended in a step, and where its logits are, as arrays of one size."""
+    ended, places = np.zeros(size, bool), np.zeros((2, size), np.int32)
+    for item, place in ends.items():
+        ended[item], places[:, item] = True, place
+    return ended, *places
 
 
 def _place(state, mesh: Mesh | None):

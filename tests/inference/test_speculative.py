@@ -2,13 +2,15 @@
 
 import functools
 
+import engine_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import unchecked
+from engine_cases import CONFIG, alone, compilations, prompt, run, tokens_of
 from flax import nnx
-from model_cases import small_config, small_model
+from model_cases import small_model
 
 from dsa_jax import Engine, NGram, PagedCache, Request, Runner, SamplingParams
 from dsa_jax.inference.sampling import Settings
@@ -16,8 +18,7 @@ from dsa_jax.inference.speculative import INDEXED_TOKENS, Drafted, propose, veri
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
-CONFIG = small_config(first_k_dense_replace=2, max_position_embeddings=256)
-PAGES, CHUNK, VOCAB = 12, 16, 64
+VOCAB = CONFIG.vocab_size
 
 
 class Known:
@@ -149,54 +150,12 @@ def test_what_is_taken_follows_the_distribution():
 # Engines
 
 
-def make(model=None, *, rows=2, pages=PAGES, **options) -> Engine:
-    cache = PagedCache(CONFIG, pages, format="float32")
-    model = small_model(CONFIG) if model is None else model
-    runner = Runner(model, cache, prefill_chunk=CHUNK, max_length=256, dense_below=0)
-    return Engine(runner, rows=rows, **options)
-
-
-def prompt(length, seed=0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+make = functools.partial(engine_cases.make, rows=2)
 
 
 def sampled(**options):
     """Settings of the one kind of draw that most of these tests compile."""
     return SamplingParams(**dict(seed=1, top_k=20) | options)
-
-
-def run(engine, *requests, cancels=()):
-    """Runs requests to their ends; returns of each its events, by the numbers that `add` gave."""
-    names = [engine.add(request) for request in requests]
-    found = {name: [] for name in names}
-    steps = 0
-    while engine.busy:
-        for at, place in cancels:
-            if at == steps:
-                engine.cancel(names[place])
-        for token in engine.step():
-            found[token.request].append(token)
-        for own in engine.scheduler.running:
-            assert engine.cache.length(own.cached) == own.filled, "what was not taken is forgotten"
-        steps += 1
-        assert steps < 3000, "nothing goes on"
-    engine.check()
-    assert engine.cache.free_pages + len(engine.prefix) == engine.cache.pages
-    return [found[name] for name in names]
-
-
-def tokens_of(events):
-    return [event.token for event in events if event.token is not None]
-
-
-@functools.cache
-def plain_engine() -> Engine:
-    return make(rows=1, reuse_prefixes=False)
-
-
-def alone(request):
-    """What the request gets without drafts."""
-    return run(plain_engine(), request)[0]
 
 
 class Oracle:
@@ -341,10 +300,9 @@ def test_no_program_is_compiled_after_warming_up():
     asked = [Request(prompt(30, row), SamplingParams(temperature=0.0, max_tokens=12)) for row in range(3)]
     engine = make(rows=2, drafter=oracle(*asked))
     engine.warm(kinds=["greedy"])
-    sizes = lambda: [program._cache_size() for program in engine.runner.programs]
-    before = sizes()
-    run(engine, *asked)
-    assert sizes() == before and engine.stats().drafts_accepted
+    with compilations() as names:
+        run(engine, *asked)
+    assert not names and engine.stats().drafts_accepted
 
 
 def test_bad_engines_are_refused():
