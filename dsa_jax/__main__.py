@@ -126,6 +126,7 @@ def generate(
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(),  # noqa: B008
     max_length: int | None = None,
     pages: int | None = None,
+    drafts: bool = False,
 ) -> int:
     """Continues a prompt, to standard output as it comes, or many prompts as JSON lines.
 
@@ -138,12 +139,13 @@ def generate(
         sampling: How to continue.
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
+        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
     """
     from dsa_jax.chat import commands
 
     return commands.generate(
         folder, prompt=prompt, prompt_file=prompt_file, input=input, output=output, options=sampling,
-        max_length=max_length, pages=pages,
+        max_length=max_length, pages=pages, drafts=drafts,
     )  # fmt: skip
 
 
@@ -156,6 +158,7 @@ def chat(
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_tokens=1024),  # noqa: B008
     max_length: int | None = None,
     pages: int | None = None,
+    drafts: bool = False,
 ) -> int:
     """Talks with a model in the terminal; line by line where input or output is none.
 
@@ -167,12 +170,14 @@ def chat(
         sampling: How to sample answers.
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
+        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
     """
     from dsa_jax.chat import commands
 
     return commands.chat(
-        folder, system=system, thinking=thinking, tools=tools, options=sampling, max_length=max_length, pages=pages
-    )
+        folder, system=system, thinking=thinking, tools=tools, options=sampling, max_length=max_length, pages=pages,
+        drafts=drafts,
+    )  # fmt: skip
 
 
 def serve(
@@ -194,6 +199,7 @@ def serve(
     pages: int | None = None,
     cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
     batch_invariant: bool = False,
+    drafts: bool = False,
     warm: bool = True,
 ) -> None:
     """Serves a model over HTTP to the clients of OpenAI's interface, and a page to chat in a browser.
@@ -216,6 +222,7 @@ def serve(
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         cache_format: Format of the cache; the model's dtype if not given.
         batch_invariant: Whether outputs are the same bits whatever else runs.
+        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
         warm: Whether every size of step is compiled before the server listens.
     """
     from dsa_jax import server
@@ -227,7 +234,7 @@ def serve(
     )  # fmt: skip
     server.serve(
         folder, settings, warm=warm, rows=rows, max_length=max_length, pages=pages, cache_format=cache_format,
-        batch_invariant=batch_invariant,
+        batch_invariant=batch_invariant, drafts=drafts,
     )  # fmt: skip
 
 

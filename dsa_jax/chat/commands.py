@@ -18,7 +18,7 @@ from dsa_jax.chat.options import SamplingOptions
 from dsa_jax.chat.session import Conversation
 from dsa_jax.chat.template import ChatTemplate
 from dsa_jax.config import Config
-from dsa_jax.inference import LLM, Engine, Request
+from dsa_jax.inference import LLM, Engine, NGram, Request
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.strict_json import parse_object, shown_path
 
@@ -33,6 +33,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(f"{shown_path(folder)} must hold a tokenizer.json, got none")
     return tokenizer
+
+
+def load_llm(folder: Path, tokenizer: Tokenizer, *, drafts: bool = False, **settings: Any) -> LLM:
+    """Loads a checkpoint for a command; `drafts` are of what a text repeats, other settings are those of `LLM`."""
+    return LLM(folder, tokenizer=tokenizer, drafter=NGram() if drafts else None, **settings)
 
 
 def generate_text(engine: Engine, prompt: str, options: SamplingOptions) -> int:
@@ -104,9 +109,9 @@ def generate(
         prompt = _read_prompt(prompt_file)
     tokenizer = read_tokenizer(folder)
     if prompt is not None:
-        return generate_text(LLM(folder, tokenizer=tokenizer, rows=1, **settings).engine, prompt, options)
+        return generate_text(load_llm(folder, tokenizer, rows=1, **settings).engine, prompt, options)
     assert input is not None and output is not None
-    return generate_lines(LLM(folder, tokenizer=tokenizer, **settings).engine, input, output, options)
+    return generate_lines(load_llm(folder, tokenizer, **settings).engine, input, output, options)
 
 
 def _read_prompt(path: Path) -> str:
@@ -132,7 +137,7 @@ def chat(
     if options.n != 1:
         raise ValueError(f"n must be 1 in a conversation, got {options.n}")
     template.encode([{"role": "user", "content": ""}], tools=known, thinking=thinking)
-    engine = LLM(folder, tokenizer=template.tokenizer, rows=1, **settings).engine
+    engine = load_llm(folder, template.tokenizer, rows=1, **settings).engine
     conversation = Conversation(engine, template, options.params(), thinking=thinking, tools=known)
     conversation.system = system
     return run_chat(conversation)

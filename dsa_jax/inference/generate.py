@@ -330,10 +330,10 @@ def check_prompts(tokens: Any, lengths: Any, vocab: int) -> list[np.ndarray]:
     if not rows:
         raise ValueError("tokens must hold at least one prompt, got none")
     for number, row in enumerate(rows):
-        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(
-                f"every prompt must be a list of at least one integer, got {row.dtype} {row.shape} in row {number}"
-            )
+        if row.ndim == 1 and not row.size:
+            raise ValueError(f"every prompt must have at least one token, got none in row {number}")
+        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"every prompt must be a list of integers, got {row.dtype} {row.shape} in row {number}")
         if row.min() < 0 or row.max() >= vocab:
             raise ValueError(f"tokens must lie in [0, {vocab}), got {row.min()} … {row.max()} in row {number}")
     return [row.astype(np.int32) for row in rows]

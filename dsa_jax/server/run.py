@@ -10,8 +10,8 @@ from typing import Any
 import uvicorn
 
 from dsa_jax.chat import ChatTemplate
+from dsa_jax.chat.commands import load_llm
 from dsa_jax.config import Config
-from dsa_jax.inference.llm import LLM
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.server.access import log
 from dsa_jax.server.app import make_app
@@ -73,7 +73,7 @@ def serve(folder: Path, settings: Settings, *, warm: bool, **options: Any) -> No
       folder: with the checkpoint and its tokenizer.
       settings: of the server.
       warm: whether every step is compiled first.
-      **options: of `LLM`.
+      **options: of `load_llm`.
 
     Raises:
       ValueError, OSError: for a checkpoint or an address that cannot be used.
@@ -100,7 +100,7 @@ def load(folder: Path, settings: Settings, **options: Any) -> Service:
     if tokenizer is None:
         raise ValueError(f"{shown_path(folder)} must hold a tokenizer.json, got none")
     template = ChatTemplate.of(folder, tokenizer)
-    engine = LLM(folder, tokenizer=template.tokenizer, **options).engine
+    engine = load_llm(folder, template.tokenizer, **options).engine
     return Service(engine, template, settings, special=special_tokens(folder))
 
 
