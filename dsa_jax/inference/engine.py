@@ -58,7 +58,7 @@ class Engine:
         between: to let half of the sequences run while the other half is read would read the weights twice as often.
 
     Examples:
-      >>> from dsa_jax import PagedCache
+      >>> from dsa_jax import PagedCache, SamplingParams
       >>> engine = Engine(Runner(model, PagedCache(model.config, 16, format="float32"), max_length=64))
       >>> request = engine.add(Request([1, 2, 3], SamplingParams(max_tokens=2)))
       >>> tokens = []

@@ -100,7 +100,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """Lists the model."""
-        return {"object": "list", "data": [model]}
+        return dict(object="list", data=[model])
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_many_requests_and_cancels_with_pages_for_few():
     assert engine.cache.free_pages == PAGES and not engine.cache.sequences
 
 
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("invariant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_preemption_loses_and_repeats_nothing(invariant):
     """Four that outgrow the pages together; under `batch_invariant` to the last bit."""
     engine = make(invariant=invariant, tokenizer=character_tokenizer())

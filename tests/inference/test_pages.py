@@ -571,7 +571,7 @@ def continued(runner, sequences) -> list[np.ndarray]:
     return [np.asarray(x).reshape(3, -1) for x in (one, three, more)]
 
 
-STEPS = [("float32", "sparse"), ("float32", "dense"), ("fp8", "sparse")]
+STEPS = [("float32", "sparse"), ("float32", "dense"), pytest.param("fp8", "sparse", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("format", "attention"), STEPS)

@@ -89,11 +89,13 @@ def in_two_processes(config, folder):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device(alone, in_two_processes):
     chex.assert_trees_all_close(numbers(in_two_processes), alone[0], rtol=1e-5)
     assert checkpoint_steps(in_two_processes) == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", None])
 def test_a_run_goes_on_on_another_mesh(config, alone, in_two_processes, tmp_path, mesh):
     """From the checkpoint that two processes left in its middle: step for step the run of one device."""

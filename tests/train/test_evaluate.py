@@ -200,7 +200,7 @@ def run_model(graph, state, batch, *, attention, selected=None):
     return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options).hidden
 
 
-@pytest.mark.parametrize("part", ["text", "whole"])
+@pytest.mark.parametrize("part", [pytest.param("text", marks=pytest.mark.slow), "whole"])
 def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held_out, part):
     batch = jax.tree.map(jnp.asarray, held_out.parts[part][0])
     model = merge_groups(*trained)

@@ -85,6 +85,7 @@ def test_meshes_and_micro_batches_change_rounding_alone(one):
     chex.assert_trees_all_close(state.opt_state, one[0].opt_state, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_mesh_and_comes_back_from_run_json(tmp_path):
     config, mesh = one_layer_run(tmp_path / "text", phases=(settings(Stage(3, 2, 16)),)), mesh_of("data=2,tensor=2")
     out = tmp_path / "out"

@@ -9,6 +9,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 from train_cases import one_layer_run, small_params, small_phases, write_preset
 
 from train.checkpoint import Checkpoints, checkpoint_steps
@@ -86,6 +87,7 @@ def test_a_state_is_put_on_a_device_as_a_whole(tmp_path):
         assert all(x.committed for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_where_the_unbroken_one_does(tmp_path, environment):
     _, warmup, sparse = small_phases(Stage(3, 2, 16)).values()
     base = PhaseSettings(BASE, (Stage(3, 2, 16), Stage(2, 4, 8, 2)), backbone=sparse.backbone, bias_rate=1e-2)

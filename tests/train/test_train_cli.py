@@ -345,6 +345,7 @@ def test_controls_share_the_weights_and_batches_of_sparse(run, tmp_path):
         assert control.init == InitialParams(tmp_path / "out", 6, "step 6 of the run that it controls")
 
 
+@pytest.mark.slow
 def test_a_small_run_from_beginning_to_report(tmp_path, environment):
     """Through the command: three phases, both controls, evaluation, report and sample."""
     out = tmp_path / "out"

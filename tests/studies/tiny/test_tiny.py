@@ -43,6 +43,7 @@ def test_bad_arguments(capsys, tmp_path):
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_small_run_is_reported_with_recall_and_goals(tmp_path, monkeypatch):
     """Its steps do nothing but count: training is tested elsewhere."""
     monkeypatch.setattr("train.run.make_step", fake_step(None))
