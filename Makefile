@@ -42,5 +42,5 @@ format:
 	$(bin)/ruff format
 
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-clients .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
