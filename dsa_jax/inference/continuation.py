@@ -9,7 +9,7 @@ import numpy as np
 from dsa_jax.inference.params import MAX_BIASES, Finished, PromptToken, Record, SamplingParams, Token, Top
 from dsa_jax.inference.sampling import Likeliest
 from dsa_jax.inference.scheduler import Sequence, Work
-from dsa_jax.inference.step import Scored
+from dsa_jax.inference.step import Scored, join_parts
 from dsa_jax.inference.structured import Constraint
 from dsa_jax.inference.text import TextStream
 
@@ -187,7 +187,6 @@ def _top(likeliest, row, count) -> Top:
 
 
 def _join(parts):
-    """Joins the parts of a sequence, filled up with -1 to one width."""
+    """Joins the parts of a sequence, as wide as the widest."""
     width = max((part.shape[2] for part in parts), default=0)
-    fill = lambda x: np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])), constant_values=-1)  # noqa: E731
-    return np.concatenate([fill(part) for part in parts], axis=1) if parts else np.zeros((0, 0, 0), np.int32)
+    return join_parts(parts, width) if parts else np.zeros((0, 0, 0), np.int32)

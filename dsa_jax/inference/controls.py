@@ -1,4 +1,4 @@
-"""What draws of kind "full" need, kept on the device by slot: penalties, biases, counts of tokens.
+"""Controls of draws of kind "full", kept on the device by slot: penalties, biases, counts of tokens.
 
 A sequence's own are written once, when a step first draws for it in its slot; what is drawn is counted on the device,
 so that the next step need not wait for the host.

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out: settings, requests, tokens."""
+"""Settings and requests, which go into an engine, and tokens and counts, which come out."""
 
 import dataclasses
 import math

@@ -206,7 +206,7 @@ class Runner:
         return Prefilled(
             last if last is not None else jnp.zeros((0, self.config.vocab_size)),
             len(prompts),
-            [_join(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
+            [join_parts(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
             [np.concatenate(parts, 1) for parts in routed] if self.options.return_routed else None,
             scored,
         )
@@ -493,7 +493,7 @@ def _describe(mesh):
     return "no mesh" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
-def _join(parts, width):
+def join_parts(parts, width):
     """Joins a prompt's selections of several steps, filled up with -1 to one width."""
     fill = lambda x: np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])), constant_values=-1)  # noqa: E731
     return np.concatenate([fill(part) for part in parts], axis=1)

@@ -121,7 +121,7 @@ class ChatJob:
         self.requests = make_requests(body, service, [prompt], code, max_tokens=most, **more)
         self.stream = bool(body.stream)
         self._head = head("chat.completion.chunk" if self.stream else "chat.completion", "chatcmpl", service)
-        self._usage = Usage([prompt])
+        self._usage = Usage([prompt], body)
         forced = _forced_name(body)
         make = (lambda: service.template.parser(prompt)) if forced is None else (lambda: ForcedCalls(forced or None))
         self._choices = [Choice(make()) for _ in range(body.n)]
@@ -147,7 +147,7 @@ class ChatJob:
 
     def last(self) -> list[dict[str, Any]]:
         """Returns the event of the usage, if it is wanted."""
-        return [{**self._head, "choices": [], "usage": self._usage.body()}] if self._tells_usage else []
+        return self._usage.last(self._head)
 
     def body(self) -> dict[str, Any]:
         """Returns the whole answer."""
@@ -162,14 +162,9 @@ class ChatJob:
         ]
         return {**self._head, "choices": choices, "usage": self._usage.body()}
 
-    @property
-    def _tells_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and options.include_usage
-
     def _event(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return {**self._head, "choices": [choice]} | ({"usage": None} if self._tells_usage else {})
+        return self._usage.event(self._head, [choice])
 
     def _log_probs(self, token: Token) -> list[dict[str, Any]]:
         if token.token is None or token.model_log_prob is None:

@@ -71,7 +71,7 @@ class CompletionJob:
             max_tokens=16 if body.max_tokens is None else body.max_tokens,
         )  # fmt: skip
         self.stream = bool(body.stream)
-        self._head, self._usage = head("text_completion", "cmpl", service), Usage(prompts)
+        self._head, self._usage = head("text_completion", "cmpl", service), Usage(prompts, body)
         count = body.n * len(prompts)
         self._scores: list[tuple[PromptToken, ...]] = [()] * len(prompts)
         self._texts_out = ["" for _ in range(count)]
@@ -96,11 +96,11 @@ class CompletionJob:
         new = None if log_probs is None else log_probs.add(tokens)
         if not (text or reason or new and new["tokens"]):
             return []
-        return [self._event([_choice(index, text, new, reason)])]
+        return [self._usage.event(self._head, [_choice(index, text, new, reason)])]
 
     def last(self) -> list[dict[str, Any]]:
         """Returns the event of the usage, if it is wanted."""
-        return [{**self._head, "choices": [], "usage": self._usage.body()}] if self._tells_usage else []
+        return self._usage.last(self._head)
 
     def body(self) -> dict[str, Any]:
         """Returns the whole answer."""
@@ -111,14 +111,6 @@ class CompletionJob:
             )
         ]
         return {**self._head, "choices": choices, "usage": self._usage.body()}
-
-    @property
-    def _tells_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and options.include_usage
-
-    def _event(self, choices) -> dict[str, Any]:
-        return {**self._head, "choices": choices} | ({"usage": None} if self._tells_usage else {})
 
 
 def _choice(index, text, log_probs, reason) -> dict[str, Any]:

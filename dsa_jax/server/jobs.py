@@ -1,4 +1,4 @@
-"""What the jobs of both endpoints share: settings for the engine, limits, and the counts of tokens."""
+"""Parts of the jobs of both endpoints: settings for the engine, limits, and the counts of tokens."""
 
 import secrets
 import time
@@ -89,10 +89,11 @@ def _room(length: int, wanted: int | None, count: int, service: Service) -> int:
 
 
 class Usage:
-    """Counts the tokens of a request."""
+    """Counts the tokens of a request, and tells a stream of them if its client wants that."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]):
+    def __init__(self, prompts: Sequence[Sequence[int]], body: Sampling):
         self.prompt, self.completion = sum(map(len, prompts)), 0
+        self._streams = body.stream_options is not None and body.stream_options.include_usage
 
     def see(self, token: Token) -> None:
         """Counts a token."""
@@ -102,6 +103,14 @@ class Usage:
         """Returns the counts as clients read them."""
         total = self.prompt + self.completion
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+
+    def event(self, head: Mapping[str, Any], choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Makes an event of choices: where the last tells of the usage, those before it have none."""
+        return {**head, "choices": choices} | ({"usage": None} if self._streams else {})
+
+    def last(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Returns the event of the usage, if it is wanted."""
+        return [{**head, "choices": [], "usage": self.body()}] if self._streams else []
 
 
 def head(kind: str, prefix: str, service: Service) -> dict[str, Any]:

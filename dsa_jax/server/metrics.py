@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in a registry of a server's own."""
+"""Metrics of a server, in a registry of its own, as `/metrics` tells them."""
 
 import time
 from collections.abc import Callable, Iterable

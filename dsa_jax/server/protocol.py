@@ -1,4 +1,4 @@
-"""What clients send: OpenAI's fields, and those that vLLM adds, with their bounds.
+"""Models of the bodies that clients send: OpenAI's fields, and those that vLLM adds, with their bounds.
 
 A field that is unknown is refused, unless it is null, or listed in `WITHOUT_EFFECT`: a client that asks for what this
 server does not do learns of it.

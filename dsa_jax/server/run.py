@@ -10,14 +10,12 @@ from typing import Any
 import uvicorn
 
 from dsa_jax.chat import ChatTemplate
-from dsa_jax.chat.commands import load_llm
-from dsa_jax.config import Config
-from dsa_jax.inference.tokenizer import find_tokenizer
+from dsa_jax.chat.commands import load_llm, read_tokenizer
 from dsa_jax.server.access import log
 from dsa_jax.server.app import make_app
 from dsa_jax.server.service import Service
 from dsa_jax.server.settings import Settings
-from dsa_jax.strict_json import read_object, shown_path
+from dsa_jax.strict_json import read_object
 
 LAST_SECONDS = 2  # in which the errors of requests that were ended go out
 
@@ -96,10 +94,7 @@ def load(folder: Path, settings: Settings, **options: Any) -> Service:
     Raises:
       ValueError: if it has no tokenizer.
     """
-    tokenizer = find_tokenizer(folder, Config.from_hf(folder).vocab_size)
-    if tokenizer is None:
-        raise ValueError(f"{shown_path(folder)} must hold a tokenizer.json, got none")
-    template = ChatTemplate.of(folder, tokenizer)
+    template = ChatTemplate.of(folder, read_tokenizer(folder))
     engine = load_llm(folder, template.tokenizer, **options).engine
     return Service(engine, template, settings, special=special_tokens(folder))
 

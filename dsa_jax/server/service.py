@@ -1,4 +1,4 @@
-"""What the endpoints stand on: one engine, its tokenizer and template, and the streams of all requests."""
+"""The service under the endpoints: one engine, its tokenizer and template, and the streams of all requests."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: where it listens, who may ask, and how much."""
+"""Settings of a server: where it listens, who may ask, and how much."""
 
 import dataclasses
 import ipaddress

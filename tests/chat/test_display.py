@@ -1,4 +1,4 @@
-"""What a terminal is given: Markdown as it comes, and nothing by which a model could control it."""
+"""Text for a terminal: Markdown as it comes, and nothing by which a model could control it."""
 
 import io
 import re
