@@ -62,19 +62,19 @@ class ChatTemplate:
           ValueError: if a file is damaged.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = read_tokenizer_config(folder)
         sources = _read_sources(folder, config)
         tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         if sources:
             text = "\n".join(sources.values())
-            special = {name: token for name in SPECIAL if (token := _token_text(config.get(name))) is not None}
+            special = {name: token for name in SPECIAL if (token := token_text(config.get(name))) is not None}
             format = Format.of(tokens, text)
             draw = functools.partial(_render_jinja, sources, special)
             return cls(show_markers(tokenizer, format), format, (), "tools" in text, draw, _takes_arguments=True)
         if tokens >= CONTROL_TOKENS:
             format = Format(thinks=True, calls=DSML)
             return cls(show_markers(tokenizer, format), format, (), True, _render_v32)
-        begin = _token_text(config.get("bos_token")) or ""
+        begin = token_text(config.get("bos_token")) or ""
         stop = tuple("\n" + name.rstrip() for name in ROLE_NAMES.values())
         return cls(tokenizer, Format(), stop, False, functools.partial(_render_plain, begin))
 
@@ -138,7 +138,8 @@ def show_markers(tokenizer: Tokenizer, format: Format) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's `tokenizer_config.json`; it is empty if there is none."""
     path = folder / "tokenizer_config.json"
     return read_object(own_file(folder, path.name)) if path.exists() else {}
 
@@ -165,7 +166,7 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return sources
 
 
-def _token_text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """Reads a special token, which may be text or an added token's description."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None

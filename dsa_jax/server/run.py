@@ -11,11 +11,11 @@ import uvicorn
 
 from dsa_jax.chat import ChatTemplate
 from dsa_jax.chat.commands import load_llm, read_tokenizer
+from dsa_jax.chat.template import read_tokenizer_config, token_text
 from dsa_jax.server.access import log
 from dsa_jax.server.app import make_app
 from dsa_jax.server.service import Service
 from dsa_jax.server.settings import Settings
-from dsa_jax.strict_json import read_object
 
 LAST_SECONDS = 2  # in which the errors of requests that were ended go out
 
@@ -108,9 +108,7 @@ def listening(settings: Settings) -> socket.socket:
         raise OSError(f"{settings.host}:{settings.port} cannot be listened at: {error.strerror}") from None
 
 
-def special_tokens(folder: Path) -> dict[str, Any]:
+def special_tokens(folder: Path) -> dict[str, str | None]:
     """Reads the names of the special tokens, as `/tokenizer_info` tells them."""
-    path = folder / "tokenizer_config.json"
-    config = read_object(path) if path.exists() else {}
-    found = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return {name: each.get("content") if isinstance(each, dict) else each for name, each in found.items()}
+    config = read_tokenizer_config(folder)
+    return {name: token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
