@@ -15,7 +15,7 @@ from train_cases import DOCUMENTS, batch_at, write_documents
 from dsa_jax.key_range import KeyRange
 from train import data
 from train.data import Batch, DataConfig, load
-from train.text import choose_held_out, find_files, read_files
+from train.data.text import choose_held_out, find_files, read_files
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from train.checks import shown
-from train.text import TextFile
+from train.data.text import TextFile
 
 BYTES = 256
 END_TOKENS = ("<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # as published models say
