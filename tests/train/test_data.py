@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from train_cases import DOCUMENTS, batch_at, write_documents
 
 from dsa_jax.key_range import KeyRange
-from train.data import corpus as data
 from train.data import Batch, DataConfig, load
+from train.data import corpus as data
 from train.data.text import choose_held_out, find_files, read_files
 
 
