@@ -10,10 +10,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
-from dsa_jax import Config
-from train.files import read_json_file
+from train.folder import checkpoint_steps, identity
 from train.phases import Params
-from train.settings import RunConfig, differences, listed, read_json
+from train.settings import RunConfig, differences, listed
 from train.state import TrainState
 
 
@@ -122,19 +121,6 @@ def _without_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "random": state.random}
 
 
-def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
-    """Gathers what must be the same for a run to be continued: all that decides its numbers."""
-    values = {**config.to_json(), "init": init}
-    for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
-        del values[name]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # they decide no number, and older runs lack them
-        del values["model"][name]
-    for part in values.values():
-        if isinstance(part, dict) and part.get("append"):  # of the text; older runs do not speak of this default
-            del part["append"]
-    return values
-
-
 def load_params(folder: Path, like: Params, *, step: int | None = None) -> Params:
     """Reads the parameters of the newest checkpoint, or of that of `step`, of a run's folder.
 
@@ -150,27 +136,3 @@ def load_params(folder: Path, like: Params, *, step: int | None = None) -> Param
     path = folder.absolute() / "checkpoints" / str(found[-1] if step is None else step) / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target)
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Lists the steps of the whole checkpoints of a run's folder, in order."""
-    steps = folder / "checkpoints"
-    return sorted(int(path.name) for path in steps.iterdir() if path.name.isdigit()) if steps.is_dir() else []
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Reads the `run.json` of a run's folder.
-
-    Raises:
-      ValueError: if it is not there, or says nothing of a run.
-    """
-    values = read_json_file(folder / "run.json", f"{folder} must hold the run.json of a run, which")
-    parts = [values.get(name) if isinstance(values, dict) else None for name in ("run", "identity")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{folder} must hold the run.json of a run, got one without its run or its identity")
-    return values
-
-
-def read_model_config(folder: Path) -> Config:
-    """Reads the model's configuration from a run's folder, whatever its phases and its data."""
-    return read_json(Config, read_run(folder)["run"].get("model"), "run.model")

@@ -15,13 +15,14 @@ from dsa_jax import generate
 from train.checks import check_integer
 from train.data import BatchSource, Corpus
 from train.evaluate import Evaluation, HeldOut, draw_batches, evaluate_run
+from train.folder import check_unused
 from train.initial import InitialParams
 from train.layout import PLAIN, Layout
 from train.phases import CONTROLS, Params, Phase, merge_groups
 from train.progress import RunProgress
 from train.report import summary, write_report
 from train.results import Results, SeedResult, max_rss, read_curves
-from train.run import Run, check_unused
+from train.run import Run
 from train.settings import RunConfig
 from train.state import TrainState, abstract_params
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from dsa_jax import Config, Transformer
 from dsa_jax.hf.convert import load_hf
 from dsa_jax.parallel.sharding import parameter_shardings
-from train.checkpoint import load_params, read_model_config
+from train.checkpoint import load_params
+from train.folder import read_model_config
 from train.phases import Params, split_groups
 from train.state import abstract_params
 

@@ -3,31 +3,29 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
-from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params, read_model_config, read_run
+from train.checkpoint import Checkpoints, Position, load_params
 from train.checks import shown
 from train.data import Batch, BatchSource, BatchStream
-from train.files import replace_text
+from train.folder import open_folder, read_model_config
 from train.initial import InitialParams, random_params
 from train.metrics import DivergedError, MetricsLog, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
-from train.settings import PhaseSettings, RunConfig, Stage, differences, listed, stream_seed
+from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
 
-__all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "check_unused", "load_model"]
+__all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,11 @@ class Run:
         """The model's definition, to be merged with parameters."""
         return abstract_params(self.config.model)[0]
 
+    @property
+    def label(self) -> str | None:
+        """Names where the first parameters come from; None if they are drawn."""
+        return None if self.init is None else str(self.init)
+
     def phase_end(self, name: str) -> int:
         """Finds the run's step at which a phase ends.
 
@@ -91,42 +94,8 @@ class Run:
         return random_params(self.config.model, seed=self.config.seed, mesh=self.mesh)
 
     def open(self, *, resume: bool) -> None:
-        """Makes the folder, or checks that the run in it is this one and is to be continued.
-
-        Raises:
-          ValueError: if the folder holds something else, cannot be written, or has too little room for checkpoints.
-        """
-        self._check_folder(resume)
-        wait_for_all("looked into the folder")
-        try:
-            if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                values = {"run": self.config.to_json(), "identity": self._identity()}
-                replace_text(self.folder / "run.json", json.dumps(values, indent=2) + "\n")
-            wait_for_all("made the folder")
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise ValueError(f"the output folder {self.folder} must be writable: {error.strerror}") from error
-        if free < self.checkpoint_bytes():
-            raise ValueError(
-                f"{self.folder} must have room for the run's checkpoints, about "
-                f"{self.checkpoint_bytes() / 2**20:.0f} MiB, got {free / 2**20:.0f} MiB free"
-            )
-
-    def _check_folder(self, resume: bool) -> None:
-        if not resume:
-            check_unused(self.folder)
-        if (self.folder / "run.json").exists():
-            changed = differences(self._identity(), read_run(self.folder)["identity"])
-            if changed:
-                raise ValueError(f"{self.folder} holds a run of another configuration: {listed(changed)}")
-        elif self.folder.exists() and (not self.folder.is_dir() or checkpoint_steps(self.folder)):
-            raise ValueError(f"{self.folder} must be a new or an empty folder")
-
-    def checkpoint_bytes(self) -> int:
-        """Bounds from above what the run's checkpoints take: parameters and two moments each."""
-        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params(self.config.model)[1])]
-        return 3 * sum(sizes) * (self.config.keep_checkpoints + 1 + len(self.config.phases))
+        """Makes the folder, or checks that the run in it is this one and is to be continued; see `open_folder`."""
+        open_folder(self.folder, self.config, self.label, resume=resume)
 
     def train(
         self, data: BatchSource | BatchStream, progress: RunProgress | None = None, *, resume: bool = False
@@ -146,9 +115,8 @@ class Run:
         """
         check_data(data)
         self.open(resume=resume)
-        label = None if self.init is None else str(self.init)
         on_step = None if progress is None else progress.update
-        with Checkpoints(self.folder / "checkpoints", self.config, init=label) as checkpoints:
+        with Checkpoints(self.folder / "checkpoints", self.config, init=self.label) as checkpoints:
             state, position = self._start(checkpoints)
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
@@ -163,9 +131,6 @@ class Run:
                     last = checkpoints.latest()
                     good = "none" if last is None else checkpoints.path(last)
                     raise DivergedError(f"{error}; the last good checkpoint: {good}") from None
-
-    def _identity(self) -> dict[str, Any]:
-        return identity(self.config, None if self.init is None else str(self.init))
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
         """Restores or makes the state to go on from, and finds its position."""
@@ -242,22 +207,6 @@ def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:
     """
     graphdef, like = abstract_params(read_model_config(Path(folder)))
     return merge_groups(graphdef, load_params(Path(folder), like, step=step))
-
-
-def wait_for_all(what: str) -> None:
-    """Waits until every process has come to this point."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
-def check_unused(folder: Path) -> None:
-    """Checks that the folder holds no run.
-
-    Raises:
-      ValueError: if it does.
-    """
-    if (folder / "run.json").exists():
-        raise ValueError(f"{folder} already holds a run: --resume continues it, another --out leaves it")
 
 
 def check_data(data: BatchSource | BatchStream) -> None:

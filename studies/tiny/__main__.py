@@ -15,7 +15,7 @@ from dsa_jax import save_hf
 from studies.tiny.recall import RecallConfig, draw_held_out, load
 from studies.tiny.report import LAYOUT
 from studies.tiny.settings import NAME, make_config
-from train.__main__ import parse, run_command
+from train.command import parse, run_command
 from train.experiment import Experiment, held_out_shape, seed_runs
 from train.run import Run, load_model
 from train.settings import RunConfig

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from train_cases import small_config, small_phases, small_run, state_of
 
-from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity, load_params
+from train.checkpoint import Checkpoints, Position, load_params
+from train.folder import checkpoint_steps, identity
 from train.run import Run
 from train.settings import Stage
 from train.state import abstract_params
@@ -107,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
 
 
 def test_too_little_room_is_said_before_training(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.run.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr("train.folder.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"must have room for the run's checkpoints"):
         Run(run, tmp_path / "out").open(resume=False)
 

@@ -17,8 +17,8 @@ from train_cases import small_config, small_phases, small_run, write_preset
 
 from dsa_jax.parallel.sharding import parameter_shardings
 from train.__main__ import main
-from train.checkpoint import checkpoint_steps
 from train.data import load
+from train.folder import checkpoint_steps
 from train.progress import RunProgress
 from train.run import Run
 from train.settings import Stage

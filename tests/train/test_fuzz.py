@@ -68,7 +68,7 @@ def spoilt_json(draw, values):
 def ends(tmp_path, capsys, monkeypatch):
     """Runs the command as far as training; checks how it ends."""
     started = []
-    monkeypatch.setattr("train.__main__.Experiment.run", lambda self, *_, **__: started.append(self))
+    monkeypatch.setattr("train.experiment.Experiment.run", lambda self, *_, **__: started.append(self))
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from train_cases import fake_step, one_layer_run, small_params
 
 from dsa_jax import KeyRange
-from train.checkpoint import checkpoint_steps
 from train.data import Batch, load
+from train.folder import checkpoint_steps
 from train.run import Run
 
 T = 7

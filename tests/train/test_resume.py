@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 from train_cases import one_layer_run, small_params, small_phases, write_preset
 
-from train.checkpoint import Checkpoints, checkpoint_steps
+from train.checkpoint import Checkpoints
+from train.folder import checkpoint_steps
 from train.phases import BASE
 from train.run import Run
 from train.settings import PhaseSettings, RunConfig, Stage

@@ -25,10 +25,12 @@ from train_cases import (
 )
 
 from dsa_jax.hf.convert import save_hf
-from train.__main__ import Arguments, main
-from train.checkpoint import Checkpoints, Position, checkpoint_steps, identity
+from train.__main__ import main
+from train.arguments import Arguments
+from train.checkpoint import Checkpoints, Position
 from train.data import load
 from train.experiment import control_run, describe_run, seed_runs
+from train.folder import checkpoint_steps, identity
 from train.initial import InitialParams
 from train.metrics import MetricsLog
 from train.phases import CONTROLS, merge_groups, split_groups
