@@ -2,13 +2,15 @@
 
 A slice of the 671B shape, four layers by default, each row at the end of its own sequence. A step's time is that of a
 run of steps that the host dispatches without reading what they draw, and with reading it one step behind, as
-`dsa_jax.stream` does. What a step consists of comes from a trace: the device's time of every kernel by the scope it was
-written in, and the time in which the device did nothing.
+`dsa_jax.stream` does. Beside it stands the sum of its parts, each in a long chain of its own. A trace tells the time of
+every kernel, and that in which the device did nothing. With --breakdown the step runs kernel by kernel instead of as
+one CUDA graph, whose kernels have lost the scopes they were written in: slower, but each stands under its scope.
 """
 
 import argparse
 import functools
 import glob
+import os
 import pathlib
 import statistics
 import sys
@@ -23,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import measure
+from benchmarks.decode_parts import LAYER, Parts, make_inputs, make_rows
 from dsa_jax import Config, PagedCache, Runner, Transformer
 from dsa_jax.inference.programs import Carry
 from dsa_jax.inference.sampling import Settings
@@ -177,8 +180,17 @@ def read_trace(folder: str, steps: int) -> dict[str, Any]:
         "kernels": len(events) / steps,
         "scopes": {name: ns / steps / 1e9 for name, ns in sorted(by_scope.items(), key=lambda item: -item[1])},
         "longest": {name[:60]: ns / steps / 1e9 for name, ns in ranked},
-        "sample_scopes": sorted({scope[:100] for *_, scope in events})[:8],
     }
+
+
+def time_parts(parts: Parts, runner: Runner, batch: int, length: int) -> dict[str, Any]:
+    """Times the parts of a step alone, and sums them up; a layer with experts has parts that are not timed here."""
+    config, cache = runner.config, runner.cache
+    inputs = make_inputs(config, batch, 1)
+    pools = cache.latents[:1], cache.index_keys[:1]
+    found = parts.all(inputs, make_rows(pools, batch, 1, length, length), (*LAYER[2:], "unembedding"))
+    layer = found["attention_us"] + found["projections_us"] + found["feed_forward_us"]
+    return {"parts": found, "sum_seconds": 1e-6 * (config.num_hidden_layers * layer + found["unembedding_us"])}
 
 
 def main() -> int:
@@ -188,9 +200,12 @@ def main() -> int:
     parser.add_argument("--dense", type=int, default=4, help="how many of them have no experts")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--length", type=int, nargs="+", default=[131072])
+    parser.add_argument("--breakdown", action="store_true", help="time by scope, without CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program on a CPU")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
+    if arguments.breakdown:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     if arguments.tiny:
         config = Config.tiny(
             num_hidden_layers=2, index_fp8=True, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128
@@ -200,14 +215,20 @@ def main() -> int:
     pages = max(arguments.batch) * (-(-max(arguments.length) // 64))
     cache = PagedCache(config, pages, format="fp8")
     cache.update(*fill(cache.latents, cache.index_keys))
-    runner = Runner(make_model(config), cache)
+    model = make_model(config)
+    runner = Runner(model, cache)
+    parts = None if config.num_moe_layers or arguments.breakdown else Parts(model)
     name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
+    name += ", by scope" if arguments.breakdown else ""
     rows = []
     for length in arguments.length:
         for batch in arguments.batch:
             row: dict[str, Any] = {"batch": batch, "length": length}
             try:
                 row |= time_case(Case(runner, batch, length))
+                if parts is not None:
+                    row |= time_parts(parts, runner, batch, length)
+                    row["ratio"] = row["seconds"] / row["sum_seconds"]
             except Exception as error:  # the next case runs all the same
                 row["error"] = f"{type(error).__name__}: {str(error)[:400]}"
             rows.append(row)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.inference.controls import SlotControls
-from dsa_jax.inference.programs import Carry, bucket
+from dsa_jax.inference.pieces import Scored
+from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Work
+from dsa_jax.inference.slots import pack_rows, read_draw
 from dsa_jax.inference.speculative import Drafted
-from dsa_jax.inference.step import INVARIANT_ROWS, Runner, Scored
+from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 
-NO_STOPS = np.full(1, -1, np.int32)  # the host judges tokens, a step later: each request has stops of its own
 KINDS: tuple[Kind, ...] = ("greedy", "random", "truncated", "full")
 
 
@@ -29,6 +30,7 @@ class Ran(NamedTuple):
       scored: pieces of prompts whose tokens were scored.
       taken: int32 [B], how many drafts of each row are right, where drafts were verified.
       found: what the tokens that were taken in have selected, [layers, B, 1, K], and where they were routed.
+      packed: `drawn` as `read_draw` reads it, on its way to the host, where nothing else is needed of it.
     """
 
     rows: list[Work | None]
@@ -37,6 +39,16 @@ class Ran(NamedTuple):
     scored: Sequence[tuple[Work, Scored]] = ()
     taken: jax.Array | None = None
     found: dict[str, jax.Array] = {}
+    packed: jax.Array | None = None
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Waits for what was drawn; returns tokens and log-probabilities."""
+        if self.packed is not None:
+            token, log_prob = read_draw(self.packed)
+        else:
+            assert self.drawn is not None
+            token, log_prob = np.asarray(self.drawn.token), np.asarray(self.drawn.log_prob)
+        return token.tolist(), log_prob.tolist()
 
 
 class Batch:
@@ -50,7 +62,8 @@ class Batch:
     def __init__(self, runner: Runner, limits: Limits):
         self.runner, self.limits = runner, limits
         self._last = jnp.zeros(limits.rows + 1, jnp.int32)  # the last token of each slot; the last slot is padding's
-        self._tables: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # of each slot: of what sequence, and its row
+        self._tables = np.zeros((limits.rows + 1, runner.table_width), np.int32)  # the row of each slot
+        self._tabled: dict[int, tuple[int, int]] = {}  # of which sequence each row is, and with how many pages
         self._controls = SlotControls(limits.rows, runner.config.vocab_size)
 
     def run(self, plan: Plan) -> list[Ran]:
@@ -65,12 +78,12 @@ class Batch:
         kinds = ("full",) if limits.invariant else kinds
         controls = self._controls.padding
         self.runner.warm(
-            rows=_sizes(limits.rows), tokens=_sizes(limits.chunk), drafts=limits.drafts, kinds=kinds, controls=controls
+            rows=_sizes(limits.rows), tokens=_sizes(limits.chunk), drafts=limits.drafts, kinds=kinds, controls=controls,
+            slots=limits.rows + 1,
         )  # fmt: skip
         for rows in [INVARIANT_ROWS] if limits.invariant else _sizes(limits.rows):
             for kind in kinds:
                 self._draw(jnp.zeros((rows, vocab)), [None] * rows, kind)
-            _take(self._last, np.zeros(rows, np.int32))
 
     def _prefill(self, works: list[Work]) -> list[Ran]:
         owns: list[Any] = [work.sequence for work in works]
@@ -109,18 +122,20 @@ class Batch:
         controls = self._controls.of(rows, slots) if kind == "full" else None
         length = np.array([work.begin if work else 0 for work in rows], np.int32)
         live = np.array([work is not None for work in rows])
-        carry = Carry(_take(self._last, slots), length, number, live)
-        table = self._table(rows)
-        _, drawn, out = self.runner.decode(carry, table, settings, NO_STOPS, kind=kind, controls=controls)
-        self._keep(slots, drawn.token, controls)
-        return Ran(rows, drawn, _pack(rows, drawn), found=_found(out))
+        packed = pack_rows(slots, length, number, live, settings)
+        done, out = self.runner.decode_slots(self._last, packed, self._table(rows, slots), kind=kind, controls=controls)
+        done.packed.copy_to_host_async()
+        self._last = done.last
+        if controls is not None:
+            self._controls.count(slots, done.drawn.token)
+        return Ran(rows, done.drawn, _pack(rows, done.drawn), found=_found(out), packed=done.packed)
 
     def _verify(self, works: list[Work]) -> Ran:
         rows = self._place(works)
         settings, _, slots, kind = self._settings(rows)
         controls = self._controls.of(rows, slots) if kind == "full" else None
         drafted = Drafted.of(rows, self.limits.drafts)
-        verified, out = self.runner.verify(drafted, self._table(rows), settings, kind=kind, controls=controls)
+        verified, out = self.runner.verify(drafted, self._table(rows, slots), settings, kind=kind, controls=controls)
         self._keep(slots, verified.last, controls)
         return Ran(rows, verified.drawn, _pack(rows, verified.drawn), taken=verified.taken, found=_found(out))
 
@@ -149,20 +164,15 @@ class Batch:
             kind = kind_of(np.array(temperature), np.array(top_k), np.array(top_p), vocab)
         return settings, np.array(number, np.int32), np.array(slot, np.int32), kind
 
-    def _table(self, rows: list[Work | None]) -> np.ndarray:
-        """Makes the table of a decode step; a sequence's row is made anew when it has got another page."""
-        found = []
+    def _table(self, rows: list[Work | None], slots: np.ndarray) -> np.ndarray:
+        """Makes the table of a decode step; a slot's row is made anew when its sequence has got another page."""
         for work in rows:
-            if work is None:
-                found.append(None)
-                continue
-            slot, name = work.sequence.slot, work.sequence.cached
-            state = name, self.runner.cache.row_pages(name)
-            if slot not in self._tables or self._tables[slot][0] != state:
-                self._tables[slot] = state, self.runner.table([name])[0]
-            found.append(self._tables[slot][1])
-        padding = np.zeros_like(next(row for row in found if row is not None))
-        return np.stack([padding if row is None else row for row in found])
+            if work is not None:
+                slot, name = work.sequence.slot, work.sequence.cached
+                state = name, self.runner.cache.row_pages(name)
+                if self._tabled.get(slot) != state:
+                    self._tabled[slot], self._tables[slot] = state, self.runner.table([name])[0]
+        return self._tables[slots]
 
 
 def _sizes(most) -> list[int]:
@@ -184,11 +194,6 @@ def _pack(rows, drawn):
 
 _draw = jax.jit(draw, static_argnames="kind")
 _packbits = jax.jit(partial(jnp.packbits, axis=1))
-
-
-@jax.jit
-def _take(last, slots):
-    return last[slots]
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from dsa_jax.inference.params import MAX_BIASES, Finished, PromptToken, Record, SamplingParams, Token, Top
+from dsa_jax.inference.pieces import Scored, join_parts
 from dsa_jax.inference.sampling import Likeliest
 from dsa_jax.inference.scheduler import Sequence, Work
-from dsa_jax.inference.step import Scored, join_parts
 from dsa_jax.inference.structured import Constraint
 from dsa_jax.inference.text import TextStream
 

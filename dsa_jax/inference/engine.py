@@ -320,7 +320,7 @@ class Engine:
             return []
         live = [(row, work) for row, work in enumerate(ran.rows) if work is not None and not work.sequence.ended]
         self._trace(ran, live)
-        tokens, log_probs = np.asarray(ran.drawn.token).tolist(), np.asarray(ran.drawn.log_prob).tolist()
+        tokens, log_probs = ran.read()
         likeliest = ran.drawn.likeliest
         if likeliest is not None and any(_of(work).params.logprobs is not None for _, work in live):
             likeliest = jax.tree.map(np.asarray, likeliest)

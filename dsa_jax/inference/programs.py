@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from dsa_jax.cache import Pages
 from dsa_jax.inference.sampling import Draw, Kind, Likeliest, Settings, draw, likeliest
+from dsa_jax.inference.slots import SlotStep, pack_draw, unpack_rows
 from dsa_jax.inference.speculative import Drafted, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
@@ -24,8 +25,16 @@ from dsa_jax.parallel.sharding import parameter_specs, spec
 
 # XLA copies each layer's weights out of their stack before it multiplies by them, unless the slice goes into the call
 # of cuBLAS; Triton's products never take it. Four layers of the 671B shape at batch 16: 2.9 ms a step, 4.8 without.
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}}
+# Where it joins small products of one operand it copies their weights side by side in every step: 2.65 ms against 2.47.
+COMPILER_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_dynamic_slice_fusion": True,
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    }
+}
 SCORED_TOKENS = 128  # whose logits exist at a time where a prompt is scored: 66 MB of 129,280 in float32
+NO_STOPS = np.full(1, -1, np.int32)  # where the host judges tokens, a step later: each request has stops of its own
 MAX_PROGRAMS = 32  # models and options whose programs are kept
 
 
@@ -163,6 +172,16 @@ def _decode_on(graph, options: Options, pools, carry: Carry, state, table, setti
     return _everywhere(options.mesh, _advance(taken, drawn, stops)), drawn, out, pools
 
 
+def _decode_slots_on(graph, options: Options, pools, last, state, packed, table, controls, *, kind: Kind):
+    """Takes in the last token of each row's slot and draws the next, which is kept there."""
+    slots, length, number, live, settings = unpack_rows(jnp.asarray(packed))
+    carry = Carry(last[slots], length, number, live)
+    _, drawn, out, pools = _decode_on(
+        graph, options, pools, carry, state, table, settings, NO_STOPS, controls, kind=kind
+    )
+    return SlotStep(last.at[slots].set(drawn.token), drawn, pack_draw(drawn)), out, pools
+
+
 def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, settings, controls, *, kind: Kind):
     """Takes in each row's last token and its drafts, and draws behind each of them."""
     columns = jnp.arange(drafted.tokens.shape[1], dtype=jnp.int32)
@@ -196,6 +215,8 @@ class Programs(NamedTuple):
     prefill: Callable  # (pools, parameters, table, rows, targets=None) -> (StepOutput, pools)
     # (pools, carry, parameters, table, settings, stops, kind, controls=None) -> (Carry, Draw, StepOutput, pools)
     decode: Callable
+    # (pools, last, parameters, packed, table, kind, controls=None) -> (SlotStep, StepOutput, pools)
+    decode_slots: Callable
     # (pools, drafted, parameters, table, settings, kind, controls=None) -> (Verified, StepOutput, pools)
     verify: Callable
 
@@ -215,12 +236,21 @@ def programs(graph, tree, options: Options) -> Programs:
         state = jax.tree.unflatten(tree, parameters)
         return _decode_on(graph, options, pools, carry, state, table, settings, stops, controls, kind=kind)
 
+    def decode_slots(pools, last, parameters, packed, table, kind, controls=None):
+        state = jax.tree.unflatten(tree, parameters)
+        return _decode_slots_on(graph, options, pools, last, state, packed, table, controls, kind=kind)
+
     def verify(pools, drafted, parameters, table, settings, kind, controls=None):
         state = jax.tree.unflatten(tree, parameters)
         return _verify_on(graph, options, pools, drafted, state, table, settings, controls, kind=kind)
 
-    compile = partial(jax.jit, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
-    return Programs(compile(prefill), compile(decode, static_argnums=6), compile(verify, static_argnums=5))
+    compile = partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+    return Programs(
+        compile(prefill, donate_argnums=0),
+        compile(decode, donate_argnums=0, static_argnums=6),
+        compile(decode_slots, donate_argnums=(0, 1), static_argnums=5),
+        compile(verify, donate_argnums=0, static_argnums=5),
+    )
 
 
 def padding_settings(rows: int, vocab: int) -> Settings:

@@ -206,7 +206,7 @@ class Scheduler:
 
     def _make_room(self, plan, sequence, count) -> bool:
         """Preempts the youngest until there are pages; returns whether the sequence is still running."""
-        while not self.pages.room(self.pages.cache.missing(sequence.cached, count)):
+        while (wanted := self.pages.cache.missing(sequence.cached, count)) and not self.pages.room(wanted):
             youngest = self.running[-1]
             self._preempt(youngest)
             plan.preempted.append(youngest)

@@ -6,7 +6,7 @@ them ahead of time. The pools are donated: a step updates them in place.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.pieces import Piece, Prefilled, Scored, collect, join_parts, pack_targets, places_of
 from dsa_jax.inference.programs import (
     Carry,
     Options,
@@ -26,7 +27,8 @@ from dsa_jax.inference.programs import (
     padding_settings,
     programs,
 )
-from dsa_jax.inference.sampling import Controls, Draw, Kind, Likeliest, Settings
+from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings
+from dsa_jax.inference.slots import SlotStep, padding_rows
 from dsa_jax.inference.speculative import MAX_DRAFTS, Drafted, Verified
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
@@ -40,43 +42,6 @@ MANY_ENDS = (
     64  # prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights
 )
 INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
-
-
-class Piece(NamedTuple):
-    """Says which tokens of a prompt a prefill step takes."""
-
-    item: int  # the prompt's number
-    begin: int  # its first token, counted in the prompt
-    count: int
-
-
-class Scored(NamedTuple):
-    """Says where the scores of a piece of a prompt are."""
-
-    piece: Piece
-    scores: Any  # Likeliest of a whole step [B, T], on the device
-    row: int
-    column: int  # of the piece's first token
-
-    def read(self) -> Likeliest:
-        """Waits for the piece's scores and returns them, [count] and [count, L]."""
-        here = slice(self.column, self.column + self.piece.count)
-        return jax.tree.map(lambda x: np.asarray(x)[self.row, here], self.scores)
-
-
-class Prefilled(NamedTuple):
-    """Holds the results of a prefill: logits behind each prompt, and for each prompt what was asked for."""
-
-    rows: Array  # [n, vocab], n rounded up, so that few sizes are compiled
-    prompts: int
-    selected: list[np.ndarray] | None  # [layers, T, K] each
-    routed: list[np.ndarray] | None  # [moe_layers, T, k] each
-    scored: list[Scored]  # of the prompts that have targets, in order
-
-    @property
-    def logits(self) -> Array:
-        """Returns the logits behind each prompt, [n, vocab]."""
-        return self.rows[: self.prompts]
 
 
 class Runner:
@@ -194,10 +159,10 @@ class Runner:
         for step in self._steps(sequences, prompts, before):
             rows, table, ends, places = self._pack(step, sequences, prompts, before)
             wanted = [(piece, place) for piece, place in places if targets[piece.item] is not None]
-            dense, own = self._is_short(step, before), _pack_targets(wanted, targets, rows.tokens.shape)
+            dense, own = self._is_short(step, before), pack_targets(wanted, targets, rows.tokens.shape)
             out = self._run_prefill(rows, table, own, dense=dense)
             scored += [Scored(piece, out.scores, *place) for piece, place in wanted]
-            last = _collect(last, out.logits, *_places_of(ends, size))
+            last = collect(last, out.logits, *places_of(ends, size))
             for kept, found in ((selected, out.selected), (routed, out.routed)):
                 if found is not None:
                     found = np.asarray(found)
@@ -353,6 +318,11 @@ class Runner:
         rows = INVARIANT_ROWS if self.batch_invariant else bucket(most)
         return [sequence for row in by_shard for sequence in (*row, *[None] * (rows - len(row)))]
 
+    @property
+    def table_width(self) -> int:
+        """Returns the pages of a row of every table, where `max_length` is known."""
+        return self._table_width(0)
+
     def table(self, rows: Sequence[int | None]) -> Int[np.ndarray, "B P"]:
         """Makes the table of a decode step, with every page that the rows have, written or not."""
         return self.cache.table(rows, self._table_width(max(self._pages(row) for row in rows if row is not None)))
@@ -386,6 +356,21 @@ class Runner:
         self.cache.update(*pools)
         return carry, drawn, out
 
+    def decode_slots(
+        self, last: Array, packed: np.ndarray, table, *, kind: Kind = "truncated", controls: Controls | None = None
+    ) -> tuple[SlotStep, StepOutput]:
+        """Decodes as `decode` does for rows of slots, whose last tokens the device keeps; `last` is donated.
+
+        Args:
+          last: int32 [slots], the last token of each slot.
+          packed: of `slots.pack_rows`.
+          table, kind, controls: as `decode` takes them.
+        """
+        pools = self.cache.latents, self.cache.index_keys
+        done, out, pools = self.programs.decode_slots(pools, last, self.parameters, packed, table, kind, controls)
+        self.cache.update(*pools)
+        return done, out
+
     def verify(
         self, drafted: Drafted, table, settings: Settings, *, kind: Kind = "truncated", controls: Controls | None = None
     ) -> tuple[Verified, StepOutput]:
@@ -408,6 +393,7 @@ class Runner:
         drafts: int = 0,
         kinds: Sequence[Kind] = ("greedy", "random", "truncated"),
         controls: Callable[[int], Controls] | None = None,
+        slots: int | None = None,
     ) -> None:
         """Compiles the steps that will be needed, by running them on padding; `max_length` must be known.
 
@@ -417,6 +403,7 @@ class Runner:
           drafts: how many a row of a verification has at most; 0 where none comes.
           kinds: of the draws; with `batch_invariant` all are of the one that serves all.
           controls: makes those of so many padding rows, for kind "full".
+          slots: compiles decode steps of rows of so many slots, instead of those that hand on their carry.
         """
         kinds = kinds if not self.batch_invariant else ("truncated",) if controls is None else ("full",)
         if self.table_pages is None:
@@ -430,12 +417,12 @@ class Runner:
             logits = jnp.zeros((total, self.config.vocab_size), jnp.float32)
             for kind in kinds:
                 own = controls(total) if kind == "full" and controls is not None else None
-                if own is None:
+                if slots is not None:
+                    last = jnp.zeros(slots, jnp.int32)
+                    self.decode_slots(last, padding_rows(total, slots - 1, settings), table, kind=kind, controls=own)
+                else:
                     carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool), kind=kind)
                     self.decode(carry, table, settings, stops, kind=kind)
-                else:
-                    carry = Carry(jnp.asarray(length), length, length, np.zeros(total, bool))
-                    self.decode(carry, table, settings, stops, kind=kind, controls=own)
                 if drafts:
                     drafted = Drafted(np.zeros((total, 1 + drafts), np.int32), length, length, length)
                     self.verify(drafted, table, settings, kind=kind, controls=own)
@@ -448,32 +435,7 @@ class Runner:
             for dense in {False, self.dense_below > 0}:
                 logits = self._run_prefill(Rows(**arrays), table, dense=dense).logits
             for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in rows}:
-                _collect(_collect(None, logits, *_places_of({}, most)), logits, *_places_of({}, most))
-
-
-def _pack_targets(places, targets, shape):
-    """Makes the targets of a step, int32 [B, T], from those of its pieces; None if there are none."""
-    if not places:
-        return None
-    packed = np.zeros(shape, np.int32)
-    for piece, (row, column) in places:
-        packed[row, column : column + piece.count] = targets[piece.item][piece.begin : piece.begin + piece.count]
-    return packed
-
-
-@jax.jit
-def _collect(last, logits, ended, row, column):
-    """Takes the logits of the prompts that have ended in a step, and leaves the others."""
-    found = logits[row, column]
-    return found if last is None else jnp.where(ended[:, None], found, last)
-
-
-def _places_of(ends, size):
-    """Returns of each prompt whether it has ended in a step, and where its logits are, as arrays of one size."""
-    ended, places = np.zeros(size, bool), np.zeros((2, size), np.int32)
-    for item, place in ends.items():
-        ended[item], places[:, item] = True, place
-    return ended, *places
+                collect(collect(None, logits, *places_of({}, most)), logits, *places_of({}, most))
 
 
 def _place(state, mesh: Mesh | None):
@@ -491,9 +453,3 @@ def _place(state, mesh: Mesh | None):
 
 def _describe(mesh):
     return "no mesh" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-
-
-def join_parts(parts, width):
-    """Joins a prompt's selections of several steps, filled up with -1 to one width."""
-    fill = lambda x: np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2])), constant_values=-1)  # noqa: E731
-    return np.concatenate([fill(part) for part in parts], axis=1)

@@ -114,22 +114,22 @@ def test_preemption_loses_and_repeats_nothing(invariant):
 def watch(engine, monkeypatch):
     """Lists what the engine does: tokens of prompts that a step takes, rows that it decodes, and what it reads."""
     log: list[tuple[str, int]] = []
-    prefill, decode, read = engine.runner.prefill, engine.runner.decode, engine._read
+    prefill, decode, read = engine.runner.prefill, engine.runner.decode_slots, engine._read
 
     def logged_prefill(sequences, chunks, **options):
         log.append(("prefill", sum(map(len, chunks))))
         return prefill(sequences, chunks, **options)
 
-    def logged_decode(carry, *arguments, **options):
-        log.append(("decode", int(np.sum(carry.live))))
-        return decode(carry, *arguments, **options)
+    def logged_decode(last, packed, *arguments, **options):
+        log.append(("decode", int(np.sum(packed[3]))))  # rows that live
+        return decode(last, packed, *arguments, **options)
 
     def logged_read(ran):
         log.append(("read", sum(work is not None for work in ran.rows)))
         return read(ran)
 
     monkeypatch.setattr(engine.runner, "prefill", logged_prefill)
-    monkeypatch.setattr(engine.runner, "decode", logged_decode)
+    monkeypatch.setattr(engine.runner, "decode_slots", logged_decode)
     monkeypatch.setattr(engine, "_read", logged_read)
     return log
 
