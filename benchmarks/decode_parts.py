@@ -16,8 +16,9 @@ from dsa_jax.cache import Pages
 from dsa_jax.quantization import E4M3
 from dsa_jax.rope import rotation
 
-CALLS = {1: 40, 16: 20}  # of a chain by batch, 10 of others
-WINDOWS, PROGRAMS = 5, 4  # windows, of which the median counts, and programs of a window
+CALLS = 8  # side by side in a program
+ROUNDS = {1: 40, 16: 12, 32: 8}  # of these calls in a program by batch, 4 of others
+WINDOWS = 5  # of which the median counts
 ATTENDING = ("selection", "sparse_attention", "attention")
 LAYER = (*ATTENDING, "projections", "feed_forward")
 PARTS = (*LAYER, "unembedding")
@@ -76,11 +77,11 @@ class Parts:
     def seconds(self, part: str, inputs: Inputs, rows: Rows) -> float:
         """Times a part: seconds of a call, the median of windows."""
         step, state = self._step(part)
-        calls = CALLS.get(len(inputs.x), 10)
-        run = functools.partial(_chain, step, calls)
+        rounds = ROUNDS.get(len(inputs.x), 4)
+        run = functools.partial(_chain, step, rounds)
         arguments = state, inputs, rows
         jax.block_until_ready(run(*arguments))
-        return statistics.median(measure.window(run, [arguments], PROGRAMS) for _ in range(WINDOWS)) / calls
+        return statistics.median(measure.window(run, [arguments], 2) for _ in range(WINDOWS)) / rounds / CALLS
 
     def all(self, inputs: Inputs, rows: Rows, parts=PARTS) -> dict[str, float]:
         """Times parts by name, in µs."""
@@ -93,11 +94,17 @@ class Parts:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _chain(step, calls, state, inputs: Inputs, rows: Rows):
-    """Runs a part again and again: what each makes is added to what the next begins with."""
-    for _ in range(calls):
-        inputs, rows = step(state, inputs, rows)
-    return inputs.x[:, 0, :8], rows.table
+def _chain(step, rounds, state, inputs: Inputs, rows: Rows):
+    """Runs a part again and again: what each call makes changes what the next begins with."""
+
+    def run(_, carry):
+        x, table = carry
+        for _ in range(CALLS):
+            x, table = step(state, inputs._replace(x=x), rows._replace(table=table))
+        return x, table
+
+    x, table = jax.lax.fori_loop(0, rounds, run, (inputs.x, rows.table))
+    return x[:, 0, :8], table
 
 
 # The steps of the chains: a part, and what makes the next wait for it without any work worth telling.
@@ -114,7 +121,7 @@ def _attending(config, graph, state, inputs, rows, *, selects: bool, attends: bo
     if attends:
         out, _ = store.attend(inputs.q, selected, value_dim=config.kv_lora_rank, scale=config.softmax_scale)
         found = out[:, 0, 0, :1] > 1e30
-    return inputs, rows._replace(table=rows.table + found)
+    return inputs.x, rows.table + found
 
 
 def _projections(config, graph, state, inputs, rows):
@@ -123,19 +130,19 @@ def _projections(config, graph, state, inputs, rows):
     out = layer.unabsorb(layer.absorb(p.q)[..., : config.kv_lora_rank])
     out = jnp.einsum("btnv,nvd->btd", out, layer.o_proj[...])
     out += p.kv[..., :1] + p.k_index[..., :1] + p.q_index[:, :, 0, :1].astype(out.dtype) + p.weights[..., :1]
-    return inputs._replace(x=inputs.x + 1e-3 * out.astype(inputs.x.dtype)), rows
+    return inputs.x + 1e-3 * out.astype(inputs.x.dtype), rows.table
 
 
 def _feed_forward(config, graph, state, inputs, rows):
     out = nnx.merge(graph, state)(inputs.x)
     out = out if isinstance(out, jax.Array) else out[0]
-    return inputs._replace(x=inputs.x + 1e-3 * out), rows
+    return inputs.x + 1e-3 * out, rows.table
 
 
 def _unembedding(config, graph, state, inputs, rows):
     logits = nnx.merge(graph, state).unembed(inputs.x)
     best = jnp.max(logits, axis=-1, keepdims=True)
-    return inputs._replace(x=inputs.x + 1e-6 * best.astype(inputs.x.dtype)), rows
+    return inputs.x + 1e-6 * best.astype(inputs.x.dtype), rows.table
 
 
 _STEPS = {

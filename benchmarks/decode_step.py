@@ -3,14 +3,12 @@
 A slice of the 671B shape, four layers by default, each row at the end of its own sequence. A step's time is that of a
 run of steps that the host dispatches without reading what they draw, and with reading it one step behind, as
 `dsa_jax.stream` does. Beside it stands the sum of its parts, each in a long chain of its own. A trace tells the time of
-every kernel, and that in which the device did nothing. With --breakdown the step runs kernel by kernel instead of as
-one CUDA graph, whose kernels have lost the scopes they were written in: slower, but each stands under its scope.
+every kernel, and that in which the device did nothing.
 """
 
 import argparse
 import functools
 import glob
-import os
 import pathlib
 import statistics
 import sys
@@ -32,18 +30,6 @@ from dsa_jax.inference.sampling import Settings
 
 OUT = measure.RESULTS / "decode_step.json"
 STEPS, WINDOWS = 24, 5  # of a window, and windows
-SCOPES = (  # of the model's code, the innermost first; what stands in none is "other"
-    "indexer",
-    "project_output",
-    "project",
-    "select",
-    "sparse_attention",
-    "dense_attention",
-    "route",
-    "shared_experts",
-    "experts",
-    "feed_forward",
-)
 
 
 def slice_of(layers: int, dense: int, **overrides: Any) -> Config:
@@ -148,7 +134,7 @@ def time_case(case: Case) -> dict[str, Any]:
 
 
 def read_trace(folder: str, steps: int) -> dict[str, Any]:
-    """Reads the device's seconds a step by scope and by kernel, and the share of the time in which it did nothing."""
+    """Reads the device's seconds a step by kernel, and the share of the time in which it did nothing."""
     events = []
     for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
         for plane in jax.profiler.ProfileData.from_file(path).planes:
@@ -158,18 +144,13 @@ def read_trace(folder: str, steps: int) -> dict[str, Any]:
                 if not line.name.startswith("Stream"):
                     continue
                 for event in line.events:
-                    stats = dict(event.stats)
-                    scope = str(stats.get("tf_op") or stats.get("name") or stats.get("hlo_op") or "")
-                    events.append((event.start_ns, event.duration_ns, event.name, scope))
+                    events.append((event.start_ns, event.duration_ns, event.name))
     if not events:
         return {"trace": "no events of a GPU"}
     events.sort()
-    by_scope, by_name = defaultdict(float), defaultdict(float)
+    by_name: dict[str, float] = defaultdict(float)
     busy, end, begin = 0.0, events[0][0], events[0][0]
-    for start, duration, name, scope in events:
-        # "jit(f)/a/b/add" was written in the scopes a and b.
-        parts = scope.split("/")
-        by_scope[next((each for each in SCOPES if each in parts), "other")] += duration
+    for start, duration, name in events:
         by_name[name] += duration
         busy += max(0.0, start + duration - max(start, end))
         end = max(end, start + duration)
@@ -178,7 +159,6 @@ def read_trace(folder: str, steps: int) -> dict[str, Any]:
         "kernel_seconds": sum(by_name.values()) / steps / 1e9,
         "idle_share": 1 - busy / (end - begin),
         "kernels": len(events) / steps,
-        "scopes": {name: ns / steps / 1e9 for name, ns in sorted(by_scope.items(), key=lambda item: -item[1])},
         "longest": {name[:60]: ns / steps / 1e9 for name, ns in ranked},
     }
 
@@ -200,12 +180,9 @@ def main() -> int:
     parser.add_argument("--dense", type=int, default=4, help="how many of them have no experts")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--length", type=int, nargs="+", default=[131072])
-    parser.add_argument("--breakdown", action="store_true", help="time by scope, without CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program on a CPU")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
-    if arguments.breakdown:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     if arguments.tiny:
         config = Config.tiny(
             num_hidden_layers=2, index_fp8=True, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128
@@ -217,9 +194,8 @@ def main() -> int:
     cache.update(*fill(cache.latents, cache.index_keys))
     model = make_model(config)
     runner = Runner(model, cache)
-    parts = None if config.num_moe_layers or arguments.breakdown else Parts(model)
+    parts = None if config.num_moe_layers else Parts(model)
     name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
-    name += ", by scope" if arguments.breakdown else ""
     rows = []
     for length in arguments.length:
         for batch in arguments.batch:
