@@ -21,12 +21,13 @@ from flax import nnx
 
 from dsa_jax.config import Config
 from dsa_jax.hf.checkpoint import Checkpoint, layer_of
-from dsa_jax.hf.files import FLOAT32, copy_companions, new_folder, write_json, write_shards
+from dsa_jax.hf.files import BFLOAT16, FLOAT32, copy_companions, new_folder, write_json, write_shards
 from dsa_jax.hf.stacked import Part, Piece, Stack, is_sharded, tensor_at
 from dsa_jax.hf.table import ALWAYS_FLOAT32, FLOAT32_IF_STORED, ROWS, Leaf, leaves
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, path_names
+from dsa_jax.strict_json import shown_path
 
 MAX_SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 
@@ -95,6 +96,7 @@ def load_hf(
     *,
     dtype: Any = None,
     param_dtype: Any = None,
+    config: Config | None = None,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
 ) -> Transformer:
@@ -110,12 +112,15 @@ def load_hf(
         counted as bfloat16. A warning is logged if that rounds others.
       param_dtype: of the parameters, `dtype` if None. The router's selection bias is float32 always; the router, the
         index weights and the index key's norm are float32 if the file has them so.
+      config: what to use instead of the checkpoint's configuration, dtypes among it. All tensors that the files hold
+        must have the same shapes in both; another K, another scaling of RoPE, or another size of the indexer that a
+        dense checkpoint lacks may be chosen.
       mesh: the devices over which the parameters are sharded, by the table of `parallel.sharding`; the default device
         if None.
       seed: of a dense checkpoint's new indexer.
 
     Raises:
-      ValueError: one line that names everything wrong with the files, or a mesh over which the model cannot be sharded,
+      ValueError: one line that names everything wrong with the files, or a `config` or a mesh that does not fit them,
         before any tensor is loaded.
 
     Examples:
@@ -127,11 +132,11 @@ def load_hf(
       True
     """
     checkpoint = Checkpoint(directory)
-    compute_dtype = checkpoint.most_common_dtype if dtype is None else dtype
-    param_dtype = compute_dtype if param_dtype is None else param_dtype
-    config = dataclasses.replace(checkpoint.config, dtype=compute_dtype, param_dtype=param_dtype)
-    if dtype is None and config.param_dtype == "bfloat16":
-        _warn_of_rounding(checkpoint)
+    if dtype is None and config is None:
+        dtype = checkpoint.most_common_dtype
+        if np.dtype(dtype if param_dtype is None else param_dtype) == BFLOAT16:
+            _warn_of_rounding(checkpoint)
+    config = _choose_config(checkpoint, config, dtype, param_dtype)
     if mesh is not None:
         check_model(mesh, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
@@ -151,6 +156,33 @@ def load_hf(
         for path, sharding in sharding_of.items()
     ]
     return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, parameters))
+
+
+def _choose_config(checkpoint: Checkpoint, config: Config | None, dtype: Any, param_dtype: Any) -> Config:
+    """Takes a checkpoint's configuration, or the one given if the files' tensors have the same shapes in it.
+
+    Raises:
+      ValueError: naming a tensor that has another shape, or is in one of them alone.
+    """
+    if config is not None:
+        ours, theirs = (_file_shapes(each, indexer=checkpoint.has_indexer) for each in (config, checkpoint.config))
+        wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if wrong:
+            raise ValueError(
+                f"config must give the tensors of {shown_path(checkpoint.directory)} their shapes, got {wrong[0]} of "
+                f"shape {ours.get(wrong[0])} instead of {theirs.get(wrong[0])}, one of {len(wrong):,} tensors"
+            )
+    chosen = checkpoint.config if config is None else config
+    compute = chosen.dtype if dtype is None else dtype
+    if param_dtype is None:
+        param_dtype = compute if config is None else config.param_dtype
+    return dataclasses.replace(chosen, dtype=compute, param_dtype=param_dtype)
+
+
+def _file_shapes(config: Config, *, indexer: bool) -> dict[str, tuple[int, ...]]:
+    """Lists the shapes of a model's tensors by name, those of its indexer among them or not."""
+    kept = [leaf for leaf in leaves(config) if indexer or not leaf.entry.indexer]
+    return {name: leaf.entry.file_shape(config) for leaf in kept for _, name in leaf.tensors()}
 
 
 def _draw_indexers(
