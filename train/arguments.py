@@ -72,7 +72,7 @@ class Arguments:
     """How many processes there are."""
     process_id: int | None = None
     """The number of this process."""
-    evaluate: bool | None = None
+    evaluate: bool = True
     """Evaluate and report at the end, on one device, which must be able to hold the model."""
 
     @property
@@ -113,7 +113,7 @@ class Arguments:
             name=self.name,
             seeds=seeds,
             controls=self.controls or begun.controls,
-            evaluate=begun.evaluate if self.evaluate is None else self.evaluate,
+            evaluate=self.evaluate and begun.evaluate,
             mesh=self.mesh or begun.mesh,
         )
 

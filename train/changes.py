@@ -82,6 +82,14 @@ def find_changes(
     return [Change(step, d.field, d.before, d.after) for d in found]
 
 
+def find_data_changes(
+    step: int, before: Mapping[str, Any], after: Mapping[str, Any], fingerprints: tuple[Any, Any]
+) -> list[Change]:
+    """Finds how data that hold something else than before are spelled, besides their fingerprints."""
+    spelled = [Change(step, d.field, d.before, d.after) for d in _differences(before, after, ("data",))]
+    return [*spelled, Change(step, "data.fingerprint", *fingerprints)]
+
+
 def _top_level(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[_Difference]:
     """Yields what differs outside the phases and the data."""
     for name in after:

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from dsa_jax import Config
-from train.changes import Change, Position, find_changes
+from train.changes import Change, Position, find_changes, find_data_changes
 from train.checks import shown
 from train.files import read_json_file, replace_text
 from train.settings import RunConfig, read_json
@@ -144,7 +144,7 @@ def _compare(
         )
     step = 0 if position is None else position.step
     if is_new:
-        changes.append(Change(step, "data", before.get("data"), here["data"]))
+        changes += find_data_changes(step, before.get("data", {}), here["data"], (known, data))
     earlier = [change for change in recorded.get("changes", []) if change["step"] < step]
     later = [dataclasses.asdict(change) for change in changes if position is not None]
     record = _record(config, origin, data, [*earlier, *later])

@@ -44,12 +44,10 @@ def _rates(saved: Mapping[str, Any], settings: PhaseSettings, position: Position
             continue
         theirs = read_json(OptimizerSettings, theirs, group)
         for name in RATES:
-            rate, new_rate = (
-                _rate(each, name, total, position.phase_step)
-                for each, total in ((theirs, steps), (ours, settings.steps))
-            )
-            if was != is_now:
-                yield f"{name} of the {group} at step {position.step + 1}: {was:.4g} → {is_now:.4g}"
+            rate = _rate(theirs, name, steps, position.phase_step)
+            new_rate = _rate(ours, name, settings.steps, position.phase_step)
+            if rate != new_rate:
+                yield f"{name} of the {group} at step {position.step + 1}: {rate:.4g} → {new_rate:.4g}"
 
 
 def _rate(settings: OptimizerSettings, name: str, steps: int, step: int) -> float:
