@@ -17,6 +17,7 @@ from train.checks import shown
 from train.files import read_json_file, replace_text
 from train.settings import RunConfig, read_json
 from train.state import abstract_params
+from train.tokenizer_copy import keep_tokenizer
 
 RUN_FILE, COMMAND_FILE = "run.json", "command.json"
 
@@ -93,6 +94,8 @@ def open_folder(
         if jax.process_index() == 0 and record != recorded:
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
+            if config.data.tokenizer is not None:
+                keep_tokenizer(config.data.tokenizer, folder, append=config.data.append)
         wait_for_all("made the folder")
         check_room(folder, config, opened.position)
     return opened

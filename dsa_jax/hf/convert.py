@@ -54,8 +54,7 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
     """
     if isinstance(state, nnx.Module):
         config = config or getattr(state, "config", None)
-        state = nnx.state(state)
-    arrays = {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+    arrays = _arrays(state)
     unknown = [".".join(path) for path in arrays if path not in ROWS]
     if unknown:
         raise ValueError(f"not parameters of a Transformer: {', '.join(sorted(unknown))}")
@@ -77,6 +76,12 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
         tensors += [(name, entry, x, index) for index, name in leaf.tensors()]
     for name, entry, x, index in sorted(tensors, key=lambda tensor: layer_of(tensor[0])):
         yield name, entry.to_file(tensor_at(x, index))
+
+
+def _arrays(state: Any) -> dict[tuple[str, ...], Any]:
+    """Lists the arrays of a state by the names on their paths."""
+    state = nnx.state(state) if isinstance(state, nnx.Module) else state
+    return {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def _count_dense_layers(arrays: dict[tuple[str, ...], Any], config: Config | None) -> int:
@@ -262,16 +267,43 @@ def save_hf(
       ValueError: if there is something at `directory`, or `companions` is no folder.
       OSError: if the disk is full or may not be written.
     """
-    config = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
     if companions is not None and not Path(companions).is_dir():
         raise ValueError(f"companions must be a checkpoint's folder, got {companions}")
-    tensors = ((name, np.asarray(x)) for name, x in to_hf(model))
-    tensors = ((name, _cast(x, None if dtype is None else config.param_dtype, name)) for name, x in tensors)
     with new_folder(Path(directory)) as folder:
-        write_json(folder / "config.json", config.to_hf())
         if companions is not None:
             copy_companions(Path(companions), folder)
-        write_shards(folder, tensors, max_shard_bytes)
+        write_checkpoint(folder, model, model.config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(
+    folder: Path, state: Any, config: Config, *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the configuration and the tensors of a model's whole state into a folder.
+
+    Args:
+      folder: where.
+      state: a module, an `nnx.State` or a nested dict of parameters.
+      config: the model's.
+      dtype: of the written tensors, as for `save_hf`.
+      max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
+
+    Raises:
+      ValueError: naming a tensor that the state lacks, or has too many, or in another shape.
+      OSError: as `save_hf` does.
+    """
+    config = config if dtype is None else dataclasses.replace(config, param_dtype=dtype)
+    shapes = {names: x.shape for names, x in _arrays(state).items()}
+    expected = {leaf.path: leaf.shape(config) for leaf in leaves(config)}
+    wrong = [names for names in expected | shapes if expected.get(names) != shapes.get(names)]
+    if wrong:
+        raise ValueError(
+            f"the state must be the whole of its configuration's model, got {'.'.join(wrong[0])} of shape "
+            f"{shapes.get(wrong[0])} instead of {expected.get(wrong[0])}, one of {len(wrong)} parameters"
+        )
+    write_json(folder / "config.json", config.to_hf())
+    tensors = ((name, np.asarray(x)) for name, x in to_hf(state, config=config))
+    tensors = ((name, _cast(x, None if dtype is None else config.param_dtype, name)) for name, x in tensors)
+    write_shards(folder, tensors, max_shard_bytes)
 
 
 def convert_hf(
