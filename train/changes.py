@@ -168,12 +168,12 @@ def _stages_reason(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
         if steps <= begin:
             return None
         end = begin + stage["steps"]
-        here = after[number] if number < len(after) else None
-        if here is None or any(here[key] != stage[key] for key in ("batch_size", "seq_len")):
-            return f"{steps} steps are done: stages that have begun keep batch_size and seq_len; add a stage behind"
-        if end < steps and here != stage:
+        here = after[number] if number < len(after) else {}
+        if end < steps and (not here or any(_differences(stage, here, ()))):
             return "stages that are done stay"
-        if begin + here["steps"] < steps:
+        if any(here.get(key) != stage[key] for key in ("batch_size", "seq_len")):
+            return "stages that have begun keep batch_size and seq_len: end this one where it stands and add another"
+        if end >= steps and begin + here["steps"] < steps:
             return f"stage {number} must have at least the {steps - begin} steps that are done"
         begin = end
     return None
