@@ -77,11 +77,8 @@ def load_preset(name: str, *, model: Config | None = None, free: Collection[str]
     values = read_preset(Path(name))
     if isinstance(values, dict) and model is not None:
         values = {**values, "model": merge_model(values.get("model", {}), model, free)}
-    if (
-        isinstance(values, dict)
-        and values
-        and values.keys() <= {f.name for f in dataclasses.fields(RunConfig)} - {"model"}
-    ):
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    if isinstance(values, dict) and values and values.keys() <= fields - {"model"}:
         raise ValueError(f"{name} has no model: describe it there, or give the weights to begin with by --init")
     return RunConfig.from_json(values)
 
