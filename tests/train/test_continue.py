@@ -15,8 +15,11 @@ from train.arguments import Arguments
 from train.changes import Position
 from train.checkpoint import Checkpoints
 from train.data import load
-from train.folder import Command, check_unused, checkpoint_steps, read_command, read_run, read_saved
+from train.experiment import Experiment
+from train.folder import Command, Opened, check_unused, checkpoint_steps, read_command, read_run, read_saved
 from train.initial import InitialParams
+from train.overrides import set_fields, steps_assignments
+from train.resuming import describe_resumption
 from train.run import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -108,13 +111,11 @@ def test_the_folder_is_enough(begun, capsys):
     assert "has done all its steps: SPARSE 3/3, step 9 of 9" in capsys.readouterr().out
 
 
-def test_how_the_runs_were_made_is_recorded_and_taken_up(tmp_path, begun):
+def test_how_the_runs_were_made_is_recorded_and_taken_up(tmp_path, begun, monkeypatch):
     run = small_run(tmp_path / "text")
     preset = write_preset(run, tmp_path / "mine.json")
     out = tmp_path / "three"
-    assert (
-        command("--preset", preset, "--out", out, "--seeds", 2, "--no-evaluate", "--mesh", "data=1") == 2
-    )  # 8 devices
+    monkeypatch.setattr(Experiment, "run", lambda self, *_, **__: self.runs[0].open(resume=False))
     assert command("--preset", preset, "--out", out, "--seeds", 2, "--no-evaluate") == 0
     assert read_command(out) == Command("mine", seeds=2, evaluate=False)
     arguments = Arguments(out=out, resume=True)
@@ -159,15 +160,16 @@ def test_changes_are_taken_up_said_and_recorded(begun, capsys):
     assert read_saved(begun, 12)["run"] == read_run(begun)["run"]
 
 
-def test_a_changed_length_moves_a_cosine(tmp_path, capsys):
-    """At step 2 of 3 it stands at 3/4 of its height, at step 2 of 6 (behind one step) at cos²(π/12)."""
-    run = small_run(tmp_path / "text", checkpoint_every=1)
-    with contextlib.suppress(KeyboardInterrupt):
-        Run(run, tmp_path / "out").train(Stopping(load(run.data), 2))
-    assert command("--resume", "--out", tmp_path / "out", "--no-evaluate", "--steps", "BASE=6") == 0
-    said = capsys.readouterr().out
-    assert "learning_rate of the backbone at step 2: 0.003 → 0.003732" in said
-    assert "muon_learning_rate of the backbone at step 2: 0.015 → 0.01866" in said
+def test_a_changed_length_moves_a_cosine(tmp_path):
+    """Behind one step of 3 it stands at 3/4 of its height, behind one of 6 at cos²(π/12)."""
+    run = small_run(tmp_path / "text")
+    longer = set_fields(run, steps_assignments(run, ["BASE=6"]))
+    saved, position = run.to_json(), Position(1, 0, 1, {})
+    assert describe_resumption(tmp_path, longer, Opened(position, saved=saved)) == [
+        f"resuming {tmp_path} at BASE 1/6, step 1 of 12",
+        "learning_rate of the backbone at step 2: 0.003 → 0.003732",
+        "muon_learning_rate of the backbone at step 2: 0.015 → 0.01866",
+    ]
 
 
 def test_an_edited_run_json_and_an_edited_preset_are_changes(begun, tmp_path):
