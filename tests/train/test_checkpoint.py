@@ -66,6 +66,8 @@ def test_the_newest_and_the_last_of_each_phase_are_kept(run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(run, tmp_path):
+    Run(run, tmp_path / "out").open(resume=False)
+    tmp_path /= "out"
     with Checkpoints(tmp_path / "checkpoints", run) as checkpoints:
         checkpoints.save(state_of(run), Position(13, 1, 3, {}))
     path = tmp_path / "checkpoints" / "13" / "meta" / "metadata"
