@@ -116,6 +116,31 @@ def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
     return rows
 
 
+def export(
+    run: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    *,
+    step: int | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes what a run of `python -m train` has trained as a Hugging Face checkpoint, with tokenizer and end tokens.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write, which must be empty or not exist.
+        step: Step of the run's checkpoint; the newest if not given.
+        dtype: Dtype of the weights; float32, as they were trained, if not given.
+        tokenizer: Folder with the tokenizer.json; the run's own if not given.
+        max_shard_bytes: Most bytes in one file.
+    """
+    from dsa_jax.export import export_run
+
+    export_run(run, out, step=step, dtype=dtype, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    print(f"To talk with it: dsa-jax chat {out}")
+
+
 def generate(
     folder: tyro.conf.Positional[Path],
     *,
@@ -238,7 +263,7 @@ def serve(
     )  # fmt: skip
 
 
-COMMANDS = {"convert": convert, "info": info, "generate": generate, "chat": chat, "serve": serve}
+COMMANDS = {"convert": convert, "info": info, "export": export, "generate": generate, "chat": chat, "serve": serve}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,13 @@ def _plan(arguments: Sequence[str]) -> None:
     (planner.serving_main if "--serve" in arguments else planner.main)(arguments)
 
 
-COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan}
+def _preset(arguments: Sequence[str]) -> None:
+    from train import presets
+
+    presets.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "preset": _preset}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The arguments of training, what they make, and the command that trains by them."""
+"""The arguments of training, what they make of presets and folders, and the command that trains by them."""
 
 import dataclasses
 import time
@@ -15,8 +15,10 @@ from dsa_jax.parallel.sharding import AXES, make_mesh, parse_mesh
 from train.checks import check_integer, shown
 from train.command import parse
 from train.data import load
-from train.experiment import Experiment, seed_runs
+from train.experiment import SEED_FOLDER, Experiment, seed_runs
+from train.folder import RUN_FILE, Command, read_command, read_model_config, read_run, recorded_origin, write_command
 from train.initial import InitialParams
+from train.overrides import rate_assignments, set_fields, steps_assignments
 from train.presets import PRESETS, load_preset
 from train.run import Run
 from train.settings import RunConfig
@@ -26,8 +28,9 @@ from train.settings import RunConfig
 class Arguments:
     """Trains a dense model, its indexer, and both through the selection; evaluates and reports."""
 
-    preset: str = "tiny"
-    """tiny, deepseek_v32, or a .json file like the run.json of any run's folder."""
+    preset: str | None = None
+    """tiny, deepseek_v32, or a .json file like the run.json of any run's folder; without it tiny, or what --resume
+    continues."""
     data: tuple[str, ...] = ()
     """Globs of text files; without it the preset's, for tiny the standard library of the running Python."""
     tokenizer: Path | None = None
@@ -39,13 +42,23 @@ class Arguments:
     out: Path | None = None
     """Folder of the run; without it runs/PRESET."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue what the folder holds; the other arguments must be those it was begun with."""
+    """Continue the run in the folder, which needs no other argument; what others change of it is said and recorded."""
     init: Path | None = None
-    """Parameters to begin with: a Hugging Face folder or a run's folder."""
+    """Parameters to begin with: a Hugging Face folder or a run's folder. They decide the model."""
     phases: tuple[Literal["BASE", "WARMUP", "SPARSE"], ...] = ()
     """Phases to run; without it all of the preset."""
-    seeds: int = 1
-    """How many times, each from another seed."""
+    steps: tuple[str, ...] = ()
+    """Steps of a phase, like SPARSE=2000; its last stage gets them."""
+    learning_rate: tuple[str, ...] = ()
+    """Rate of a phase, like SPARSE=1e-4, or of a group in it, like SPARSE.indexer=1e-3."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints."""
+    keep_checkpoints: int | None = None
+    """How many of the newest checkpoints are kept, besides the last of each phase."""
+    set: tuple[str, ...] = ()
+    """Any field of the run, like phases.SPARSE.backbone.clip=0.5 or phases.BASE.stages.0.micro_batches=4."""
+    seeds: int | None = None
+    """How many times, each from another seed; once without it."""
     controls: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also train what SPARSE is compared with: the dense model continued, and one sparse with a window as selection."""
     mesh: str | None = None
@@ -64,21 +77,53 @@ class Arguments:
 
     @property
     def name(self) -> str:
-        """The run's name: the preset's, or the stem of the file's."""
+        """The run's name: the preset's, or the stem of the file's, or what the command that began it recorded."""
+        if self.preset is None:
+            return read_command(self.folder).name if self.continues else "tiny"
         return self.preset if self.preset in PRESETS else Path(self.preset).stem
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return self.out or Path("runs") / self.name
+        preset = self.preset or "tiny"
+        return self.out or Path("runs") / (preset if preset in PRESETS else Path(preset).stem)
+
+    @property
+    def continues(self) -> bool:
+        """Says whether a run in the folder is continued."""
+        return self.resume and self._begun is not None
+
+    @property
+    def _begun(self) -> Path | None:
+        """Finds the folder of the first run that was begun in this one, of several seeds their first."""
+        folders = (self.folder, self.folder / SEED_FOLDER.format(0))
+        return next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
+
+    def command(self) -> Command:
+        """Gathers how the runs are made and measured: as given, as recorded, or as usual.
+
+        Raises:
+          ValueError: if the runs that are continued are not as many.
+        """
+        begun = read_command(self.folder) if self.continues else Command(self.name)
+        seeds = begun.seeds if self.seeds is None else self.seeds
+        if self.continues and (seeds == 1) != (begun.seeds == 1):
+            raise ValueError(f"seeds must stay {begun.seeds} where {self.folder} is continued, got {seeds}")
+        return Command(
+            name=self.name,
+            seeds=seeds,
+            controls=self.controls or begun.controls,
+            evaluate=self.evaluate and begun.evaluate,
+            mesh=self.mesh or begun.mesh,
+        )
 
     def run_config(self) -> RunConfig:
-        """Makes the run of the preset, with what the arguments change of it.
+        """Makes the run of the preset or that of the folder, with what the arguments change of it.
 
         Raises:
           ValueError: if they do not go together.
         """
-        config = load_preset(self.preset)
+        config = self._begun_config() if self.continues else self._new_config()
         data = dataclasses.replace(
             config.data,
             data=self.data or config.data.data,
@@ -86,16 +131,42 @@ class Arguments:
             append=self.append and config.data.append,
             max_bytes=config.data.max_bytes if self.max_bytes is None else self.max_bytes,
         )
-        if self.init is not None:
-            config = dataclasses.replace(config, model=InitialParams(self.init).config(config.model.dtype))
         config = dataclasses.replace(config, data=data)
         config = config.select(self.phases) if self.phases else config
-        first = config.phases[0].name
-        if self.init is None and first != "BASE":
-            raise ValueError(f"phase {first} must begin from a dense checkpoint: give --init")
-        if self.controls and config.phases[-1].name != "SPARSE":
-            raise ValueError("controls need a run that ends with SPARSE, whose length and batches they share")
-        return config
+        for assignments in (steps_assignments(config, self.steps), rate_assignments(config, self.learning_rate)):
+            config = set_fields(config, assignments)
+        intervals = {name: getattr(self, name) for name in ("checkpoint_every", "keep_checkpoints")}
+        config = dataclasses.replace(config, **{name: value for name, value in intervals.items() if value is not None})
+        return set_fields(config, self.set)
+
+    def _new_config(self) -> RunConfig:
+        name = self.preset or "tiny"
+        if self.resume and self.preset is None:
+            raise ValueError(f"--resume must find a run in {self.folder}, got none: give --preset to begin one there")
+        if self.init is None:
+            return load_preset(name)
+        init = InitialParams(self.init)
+        model = init.config(PRESETS[name]().model.dtype if name in PRESETS else "bfloat16")
+        return load_preset(name, model=model, free=init.free_fields())
+
+    def _begun_config(self) -> RunConfig:
+        """Makes the run that is recorded in the folder; of a preset that is given, the model may be left out."""
+        assert self._begun is not None
+        values = read_run(self._begun)["run"]
+        if self.preset is None:
+            return RunConfig.from_json(values)
+        model = read_model_config(self._begun)
+        return load_preset(self.preset, model=model, free=[field.name for field in dataclasses.fields(model)])
+
+    def initial_params(self) -> InitialParams | None:
+        """Finds the parameters that the run begins or began with; a run that has a checkpoint may do without them."""
+        recorded = recorded_origin(read_run(self._begun)) if self.continues and self._begun else None
+        if recorded is not None and recorded.fingerprint is not None:
+            moved = self.init is not None and str(self.init.absolute()) != recorded.name
+            if self.init is None or not (moved or self.init.exists()):
+                return InitialParams(Path(recorded.name), recorded=recorded.fingerprint)
+        where = self.init if recorded is None or self.init is not None else Path(recorded.name)
+        return None if where is None else InitialParams(where)
 
     def join(self) -> None:
         """Joins the other processes, if it is a distributed run; before anything else of JAX.
@@ -132,17 +203,26 @@ class Arguments:
                 f"process_id must be from 0 to num_processes - 1 = {self.num_processes - 1}, got {self.process_id}"
             )
 
-    def make_mesh(self) -> Mesh | None:
+    def make_mesh(self, axes: str | None) -> Mesh | None:
         """Makes the mesh to train on, None for one device alone."""
-        if self.mesh is not None:
-            return make_mesh(parse_mesh(self.mesh))
+        if axes is not None:
+            return make_mesh(parse_mesh(axes))
         return make_mesh({AXES[0]: jax.device_count()}) if self.distributed else None
 
     def runs(self) -> tuple[Run, ...]:
-        """Makes the run of each seed."""
-        mesh, config = self.make_mesh(), self.run_config()
-        init = None if self.init is None else InitialParams(self.init)
-        return seed_runs(config, self.folder, self.seeds, init=init, mesh=mesh, resume=self.resume)
+        """Makes the run of each seed.
+
+        Raises:
+          ValueError: if the arguments do not go together.
+        """
+        command = self.command()
+        mesh, config, init = self.make_mesh(command.mesh), self.run_config(), self.initial_params()
+        first = config.phases[0].name
+        if init is None and first != "BASE":
+            raise ValueError(f"phase {first} must begin from a dense checkpoint: give --init")
+        if command.controls and config.phases[-1].name != "SPARSE":
+            raise ValueError("controls need a run that ends with SPARSE, whose length and batches they share")
+        return seed_runs(config, self.folder, command.seeds, init=init, mesh=mesh, resume=self.resume)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -155,14 +235,18 @@ def train(arguments: Arguments) -> None:
     arguments.join()
     began = time.monotonic()
     console = Console(quiet=jax.process_index() > 0)
-    runs = arguments.runs()
+    runs, command = arguments.runs(), arguments.command()
     config = runs[0].config
+    text = load(config.data, vocab_size=config.model.vocab_size)
+    if jax.process_index() == 0:
+        write_command(arguments.folder, command)
     Experiment(
-        name=arguments.name,
+        name=command.name,
         folder=arguments.folder,
         runs=runs,
-        text=load(config.data, vocab_size=config.model.vocab_size),
-        controls=arguments.controls,
+        text=text,
+        controls=command.controls,
         resume=arguments.resume,
-        evaluate=arguments.evaluate,
+        new_data=bool(arguments.data or arguments.tokenizer),
+        evaluate=command.evaluate,
     ).run(console, began=began)

@@ -10,31 +10,23 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
-from train.folder import checkpoint_steps, identity
+from train.changes import Position
+from train.folder import checkpoint_steps
 from train.phases import Params
-from train.settings import RunConfig, differences, listed
+from train.settings import RunConfig
 from train.state import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Says where in a run a checkpoint stands."""
-
-    step: int  # done since the start of the run
-    phase: int  # index in the run's phases
-    phase_step: int  # done since the start of the phase
-    data: dict[str, Any]  # the state of the batches' iterator
 
 
 class Checkpoints:
     """Writes and reads the checkpoints under one folder, each named by its step.
 
-    The newest `config.keep_checkpoints` and the last of each phase are kept.
+    The newest `config.keep_checkpoints` and the last of each phase are kept. Each says where it stands and what it was
+    written with: the run's configuration, and `data`, the fingerprint of its data.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, *, init: str | None = None):
+    def __init__(self, folder: Path, config: RunConfig, *, data: str | None = None):
         self.folder = folder.absolute()
-        self._identity = identity(config, init)
+        self._written_with = {"run": config.to_json(), "data": data}
         ends = [sum(p.steps for p in config.phases[: i + 1]) for i in range(len(config.phases))]
         keep = AnyPreservationPolicy([LatestN(config.keep_checkpoints), CustomSteps(ends)])
         options = ocp.CheckpointManagerOptions(
@@ -67,22 +59,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(_without_params(state)),
-            meta=ocp.args.JsonSave({"position": dataclasses.asdict(position), "run": self._identity}),
+            meta=ocp.args.JsonSave({"position": dataclasses.asdict(position), **self._written_with}),
         )
         with self._writing():
             self._manager.save(position.step, args=items, force=True)
-
-    def position(self, step: int) -> Position:
-        """Reads where in the run a checkpoint stands.
-
-        Raises:
-          ValueError: naming every setting in which its run is not this one.
-        """
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        changed = differences(self._identity, restored["meta"]["run"])
-        if changed:
-            raise ValueError(f"the checkpoint {self.path(step)} is of another configuration: {listed(changed)}")
-        return Position(**restored["meta"]["position"])
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of a checkpoint; `like` gives shapes, dtypes and shardings."""
@@ -127,12 +107,21 @@ def load_params(folder: Path, like: Params, *, step: int | None = None) -> Param
     Raises:
       ValueError: if there is no such checkpoint.
     """
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    path = checkpoint_path(folder, step) / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def checkpoint_path(folder: Path, step: int | None = None) -> Path:
+    """Finds the newest checkpoint, or that of `step`, of a run's folder.
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
     found = checkpoint_steps(folder)
     if not found:
         raise ValueError(f"init must hold a checkpoint, got {folder} without one")
     if step is not None and step not in found:
         raise ValueError(f"{folder} must hold a checkpoint of step {step}, got {found}")
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    path = folder.absolute() / "checkpoints" / str(found[-1] if step is None else step) / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, target)
+    return folder.absolute() / "checkpoints" / str(found[-1] if step is None else step)

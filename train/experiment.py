@@ -27,6 +27,7 @@ from train.settings import RunConfig
 from train.state import TrainState, abstract_params
 
 MAX_SEEDS = 1000
+SEED_FOLDER = "seed{}"
 PROMPT_TOKENS, CONTINUATION_TOKENS = 96, 160  # of the sample at the end
 
 type DrawHeldOut = Callable[[RunConfig], HeldOut]
@@ -46,6 +47,7 @@ class Experiment:
       layout: how the report looks, its goals among it.
       controls: whether SPARSE's controls are trained too.
       resume: whether runs are continued.
+      new_data: whether runs that are continued may take other data than theirs.
       evaluate: whether they are measured and reported, on one device, which must be able to hold the model.
     """
 
@@ -58,6 +60,7 @@ class Experiment:
     layout: Layout = PLAIN
     controls: bool = False
     resume: bool = False
+    new_data: bool = False
     evaluate: bool = True
 
     def run(self, console: Console, *, began: float | None = None) -> Path | None:
@@ -89,12 +92,13 @@ class Experiment:
     def _train(self, run: Run, console: Console) -> tuple[TrainState, dict[str, Params]]:
         """Trains a run and its controls; returns its last state and their parameters."""
         title, data = f"seed {run.config.seed}" if len(self.runs) > 1 else "", self.data or self.text
-        state = run.train(data, RunProgress(run.config, title=title, console=console), resume=self.resume)
+        options = {"resume": self.resume, "new_data": self.new_data}
+        state = run.train(data, RunProgress(run.config, title=title, console=console), **options)
         controls = {}
         for phase in CONTROLS if self.controls else ():
             control = control_run(run, phase)
             progress = RunProgress(control.config, title=title, console=console)
-            controls[phase.name] = control.train(data, progress, resume=self.resume).params
+            controls[phase.name] = control.train(data, progress, **options).params
         return state, controls
 
     def _measure(self, run: Run, final: Params, controls: dict[str, Params], console: Console) -> SeedResult:
@@ -137,7 +141,7 @@ def seed_runs(
       ValueError: if `seeds` is not from 1 to `MAX_SEEDS`, or a folder holds a run that `resume` does not continue.
     """
     check_integer("seeds", seeds, most=MAX_SEEDS)
-    folders = [folder] if seeds == 1 else [folder / f"seed{i}" for i in range(seeds)]
+    folders = [folder] if seeds == 1 else [folder / SEED_FOLDER.format(i) for i in range(seeds)]
     runs = [Run(dataclasses.replace(config, seed=config.seed + i), each, init, mesh) for i, each in enumerate(folders)]
     for each in () if resume else (folder, *folders):
         check_unused(each)

@@ -1,15 +1,20 @@
 """The recipes: a small model that trains in minutes on a CPU, and the published one; any other is a JSON file."""
 
 import dataclasses
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from dsa_jax import Config
 from train.checks import shown
+from train.command import parse
 from train.files import read_json_file
 from train.optimizer import OptimizerSettings
 from train.phases import BASE, SPARSE, WARMUP
-from train.settings import PhaseSettings, RunConfig, Stage
+from train.settings import PhaseSettings, RunConfig, Stage, as_json, listed, read_json
 
 
 def deepseek_v32() -> RunConfig:
@@ -52,17 +57,50 @@ def tiny() -> RunConfig:
 PRESETS = {"tiny": tiny, "deepseek_v32": deepseek_v32}
 
 
-def load_preset(name: str) -> RunConfig:
+def load_preset(name: str, *, model: Config | None = None, free: Collection[str] = ()) -> RunConfig:
     """Makes the preset of that name, or reads the run of a JSON file, such as the `run.json` of a run's folder.
 
+    Args:
+      name: of a preset, or a path that ends in .json.
+      model: the model of the weights that the run begins with, if there are any. It replaces that of a preset by name;
+        a file may leave its model out, or name some fields of it.
+      free: the fields in which a file's model may be another than that.
+
     Raises:
-      ValueError: if there is no such preset, or the file does not describe a run.
+      ValueError: if there is no such preset, the file does not describe a run, or its model is not that of the weights.
     """
     if name in PRESETS:
-        return PRESETS[name]()
+        made = PRESETS[name]()
+        return made if model is None else dataclasses.replace(made, model=model)
     if not name.endswith(".json"):
         raise ValueError(f"preset must be {' or '.join(PRESETS)} or a .json file, got {shown(name)}")
-    return RunConfig.from_json(read_preset(Path(name)))
+    values = read_preset(Path(name))
+    if isinstance(values, dict) and model is not None:
+        values = {**values, "model": merge_model(values.get("model", {}), model, free)}
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    if isinstance(values, dict) and values and values.keys() <= fields - {"model"}:
+        raise ValueError(f"{name} has no model: describe it there, or give the weights to begin with by --init")
+    return RunConfig.from_json(values)
+
+
+def merge_model(given: Any, model: Config, free: Collection[str]) -> dict[str, Any]:
+    """Completes the fields that a preset gives of its model from the weights' own.
+
+    Raises:
+      ValueError: naming every field that is given otherwise though the weights decide it.
+    """
+    whole = as_json(model)
+    if not isinstance(given, dict):
+        raise ValueError(f"run.model must be an object with fields of Config, got {shown(given)}")
+    asked = as_json(read_json(Config, {**whole, **given}, "run.model"))
+    names = [name for name in given if asked[name] != whole[name] and name not in free]
+    wrong = [f"{name} {shown(whole[name])}, here {shown(asked[name])}" for name in names]
+    if names:
+        raise ValueError(
+            f"the preset's model must be that of the weights it begins with: {listed(wrong)}; it may leave fields out, "
+            f"and choose {', '.join(sorted(free))}"
+        )
+    return asked
 
 
 def read_preset(path: Path) -> Any:
@@ -73,3 +111,17 @@ def read_preset(path: Path) -> Any:
     """
     values = read_json_file(path, "preset")
     return values.get("run", values) if isinstance(values, dict) else values
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints a preset as a file that `--preset` takes, with every field; see `PresetArguments`."""
+    parsed = parse(PresetArguments, arguments, "python -m train preset")
+    print(json.dumps(load_preset(parsed.name).to_json(), indent=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetArguments:
+    """Prints a preset as JSON, to be changed and given as --preset."""
+
+    name: tyro.conf.Positional[str]
+    """tiny, deepseek_v32, or a .json file, whose left-out fields are filled in."""

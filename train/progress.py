@@ -41,7 +41,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, phase: int, phase_step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of step `phase_step` of phase number `phase`."""

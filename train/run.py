@@ -13,14 +13,16 @@ from jax.sharding import Mesh
 
 from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
-from train.checkpoint import Checkpoints, Position, load_params
+from train.changes import Position
+from train.checkpoint import Checkpoints, load_params
 from train.checks import shown
 from train.data import Batch, BatchSource, BatchStream
-from train.folder import open_folder, read_model_config
+from train.folder import Fingerprinted, Opened, open_folder, read_model_config
 from train.initial import InitialParams, random_params
 from train.metrics import DivergedError, MetricsLog, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
+from train.resuming import describe_resumption
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
@@ -63,11 +65,6 @@ class Run:
         """The model's definition, to be merged with parameters."""
         return abstract_params(self.config.model)[0]
 
-    @property
-    def label(self) -> str | None:
-        """Names where the first parameters come from; None if they are drawn."""
-        return None if self.init is None else str(self.init)
-
     def phase_end(self, name: str) -> int:
         """Finds the run's step at which a phase ends.
 
@@ -93,12 +90,24 @@ class Run:
             return self.init.params(self.config.model, seed=self.config.seed, mesh=self.mesh)
         return random_params(self.config.model, seed=self.config.seed, mesh=self.mesh)
 
-    def open(self, *, resume: bool) -> None:
-        """Makes the folder, or checks that the run in it is this one and is to be continued; see `open_folder`."""
-        open_folder(self.folder, self.config, self.label, resume=resume)
+    def open(self, *, resume: bool, data: Any = None, new_data: bool = False) -> Opened:
+        """Makes the folder, or takes up the run in it; see `open_folder`."""
+        return open_folder(
+            self.folder,
+            self.config,
+            origin=None if self.init is None else self.init.origin,
+            data=data.fingerprint if isinstance(data, Fingerprinted) else None,
+            resume=resume,
+            new_data=new_data,
+        )
 
     def train(
-        self, data: BatchSource | BatchStream, progress: RunProgress | None = None, *, resume: bool = False
+        self,
+        data: BatchSource | BatchStream,
+        progress: RunProgress | None = None,
+        *,
+        resume: bool = False,
+        new_data: bool = False,
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
@@ -106,18 +115,26 @@ class Run:
           data: gives the batches: a source such as a `Corpus`, or an iterator of one's own that can save its position.
             With several processes each gives the same, whole batches.
           progress: shows where the run stands.
-          resume: continues from the newest checkpoint, if there is one.
+          resume: continues from the newest checkpoint, if there is one; the configuration may then be another where
+            `train.changes` allows it.
+          new_data: whether a run that is continued may take other data than its own, from their start.
 
         Raises:
-          ValueError: if the folder or a checkpoint in it cannot be used, a checkpoint cannot be written, or a batch is
-            not what its stage says.
+          ValueError: if the folder or a checkpoint in it cannot be used, the run cannot go on so, a checkpoint cannot
+            be written, or a batch is not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
         """
         check_data(data)
-        self.open(resume=resume)
+        opened = self.open(resume=resume, data=data, new_data=new_data)
+        for line in describe_resumption(self.folder, self.config, opened):
+            if progress is not None:
+                progress.say(line)
         on_step = None if progress is None else progress.update
-        with Checkpoints(self.folder / "checkpoints", self.config, init=self.label) as checkpoints:
-            state, position = self._start(checkpoints)
+        fingerprint = data.fingerprint if isinstance(data, Fingerprinted) else None
+        with Checkpoints(self.folder / "checkpoints", self.config, data=fingerprint) as checkpoints:
+            state, position = self._start(checkpoints, opened)
+            if position.step == self.config.steps:  # nothing is left to write, not even on a full disk
+                return state
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
             log = MetricsLog(self.folder / "metrics.jsonl", keep=position.step, on_step=on_step)
@@ -132,15 +149,15 @@ class Run:
                     good = "none" if last is None else checkpoints.path(last)
                     raise DivergedError(f"{error}; the last good checkpoint: {good}") from None
 
-    def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+    def _start(self, checkpoints: Checkpoints, opened: Opened) -> tuple[TrainState, Position]:
         """Restores or makes the state to go on from, and finds its position."""
-        random = jax.random.key_data(jax.random.key(self.config.seed))
-        latest = checkpoints.latest()
-        if latest is None:
+        random, position = jax.random.key_data(jax.random.key(self.config.seed)), opened.position
+        if position is None:
             return self._begin(self.initial_params(), self.config.phases[0], random), Position(0, 0, 0, {})
-        position = checkpoints.position(latest)
         settings = self.config.phases[position.phase]
-        return checkpoints.restore(latest, placed(abstract_state(self.config.model, settings), self.mesh)), position
+        like = placed(abstract_state(self.config.model, settings), self.mesh)
+        data = {} if opened.new_data else position.data
+        return checkpoints.restore(position.step, like), dataclasses.replace(position, data=data)
 
     def _begin(self, params: Params, settings: PhaseSettings, random: Any) -> TrainState:
         """Makes the state at the start of a phase, on the mesh if there is one; `params` are taken over."""
@@ -169,7 +186,7 @@ class Run:
             if position.phase_step < last:
                 step = make_step(self.graphdef, settings, micro_batches=stage.micro_batches, mesh=self.mesh)
                 batches = self._batches(data, settings, number)
-                if position.phase_step > first and batches is not data:
+                if position.phase_step > first and position.data and batches is not data:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
                     state, metrics = step(state, self._next_batch(batches, stage))

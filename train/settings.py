@@ -1,11 +1,12 @@
 """Says what a run is: the model, the phases and their stages, the data; as dataclasses and as JSON."""
 
 import dataclasses
+import difflib
 import functools
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ MAX_SEED = 2**32 // (MAX_STAGES * STREAMS) - 2  # seeds of batches are 32 bits
 MAX_INTEGER = 2**63 - 1  # in JSON
 MAX_DIFFERENCES = 8  # that a message names
 MAX_FIELDS = 12  # of a class whose fields a message lists
+MAX_NAME = 100  # characters of a name that is compared with others
 
 
 def stream_seed(seed: int, stream: int, stage: int) -> int:
@@ -148,7 +150,7 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Writes the run as plain JSON values; a phase by its name."""
-        return json.loads(json.dumps(_plain(self), default=str))
+        return as_json(self)
 
     @classmethod
     def from_json(
@@ -179,6 +181,11 @@ def _phase_named(phases: Mapping[str, Phase], name: Any, where: str) -> Phase:
     if not isinstance(name, str) or name not in phases:
         raise ValueError(f"{where} must be one of {', '.join(phases)}, got {shown(name)}")
     return phases[name]
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """Writes settings, a dataclass, as plain JSON values."""
+    return json.loads(json.dumps(_plain(settings), default=str))
 
 
 def _plain(value: Any) -> Any:
@@ -251,6 +258,17 @@ def read_json(kind: Any, value: Any, name: str, readers: Readers = types.Mapping
     return value
 
 
+def nearest(names: Sequence[str], known: Sequence[str]) -> str:
+    """Writes the known names that are spelled most like unknown ones, for the end of a message.
+
+    Examples:
+      >>> nearest(["phase", "colour"], ["phases", "seed"])
+      '; nearest: phases'
+    """
+    found = [close[0] for name in names if (close := difflib.get_close_matches(name[:MAX_NAME], known, n=1))]
+    return f"; nearest: {', '.join(dict.fromkeys(found))}" if found else ""
+
+
 def _named(names: list[str]) -> str:
     """Writes names as a list, the first of many."""
     more = f" and {len(names) - MAX_DIFFERENCES} more" if len(names) > MAX_DIFFERENCES else ""
@@ -264,7 +282,8 @@ def _read_dataclass(kind: Any, value: Any, name: str, readers: Readers) -> Any:
     unknown = sorted(value.keys() - fields.keys())
     if unknown:
         known = "" if len(fields) > MAX_FIELDS else f"; {kind.__name__} has {sorted(fields)}"
-        raise ValueError(f"{name} has unknown fields {_named(unknown)}{known}")
+        close = nearest(unknown[:MAX_DIFFERENCES], sorted(fields))
+        raise ValueError(f"{name} has unknown fields {_named(unknown)}{close}{known}")
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [field for field in required if field not in value]
     if missing:

@@ -21,12 +21,13 @@ from flax import nnx
 
 from dsa_jax.config import Config
 from dsa_jax.hf.checkpoint import Checkpoint, layer_of
-from dsa_jax.hf.files import FLOAT32, copy_companions, new_folder, write_json, write_shards
+from dsa_jax.hf.files import BFLOAT16, FLOAT32, copy_companions, new_folder, write_json, write_shards
 from dsa_jax.hf.stacked import Part, Piece, Stack, is_sharded, tensor_at
 from dsa_jax.hf.table import ALWAYS_FLOAT32, FLOAT32_IF_STORED, ROWS, Leaf, leaves
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, path_names
+from dsa_jax.strict_json import shown_path
 
 MAX_SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 
@@ -53,8 +54,7 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
     """
     if isinstance(state, nnx.Module):
         config = config or getattr(state, "config", None)
-        state = nnx.state(state)
-    arrays = {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+    arrays = _arrays(state)
     unknown = [".".join(path) for path in arrays if path not in ROWS]
     if unknown:
         raise ValueError(f"not parameters of a Transformer: {', '.join(sorted(unknown))}")
@@ -78,6 +78,12 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
         yield name, entry.to_file(tensor_at(x, index))
 
 
+def _arrays(state: Any) -> dict[tuple[str, ...], Any]:
+    """Lists the arrays of a state by the names on their paths."""
+    state = nnx.state(state) if isinstance(state, nnx.Module) else state
+    return {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
 def _count_dense_layers(arrays: dict[tuple[str, ...], Any], config: Config | None) -> int:
     """Counts the dense layers of the model to which a part of its state belongs."""
     if config is not None:
@@ -95,6 +101,7 @@ def load_hf(
     *,
     dtype: Any = None,
     param_dtype: Any = None,
+    config: Config | None = None,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
 ) -> Transformer:
@@ -110,12 +117,15 @@ def load_hf(
         counted as bfloat16. A warning is logged if that rounds others.
       param_dtype: of the parameters, `dtype` if None. The router's selection bias is float32 always; the router, the
         index weights and the index key's norm are float32 if the file has them so.
+      config: what to use instead of the checkpoint's configuration, dtypes among it. All tensors that the files hold
+        must have the same shapes in both; another K, another scaling of RoPE, or another size of the indexer that a
+        dense checkpoint lacks may be chosen.
       mesh: the devices over which the parameters are sharded, by the table of `parallel.sharding`; the default device
         if None.
       seed: of a dense checkpoint's new indexer.
 
     Raises:
-      ValueError: one line that names everything wrong with the files, or a mesh over which the model cannot be sharded,
+      ValueError: one line that names everything wrong with the files, or a `config` or a mesh that does not fit them,
         before any tensor is loaded.
 
     Examples:
@@ -127,11 +137,11 @@ def load_hf(
       True
     """
     checkpoint = Checkpoint(directory)
-    compute_dtype = checkpoint.most_common_dtype if dtype is None else dtype
-    param_dtype = compute_dtype if param_dtype is None else param_dtype
-    config = dataclasses.replace(checkpoint.config, dtype=compute_dtype, param_dtype=param_dtype)
-    if dtype is None and config.param_dtype == "bfloat16":
-        _warn_of_rounding(checkpoint)
+    if dtype is None and config is None:
+        dtype = checkpoint.most_common_dtype
+        if np.dtype(dtype if param_dtype is None else param_dtype) == BFLOAT16:
+            _warn_of_rounding(checkpoint)
+    config = _choose_config(checkpoint, config, dtype, param_dtype)
     if mesh is not None:
         check_model(mesh, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
@@ -151,6 +161,33 @@ def load_hf(
         for path, sharding in sharding_of.items()
     ]
     return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, parameters))
+
+
+def _choose_config(checkpoint: Checkpoint, config: Config | None, dtype: Any, param_dtype: Any) -> Config:
+    """Takes a checkpoint's configuration, or the one given if the files' tensors have the same shapes in it.
+
+    Raises:
+      ValueError: naming a tensor that has another shape, or is in one of them alone.
+    """
+    if config is not None:
+        ours, theirs = (_file_shapes(each, indexer=checkpoint.has_indexer) for each in (config, checkpoint.config))
+        wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if wrong:
+            raise ValueError(
+                f"config must give the tensors of {shown_path(checkpoint.directory)} their shapes, got {wrong[0]} of "
+                f"shape {ours.get(wrong[0])} instead of {theirs.get(wrong[0])}, one of {len(wrong):,} tensors"
+            )
+    chosen = checkpoint.config if config is None else config
+    compute = chosen.dtype if dtype is None else dtype
+    if param_dtype is None:
+        param_dtype = compute if config is None else config.param_dtype
+    return dataclasses.replace(chosen, dtype=compute, param_dtype=param_dtype)
+
+
+def _file_shapes(config: Config, *, indexer: bool) -> dict[str, tuple[int, ...]]:
+    """Lists the shapes of a model's tensors by name, those of its indexer among them or not."""
+    kept = [leaf for leaf in leaves(config) if indexer or not leaf.entry.indexer]
+    return {name: leaf.entry.file_shape(config) for leaf in kept for _, name in leaf.tensors()}
 
 
 def _draw_indexers(
@@ -230,16 +267,43 @@ def save_hf(
       ValueError: if there is something at `directory`, or `companions` is no folder.
       OSError: if the disk is full or may not be written.
     """
-    config = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
     if companions is not None and not Path(companions).is_dir():
         raise ValueError(f"companions must be a checkpoint's folder, got {companions}")
-    tensors = ((name, np.asarray(x)) for name, x in to_hf(model))
-    tensors = ((name, _cast(x, None if dtype is None else config.param_dtype, name)) for name, x in tensors)
     with new_folder(Path(directory)) as folder:
-        write_json(folder / "config.json", config.to_hf())
         if companions is not None:
             copy_companions(Path(companions), folder)
-        write_shards(folder, tensors, max_shard_bytes)
+        write_checkpoint(folder, model, model.config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(
+    folder: Path, state: Any, config: Config, *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the configuration and the tensors of a model's whole state into a folder.
+
+    Args:
+      folder: where.
+      state: a module, an `nnx.State` or a nested dict of parameters.
+      config: the model's.
+      dtype: of the written tensors, as for `save_hf`.
+      max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
+
+    Raises:
+      ValueError: naming a tensor that the state lacks, or has too many, or in another shape.
+      OSError: as `save_hf` does.
+    """
+    config = config if dtype is None else dataclasses.replace(config, param_dtype=dtype)
+    shapes = {names: x.shape for names, x in _arrays(state).items()}
+    expected = {leaf.path: leaf.shape(config) for leaf in leaves(config)}
+    wrong = [names for names in expected | shapes if expected.get(names) != shapes.get(names)]
+    if wrong:
+        raise ValueError(
+            f"the state must be the whole of its configuration's model, got {'.'.join(wrong[0])} of shape "
+            f"{shapes.get(wrong[0])} instead of {expected.get(wrong[0])}, one of {len(wrong)} parameters"
+        )
+    write_json(folder / "config.json", config.to_hf())
+    tensors = ((name, np.asarray(x)) for name, x in to_hf(state, config=config))
+    tensors = ((name, _cast(x, None if dtype is None else config.param_dtype, name)) for name, x in tensors)
+    write_shards(folder, tensors, max_shard_bytes)
 
 
 def convert_hf(

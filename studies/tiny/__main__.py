@@ -11,13 +11,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from dsa_jax import save_hf
+from dsa_jax.export import export_run
 from studies.tiny.recall import RecallConfig, draw_held_out, load
 from studies.tiny.report import LAYOUT
 from studies.tiny.settings import NAME, make_config
 from train.command import parse, run_command
 from train.experiment import Experiment, held_out_shape, seed_runs
-from train.run import Run, load_model
+from train.run import Run
 from train.settings import RunConfig
 
 
@@ -78,7 +78,7 @@ def export(run: Run) -> Path:
     target = run.folder / "model"
     if target.exists():  # of the same run, continued
         shutil.rmtree(target)
-    save_hf(load_model(run.folder), target)
+    export_run(run.folder, target)
     return target
 
 

@@ -56,6 +56,11 @@ class RecallCorpus:
     text: Corpus
     share: float
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the text and the share of episodes."""
+        return f"{self.text.fingerprint} {self.share}"
+
     def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator:
         """Begins an endless iterator over `dataset(...)`, whose position can be saved."""
         dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed)

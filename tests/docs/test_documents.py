@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in DOCUMENTS}
 SNIPPETS = {name: blocks for name, text in TEXTS.items() if (blocks := re.findall(r"```python\n(.*?)```", text, re.S))}
-NOT_RUN = {"docs/training.md": 1, "docs/serving.md": 1}  # `py` blocks: they need a run, or a server
+NOT_RUN = {"docs/serving.md": 1}  # `py` blocks: they need a run, or a server
 
 ALL = "\n".join(TEXTS.values())
 

@@ -8,10 +8,11 @@ import chex
 import jax
 import numpy as np
 import pytest
-from train_cases import small_config, small_phases, small_run, state_of
+from train_cases import small_phases, small_run, state_of
 
-from train.checkpoint import Checkpoints, Position, load_params
-from train.folder import checkpoint_steps, identity
+from train.changes import Position
+from train.checkpoint import Checkpoints, load_params
+from train.folder import checkpoint_bytes, checkpoint_steps, read_position, read_saved
 from train.run import Run
 from train.settings import Stage
 from train.state import abstract_params
@@ -26,11 +27,16 @@ def run(tmp_path):
 
 def test_a_state_comes_back_bit_by_bit(run, tmp_path):
     state, position = state_of(run), Position(13, 1, 3, {"next_index": 3, "stream": "abc"})
-    with Checkpoints(tmp_path / "checkpoints", run) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints", run, data="a text") as checkpoints:
         assert checkpoints.latest() is None
         checkpoints.save(state, position)
         assert checkpoints.latest() == 13
-        assert checkpoints.position(13) == position
+        assert read_position(tmp_path) == position
+        assert read_saved(tmp_path, 13) == {
+            "position": dataclasses.asdict(position),
+            "run": run.to_json(),
+            "data": "a text",
+        }
         restored = checkpoints.restore(13, state)
     chex.assert_trees_all_equal(restored, state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -59,14 +65,19 @@ def test_the_newest_and_the_last_of_each_phase_are_kept(run, tmp_path):
     assert checkpoint_steps(tmp_path) == [10, 16, 20]
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_by_name(run, tmp_path):
+def test_a_damaged_checkpoint_is_named(run, tmp_path):
+    Run(run, tmp_path / "out").open(resume=False)
+    tmp_path /= "out"
     with Checkpoints(tmp_path / "checkpoints", run) as checkpoints:
         checkpoints.save(state_of(run), Position(13, 1, 3, {}))
-    other = dataclasses.replace(run, model=small_config(index_topk=5), seed=3, checkpoint_every=7)
-    with Checkpoints(tmp_path / "checkpoints", other) as checkpoints:
-        with pytest.raises(ValueError, match=r"model.index_topk 4, here 5; seed 0, here 3") as error:
-            checkpoints.position(13)
-    assert "checkpoint_every" not in str(error.value)
+    path = tmp_path / "checkpoints" / "13" / "meta" / "metadata"
+    for text in ("{}", "[]", '{"position": {"step": 13}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="13/meta/metadata must hold the position of a checkpoint"):
+            read_position(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="the checkpoint of step 13 must say where it stands"):
+        Run(run, tmp_path).open(resume=True)
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(run, tmp_path):
@@ -107,14 +118,38 @@ def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
         Run(run, tmp_path / "file").open(resume=False)
 
 
-def test_too_little_room_is_said_before_training(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.folder.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"must have room for the run's checkpoints"):
-        Run(run, tmp_path / "out").open(resume=False)
+def test_room_is_wanted_for_the_checkpoints_that_are_still_to_come(run, tmp_path, monkeypatch):
+    """Two of the newest, one that is written before one is deleted, and the last of each of two phases: five."""
+    out = tmp_path / "out"
+
+    def free(checkpoints):
+        size = types.SimpleNamespace(free=checkpoints * checkpoint_bytes(run))
+        monkeypatch.setattr("train.folder.shutil.disk_usage", lambda path: size)
+
+    free(4.9)
+    with pytest.raises(ValueError, match=r"must have room for 5 checkpoints, about"):
+        Run(run, out).open(resume=False)
+    with Checkpoints(out / "checkpoints", run) as checkpoints:
+        for step in (4, 6):
+            checkpoints.save(state_of(run), Position(step, 0, step, {}))
+    free(3)
+    Run(run, out).open(resume=True)
+    free(2.9)
+    with pytest.raises(ValueError, match="room for 3 checkpoints"):
+        Run(run, out).open(resume=True)
+    with Checkpoints(out / "checkpoints", run) as checkpoints:
+        for step in (10, 12, 18):
+            checkpoints.save(state_of(run), Position(step, 1, step - 10, {}))
+    free(0.9)
+    with pytest.raises(ValueError, match="room for 2 checkpoints"):  # 10, 12 and 18 are kept
+        Run(run, out).open(resume=True)
 
 
-def test_what_decides_no_number_is_no_part_of_a_runs_identity(run):
-    model = dataclasses.replace(run.model, eos_token_id=(1, 2))
-    other = dataclasses.replace(run, model=model, checkpoint_every=7, evaluation_batches=9)
-    assert identity(other) == identity(run)
-    assert identity(dataclasses.replace(run, seed=3)) != identity(run)
+def test_a_finished_run_is_opened_on_a_full_disk(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    Run(run, out).open(resume=False)
+    with Checkpoints(out / "checkpoints", run) as checkpoints:
+        checkpoints.save(state_of(run, 1), Position(20, 1, 10, {}))
+    monkeypatch.setattr("train.folder.shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
+    monkeypatch.setattr("train.folder.replace_text", lambda *_: pytest.fail("wrote"))
+    assert Run(run, out).open(resume=True).position == Position(20, 1, 10, {})

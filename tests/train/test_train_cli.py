@@ -27,15 +27,15 @@ from train_cases import (
 from dsa_jax.hf.convert import save_hf
 from train.__main__ import main
 from train.arguments import Arguments
-from train.checkpoint import Checkpoints, Position
+from train.changes import Position
+from train.checkpoint import Checkpoints
 from train.data import load
 from train.experiment import control_run, describe_run, seed_runs
-from train.folder import checkpoint_steps, identity
+from train.folder import checkpoint_steps
 from train.initial import InitialParams
 from train.metrics import MetricsLog
 from train.phases import CONTROLS, merge_groups, split_groups
 from train.run import DivergedError, Run, check_tokens, load_model
-from train.settings import differences
 from train.state import abstract_params
 
 
@@ -115,7 +115,7 @@ def test_a_run_is_not_overwritten(capsys, run, preset, tmp_path):
     assert "--resume continues it" in refused(capsys, "--preset", preset, "--out", out)
     other = changed(run, tmp_path / "other.json", model={"index_topk": 5}, batch_size=4)
     message = refused(capsys, "--preset", other, "--out", out, "--resume")
-    assert "model.index_topk 4, here 5" in message and "batch_size 2, here 4" in message
+    assert "model.index_topk 4, here 5 (the model of a run stays)" in message and "batch_size" not in message
     assert (out / "run.json").read_text() == before
 
 
@@ -182,7 +182,7 @@ def test_presets_that_are_no_runs(capsys, tmp_path, text, message):
 
 def test_a_damaged_run_json_is_named(capsys, preset, tmp_path):
     (tmp_path / "out").mkdir()
-    for text in ("{}", "[]", "{", '{"run": {}, "identity": []}'):
+    for text in ("{}", "[]", "{", '{"run": []}', '{"run": {}, "changes": [{}]}', '{"run": {}, "init": 3}'):
         (tmp_path / "out" / "run.json").write_text(text)
         error = refused(capsys, "--preset", preset, "--out", tmp_path / "out", "--resume")
         assert "must hold the run.json of a run" in error
@@ -219,13 +219,6 @@ def test_the_report_says_what_was_left_out(run):
     assert "text left out" not in describe_run(Run(run, "out"), corpus)
     corpus = dataclasses.replace(corpus, left_out=(3, 60_000))
     assert describe_run(Run(run, "out"), corpus)["text left out"] == "3 files of 60,000 bytes, past max_bytes"
-
-
-def test_runs_of_before_end_tokens_are_continued(run):
-    """Their identity does not speak of `append`; its default means nothing for bytes."""
-    assert "append" not in identity(run)["data"]
-    other = dataclasses.replace(run, data=dataclasses.replace(run.data, append=False))
-    assert differences(identity(other), identity(run)) == ["data.append None, here False"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 256), ("targets", -1)])
@@ -329,12 +322,12 @@ def test_a_run_begins_from_another_runs_checkpoint(run, tmp_path):
 
 
 def test_a_run_begins_from_a_hugging_face_folder(run, tmp_path):
-    config = small_config(dtype="bfloat16", index_topk=3, initializer_range=0.02)
+    config = small_config(dtype="bfloat16", index_topk=3, initializer_range=0.02)  # others than the preset's
     model = merge_groups(abstract_params(config)[0], jax.tree.map(jnp.array, small_params(config)))
     save_hf(model, tmp_path / "hf")
     arguments = Arguments(str(write_preset(run, tmp_path / "p.json")), init=tmp_path / "hf", phases=("WARMUP",))
     (begun,) = arguments.runs()
-    assert begun.config.model == dataclasses.replace(config, dtype="float32")
+    assert begun.config.model == run.model
     chex.assert_trees_all_equal(begun.initial_params(), small_params(config))
 
 
