@@ -15,6 +15,7 @@ from dsa_jax import generate
 from train.checks import check_integer
 from train.data import BatchSource, Corpus
 from train.evaluate import Evaluation, HeldOut, draw_batches, evaluate_run
+from train.files import writing
 from train.folder import check_unused
 from train.initial import InitialParams
 from train.layout import PLAIN, Layout
@@ -25,6 +26,7 @@ from train.results import Results, SeedResult, max_rss, read_curves
 from train.run import Run
 from train.settings import RunConfig
 from train.state import TrainState, abstract_params
+from train.stopping import Stopping
 
 MAX_SEEDS = 1000
 PROMPT_TOKENS, CONTINUATION_TOKENS = 96, 160  # of the sample at the end
@@ -47,6 +49,7 @@ class Experiment:
       controls: whether SPARSE's controls are trained too.
       resume: whether runs are continued.
       evaluate: whether they are measured and reported, on one device, which must be able to hold the model.
+      stopping: signals and the clock, by which the runs are saved and stopped.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Experiment:
     controls: bool = False
     resume: bool = False
     evaluate: bool = True
+    stopping: Stopping | None = None
 
     def run(self, console: Console, *, began: float | None = None) -> Path | None:
         """Trains all runs and their controls, and reports.
@@ -89,12 +93,13 @@ class Experiment:
     def _train(self, run: Run, console: Console) -> tuple[TrainState, dict[str, Params]]:
         """Trains a run and its controls; returns its last state and their parameters."""
         title, data = f"seed {run.config.seed}" if len(self.runs) > 1 else "", self.data or self.text
-        state = run.train(data, RunProgress(run.config, title=title, console=console), resume=self.resume)
+        progress = RunProgress(run.config, title=title, console=console)
+        state = run.train(data, progress, resume=self.resume, stopping=self.stopping)
         controls = {}
         for phase in CONTROLS if self.controls else ():
             control = control_run(run, phase)
             progress = RunProgress(control.config, title=title, console=console)
-            controls[phase.name] = control.train(data, progress, resume=self.resume).params
+            controls[phase.name] = control.train(data, progress, resume=self.resume, stopping=self.stopping).params
         return state, controls
 
     def _measure(self, run: Run, final: Params, controls: dict[str, Params], console: Console) -> SeedResult:
@@ -114,7 +119,8 @@ class Experiment:
         return HeldOut({"text": draw_batches(self.text, *held_out_shape(config))})
 
     def _report(self, found: Results, console: Console) -> Path:
-        path = write_report(found, self.folder, self.layout)
+        with writing(self.folder / "report.md"):
+            path = write_report(found, self.folder, self.layout)
         console.print(summary(found, self.layout))
         console.print("\nA sampled continuation:\n", highlight=False)
         console.print(found.sample, markup=False, highlight=False)

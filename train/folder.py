@@ -1,7 +1,9 @@
 """A run's folder: its `run.json`, what it must share with a run that continues it, and room for checkpoints."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from dsa_jax import Config
-from train.files import read_json_file, replace_text
+from train.files import read_json_file, replace_text, writing
+from train.lock import Lock
 from train.settings import RunConfig, differences, listed, read_json
 from train.state import abstract_params
 
@@ -20,7 +23,7 @@ def open_folder(folder: Path, config: RunConfig, init: str | None = None, *, res
     Raises:
       ValueError: if the folder holds something else, cannot be written, or has too little room for checkpoints.
     """
-    _check_folder(folder, config, init, resume)
+    check_folder(folder, config, init, resume=resume)
     wait_for_all("looked into the folder")
     try:
         if jax.process_index() == 0:
@@ -38,7 +41,12 @@ def open_folder(folder: Path, config: RunConfig, init: str | None = None, *, res
         )
 
 
-def _check_folder(folder: Path, config: RunConfig, init: str | None, resume: bool) -> None:
+def check_folder(folder: Path, config: RunConfig, init: str | None = None, *, resume: bool) -> None:
+    """Checks that a folder is new, or that the run in it is this one and is to be continued.
+
+    Raises:
+      ValueError: if it holds something else.
+    """
     if not resume:
         check_unused(folder)
     if (folder / "run.json").exists():
@@ -47,6 +55,22 @@ def _check_folder(folder: Path, config: RunConfig, init: str | None, resume: boo
             raise ValueError(f"{folder} holds a run of another configuration: {listed(changed)}")
     elif folder.exists() and (not folder.is_dir() or checkpoint_steps(folder)):
         raise ValueError(f"{folder} must be a new or an empty folder")
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Lock | None]:
+    """Makes a run's folder and holds its lock, in process 0 for all processes of the run.
+
+    Raises:
+      ValueError: if the folder cannot be written, or another process writes it.
+    """
+    if jax.process_index() > 0:
+        yield None
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder) as lock:
+        yield lock
 
 
 def check_unused(folder: Path) -> None:
@@ -68,7 +92,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
     """Gathers what must be the same for a run to be continued: all that decides its numbers."""
     values = {**config.to_json(), "init": init}
-    for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
+    for name in ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "evaluation_batches"):
         del values[name]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # they decide no number, and older runs lack them
         del values["model"][name]
@@ -82,6 +106,15 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """Lists the steps of the whole checkpoints of a run's folder, in order."""
     steps = folder / "checkpoints"
     return sorted(int(path.name) for path in steps.iterdir() if path.name.isdigit()) if steps.is_dir() else []
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Names the newest whole checkpoint of a run's folder for a message, whatever has become of the folder."""
+    try:
+        steps = checkpoint_steps(folder)
+    except OSError as error:
+        return f"not to be seen ({error.strerror})"
+    return str(folder.absolute() / "checkpoints" / str(steps[-1])) if steps else "none"
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -13,17 +13,22 @@ from jax.sharding import Mesh
 
 from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
+from train import cluster, ending
 from train.checkpoint import Checkpoints, Position, load_params
 from train.checks import shown
 from train.data import Batch, BatchSource, BatchStream
-from train.folder import open_folder, read_model_config
+from train.files import WriteError
+from train.folder import check_folder, hold, last_checkpoint, open_folder, read_model_config
 from train.initial import InitialParams, random_params
+from train.lock import Lock
 from train.metrics import DivergedError, MetricsLog, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
+from train.stopping import Pauses, StoppedError, Stopping
+from train.versions import code_versions
 
 __all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
@@ -98,7 +103,12 @@ class Run:
         open_folder(self.folder, self.config, self.label, resume=resume)
 
     def train(
-        self, data: BatchSource | BatchStream, progress: RunProgress | None = None, *, resume: bool = False
+        self,
+        data: BatchSource | BatchStream,
+        progress: RunProgress | None = None,
+        *,
+        resume: bool = False,
+        stopping: Stopping | None = None,
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
@@ -107,30 +117,65 @@ class Run:
             With several processes each gives the same, whole batches.
           progress: shows where the run stands.
           resume: continues from the newest checkpoint, if there is one.
+          stopping: signals and the clock, by which the run is saved and stopped.
 
         Raises:
-          ValueError: if the folder or a checkpoint in it cannot be used, a checkpoint cannot be written, or a batch is
-            not what its stage says.
+          ValueError: if processes differ, another process writes the folder, the folder or a checkpoint in it cannot be
+            used, something cannot be written, or a batch is not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
+          StoppedError: if it was stopped, with the step that was saved.
         """
         check_data(data)
-        self.open(resume=resume)
+        cluster.compare(self._compared(data, resume))
+        check_folder(self.folder, self.config, self.label, resume=resume)
+        with hold(self.folder) as lock:
+            self.open(resume=resume)
+            ending.mark_resumable()
+            return self._train(data, progress, lock, stopping)
+
+    def _compared(self, data: BatchSource | BatchStream, resume: bool) -> dict[str, Any]:
+        """Gathers what all processes of a run must have alike."""
+        return {
+            "run": self.config.to_json(),
+            "init": self.label,
+            "folder": str(self.folder.absolute()),
+            "resume": resume,
+            "mesh": None if self.mesh is None else dict(self.mesh.shape),
+            "data": getattr(data, "fingerprint", None) if isinstance(data, BatchSource) else data.get_state(),
+            **code_versions(),
+        }
+
+    def _train(
+        self,
+        data: BatchSource | BatchStream,
+        progress: RunProgress | None,
+        lock: Lock | None,
+        stopping: Stopping | None,
+    ) -> TrainState:
+        """Takes the run to its end, in a folder that is this run's alone."""
         on_step = None if progress is None else progress.update
         with Checkpoints(self.folder / "checkpoints", self.config, init=self.label) as checkpoints:
             state, position = self._start(checkpoints)
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
             log = MetricsLog(self.folder / "metrics.jsonl", keep=position.step, on_step=on_step)
-            with progress or contextlib.nullcontext(), log:
+            pauses = Pauses(self.config.steps, minutes=self.config.checkpoint_minutes, stopping=stopping)
+            keeper = _Keeper(self.config, checkpoints, log, pauses, lock)
+            stepping = stopping.stepping() if stopping else contextlib.nullcontext()
+            with progress or contextlib.nullcontext(), log, stepping:
                 try:
                     for index in range(position.phase, len(self.config.phases)):
-                        state, position = self._train_phase(index, state, position, data, checkpoints, log)
+                        state, position = self._train_phase(index, state, position, data, keeper)
                     checkpoints.wait()
-                    return state
                 except DivergedError as error:
                     last = checkpoints.latest()
                     good = "none" if last is None else checkpoints.path(last)
                     raise DivergedError(f"{error}; the last good checkpoint: {good}") from None
+                except WriteError as error:
+                    raise ValueError(f"{error}; the last good checkpoint: {last_checkpoint(self.folder)}") from error
+            if stopping:
+                stopping.check(self.config.steps)
+            return state
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
         """Restores or makes the state to go on from, and finds its position."""
@@ -156,8 +201,7 @@ class Run:
         state: TrainState,
         position: Position,
         data: BatchSource | BatchStream,
-        checkpoints: Checkpoints,
-        log: MetricsLog,
+        keeper: "_Keeper",
     ) -> tuple[TrainState, Position]:
         """Trains from `position`, in this phase or at the end of the one before, to the phase's end."""
         settings, before = self.config.phases[index], sum(p.steps for p in self.config.phases[:index])
@@ -173,11 +217,8 @@ class Run:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
                     state, metrics = step(state, self._next_batch(batches, stage))
-                    log.put(before + done, index, settings.name, done, metrics)
                     position = Position(before + done, index, done, batches.get_state())
-                    if done == settings.steps or position.step % self.config.checkpoint_every == 0:
-                        log.flush()  # stops here if a number is not finite: a bad state is never saved
-                        checkpoints.save(state, position)
+                    keeper.keep(state, position, metrics)
             first = last
         return state, position
 
@@ -197,6 +238,36 @@ class Run:
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
         return batch if self.mesh is None else place_batch(batch, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keeper:
+    """Keeps what is left of each step: its numbers, a checkpoint where one is due, and the word that the run stops."""
+
+    config: RunConfig
+    checkpoints: Checkpoints
+    log: MetricsLog
+    pauses: Pauses
+    lock: Lock | None
+
+    def keep(self, state: TrainState, position: Position, metrics: dict[str, jax.Array]) -> None:
+        """Takes what a step gave.
+
+        Raises:
+          StoppedError: if the run stops here, saved.
+        """
+        settings, step = self.config.phases[position.phase], position.step
+        self.log.put(step, position.phase, settings.name, position.phase_step, metrics)
+        pause = self.pauses.after(step)
+        if pause or position.phase_step == settings.steps or step % self.config.checkpoint_every == 0:
+            self.log.flush()  # stops here if a number is not finite: a bad state is never saved
+            if self.lock is not None:
+                self.lock.check()
+            self.checkpoints.save(state, position)
+            self.pauses.saved()
+        if pause and pause.status is not None:
+            self.checkpoints.wait()
+            raise StoppedError(step, pause.status)
 
 
 def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:

@@ -109,6 +109,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     seed: int = 0
     checkpoint_every: int = 50
+    checkpoint_minutes: float | None = None  # at most between two checkpoints; None: steps alone count
     keep_checkpoints: int = 2  # besides the last of each phase
     evaluation_batches: int = 4  # held-out batches of each kind
 
@@ -120,6 +121,8 @@ class RunConfig:
         check_integer("seed", self.seed, least=0, most=MAX_SEED)
         for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
             check_integer(name, getattr(self, name))
+        if self.checkpoint_minutes is not None:
+            check_number("checkpoint_minutes", self.checkpoint_minutes, above=0)
         _check_tuple("phases", self.phases, PhaseSettings)
         if not self.phases:
             raise ValueError("a run must have at least one phase")
