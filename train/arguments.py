@@ -111,10 +111,11 @@ class Arguments:
         Raises:
           ValueError: if the arguments do not go together, or the processes do not come together.
         """
-        processes = cluster.Processes(self.coordinator, self.num_processes, self.process_id)
+        which = self.coordinator, self.num_processes, self.process_id
         if self.distributed:
+            processes = cluster.Processes(*which)
             cluster.join(processes, death_timeout=self.death_timeout, join_timeout=self.join_timeout)
-        elif processes != cluster.Processes():
+        elif which != (None, None, None):
             raise ValueError("coordinator, num_processes and process_id need --distributed")
 
     def resume_command(self) -> str:

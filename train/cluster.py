@@ -182,7 +182,7 @@ def _all_of(folder: str, count: int) -> dict[str, Any] | None:
 def _describe_difference(folder: str, others: list[int]) -> str:
     ours, theirs = (read(f"{folder}/fields/{i}")["all"] for i in (0, others[0]))
     (name, here, there), *more = _differences(ours, theirs)
-    rest = f"; and in {len(more)} other fields" if more else ""
+    rest = f"; they differ in {len(more)} more" if more else ""
     also = f"; {len(others) - 1} more processes differ from process 0" if len(others) > 1 else ""
     return (
         "all processes of a run must be started alike: "
