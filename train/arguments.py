@@ -1,6 +1,7 @@
 """The arguments of training, what they make of presets and folders, and the command that trains by them."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from dsa_jax.parallel.sharding import AXES, make_mesh, parse_mesh
-from train.checks import check_integer, shown
+from train import cluster, ending
 from train.command import parse
 from train.data import load
 from train.experiment import SEED_FOLDER, Experiment, seed_runs
@@ -22,6 +23,7 @@ from train.overrides import rate_assignments, set_fields, steps_assignments
 from train.presets import PRESETS, load_preset
 from train.run import Run
 from train.settings import RunConfig
+from train.stopping import Stopping, seconds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Arguments:
     """How many processes there are."""
     process_id: int | None = None
     """The number of this process."""
+    death_timeout: float = cluster.DEATH_TIMEOUT
+    """Seconds within which all processes of a distributed run end when one has ended or was lost."""
+    join_timeout: float = cluster.JOIN_TIMEOUT
+    """Seconds in which all processes of a distributed run must have started."""
+    stop_after: str | None = None
+    """Save and stop after this time, like 3h50m, with exit status 75."""
     evaluate: bool = True
     """Evaluate and report at the end, on one device, which must be able to hold the model."""
 
@@ -174,34 +182,20 @@ class Arguments:
         Raises:
           ValueError: if the arguments do not go together, or the processes do not come together.
         """
-        given = [x for x in (self.coordinator, self.num_processes, self.process_id) if x is not None]
-        if not self.distributed:
-            if given:
-                raise ValueError("coordinator, num_processes and process_id need --distributed")
-            return
-        if len(given) in (1, 2):
-            raise ValueError(
-                "coordinator, num_processes and process_id must be given together or not at all, got "
-                f"{self.coordinator}, {self.num_processes} and {self.process_id}"
-            )
-        self._check_processes()
-        try:
-            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
-        except Exception as error:  # of any type: a cluster's environment may lack a variable, or say no number
-            reason = f"{type(error).__name__}: {str(error)[:500]}"
-            raise ValueError(f"the processes of the run did not come together: {reason}") from error
+        which = self.coordinator, self.num_processes, self.process_id
+        if self.distributed:
+            processes = cluster.Processes(*which)
+            cluster.join(processes, death_timeout=self.death_timeout, join_timeout=self.join_timeout)
+        elif which != (None, None, None):
+            raise ValueError("coordinator, num_processes and process_id need --distributed")
 
-    def _check_processes(self) -> None:
-        if self.coordinator is not None:
-            host, _, port = self.coordinator.rpartition(":")
-            if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 2**16:
-                raise ValueError(f"coordinator must be HOST:PORT like 10.0.0.1:1234, got {shown(self.coordinator)}")
-        if self.num_processes is not None:
-            check_integer("num_processes", self.num_processes)
-        if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
-            raise ValueError(
-                f"process_id must be from 0 to num_processes - 1 = {self.num_processes - 1}, got {self.process_id}"
-            )
+    def resume_command(self) -> str:
+        """Writes the command that resumes this process's run."""
+        command = ["python", "-m", "train", "--resume", "--out", str(self.folder)]
+        values = {"coordinator": self.coordinator, "num-processes": self.num_processes, "process-id": self.process_id}
+        command += ["--distributed"] if self.distributed else []
+        command += [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+        return shlex.join(command)
 
     def make_mesh(self, axes: str | None) -> Mesh | None:
         """Makes the mesh to train on, None for one device alone."""
@@ -232,21 +226,24 @@ def main(arguments: Sequence[str]) -> None:
 
 def train(arguments: Arguments) -> None:
     """Trains all seeds and their controls, and reports."""
-    arguments.join()
-    began = time.monotonic()
-    console = Console(quiet=jax.process_index() > 0)
-    runs, command = arguments.runs(), arguments.command()
-    config = runs[0].config
-    text = load(config.data, vocab_size=config.model.vocab_size)
-    if jax.process_index() == 0:
-        write_command(arguments.folder, command)
-    Experiment(
-        name=command.name,
-        folder=arguments.folder,
-        runs=runs,
-        text=text,
-        controls=command.controls,
-        resume=arguments.resume,
-        new_data=bool(arguments.data or arguments.tokenizer),
-        evaluate=command.evaluate,
-    ).run(console, began=began)
+    began, after = time.monotonic(), None if arguments.stop_after is None else seconds_of(arguments.stop_after)
+    ending.resume_with(arguments.resume_command())
+    with Stopping(after=after) as stopping:
+        arguments.join()
+        console = Console(quiet=jax.process_index() > 0)
+        runs, command = arguments.runs(), arguments.command()
+        config = runs[0].config
+        text = load(config.data, vocab_size=config.model.vocab_size)
+        if jax.process_index() == 0:
+            write_command(arguments.folder, command)
+        Experiment(
+            name=command.name,
+            folder=arguments.folder,
+            runs=runs,
+            text=text,
+            controls=command.controls,
+            resume=arguments.resume,
+            new_data=bool(arguments.data or arguments.tokenizer),
+            evaluate=command.evaluate,
+            stopping=stopping,
+        ).run(console, began=began)

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from train.changes import Position
-from train.folder import checkpoint_steps
+from train.folder import checkpoint_steps, last_checkpoint
 from train.phases import Params
 from train.settings import RunConfig
 from train.state import TrainState
@@ -90,11 +90,16 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk comes as any of several types, from the thread that writes
-            whole = checkpoint_steps(self.folder.parent)
-            last = self.path(whole[-1]) if whole else "none"
             raise ValueError(
-                f"a checkpoint in {self.folder} could not be written: {str(error)[:300]}; the last whole one: {last}"
+                f"a checkpoint in {self.folder} could not be written: {_without_paths(error, self.folder)}; "
+                f"the last whole one: {last_checkpoint(self.folder.parent)}"
             ) from error
+
+
+def _without_paths(error: Exception, folder: Path) -> str:
+    """Writes an error without the folder, which tensorstore repeats until no room is left for the reason."""
+    text = str(error).replace(f"{folder}/", "")
+    return text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:

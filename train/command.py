@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from train import cluster, ending
 from train.metrics import DivergedError
-
-MAX_LINE = 900  # characters of an error
+from train.stopping import SignalledError, StoppedError
 
 
 def parse[T](kind: type[T], arguments: Sequence[str], program: str) -> T:
@@ -27,15 +27,32 @@ def parse[T](kind: type[T], arguments: Sequence[str], program: str) -> T:
 def run_command(command: Callable[[], object]) -> int:
     """Runs a command and returns its exit status; what went wrong becomes one line on stderr."""
     _quieten_checkpoints()
+    ending.forget()
     try:
         command()
+        cluster.part()
+    except StoppedError as error:
+        cluster.part()
+        return ending.say(error, error.status, prefix="")
     except (ValueError, OSError) as error:
-        return _complain(error, 2)
+        return _end(error, 2)
     except DivergedError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted; --resume continues from the last checkpoint", 130)
+        return _end(error, 1)
+    except SignalledError as error:
+        return _end(error, error.status)
+    except KeyboardInterrupt as error:
+        return _end(error, 130)
+    except Exception as error:
+        cluster.end(f"{type(error).__name__}: {error}", 1, error=error)
+        raise
     return 0
+
+
+def _end(error: BaseException, status: int) -> int:
+    """Says what ends the command; of a distributed run it ends all processes, and does not come back."""
+    text = str(error) or "interrupted"
+    cluster.end(text, status, error=error)
+    return ending.say(text, status)
 
 
 @functools.cache
@@ -54,10 +71,3 @@ def _quieten_checkpoints() -> None:
             report(unraisable)
 
     sys.unraisablehook = report_others
-
-
-def _complain(error: object, status: int) -> int:
-    """Prints one line, cut where it is long."""
-    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
-    print(f"error: {text if len(text) <= MAX_LINE else f'{text[:MAX_LINE]}…'}", file=sys.stderr)
-    return status

@@ -15,6 +15,7 @@ from dsa_jax import generate
 from train.checks import check_integer
 from train.data import BatchSource, Corpus
 from train.evaluate import Evaluation, HeldOut, draw_batches, evaluate_run
+from train.files import writing
 from train.folder import check_unused
 from train.initial import InitialParams
 from train.layout import PLAIN, Layout
@@ -25,6 +26,7 @@ from train.results import Results, SeedResult, max_rss, read_curves
 from train.run import Run
 from train.settings import RunConfig
 from train.state import TrainState, abstract_params
+from train.stopping import Stopping
 
 MAX_SEEDS = 1000
 SEED_FOLDER = "seed{}"
@@ -49,6 +51,7 @@ class Experiment:
       resume: whether runs are continued.
       new_data: whether runs that are continued may take other data than theirs.
       evaluate: whether they are measured and reported, on one device, which must be able to hold the model.
+      stopping: signals and the clock, by which the runs are saved and stopped.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Experiment:
     resume: bool = False
     new_data: bool = False
     evaluate: bool = True
+    stopping: Stopping | None = None
 
     def run(self, console: Console, *, began: float | None = None) -> Path | None:
         """Trains all runs and their controls, and reports.
@@ -92,7 +96,7 @@ class Experiment:
     def _train(self, run: Run, console: Console) -> tuple[TrainState, dict[str, Params]]:
         """Trains a run and its controls; returns its last state and their parameters."""
         title, data = f"seed {run.config.seed}" if len(self.runs) > 1 else "", self.data or self.text
-        options = {"resume": self.resume, "new_data": self.new_data}
+        options = {"resume": self.resume, "new_data": self.new_data, "stopping": self.stopping}
         state = run.train(data, RunProgress(run.config, title=title, console=console), **options)
         controls = {}
         for phase in CONTROLS if self.controls else ():
@@ -118,7 +122,8 @@ class Experiment:
         return HeldOut({"text": draw_batches(self.text, *held_out_shape(config))})
 
     def _report(self, found: Results, console: Console) -> Path:
-        path = write_report(found, self.folder, self.layout)
+        with writing(self.folder / "report.md"):
+            path = write_report(found, self.folder, self.layout)
         console.print(summary(found, self.layout))
         console.print("\nA sampled continuation:\n", highlight=False)
         console.print(found.sample, markup=False, highlight=False)

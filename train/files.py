@@ -1,17 +1,50 @@
 """Files that are replaced as a whole, so that a killed process leaves the old or the new one; JSON read strictly."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from train.checks import shown
 
 
+class WriteError(ValueError):
+    """Says that a file could not be written: a full disk, a quota, a mount that is gone or read-only."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file or folder in what goes wrong while it is written.
+
+    Raises:
+      WriteError: for an `OSError`, which need not know the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} must be writable: {error.strerror or error}") from error
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
+    """Replaces a file as a whole, on the disk itself, so that even a machine that fails leaves the old or the new one.
+
+    Raises:
+      WriteError: if it cannot be written; the old one stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def read_json_file(path: Path, what: str) -> Any:

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from dsa_jax import Config
 from train.changes import Change, Position, find_changes, find_data_changes
 from train.checks import shown
-from train.files import read_json_file, replace_text
+from train.files import read_json_file, replace_text, writing
+from train.lock import Lock
 from train.settings import RunConfig, read_json
 from train.state import abstract_params
 from train.tokenizer_copy import keep_tokenizer
@@ -80,18 +81,10 @@ def open_folder(
       ValueError: if the folder holds something else, cannot be written, or has too little room for checkpoints; or if
         the run in it cannot go on so.
     """
-    if not resume:
-        check_unused(folder)
-    if (folder / RUN_FILE).exists():
-        recorded, position = read_run(folder), read_position(folder)
-        opened, record = _compare(folder, config, recorded, position, origin, data, new_data)
-    elif folder.exists() and (not folder.is_dir() or checkpoint_steps(folder)):
-        raise ValueError(f"{folder} must be a new or an empty folder")
-    else:
-        opened, recorded, record = Opened(), None, _record(config, origin, data, [])
+    opened, record = look_into(folder, config, origin=origin, data=data, resume=resume, new_data=new_data)
     wait_for_all("looked into the folder")
-    with _writable(folder):
-        if jax.process_index() == 0 and record != recorded:
+    with writing(folder):
+        if jax.process_index() == 0 and record is not None:
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
             if config.data.tokenizer is not None:
@@ -101,12 +94,26 @@ def open_folder(
     return opened
 
 
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"the output folder {folder} must be writable: {error.strerror}") from error
+def look_into(
+    folder: Path, config: RunConfig, *, origin: Origin | None, data: str | None, resume: bool, new_data: bool
+) -> tuple[Opened, dict[str, Any] | None]:
+    """Looks how a run would go on in its folder, as `open_folder`, and makes nothing.
+
+    Returns:
+      How it goes on, and what its `run.json` must become, None if it is that already.
+
+    Raises:
+      ValueError: if the folder holds something else, or the run in it cannot go on so.
+    """
+    if not resume:
+        check_unused(folder)
+    if (folder / RUN_FILE).exists():
+        recorded, position = read_run(folder), read_position(folder)
+        opened, record = _compare(folder, config, recorded, position, origin, data, new_data)
+        return opened, None if record == recorded else record
+    if folder.exists() and (not folder.is_dir() or checkpoint_steps(folder)):
+        raise ValueError(f"{folder} must be a new or an empty folder")
+    return Opened(), _record(config, origin, data, [])
 
 
 def _record(config: RunConfig, origin: Origin | None, data: str | None, changes: list[Any]) -> dict[str, Any]:
@@ -170,6 +177,22 @@ def _check_origin(folder: Path, recorded: Origin | None, here: Origin | None) ->
         )
 
 
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Lock | None]:
+    """Makes a run's folder and holds its lock, in process 0 for all processes of the run.
+
+    Raises:
+      ValueError: if the folder cannot be written, or another process writes it.
+    """
+    if jax.process_index() > 0:
+        yield None
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder) as lock:
+        yield lock
+
+
 def check_unused(folder: Path) -> None:
     """Checks that the folder holds no run.
 
@@ -229,6 +252,15 @@ def read_position(folder: Path) -> Position | None:
     return Position(**read_saved(folder, steps[-1])["position"]) if steps else None
 
 
+def last_checkpoint(folder: Path) -> str:
+    """Names the newest whole checkpoint of a run's folder for a message, whatever has become of the folder."""
+    try:
+        steps = checkpoint_steps(folder)
+    except OSError as error:
+        return f"not to be seen ({error.strerror})"
+    return str(folder.absolute() / "checkpoints" / str(steps[-1])) if steps else "none"
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Reads the `run.json` of a run's folder.
 
@@ -284,13 +316,12 @@ def write_command(folder: Path, command: Command) -> None:
     """Records how the runs of a folder are made, unless that stands there.
 
     Raises:
-      ValueError: if the folder cannot be written.
+      ValueError: if the folder cannot be written, or another process writes it.
     """
     text = json.dumps(dataclasses.asdict(command), indent=2) + "\n"
     path = folder / COMMAND_FILE
-    with _writable(folder):
-        if not path.is_file() or path.read_text() != text:
-            folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        with hold(folder):
             replace_text(path, text)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import jax
 
-from train.files import replace_text
+from train.files import WriteError, replace_text, writing
 
 type OnStep = Callable[[int, int, dict[str, float]], None]  # of the phase's number, its step, and the step's metrics
 
@@ -33,15 +33,22 @@ class MetricsLog:
         if jax.process_index() == 0:
             replace_text(path, "".join(_whole_lines(path, keep)))
         # Every process sees the numbers, and stops if one is not finite; the first alone keeps them.
-        self._file = (path if jax.process_index() == 0 else Path(os.devnull)).open("a")
+        self._path = path if jax.process_index() == 0 else Path(os.devnull)
+        with writing(self._path):
+            self._file = self._path.open("a")
         self._on_step = on_step
         self._pending, self._time = collections.deque(), time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with writing(self._path):
+                self._file.close()  # which writes again what could not be written
+        except WriteError:
+            if kind is None:
+                raise
 
     def put(self, step: int, phase: int, name: str, phase_step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that may still be running, and writes those of the step before.
@@ -62,7 +69,8 @@ class MetricsLog:
         while self._pending:
             self._write(*self._pending.popleft())
         if jax.process_index() == 0:
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def _write(self, step: int, phase: int, name: str, phase_step: int, metrics: dict[str, jax.Array]) -> None:
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
@@ -72,8 +80,9 @@ class MetricsLog:
         now = time.monotonic()
         seconds, self._time = round(now - self._time, 4), now
         record = {"step": step, "phase": name, "phase_step": phase_step, **values, "seconds": seconds}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._on_step is not None:
             self._on_step(phase, phase_step, values)
 

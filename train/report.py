@@ -14,6 +14,7 @@ from rich.table import Table
 
 from train.evaluate import MIN_REACH, ByPart, KeptMass
 from train.figures import kept_mass_figure, training_figure
+from train.files import replace_text
 from train.layout import PLAIN, SELECTIONS, Layout, measured_selections
 from train.results import Results, as_text, mean
 
@@ -30,7 +31,7 @@ def write_report(results: Results, folder: Path, layout: Layout = PLAIN) -> Path
         if figure is not None:
             figure.savefig(folder / f"{stem}.png", dpi=DPI)
     path = folder / "report.md"
-    path.write_text(markdown(results, [stem for stem, figure in figures.items() if figure is not None], layout))
+    replace_text(path, markdown(results, [stem for stem, figure in figures.items() if figure is not None], layout))
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from train.evaluate import Evaluation, KeptMass
+from train.files import replace_text
 
 RETIRED = ("limit_seconds", "limit_rss")  # of older files: limits are goals, which are the caller's
 
@@ -55,7 +56,7 @@ class Results:
     def save(self, folder: Path) -> None:
         """Writes `results.json`."""
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-        (folder / "results.json").write_text(text + "\n")
+        replace_text(folder / "results.json", text + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:

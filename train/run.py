@@ -13,12 +13,15 @@ from jax.sharding import Mesh
 
 from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
+from train import cluster, ending
 from train.changes import Position
 from train.checkpoint import Checkpoints, load_params
 from train.checks import shown
 from train.data import Batch, BatchSource, BatchStream
-from train.folder import Fingerprinted, Opened, open_folder, read_model_config
+from train.files import WriteError
+from train.folder import Fingerprinted, Opened, hold, last_checkpoint, look_into, open_folder, read_model_config
 from train.initial import InitialParams, random_params
+from train.lock import Lock
 from train.metrics import DivergedError, MetricsLog, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
@@ -26,6 +29,8 @@ from train.resuming import describe_resumption
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
+from train.stopping import Pauses, StoppedError, Stopping
+from train.versions import code_versions
 
 __all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
@@ -90,17 +95,6 @@ class Run:
             return self.init.params(self.config.model, seed=self.config.seed, mesh=self.mesh)
         return random_params(self.config.model, seed=self.config.seed, mesh=self.mesh)
 
-    def open(self, *, resume: bool, data: Any = None, new_data: bool = False) -> Opened:
-        """Makes the folder, or takes up the run in it; see `open_folder`."""
-        return open_folder(
-            self.folder,
-            self.config,
-            origin=None if self.init is None else self.init.origin,
-            data=data.fingerprint if isinstance(data, Fingerprinted) else None,
-            resume=resume,
-            new_data=new_data,
-        )
-
     def train(
         self,
         data: BatchSource | BatchStream,
@@ -108,6 +102,7 @@ class Run:
         *,
         resume: bool = False,
         new_data: bool = False,
+        stopping: Stopping | None = None,
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
@@ -118,36 +113,91 @@ class Run:
           resume: continues from the newest checkpoint, if there is one; the configuration may then be another where
             `train.changes` allows it.
           new_data: whether a run that is continued may take other data than its own, from their start.
+          stopping: signals and the clock, by which the run is saved and stopped.
 
         Raises:
-          ValueError: if the folder or a checkpoint in it cannot be used, the run cannot go on so, a checkpoint cannot
-            be written, or a batch is not what its stage says.
+          ValueError: if processes differ, another process writes the folder, the folder or a checkpoint in it cannot be
+            used, the run cannot go on so, something cannot be written, or a batch is not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
+          StoppedError: if it was stopped, with the step that was saved.
         """
         check_data(data)
-        opened = self.open(resume=resume, data=data, new_data=new_data)
+        options: dict[str, Any] = dict(resume=resume, new_data=new_data) | self._identity(data)
+        cluster.compare(self._compared(data, resume))
+        opened, record = look_into(self.folder, self.config, **options)
+        if record is None and self._is_done(opened):  # nothing is left to write, not even on a full disk
+            self._say(opened, progress)
+            with Checkpoints(self.folder / "checkpoints", self.config, data=options["data"]) as checkpoints:
+                return self._start(checkpoints, opened)[0]
+        with hold(self.folder) as lock:
+            opened = open_folder(self.folder, self.config, **options)
+            self._say(opened, progress)
+            ending.mark_resumable()
+            return self._train(data, progress, opened, lock, stopping)
+
+    def _is_done(self, opened: Opened) -> bool:
+        return opened.position is not None and opened.position.step == self.config.steps
+
+    def _say(self, opened: Opened, progress: RunProgress | None) -> None:
+        """Says where the run goes on."""
         for line in describe_resumption(self.folder, self.config, opened):
             if progress is not None:
                 progress.say(line)
+
+    def _identity(self, data: Any) -> dict[str, Any]:
+        """Says where the first parameters come from, and what the data are."""
+        return {
+            "origin": None if self.init is None else self.init.origin,
+            "data": data.fingerprint if isinstance(data, Fingerprinted) else None,
+        }
+
+    def _compared(self, data: BatchSource | BatchStream, resume: bool) -> dict[str, Any]:
+        """Gathers what all processes of a run must have alike."""
+        return {
+            "run": self.config.to_json(),
+            "init": None if self.init is None else str(self.init),
+            "folder": str(self.folder.absolute()),
+            "resume": resume,
+            "mesh": None if self.mesh is None else dict(self.mesh.shape),
+            "data": getattr(data, "fingerprint", None) if isinstance(data, BatchSource) else data.get_state(),
+            **code_versions(),
+        }
+
+    def _train(
+        self,
+        data: BatchSource | BatchStream,
+        progress: RunProgress | None,
+        opened: Opened,
+        lock: Lock | None,
+        stopping: Stopping | None,
+    ) -> TrainState:
+        """Takes the run to its end, in a folder that is this run's alone."""
         on_step = None if progress is None else progress.update
-        fingerprint = data.fingerprint if isinstance(data, Fingerprinted) else None
+        fingerprint = self._identity(data)["data"]
         with Checkpoints(self.folder / "checkpoints", self.config, data=fingerprint) as checkpoints:
             state, position = self._start(checkpoints, opened)
-            if position.step == self.config.steps:  # nothing is left to write, not even on a full disk
+            if self._is_done(opened):
                 return state
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
             log = MetricsLog(self.folder / "metrics.jsonl", keep=position.step, on_step=on_step)
-            with progress or contextlib.nullcontext(), log:
+            pauses = Pauses(self.config.steps, minutes=self.config.checkpoint_minutes, stopping=stopping)
+            keeper = _Keeper(self.config, checkpoints, log, pauses, lock)
+            stepping = stopping.stepping() if stopping else contextlib.nullcontext()
+            with progress or contextlib.nullcontext(), log, stepping:
                 try:
                     for index in range(position.phase, len(self.config.phases)):
-                        state, position = self._train_phase(index, state, position, data, checkpoints, log)
+                        state, position = self._train_phase(index, state, position, data, keeper)
                     checkpoints.wait()
-                    return state
                 except DivergedError as error:
                     last = checkpoints.latest()
                     good = "none" if last is None else checkpoints.path(last)
                     raise DivergedError(f"{error}; the last good checkpoint: {good}") from None
+                except WriteError as error:
+                    raise ValueError(f"{error}; the last good checkpoint: {last_checkpoint(self.folder)}") from error
+            if stopping:
+                stopping.check(self.config.steps)
+            return state
 
     def _start(self, checkpoints: Checkpoints, opened: Opened) -> tuple[TrainState, Position]:
         """Restores or makes the state to go on from, and finds its position."""
@@ -173,8 +223,7 @@ class Run:
         state: TrainState,
         position: Position,
         data: BatchSource | BatchStream,
-        checkpoints: Checkpoints,
-        log: MetricsLog,
+        keeper: "_Keeper",
     ) -> tuple[TrainState, Position]:
         """Trains from `position`, in this phase or at the end of the one before, to the phase's end."""
         settings, before = self.config.phases[index], sum(p.steps for p in self.config.phases[:index])
@@ -190,11 +239,8 @@ class Run:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
                     state, metrics = step(state, self._next_batch(batches, stage))
-                    log.put(before + done, index, settings.name, done, metrics)
                     position = Position(before + done, index, done, batches.get_state())
-                    if done == settings.steps or position.step % self.config.checkpoint_every == 0:
-                        log.flush()  # stops here if a number is not finite: a bad state is never saved
-                        checkpoints.save(state, position)
+                    keeper.keep(state, position, metrics)
             first = last
         return state, position
 
@@ -214,6 +260,36 @@ class Run:
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
         return batch if self.mesh is None else place_batch(batch, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keeper:
+    """Keeps what is left of each step: its numbers, a checkpoint where one is due, and the word that the run stops."""
+
+    config: RunConfig
+    checkpoints: Checkpoints
+    log: MetricsLog
+    pauses: Pauses
+    lock: Lock | None
+
+    def keep(self, state: TrainState, position: Position, metrics: dict[str, jax.Array]) -> None:
+        """Takes what a step gave.
+
+        Raises:
+          StoppedError: if the run stops here, saved.
+        """
+        settings, step = self.config.phases[position.phase], position.step
+        self.log.put(step, position.phase, settings.name, position.phase_step, metrics)
+        pause = self.pauses.after(step)
+        if pause or position.phase_step == settings.steps or step % self.config.checkpoint_every == 0:
+            self.log.flush()  # stops here if a number is not finite: a bad state is never saved
+            if self.lock is not None:
+                self.lock.check()
+            self.checkpoints.save(state, position)
+            self.pauses.saved()
+        if pause and pause.status is not None:
+            self.checkpoints.wait()
+            raise StoppedError(step, pause.status)
 
 
 def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:

@@ -111,6 +111,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     seed: int = 0
     checkpoint_every: int = 50
+    checkpoint_minutes: float | None = None  # at most between two checkpoints; None: steps alone count
     keep_checkpoints: int = 2  # besides the last of each phase
     evaluation_batches: int = 4  # held-out batches of each kind
 
@@ -122,6 +123,8 @@ class RunConfig:
         check_integer("seed", self.seed, least=0, most=MAX_SEED)
         for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
             check_integer(name, getattr(self, name))
+        if self.checkpoint_minutes is not None:
+            check_number("checkpoint_minutes", self.checkpoint_minutes, above=0)
         _check_tuple("phases", self.phases, PhaseSettings)
         if not self.phases:
             raise ValueError("a run must have at least one phase")
@@ -195,21 +198,6 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
-
-
-def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """Names the values in which two JSON trees differ, each with both values.
-
-    Examples:
-      >>> differences({"model": {"index_topk": 5}}, {"model": {"index_topk": 4}})
-      ['model.index_topk 4, here 5']
-    """
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = list(dict.fromkeys([*ours, *theirs]))
-        return [d for key in keys for d in differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))]
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in differences(*pair, f"{name}[{i}]")]
-    return [] if ours == theirs else [f"{name} {shown(theirs)}, here {shown(ours)}"]
 
 
 def listed(changes: list[str]) -> str:

@@ -15,7 +15,7 @@ from train.data import DataConfig
 from train.optimizer import OptimizerSettings
 from train.phases import CONTROLS, STREAMS, WARMUP
 from train.presets import deepseek_v32, load_preset, tiny
-from train.settings import MAX_SEED, MAX_STAGES, PhaseSettings, RunConfig, Stage, differences, listed, stream_seed
+from train.settings import MAX_SEED, MAX_STAGES, PhaseSettings, RunConfig, Stage, listed, stream_seed
 
 
 @pytest.fixture
@@ -149,7 +149,8 @@ def test_a_file_may_be_called_like_a_preset(run, tmp_path):
 def test_the_names_in_json_stay():
     """Keeps the run.json of older runs readable."""
     values = tiny().to_json()
-    assert list(values) == "model phases data seed checkpoint_every keep_checkpoints evaluation_batches".split()
+    names = "model phases data seed checkpoint_every checkpoint_minutes keep_checkpoints evaluation_batches"
+    assert list(values) == names.split()
     assert list(values["phases"][0]) == ["name", "stages", "backbone", "indexer", "bias_rate"]
     assert [phase["name"] for phase in values["phases"]] == ["BASE", "WARMUP", "SPARSE"]
     study = make_config(("a", "b")).to_json()
@@ -175,10 +176,3 @@ def test_controls_come_back_by_name(run):
         settings = PhaseSettings(phase, (Stage(1, 2, 16),), backbone=OptimizerSettings(1e-3))
         config = RunConfig(run.model, (settings,))
         assert RunConfig.from_json(config.to_json()) == config
-
-
-def test_differences_name_both_values():
-    ours = {"a": [1, {"b": 2}], "c": Path("x").name, "only": 1}
-    theirs = {"a": [1, {"b": 3}], "c": "x"}
-    assert differences(ours, theirs) == ["a[1].b 3, here 2", "only None, here 1"]
-    assert not differences(ours, ours)

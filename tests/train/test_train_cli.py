@@ -144,7 +144,7 @@ def test_bad_combinations(capsys, preset, tmp_path):
     ],
 )
 def test_bad_processes(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("was not refused"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("was not refused"))
     assert re.search(message, refused(capsys, "--distributed", *arguments.split()))
 
 
@@ -152,7 +152,7 @@ def test_bad_processes(capsys, monkeypatch, arguments, message):
     "error", [KeyError("SLURM_NODELIST"), IndexError("list index"), TypeError("no int"), RuntimeError()]
 )
 def test_whatever_jax_raises_where_processes_join_is_one_line(capsys, monkeypatch, error):
-    def initialize(*_):
+    def initialize(*_, **__):
         raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
