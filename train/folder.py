@@ -62,13 +62,13 @@ def check_unused(folder: Path) -> None:
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bounds from above what a run's checkpoints take: parameters and two moments each."""
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params(config.model)[1])]
-    return 3 * sum(sizes) * (config.keep_checkpoints + 1 + len(config.phases))
+    return 3 * sum(sizes) * (config.keep_checkpoints + config.keep_best + 1 + len(config.phases))
 
 
 def identity(config: RunConfig, init: str | None = None) -> dict[str, Any]:
     """Gathers what must be the same for a run to be continued: all that decides its numbers."""
     values = {**config.to_json(), "init": init}
-    for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
+    for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches", "evaluate_every", "keep_best"):
         del values[name]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # they decide no number, and older runs lack them
         del values["model"][name]

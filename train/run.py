@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from train.checks import shown
 from train.data import Batch, BatchSource, BatchStream
 from train.folder import open_folder, read_model_config
 from train.initial import InitialParams, random_params
-from train.metrics import DivergedError, MetricsLog, read_metrics
+from train.metrics import DivergedError, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
+from train.watch import Observer, Watch, observe
 
 __all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
@@ -80,8 +82,8 @@ class Run:
         return sum(phase.steps for phase in self.config.phases[: names.index(name) + 1])
 
     def params_after(self, name: str) -> Params:
-        """Reads the parameters as a phase left them, from that phase's last checkpoint."""
-        return load_params(self.folder, abstract_params(self.config.model)[1], step=self.phase_end(name))
+        """Reads the parameters as a phase left them, from that phase's last checkpoint, to where the run is trained."""
+        return load_params(self.folder, abstract_params(self.config.model, self.mesh)[1], step=self.phase_end(name))
 
     def records(self) -> list[dict[str, Any]]:
         """Reads the lines of `metrics.jsonl`; `seconds` are since the line before."""
@@ -98,7 +100,12 @@ class Run:
         open_folder(self.folder, self.config, self.label, resume=resume)
 
     def train(
-        self, data: BatchSource | BatchStream, progress: RunProgress | None = None, *, resume: bool = False
+        self,
+        data: BatchSource | BatchStream,
+        progress: RunProgress | None = None,
+        *,
+        resume: bool = False,
+        watch: Watch = Watch(),
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
@@ -107,24 +114,29 @@ class Run:
             With several processes each gives the same, whole batches.
           progress: shows where the run stands.
           resume: continues from the newest checkpoint, if there is one.
+          watch: what is watched beside the losses of the steps.
 
         Raises:
-          ValueError: if the folder or a checkpoint in it cannot be used, a checkpoint cannot be written, or a batch is
+          ValueError: if it cannot be watched so, the folder or a checkpoint in it cannot be used, a checkpoint cannot be written, or a batch is
             not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
         """
         check_data(data)
+        watch.check(self.config)
         self.open(resume=resume)
         on_step = None if progress is None else progress.update
         with Checkpoints(self.folder / "checkpoints", self.config, init=self.label) as checkpoints:
             state, position = self._start(checkpoints)
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
-            log = MetricsLog(self.folder / "metrics.jsonl", keep=position.step, on_step=on_step)
-            with progress or contextlib.nullcontext(), log:
+            where = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh)
+            observing = observe(watch, self.config, self.folder, on_step=on_step, **where)
+            with progress or contextlib.nullcontext(), observing as observer:
+                if observer.best:
+                    observer.keep(checkpoints)
                 try:
                     for index in range(position.phase, len(self.config.phases)):
-                        state, position = self._train_phase(index, state, position, data, checkpoints, log)
+                        state, position = self._train_phase(index, state, position, data, checkpoints, observer)
                     checkpoints.wait()
                     return state
                 except DivergedError as error:
@@ -157,7 +169,7 @@ class Run:
         position: Position,
         data: BatchSource | BatchStream,
         checkpoints: Checkpoints,
-        log: MetricsLog,
+        observer: Observer,
     ) -> tuple[TrainState, Position]:
         """Trains from `position`, in this phase or at the end of the one before, to the phase's end."""
         settings, before = self.config.phases[index], sum(p.steps for p in self.config.phases[:index])
@@ -172,11 +184,18 @@ class Run:
                 if position.phase_step > first and batches is not data:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
-                    state, metrics = step(state, self._next_batch(batches, stage))
-                    log.put(before + done, index, settings.name, done, metrics)
+                    observer.profiler.begin(before + done)
+                    batch, waited = self._next_batch(batches, stage)
+                    state, metrics = step(state, batch)
+                    observer.profiler.end(before + done, metrics)
+                    known = observer.known(data, before + done, waited)
+                    observer.log.put(before + done, index, settings.name, done, metrics, known)
+                    is_best = observer.measure(settings, before + done, done, state.params)
                     position = Position(before + done, index, done, batches.get_state())
-                    if done == settings.steps or position.step % self.config.checkpoint_every == 0:
-                        log.flush()  # stops here if a number is not finite: a bad state is never saved
+                    if done == settings.steps or position.step % self.config.checkpoint_every == 0 or is_best:
+                        observer.log.flush()  # stops here if a number is not finite: a bad state is never saved
+                        if is_best:
+                            observer.keep(checkpoints)
                         checkpoints.save(state, position)
             first = last
         return state, position
@@ -188,15 +207,17 @@ class Run:
         stage, seed = settings.stages[number], stream_seed(self.config.seed, settings.phase.stream, number)
         return data.batches("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
 
-    def _next_batch(self, batches: BatchStream, stage: Stage) -> Batch:
-        """Takes the next batch, checked and on the mesh if there is one."""
+    def _next_batch(self, batches: BatchStream, stage: Stage) -> tuple[Batch, float]:
+        """Takes the next batch, checked and on the mesh if there is one; also gives the seconds waited for it."""
+        began = time.monotonic()
         try:
             batch = next(batches)
         except StopIteration:
             raise ValueError("the data must not end before the run does: give an endless iterator of batches") from None
+        waited = time.monotonic() - began
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
-        return batch if self.mesh is None else place_batch(batch, self.mesh)
+        return batch if self.mesh is None else place_batch(batch, self.mesh), waited
 
 
 def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:

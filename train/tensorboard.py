@@ -1,0 +1,78 @@
+"""The numbers of every step as TensorBoard's scalars, by tensorboardX."""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+NO_SCALARS = ("step", "phase_step", "time")  # numbers of a line of metrics.jsonl that say where it stands
+
+
+def check_tensorboard() -> None:
+    """Checks that tensorboardX is there.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("tensorboard needs the package tensorboardX: pip install 'dsa-jax[tensorboard]'")
+
+
+class Scalars:
+    """Writes the lines of `metrics.jsonl` into an event file of a folder, each number under its name.
+
+    TensorBoard drops what older files of the folder say of `first_step` and later: those steps are done again. Writing
+    is synchronous, unlike by tensorboardX's own writer, whose thread would hide a full disk and then block.
+
+    Args:
+      folder: the folder of event files.
+      first_step: the first step that is to come.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder = folder
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._write(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            with self._writing():
+                self._file.close()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Writes the numbers of a line.
+
+        Raises:
+          ValueError: if the file cannot be written.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if isinstance(value, int | float) and name not in NO_SCALARS
+        ]
+        self._write(Event(wall_time=record["time"], step=record["step"], summary=Summary(value=values)))
+
+    def _write(self, event: Any) -> None:
+        with self._writing():
+            self._file.write_event(event)
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"TensorBoard's file in {self._folder} could not be written: {error.strerror}") from error
