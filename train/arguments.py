@@ -18,8 +18,10 @@ from train.data import load
 from train.experiment import Experiment, seed_runs
 from train.initial import InitialParams
 from train.presets import PRESETS, load_preset
+from train.profile import ProfiledSteps
 from train.run import Run
 from train.settings import RunConfig
+from train.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,15 @@ class Arguments:
     process_id: int | None = None
     """The number of this process."""
     evaluate: bool = True
-    """Evaluate and report at the end, on one device, which must be able to hold the model."""
+    """Evaluate and report at the end."""
+    evaluate_every: int | None = None
+    """Measure the held-out loss every so many steps, and behind each phase; 0: never; without it as the preset says."""
+    keep_best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the checkpoint of the least held-out loss too."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write the metrics for TensorBoard too, into the run's folder."""
+    profile: str | None = None
+    """FIRST:LAST, steps whose trace is written into the run's folder."""
 
     @property
     def name(self) -> str:
@@ -88,7 +98,9 @@ class Arguments:
         )
         if self.init is not None:
             config = dataclasses.replace(config, model=InitialParams(self.init).config(config.model.dtype))
-        config = dataclasses.replace(config, data=data)
+        every = config.evaluate_every if self.evaluate_every is None else self.evaluate_every
+        watched = dict(evaluate_every=every, keep_best=self.keep_best or config.keep_best)
+        config = dataclasses.replace(config, data=data, **watched)
         config = config.select(self.phases) if self.phases else config
         first = config.phases[0].name
         if self.init is None and first != "BASE":
@@ -96,6 +108,11 @@ class Arguments:
         if self.controls and config.phases[-1].name != "SPARSE":
             raise ValueError("controls need a run that ends with SPARSE, whose length and batches they share")
         return config
+
+    def watch(self) -> Watch:
+        """Says what is watched beside the losses."""
+        profile = None if self.profile is None else ProfiledSteps.parse(self.profile)
+        return Watch(tensorboard=self.tensorboard, profile=profile)
 
     def join(self) -> None:
         """Joins the other processes, if it is a distributed run; before anything else of JAX.
@@ -155,7 +172,7 @@ def train(arguments: Arguments) -> None:
     arguments.join()
     began = time.monotonic()
     console = Console(quiet=jax.process_index() > 0)
-    runs = arguments.runs()
+    runs, watch = arguments.runs(), arguments.watch()
     config = runs[0].config
     Experiment(
         name=arguments.name,
@@ -165,4 +182,5 @@ def train(arguments: Arguments) -> None:
         controls=arguments.controls,
         resume=arguments.resume,
         evaluate=arguments.evaluate,
+        watch=watch,
     ).run(console, began=began)

@@ -78,8 +78,7 @@ class HeldOut:
                 | {name: each[number] for name, each in self.subsets.get(part, {}).items()}
                 for number, batch in enumerate(batches)
             ]
-            for measured in _dealt(batches, masks, first, multiple):
-                yield measured
+            yield from _dealt(batches, masks, first, multiple)
             first += sum(len(batch.tokens) for batch in batches)
 
     def mix(self, values: Mapping[str, Any]) -> Any:

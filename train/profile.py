@@ -34,19 +34,24 @@ class ProfiledSteps:
             raise ValueError(f"profile must be FIRST:LAST, two steps of the run like 10:12, got {shown(text)}")
         return steps
 
-    def check(self, done: int, steps: int) -> None:
-        """Checks that all of them are still to be done.
+    def check(self, steps: int) -> None:
+        """Checks that they are among the `steps` steps of a run.
 
         Raises:
           ValueError: if they are not.
         """
-        if not done < self.first <= self.last <= steps:
-            left = f"from {done + 1} to {steps}" if done < steps else f"none of {steps}"
-            raise ValueError(f"profile must name steps still to be done, {left}, got {self.first}:{self.last}")
+        if self.last > steps:
+            raise ValueError(f"profile must name steps of the run, which has {steps}, got {self.first}:{self.last}")
+
+    def __str__(self) -> str:
+        return f"{self.first}:{self.last}"
 
 
 class Profiler:
-    """Writes the trace of the steps into a folder, each process its own; without steps it does nothing."""
+    """Writes the trace of the steps into a folder, each process its own; without steps it does nothing.
+
+    A run that is continued between the first and the last of them traces those that are left.
+    """
 
     def __init__(self, folder: Path, steps: ProfiledSteps | None):
         self._folder, self._steps, self._runs = folder, steps, False
@@ -59,13 +64,13 @@ class Profiler:
 
     def begin(self, step: int) -> None:
         """Starts with the first of the steps."""
-        if self._steps is not None and step == self._steps.first:
+        if self._steps is not None and not self._runs and self._steps.first <= step <= self._steps.last:
             jax.profiler.start_trace(self._folder)
             self._runs = True
 
     def end(self, step: int, results: Any) -> None:
         """Stops behind the last of the steps, when the device has its results."""
-        if self._steps is not None and step == self._steps.last and self._runs:
+        if self._runs and self._steps is not None and step == self._steps.last:
             jax.block_until_ready(results)
             self._stop()
 

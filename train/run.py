@@ -25,7 +25,7 @@ from train.progress import RunProgress
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
-from train.watch import Observer, Watch, observe
+from train.watch import UNWATCHED, Observer, Watch, observe
 
 __all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
@@ -105,7 +105,7 @@ class Run:
         progress: RunProgress | None = None,
         *,
         resume: bool = False,
-        watch: Watch = Watch(),
+        watch: Watch = UNWATCHED,
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
@@ -117,8 +117,8 @@ class Run:
           watch: what is watched beside the losses of the steps.
 
         Raises:
-          ValueError: if it cannot be watched so, the folder or a checkpoint in it cannot be used, a checkpoint cannot be written, or a batch is
-            not what its stage says.
+          ValueError: if it cannot be watched so, the folder or a checkpoint in it cannot be used, a file cannot be
+            written, or a batch is not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
         """
         check_data(data)

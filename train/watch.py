@@ -28,10 +28,10 @@ BEST_FIELDS = ("step", "phase", "held_out_loss")  # of best.json
 
 @runtime_checkable
 class CountsSources(Protocol):
-    """Tells of the sources that it mixes how much a run has drawn; data may have this."""
+    """Tells of the sources that it mixes how much was drawn; data may have this."""
 
-    def progress(self, rows: int) -> Mapping[str, tuple[float, float]]:
-        """Gives tokens and epochs of each source in the first `rows` rows of a run."""
+    def progress(self, rows: int, *, seq_len: int) -> Mapping[str, tuple[float, float]]:
+        """Gives tokens and epochs of each source in so many rows of `seq_len` tokens."""
         ...
 
 
@@ -58,9 +58,12 @@ class Watch:
         if config.evaluate_every and self.held_out is None:
             raise ValueError(f"evaluate_every {config.evaluate_every} needs held-out batches: give held_out, or set 0")
         if self.profile is not None:
-            self.profile.check(0, config.steps)
+            self.profile.check(config.steps)
         if self.tensorboard:
             check_tensorboard()
+
+
+UNWATCHED = Watch()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Observer:
         """Gives the numbers of a step that the host has: seconds waited for data, and what its sources have given."""
         numbers = {"data_seconds": round(data_seconds, 4)}
         if isinstance(data, CountsSources):
-            for name, (tokens, epochs) in data.progress(rows_drawn(self.config, step)).items():
+            for name, (tokens, epochs) in drawn(self.config, step, data).items():
                 numbers |= {f"tokens/{name}": tokens, f"epochs/{name}": epochs}
         return numbers
 
@@ -132,10 +135,8 @@ def observe(
     """Opens the files of what watches a run of which `done` steps are done, and closes them with the run.
 
     Raises:
-      ValueError: if a file cannot be written, or the steps to be traced are not all to come.
+      ValueError: if a file cannot be written.
     """
-    if watch.profile is not None:
-        watch.profile.check(done, config.steps)
     with contextlib.ExitStack() as stack:
         scalars = None
         if watch.tensorboard and jax.process_index() == 0:
@@ -148,13 +149,16 @@ def observe(
         yield Observer(watch, config, graphdef, mesh, folder, log, profiler, _best_so_far(config, folder, log))
 
 
-def rows_drawn(config: RunConfig, step: int) -> int:
-    """Counts the rows that a run has drawn when a step is done."""
-    rows = 0
+def drawn(config: RunConfig, step: int, data: CountsSources) -> dict[str, tuple[float, float]]:
+    """Adds up the tokens and epochs of each source that a run has drawn when a step is done."""
+    total: dict[str, tuple[float, float]] = {}
     for stage in (stage for phase in config.phases for stage in phase.stages):
         taken = min(stage.steps, max(step, 0))
-        rows, step = rows + taken * stage.batch_size, step - stage.steps
-    return rows
+        for name, (tokens, epochs) in data.progress(taken * stage.batch_size, seq_len=stage.seq_len).items():
+            before = total.get(name, (0, 0.0))
+            total[name] = before[0] + tokens, before[1] + epochs
+        step -= stage.steps
+    return total
 
 
 def _best_so_far(config: RunConfig, folder: Path, log: MetricsLog) -> dict[str, Any]:
