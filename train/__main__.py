@@ -20,7 +20,13 @@ def _plan(arguments: Sequence[str]) -> None:
     (planner.serving_main if "--serve" in arguments else planner.main)(arguments)
 
 
-COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan}
+def _evaluate(arguments: Sequence[str]) -> None:
+    from train import evaluate_command
+
+    evaluate_command.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "evaluate": _evaluate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

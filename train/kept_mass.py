@@ -104,7 +104,8 @@ def measure_layers(
     rows = np.arange(len(batch.tokens)) if rows is None else rows
     placed = place(batch)
     x, rotation = _begin(*nnx.split(model), placed, mesh=mesh)
-    streams, masses = dict.fromkeys(STREAMS, x), []
+    streams: dict[str, Any] = dict.fromkeys(STREAMS, x)
+    masses: list[dict[str, Array]] = []
     for (stack, count), *others in zip(model.stacks(), *(each.stacks() for each in indexers.values()), strict=True):
         graph, own, rest = nnx.split(stack, _is_indexer, ...)
         chosen_by = {name: nnx.split(o, _is_indexer, ...)[1] for name, (o, _) in zip(indexers, others, strict=True)}

@@ -129,7 +129,7 @@ class Run:
             state, position = self._start(checkpoints)
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
-            where = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh)
+            where: dict[str, Any] = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh)
             observing = observe(watch, self.config, self.folder, on_step=on_step, **where)
             with progress or contextlib.nullcontext(), observing as observer:
                 if observer.best:

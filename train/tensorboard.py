@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,14 +33,16 @@ class Scalars:
     """
 
     def __init__(self, folder: Path, *, first_step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._folder = folder
+        # By name: what protobuf generates is known to no type checker, and the package need not be there.
+        self._events, self._summaries = (
+            import_module(f"tensorboardX.proto.{name}_pb2") for name in ("event", "summary")
+        )
+        self._folder, writer = folder, import_module("tensorboardX.event_file_writer")
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._write(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._file = writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        session = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._write(self._events.Event(wall_time=time.time(), step=first_step, session_log=session))
 
     def __enter__(self) -> Self:
         return self
@@ -55,15 +58,13 @@ class Scalars:
         Raises:
           ValueError: if the file cannot be written.
         """
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
         values = [
-            Summary.Value(tag=name, simple_value=value)
+            self._summaries.Summary.Value(tag=name, simple_value=value)
             for name, value in record.items()
             if isinstance(value, int | float) and name not in NO_SCALARS
         ]
-        self._write(Event(wall_time=record["time"], step=record["step"], summary=Summary(value=values)))
+        summary = self._summaries.Summary(value=values)
+        self._write(self._events.Event(wall_time=record["time"], step=record["step"], summary=summary))
 
     def _write(self, event: Any) -> None:
         with self._writing():

@@ -88,7 +88,7 @@ class Observer:
         if not self._is_due(step, phase_step == settings.steps) or self.watch.held_out is None:
             return False
         began, phase = time.monotonic(), settings.phase
-        how = dict(attention=attention_of(phase), selection=phase.selection, mesh=self.mesh)
+        how: dict[str, Any] = dict(attention=attention_of(phase), selection=phase.selection, mesh=self.mesh)
         losses = held_out_losses(self.graphdef, params, self.watch.held_out, **how)
         first, *others = losses
         named = {"held_out_loss": losses[first], **{f"held_out_loss/{name}": losses[name] for name in others}}
