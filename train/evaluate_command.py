@@ -182,11 +182,12 @@ def show(found: Measurement, console: Console) -> None:
 
 
 def _losses_table(found: Measurement) -> Table:
+    """Makes a row of each checkpoint's losses dense and sparse, a column of each range of positions."""
     parts = list(next(iter(found.selections.values())))
-    table = Table("loss, nats a token", *(f"{name}, {how}" for name in found.losses for how in ("dense", "sparse")))
-    for part in parts:
-        columns = [losses[how][part] for losses in found.losses.values() for how in ("dense", "sparse")]
-        table.add_row(part, *(as_text([value]) for value in columns))
+    table = Table("loss, nats a token", *(part.removeprefix("positions ") for part in parts))
+    for name, losses in found.losses.items():
+        for attention, by_part in losses.items():
+            table.add_row(f"{name}, {attention}", *(as_text([by_part[part]]) for part in parts))
     return table
 
 

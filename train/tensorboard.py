@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
+PACKAGE = "tensorboardX"
 NO_SCALARS = ("step", "phase_step", "time")  # numbers of a line of metrics.jsonl that say where it stands
 
 
@@ -17,7 +18,7 @@ def check_tensorboard() -> None:
     Raises:
       ValueError: if it is not.
     """
-    if importlib.util.find_spec("tensorboardX") is None:
+    if importlib.util.find_spec(PACKAGE) is None:
         raise ValueError("tensorboard needs the package tensorboardX: pip install 'dsa-jax[tensorboard]'")
 
 
@@ -34,10 +35,8 @@ class Scalars:
 
     def __init__(self, folder: Path, *, first_step: int):
         # By name: what protobuf generates is known to no type checker, and the package need not be there.
-        self._events, self._summaries = (
-            import_module(f"tensorboardX.proto.{name}_pb2") for name in ("event", "summary")
-        )
-        self._folder, writer = folder, import_module("tensorboardX.event_file_writer")
+        self._events, self._summaries = (import_module(f"{PACKAGE}.proto.{name}_pb2") for name in ("event", "summary"))
+        self._folder, writer = folder, import_module(f"{PACKAGE}.event_file_writer")
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")

@@ -29,7 +29,8 @@ from train.__main__ import main
 from train.arguments import Arguments
 from train.checkpoint import Checkpoints, Position
 from train.data import load
-from train.experiment import control_run, describe_run, seed_runs
+from train.describe import describe_run
+from train.experiment import control_run, seed_runs
 from train.folder import checkpoint_steps, identity
 from train.initial import InitialParams
 from train.metrics import MetricsLog
