@@ -18,8 +18,12 @@ from train_cases import small_config, small_phases, small_run, write_preset
 from dsa_jax.parallel.sharding import parameter_shardings
 from train.__main__ import main
 from train.data import load
+from train.experiment import evaluate, held_out_shape
 from train.folder import checkpoint_steps
+from train.held_out import HeldOut, draw_batches
+from train.metrics import CLOCKS
 from train.progress import RunProgress
+from train.results import Results
 from train.run import Run
 from train.settings import Stage
 
@@ -48,7 +52,7 @@ def train(config, folder, mesh, *, resume=False):
 def numbers(folder):
     """Reads the metrics of each step, without the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "phase")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in (*CLOCKS, "phase")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def in_two_processes(config, folder):
         "XLA_FLAGS": flags,
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    command = [sys.executable, "-m", "train", "--preset", str(preset), "--out", str(out), "--no-evaluate"]
+    command = [sys.executable, "-m", "train", "--preset", str(preset), "--out", str(out)]
     command += ["--mesh", "context=2,tensor=2", "--distributed", "--coordinator", address, "--num-processes", "2"]
     processes = [
         subprocess.Popen(
@@ -87,6 +91,19 @@ def in_two_processes(config, folder):
     assert [process.returncode for process in processes] == [0, 0], streams
     assert "BASE 4/4" in streams[0][0] and "BASE" not in streams[1][0]  # one of them speaks
     return out
+
+
+@pytest.mark.slow
+def test_two_processes_measure_as_one_device(config, in_two_processes):
+    """Where they trained, after the end; the report is one process's to write."""
+    found = Results.load(in_two_processes).seeds[0].evaluation
+    run = Run(config, in_two_processes)
+    held_out = HeldOut({"text": draw_batches(load(config.data), *held_out_shape(config))})
+    alone = evaluate(run, run.params_after("BASE"), [], held_out)
+    for name, losses in alone.losses.items():
+        assert found.losses[name] == pytest.approx(losses, rel=1e-5), name
+    for name, layers in alone.kept.mass["text"].items():
+        np.testing.assert_allclose(found.kept.mass["text"][name], layers, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
