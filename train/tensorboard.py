@@ -47,9 +47,12 @@ class Scalars:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
+        try:
             with self._writing():
                 self._file.close()
+        except ValueError:
+            if kind is None:  # else what went wrong first is what is said
+                raise
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Writes the numbers of a line.
