@@ -149,7 +149,9 @@ def test_a_file_may_be_called_like_a_preset(run, tmp_path):
 def test_the_names_in_json_stay():
     """Keeps the run.json of older runs readable."""
     values = tiny().to_json()
-    assert list(values) == "model phases data seed checkpoint_every keep_checkpoints evaluation_batches".split()
+    assert list(values) == (
+        "model phases data seed checkpoint_every keep_checkpoints evaluation_batches evaluate_every keep_best".split()
+    )
     assert list(values["phases"][0]) == ["name", "stages", "backbone", "indexer", "bias_rate"]
     assert [phase["name"] for phase in values["phases"]] == ["BASE", "WARMUP", "SPARSE"]
     study = make_config(("a", "b")).to_json()
