@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from train.checkpoint import Checkpoints
@@ -166,7 +168,18 @@ def _best_so_far(config: RunConfig, folder: Path, log: MetricsLog) -> dict[str, 
     steps = set(checkpoint_steps(folder))
     saved = [record for record in log.kept if record["step"] in steps and "held_out_loss" in record]
     record = best_record(saved, saved[-1]["phase"]) if saved and config.keep_best else None
-    return {} if record is None else {name: record[name] for name in BEST_FIELDS}
+    return _agreed({} if record is None else {name: record[name] for name in BEST_FIELDS}, config)
+
+
+def _agreed(best: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Has all processes go by what the first one found: if they differed, not all would save at the same step."""
+    if jax.process_count() == 1:
+        return best
+    names = [phase.name for phase in config.phases]
+    place = (best["step"], names.index(best["phase"])) if best else (-1, -1)
+    values = np.asarray(place, np.int32), np.float32(best.get("held_out_loss", 0.0))
+    (step, phase), loss = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(values))
+    return {} if step < 0 else {"step": int(step), "phase": names[phase], "held_out_loss": float(loss)}
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:

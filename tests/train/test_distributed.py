@@ -26,6 +26,7 @@ from train.progress import RunProgress
 from train.results import Results
 from train.run import Run
 from train.settings import Stage
+from train.watch import Watch, read_best
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 PATIENCE = 300.0  # seconds that two processes may take on a busy machine
@@ -42,11 +43,18 @@ def config(folder):
     """BASE alone, which the command begins from nothing."""
     model = small_config(num_attention_heads=4)
     phases = (small_phases(Stage(STEPS, 4, 32, 2))["BASE"],)
-    return small_run(folder / "text", model=model, phases=phases, checkpoint_every=2)
+    watched = dict(checkpoint_every=2, evaluate_every=2, keep_best=True)
+    return small_run(folder / "text", model=model, phases=phases, **watched)
+
+
+def draw(config):
+    """Draws what a run is measured on, as the command does."""
+    return HeldOut({"text": draw_batches(load(config.data), *held_out_shape(config))})
 
 
 def train(config, folder, mesh, *, resume=False):
-    return Run(config, folder, mesh=mesh).train(load(config.data), RunProgress(config), resume=resume)
+    run, watch = Run(config, folder, mesh=mesh), Watch(draw(config))
+    return run.train(load(config.data), RunProgress(config), resume=resume, watch=watch)
 
 
 def numbers(folder):
@@ -98,8 +106,7 @@ def test_two_processes_measure_as_one_device(config, in_two_processes):
     """Where they trained, after the end; the report is one process's to write."""
     found = Results.load(in_two_processes).seeds[0].evaluation
     run = Run(config, in_two_processes)
-    held_out = HeldOut({"text": draw_batches(load(config.data), *held_out_shape(config))})
-    alone = evaluate(run, run.params_after("BASE"), [], held_out)
+    alone = evaluate(run, run.params_after("BASE"), [], draw(config))
     for name, losses in alone.losses.items():
         assert found.losses[name] == pytest.approx(losses, rel=1e-5), name
     for name, layers in alone.kept.mass["text"].items():
@@ -109,7 +116,7 @@ def test_two_processes_measure_as_one_device(config, in_two_processes):
 @pytest.mark.slow
 def test_two_processes_train_as_one_device(alone, in_two_processes):
     chex.assert_trees_all_close(numbers(in_two_processes), alone[0], rtol=1e-5)
-    assert checkpoint_steps(in_two_processes) == [2, 4]
+    assert checkpoint_steps(in_two_processes) == [2, 4] and read_best(in_two_processes)["step"] == 4
 
 
 @pytest.mark.slow
