@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from train_cases import fake_step, small_batch, small_params, small_run
 
 from train import planner
@@ -161,11 +162,15 @@ def test_tensorboard_shows_each_step_once(run, monkeypatch):
 
 def test_a_full_disk_under_tensorboard_is_named(run, monkeypatch):
     run, _ = run
+    write, written = RecordWriter.write, []
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fill(self, data):
+        written.append(data)
+        if len(written) > 3:  # the head of the file, its session, a step
+            raise OSError(28, "No space left on device")
+        write(self, data)
 
-    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+    monkeypatch.setattr(RecordWriter, "write", fill)
     with pytest.raises(ValueError, match=r"file in .*out/tensorboard could not be written: No space left on device"):
         train(run, tensorboard=True)
 
@@ -232,9 +237,10 @@ def test_a_phase_is_measured_as_its_indexer_needs(run):
     """WARMUP trains the indexer alone, which dense attention does not show."""
     run, measured = run
     windowed = dataclasses.replace(SPARSE, trains=("backbone",), selection=window_selection)
-    phases = [dataclasses.replace(run.config.phases[0], phase=phase) for phase in (BASE, WARMUP, windowed)]
-    adamw = OptimizerSettings(1e-3)
-    phases = tuple(dataclasses.replace(phase, indexer=adamw, backbone=adamw) for phase in phases)
+    adamw, base = OptimizerSettings(1e-3), run.config.phases[0]
+    phases = tuple(
+        dataclasses.replace(base, phase=phase, indexer=adamw, backbone=adamw) for phase in (BASE, WARMUP, windowed)
+    )
     train(dataclasses.replace(run, config=dataclasses.replace(run.config, phases=phases)))
     assert [tuple(each[1:]) for each in measured[::3]] == [
         ("dense", None),
