@@ -280,6 +280,18 @@ class SparseMLA(nnx.Module):
         """Returns the weight that takes latents to keys and values, of all heads or this shard's own."""
         return self.kv_b_proj[...] if own else gather_head_weights(self.kv_b_proj[...])
 
+    def queries_and_keys(
+        self, p: Projections, keys: KeyRange
+    ) -> tuple[Float[Array, "B T2 N2 H"], Float[Array, "B S N2 H"], KeyRange]:
+        """Gives the queries, the keys and their ranges from which dense attention can be computed anew, to measure it.
+
+        On a mesh that shards heads they are all heads of the share of the queries that `slice_tokens` gives this shard,
+        and of all keys; where the sequence is sharded, the keys are those of the whole of it.
+        """
+        shard = self._to_shard(p, keys, None, None, 0)
+        kv = shard.store.read(p.q.dtype)[0]
+        return shard.q, self._keys_of_all_heads(kv, self.expand(kv)[0]), shard.keys
+
     # The way into a shard and out of it. Where no axis is sharded, every collective is the identity, and what is left
     # is the FP8 of the index and the cache.
 

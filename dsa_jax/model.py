@@ -156,9 +156,9 @@ class Transformer(nnx.Module):
 
     def _run(self, tokens, keys, positions, selected, routed, cache, options) -> Output:
         """Runs the model on what was checked."""
-        x, rotation = self._embed(tokens), rope_rotation(positions, self.config)
+        x, rotation = self.embed(tokens), rope_rotation(positions, self.config)
         results, first = [], 0
-        for stack, count in self._stacks():
+        for stack, count in self.stacks():
             imposed = (
                 None if selected is None else selected[first : first + count],
                 routed if stack is self.moe_layers else None,
@@ -201,7 +201,7 @@ class Transformer(nnx.Module):
 
     def layers(self) -> Iterator[DecoderLayer]:
         """Yields the layers one by one, unstacked: to look inside, not to train."""
-        for stack, count in self._stacks():
+        for stack, count in self.stacks():
             graph, state = nnx.split(stack)
             for layer in range(count):
                 yield nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], state))
@@ -236,13 +236,14 @@ class Transformer(nnx.Module):
         keys = KeyRange.causal(*tokens.shape) if keys is None else keys
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         self._check_values(tokens, keys, None)
-        x, rotation = self._embed(tokens), rope_rotation(positions, self.config)
+        x, rotation = self.embed(tokens), rope_rotation(positions, self.config)
         layers = self.layers()
         for below in itertools.islice(layers, int(layer) % count):
             x = _run_layer(*nnx.split(below), x, rotation, keys, attention)
         return _map_layer(*nnx.split(next(layers)), x, rotation, keys, attention)
 
-    def _embed(self, tokens):
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks up the tokens' embeddings, in the compute dtype; on a mesh, those of this shard's tokens."""
         table = gather_parameters({"embed_tokens": self.embed_tokens[...]}, whole=False)["embed_tokens"]
 
         def look_up(tokens):
@@ -254,7 +255,8 @@ class Transformer(nnx.Module):
 
         return sum_shards(exchange_columns(look_up, tokens), "vocabulary")
 
-    def _stacks(self):
+    def stacks(self) -> list[tuple[Any, int]]:
+        """Lists the layers as they are stored: each kind stacked in one module, with their number."""
         stacks = (self.dense_layers, self.config.num_dense_layers), (self.moe_layers, self.config.num_moe_layers)
         return [(stack, count) for stack, count in stacks if stack is not None]
 

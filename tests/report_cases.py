@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from train.evaluate import Evaluation, KeptMass
+from train.evaluate import Evaluation
+from train.kept_mass import KeptMass
 from train.results import Results, SeedResult
 
 MIXED = ("all", "text", "recall", "answers")

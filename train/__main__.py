@@ -26,7 +26,13 @@ def _preset(arguments: Sequence[str]) -> None:
     presets.main(arguments)
 
 
-COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "preset": _preset}
+def _evaluate(arguments: Sequence[str]) -> None:
+    from train import evaluate_command
+
+    evaluate_command.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "preset": _preset, "evaluate": _evaluate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

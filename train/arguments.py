@@ -21,9 +21,11 @@ from train.folder import RUN_FILE, Command, read_command, read_model_config, rea
 from train.initial import InitialParams
 from train.overrides import rate_assignments, set_fields, steps_assignments
 from train.presets import PRESETS, load_preset
+from train.profile import ProfiledSteps
 from train.run import Run
 from train.settings import RunConfig
 from train.stopping import Stopping, seconds_of
+from train.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,15 @@ class Arguments:
     stop_after: str | None = None
     """Save and stop after this time, like 3h50m, with exit status 75."""
     evaluate: bool = True
-    """Evaluate and report at the end, on one device, which must be able to hold the model."""
+    """Evaluate and report at the end."""
+    evaluate_every: int | None = None
+    """Measure the held-out loss every so many steps, and behind each phase; 0: never; without it as the preset says."""
+    keep_best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the checkpoint of the least held-out loss too."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write the metrics for TensorBoard too, into the run's folder."""
+    profile: str | None = None
+    """FIRST:LAST, steps whose trace is written into the run's folder."""
 
     @property
     def name(self) -> str:
@@ -139,7 +149,9 @@ class Arguments:
             append=self.append and config.data.append,
             max_bytes=config.data.max_bytes if self.max_bytes is None else self.max_bytes,
         )
-        config = dataclasses.replace(config, data=data)
+        every = config.evaluate_every if self.evaluate_every is None else self.evaluate_every
+        watched = dict(evaluate_every=every, keep_best=self.keep_best or config.keep_best)
+        config = dataclasses.replace(config, data=data, **watched)
         config = config.select(self.phases) if self.phases else config
         for assignments in (steps_assignments(config, self.steps), rate_assignments(config, self.learning_rate)):
             config = set_fields(config, assignments)
@@ -175,6 +187,11 @@ class Arguments:
                 return InitialParams(Path(recorded.name), recorded=recorded.fingerprint)
         where = self.init if recorded is None or self.init is not None else Path(recorded.name)
         return None if where is None else InitialParams(where)
+
+    def watch(self) -> Watch:
+        """Says what is watched beside the losses."""
+        profile = None if self.profile is None else ProfiledSteps.parse(self.profile)
+        return Watch(tensorboard=self.tensorboard, profile=profile)
 
     def join(self) -> None:
         """Joins the other processes, if it is a distributed run; before anything else of JAX.
@@ -231,7 +248,7 @@ def train(arguments: Arguments) -> None:
     with Stopping(after=after) as stopping:
         arguments.join()
         console = Console(quiet=jax.process_index() > 0)
-        runs, command = arguments.runs(), arguments.command()
+        runs, watch, command = arguments.runs(), arguments.watch(), arguments.command()
         config = runs[0].config
         text = load(config.data, vocab_size=config.model.vocab_size)
         if jax.process_index() == 0:
@@ -245,5 +262,6 @@ def train(arguments: Arguments) -> None:
             resume=arguments.resume,
             new_data=bool(arguments.data or arguments.tokenizer),
             evaluate=command.evaluate,
+            watch=watch,
             stopping=stopping,
         ).run(console, began=began)

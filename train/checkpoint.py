@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,18 +17,30 @@ from train.settings import RunConfig
 from train.state import TrainState
 
 
+@dataclasses.dataclass
+class _OneStep:
+    """Preserves the checkpoint of one step, which may change: a policy of Orbax."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """Writes and reads the checkpoints under one folder, each named by its step.
 
-    The newest `config.keep_checkpoints` and the last of each phase are kept. Each says where it stands and what it was
-    written with: the run's configuration, and `data`, the fingerprint of its data.
+    The newest `config.keep_checkpoints`, the last of each phase, and the one chosen by `keep` are kept. Each says where
+    it stands and what it was written with: the run's configuration, and `data`, the fingerprint of its data.
     """
 
     def __init__(self, folder: Path, config: RunConfig, *, data: str | None = None):
         self.folder = folder.absolute()
         self._written_with = {"run": config.to_json(), "data": data}
         ends = [sum(p.steps for p in config.phases[: i + 1]) for i in range(len(config.phases))]
-        keep = AnyPreservationPolicy([LatestN(config.keep_checkpoints), CustomSteps(ends)])
+        self._chosen = _OneStep()
+        keep = AnyPreservationPolicy([LatestN(config.keep_checkpoints), CustomSteps(ends), self._chosen])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -49,6 +61,10 @@ class Checkpoints:
         """Finds the step of the newest whole checkpoint, once those under way are written."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
+
+    def keep(self, step: int) -> None:
+        """Keeps the checkpoint of a step until that of another is chosen."""
+        self._chosen.step = step
 
     def path(self, step: int) -> Path:
         """Names the folder of the checkpoint of a step."""

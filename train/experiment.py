@@ -2,31 +2,35 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 from rich.console import Console
 
 from dsa_jax import generate
 from train.checks import check_integer
 from train.data import BatchSource, Corpus
-from train.evaluate import Evaluation, HeldOut, draw_batches, evaluate_run
+from train.describe import describe_run, opening
+from train.evaluate import Evaluation, Weights, attention_of, evaluate_run
 from train.files import writing
 from train.folder import check_unused
+from train.held_out import HeldOut, draw_batches
 from train.initial import InitialParams
 from train.layout import PLAIN, Layout
-from train.phases import CONTROLS, Params, Phase, merge_groups
+from train.phases import CONTROLS, Params, Phase, merge_groups, window_selection
 from train.progress import RunProgress
 from train.report import summary, write_report
 from train.results import Results, SeedResult, max_rss, read_curves
 from train.run import Run
-from train.settings import RunConfig
-from train.state import TrainState, abstract_params
+from train.settings import PhaseSettings, RunConfig
 from train.stopping import Stopping
+from train.watch import UNWATCHED, Watch, read_best
 
 MAX_SEEDS = 1000
 SEED_FOLDER = "seed{}"
@@ -50,7 +54,8 @@ class Experiment:
       controls: whether SPARSE's controls are trained too.
       resume: whether runs are continued.
       new_data: whether runs that are continued may take other data than theirs.
-      evaluate: whether they are measured and reported, on one device, which must be able to hold the model.
+      evaluate: whether they are measured and reported at the end.
+      watch: what is watched beside the losses; its held-out batches are drawn.
       stopping: signals and the clock, by which the runs are saved and stopped.
     """
 
@@ -65,6 +70,7 @@ class Experiment:
     resume: bool = False
     new_data: bool = False
     evaluate: bool = True
+    watch: Watch = UNWATCHED
     stopping: Stopping | None = None
 
     def run(self, console: Console, *, began: float | None = None) -> Path | None:
@@ -79,39 +85,51 @@ class Experiment:
         """
         began = time.monotonic() if began is None else began
         before = sum(record["seconds"] for run in self.runs for record in run.records())
-        results, sample = [], None
+        held_outs = [self._draw(run.config) for run in self.runs]  # here, so that too little text is said at once
+        for name, value in opening(self.runs[0], self.text).items():
+            console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
         for run in self.runs:
-            state, controls = self._train(run, console)
-            if self.evaluate:
-                run, state, controls = on_one_device(run, state, controls)
-                results.append(self._measure(run, state.params, controls, console))
-                sample = sample or continue_text(run, state, self.text)
+            if self.evaluate and not _has_beginning(run):
+                console.print(f"{run.init} is gone: what the run began with is not measured", highlight=False)
+        results, sample = [], None
+        for run, held_out in zip(self.runs, held_outs, strict=True):
+            params, random = self._train(run, held_out, console)
+            if self.evaluate and held_out is not None:
+                results.append(self._measure(run, params, held_out, console))
+                sample = sample or continue_text(run, params, random, self.text)
+        for line in () if jax.process_index() else outcome(self.runs):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         if not results:
-            console.print(f"\nRun: {self.folder}", highlight=False)
             return None
         setup, seconds = describe_run(self.runs[0], self.text), before + time.monotonic() - began
         found = Results(self.name, setup, results, seconds, max_rss(), sample=sample)
         return None if jax.process_index() else self._report(found, console)
 
-    def _train(self, run: Run, console: Console) -> tuple[TrainState, dict[str, Params]]:
-        """Trains a run and its controls; returns its last state and their parameters."""
-        title, data = f"seed {run.config.seed}" if len(self.runs) > 1 else "", self.data or self.text
-        options = {"resume": self.resume, "new_data": self.new_data, "stopping": self.stopping}
-        state = run.train(data, RunProgress(run.config, title=title, console=console), **options)
-        controls = {}
-        for phase in CONTROLS if self.controls else ():
-            control = control_run(run, phase)
-            progress = RunProgress(control.config, title=title, console=console)
-            controls[phase.name] = control.train(data, progress, **options).params
-        return state, controls
+    def _draw(self, config: RunConfig) -> HeldOut | None:
+        """Draws what a run is measured on, if it is."""
+        return (self.draw_held_out or self._held_out_text)(config) if self.evaluate or config.evaluate_every else None
 
-    def _measure(self, run: Run, final: Params, controls: dict[str, Params], console: Console) -> SeedResult:
-        begin = time.monotonic()
-        held_out = (self.draw_held_out or self._held_out_text)(run.config)
+    def _train(self, run: Run, held_out: HeldOut | None, console: Console) -> tuple[Params, Array]:
+        """Trains a run and its controls; returns its last parameters and random state, and lets go of the rest."""
+        title, data = f"seed {run.config.seed}" if len(self.runs) > 1 else "", self.data or self.text
+        watch = dataclasses.replace(self.watch, held_out=held_out)
+        options: dict[str, Any] = dict(resume=self.resume, new_data=self.new_data, stopping=self.stopping)
+        state = run.train(data, RunProgress(run.config, title=title, console=console), watch=watch, **options)
+        params, random = state.params, state.random
+        del state
+        for control in self._controls(run):
+            progress, watched = RunProgress(control.config, title=title, console=console), Watch(held_out)
+            control.train(data, progress, watch=watched, **options)
+        return params, random
+
+    def _controls(self, run: Run) -> list[Run]:
+        return [control_run(run, phase) for phase in CONTROLS] if self.controls else []
+
+    def _measure(self, run: Run, final: Params, held_out: HeldOut, console: Console) -> SeedResult:
+        begin, controls = time.monotonic(), self._controls(run)
         with console.status("evaluating"):
             evaluation = evaluate(run, final, controls, held_out)
-        others = [control_run(run, phase) for phase in CONTROLS if phase.name in controls]
-        records = [record for each in (run, *others) for record in each.records()]
+        records = [record for each in (run, *controls) for record in each.records()]
         seconds: dict[str, float] = {}
         for record in records:
             seconds[record["phase"]] = seconds.get(record["phase"], 0.0) + record["seconds"]
@@ -164,74 +182,80 @@ def control_run(run: Run, phase: Phase) -> Run:
     return Run(config, run.folder / phase.name.lower(), init, run.mesh)
 
 
-def on_one_device(
-    run: Run, state: TrainState, controls: dict[str, Params]
-) -> tuple[Run, TrainState, dict[str, Params]]:
-    """Reads what was trained on a mesh from its checkpoints to this process's first device; the rest stays as it is."""
-    if run.mesh is None:
-        return run, state, controls
-    run = dataclasses.replace(run, mesh=None)
-    others = [control_run(run, phase) for phase in CONTROLS if phase.name in controls]
-    ends = [(each, each.config.phases[-1].name) for each in (run, *others)]
-    params, *of_controls = [each.params_after(name) for each, name in ends]
-    state = dataclasses.replace(state, params=params, random=jnp.asarray(jax.device_get(state.random)))
-    return run, state, dict(zip([name for _, name in ends[1:]], of_controls, strict=True))
-
-
 def held_out_shape(config: RunConfig) -> tuple[int, int, int]:
     """Gives number, sequences and tokens of the batches that a run is measured on: micro-batches of its last stage."""
     stage = config.phases[-1].stages[-1]
     return config.evaluation_batches, stage.batch_size // stage.micro_batches, stage.seq_len
 
 
-def evaluate(run: Run, final: Params, controls: dict[str, Params], held_out: HeldOut) -> Evaluation:
-    """Measures the weights that each phase left; where a phase was not run, those it would have begun with."""
-    initial = params = run.initial_params()
-    after, names = {}, [settings.name for settings in run.config.phases]
-    for name in ("BASE", "WARMUP"):
-        params = run.params_after(name) if name in names else params
-        after[name] = params
-    weights = dict(initial=initial, base=after["BASE"], warmed=after["WARMUP"], final=final)
-    return evaluate_run(run.graphdef, held_out, **weights, controls=controls, seed=run.config.seed)
+def evaluate(run: Run, final: Params, controls: Sequence[Run], held_out: HeldOut) -> Evaluation:
+    """Measures the weights that a run ended with, those that it passed through, and those of its controls.
+
+    They are read from their checkpoints to where the run is trained, one after the other.
+    """
+    before = [_weights_after(run, settings) for settings in run.config.phases[:-1]]
+    if run.init is not None and _has_beginning(run):
+        before.insert(0, Weights("at the beginning, dense", run.initial_params, "dense"))
+    return evaluate_run(
+        run.graphdef,
+        held_out,
+        final,
+        before=before,
+        controls=[_weights_after(control, control.config.phases[-1], is_control=True) for control in controls],
+        indexers=_earlier_indexers(run),
+        seed=run.config.seed,
+        mesh=run.mesh,
+    )
 
 
-def continue_text(run: Run, state: TrainState, corpus: Corpus) -> str:
+def _weights_after(run: Run, settings: PhaseSettings, *, is_control: bool = False) -> Weights:
+    phase = settings.phase
+    attention = "last K keys" if phase.selection is window_selection else attention_of(phase)
+    label = f"{phase.name}, {attention}" if is_control else f"after {phase.name}, {attention}"
+    return Weights(label, lambda: run.params_after(phase.name), attention_of(phase), phase.selection)
+
+
+def _has_beginning(run: Run) -> bool:
+    """Tells whether what the run began with can be had; a run that is continued may do without."""
+    return run.init is None or run.init.is_there
+
+
+def _earlier_indexers(run: Run) -> dict[str, Any]:
+    """Reads the indexers that the last one is compared with: after WARMUP, and before any training."""
+    names = [settings.name for settings in run.config.phases]
+    if "WARMUP" not in names:
+        return {"initial": run.initial_params()["indexer"]} if run.init is not None and _has_beginning(run) else {}
+    untrained = {"untrained": run.initial_params()["indexer"]} if _has_beginning(run) else {}
+    return untrained if names[-1] == "WARMUP" else {"warmed": run.params_after("WARMUP")["indexer"], **untrained}
+
+
+def continue_text(run: Run, params: Params, random: Array, corpus: Corpus) -> str:
     """Samples what the model makes of a held-out prompt, with the run's random state."""
     length = min(PROMPT_TOKENS, run.config.model.max_position_embeddings // 2)
     count = min(CONTINUATION_TOKENS, run.config.model.max_position_embeddings - length)
     prompt = np.asarray(corpus.held_out.tokens[:length], np.int32)
     tokens = generate(
-        merge_groups(run.graphdef, state.params),
+        merge_groups(run.graphdef, params),
         jnp.asarray(prompt)[None],
         max_new_tokens=count,
-        key=jax.random.wrap_key_data(state.random),
+        key=jax.random.wrap_key_data(jnp.asarray(jax.device_get(random))),
         temperature=0.8,
+        mesh=run.mesh,
     )
     text = f"{corpus.decode(prompt)}▌{corpus.decode(np.asarray(tokens)[0])}"
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def describe_run(run: Run, corpus: Corpus) -> dict[str, str | int | float]:
-    """Says what was run, for the report."""
-    model = run.config.model
-    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(model)[1])]
-    stages = {
-        phase.name: " + ".join(f"{s.steps} steps of {s.batch_size} × {s.seq_len} tokens" for s in phase.stages)
-        for phase in run.config.phases
-    }
-    return {
-        "model": f"{sum(sizes):,} parameters, {model.num_hidden_layers} layers, {model.num_moe_layers} of them MoE",
-        "K": model.index_topk,
-        **stages,
-        "training text": f"{len(corpus.train.tokens):,} tokens in {len(corpus.train)} files",
-        "held-out text": f"{len(corpus.held_out.tokens):,} tokens in {len(corpus.held_out)} files",
-        **_describe_reading(corpus),
-        "jax": f"{jax.__version__} on {jax.default_backend()}",
-    }
-
-
-def _describe_reading(corpus: Corpus) -> dict[str, str]:
-    """Says how documents end, and which text was not read."""
-    rows = {} if corpus.tokenizer is None else {"end of a document": corpus.end_token or "no token"}
-    files, size = corpus.left_out
-    return rows | ({"text left out": f"{files:,} files of {size:,} bytes, past max_bytes"} if files else {})
+def outcome(runs: Sequence[Run]) -> list[str]:
+    """Says what each run reached: its last numbers, where they are, and its best checkpoint if one is kept."""
+    lines = []
+    for run in runs:
+        *_, last = run.records()
+        losses = [f"{name} {last[name]:.4f}" for name in ("lm_loss", "kl", "held_out_loss") if name in last]
+        tokens = f"{last['tokens_seen']:,} tokens" if "tokens_seen" in last else ""
+        done = ", ".join(filter(None, (f"step {last['step']} of {run.config.steps}", tokens, *losses)))
+        lines.append(f"Run: {run.folder}: {done}")
+        if (best := read_best(run.folder)) is not None:
+            path = run.folder / "checkpoints" / str(best["step"])
+            lines.append(f"Best of {best['phase']}: held-out loss {best['held_out_loss']:.4f}, {path}")
+    return lines

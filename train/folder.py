@@ -211,7 +211,7 @@ def check_room(folder: Path, config: RunConfig, position: Position | None) -> No
     """
     if position is not None and position.step == config.steps:
         return
-    most = config.keep_checkpoints + 1 + len(config.phases)
+    most = config.keep_checkpoints + config.keep_best + 1 + len(config.phases)
     missing = max(1, most - len(checkpoint_steps(folder)))
     needed, free = missing * checkpoint_bytes(config), shutil.disk_usage(folder).free
     if free < needed:

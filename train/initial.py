@@ -52,7 +52,7 @@ class InitialParams:
             self._check()
 
     def _check(self) -> None:
-        if not self.is_run and not (self.folder / "config.json").is_file():
+        if not self.is_there:
             raise ValueError(
                 f"init must be a folder with a checkpoint's config.json or a run's run.json, got {self.folder}"
             )
@@ -61,6 +61,11 @@ class InitialParams:
     def is_run(self) -> bool:
         """Says whether it is a run's folder."""
         return (self.folder / "run.json").is_file()
+
+    @property
+    def is_there(self) -> bool:
+        """Says whether the folder still holds parameters."""
+        return self.is_run or (self.folder / "config.json").is_file()
 
     @property
     def origin(self) -> Origin:

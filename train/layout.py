@@ -14,6 +14,7 @@ SELECTIONS = {  # every selection measured: its name in the report, its colour
     "oracle": ("oracle top-K of the attention", "#7f7f7f"),
     "indexer": ("trained indexer", "#1f5fa8"),
     "warmed": ("indexer after warm-up alone", "#7fb2e5"),
+    "initial": ("indexer at the beginning", "#a5cbec"),
     "untrained": ("untrained indexer", "#c9def2"),
     "window": ("last K keys", "#e08214"),
     "random": ("K random keys", "#d9c9b0"),

@@ -73,16 +73,23 @@ def make_schedule(peak: float, settings: OptimizerSettings, steps: int) -> optax
     return optax.join_schedules([ramp, after], [warmup])
 
 
+def learning_rates(settings: OptimizerSettings, steps: int) -> dict[str, optax.Schedule]:
+    """Gives the schedules of one parameter group by the settings' names: AdamW's, and Muon's if it is used."""
+    peaks = {"learning_rate": settings.learning_rate, "muon_learning_rate": settings.muon_learning_rate}
+    return {name: make_schedule(peak, settings, steps) for name, peak in peaks.items() if peak is not None}
+
+
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     """Makes the chain of one parameter group over a phase of `steps` steps."""
-    adam_rate = make_schedule(settings.learning_rate, settings, steps)
-    if settings.muon_learning_rate is None:
+    rates = learning_rates(settings, steps)
+    adam_rate, muon_rate = rates["learning_rate"], rates.get("muon_learning_rate")
+    if muon_rate is None:
         inner = optax.adamw(
             adam_rate, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=decay_mask
         )
     else:
         muon = optax.contrib.muon(
-            make_schedule(settings.muon_learning_rate, settings, steps),
+            muon_rate,
             weight_decay=settings.weight_decay,
             adam_b1=settings.b1,
             adam_b2=settings.b2,

@@ -14,7 +14,10 @@ from train.losses import KL_LOSS, LM_LOSS, Loss
 
 GROUPS = ("backbone", "indexer", "router_bias")
 TRAINABLE = ("backbone", "indexer")  # the router's bias follows the expert load, by no gradient
-METRICS = ("loss", "tokens", "expert_imbalance", "step", "phase", "phase_step", "seconds")  # no names of losses
+METRICS = (  # no names of losses
+    *("loss", "tokens", "expert_imbalance", "step", "phase", "phase_step", "seconds", "data_seconds", "time"),
+    *("tokens_seen", "held_out_loss", "evaluation_seconds"),
+)
 SPARSE_STREAM, OTHER_STREAM, STREAMS = 2, 3, 10
 
 type Params = dict[str, Any]  # group -> nested dict of arrays, keyed by the parts of the state's paths

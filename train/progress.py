@@ -22,6 +22,7 @@ class RunProgress:
         self._console = console or Console()
         self._times = collections.deque(maxlen=SPEED_STEPS + 1)
         self._shape, self._task, self._last_line = None, None, 0.0
+        self._held_out: list[str] = []
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -46,7 +47,12 @@ class RunProgress:
     def update(self, phase: int, phase_step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of step `phase_step` of phase number `phase`."""
         settings = self._config.phases[phase]
-        numbers = "  ".join((*_losses(settings.phase, metrics), *self._speed(phase, phase_step)))
+        if "held_out_loss" in metrics:
+            self._held_out = [f"held-out {metrics['held_out_loss']:.4f}"]
+        elif phase_step == 1:
+            self._held_out = []
+        losses = (*_losses(settings.phase, metrics), *self._held_out)
+        numbers = "  ".join((*losses, *self._speed(phase, phase_step)))
         if self._console.is_terminal:
             if self._task is None or self._task[0] != phase:
                 name = f"{self._title} {settings.name}".strip()

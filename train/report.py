@@ -12,9 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train.evaluate import MIN_REACH, ByPart, KeptMass
 from train.figures import kept_mass_figure, training_figure
 from train.files import replace_text
+from train.held_out import ByPart
+from train.kept_mass import MIN_REACH, KeptMass
 from train.layout import PLAIN, SELECTIONS, Layout, measured_selections
 from train.results import Results, as_text, mean
 

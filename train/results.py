@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.evaluate import Evaluation, KeptMass
+from train.evaluate import Evaluation
 from train.files import replace_text
+from train.kept_mass import KeptMass
 
 RETIRED = ("limit_seconds", "limit_rss")  # of older files: limits are goals, which are the caller's
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from train.files import WriteError
 from train.folder import Fingerprinted, Opened, hold, last_checkpoint, look_into, open_folder, read_model_config
 from train.initial import InitialParams, random_params
 from train.lock import Lock
-from train.metrics import DivergedError, MetricsLog, read_metrics
+from train.metrics import DivergedError, read_metrics
 from train.phases import Params, merge_groups
 from train.progress import RunProgress
 from train.resuming import describe_resumption
@@ -31,6 +32,7 @@ from train.state import TrainState, abstract_params, abstract_state, check_stage
 from train.step import make_step
 from train.stopping import Pauses, StoppedError, Stopping
 from train.versions import code_versions
+from train.watch import UNWATCHED, Observer, Watch, observe
 
 __all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
@@ -82,8 +84,8 @@ class Run:
         return sum(phase.steps for phase in self.config.phases[: names.index(name) + 1])
 
     def params_after(self, name: str) -> Params:
-        """Reads the parameters as a phase left them, from that phase's last checkpoint."""
-        return load_params(self.folder, abstract_params(self.config.model)[1], step=self.phase_end(name))
+        """Reads the parameters as a phase left them, from that phase's last checkpoint, to where the run is trained."""
+        return load_params(self.folder, abstract_params(self.config.model, self.mesh)[1], step=self.phase_end(name))
 
     def records(self) -> list[dict[str, Any]]:
         """Reads the lines of `metrics.jsonl`; `seconds` are since the line before."""
@@ -102,6 +104,7 @@ class Run:
         *,
         resume: bool = False,
         new_data: bool = False,
+        watch: Watch = UNWATCHED,
         stopping: Stopping | None = None,
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
@@ -113,15 +116,18 @@ class Run:
           resume: continues from the newest checkpoint, if there is one; the configuration may then be another where
             `train.changes` allows it.
           new_data: whether a run that is continued may take other data than its own, from their start.
+          watch: what is watched beside the losses of the steps.
           stopping: signals and the clock, by which the run is saved and stopped.
 
         Raises:
           ValueError: if processes differ, another process writes the folder, the folder or a checkpoint in it cannot be
-            used, the run cannot go on so, something cannot be written, or a batch is not what its stage says.
+            used, the run cannot go on or be watched so, something cannot be written, or a batch is not what its stage
+            says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
           StoppedError: if it was stopped, with the step that was saved.
         """
         check_data(data)
+        watch.check(self.config)
         options: dict[str, Any] = dict(resume=resume, new_data=new_data) | self._identity(data)
         cluster.compare(self._compared(data, resume))
         opened, record = look_into(self.folder, self.config, **options)
@@ -133,7 +139,7 @@ class Run:
             opened = open_folder(self.folder, self.config, **options)
             self._say(opened, progress)
             ending.mark_resumable()
-            return self._train(data, progress, opened, lock, stopping)
+            return self._train(data, progress, opened, lock, watch, stopping)
 
     def _is_done(self, opened: Opened) -> bool:
         return opened.position is not None and opened.position.step == self.config.steps
@@ -169,6 +175,7 @@ class Run:
         progress: RunProgress | None,
         opened: Opened,
         lock: Lock | None,
+        watch: Watch,
         stopping: Stopping | None,
     ) -> TrainState:
         """Takes the run to its end, in a folder that is this run's alone."""
@@ -180,11 +187,14 @@ class Run:
                 return state
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
-            log = MetricsLog(self.folder / "metrics.jsonl", keep=position.step, on_step=on_step)
+            where: dict[str, Any] = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh)
+            observing = observe(watch, self.config, self.folder, on_step=on_step, **where)
             pauses = Pauses(self.config.steps, minutes=self.config.checkpoint_minutes, stopping=stopping)
-            keeper = _Keeper(self.config, checkpoints, log, pauses, lock)
             stepping = stopping.stepping() if stopping else contextlib.nullcontext()
-            with progress or contextlib.nullcontext(), log, stepping:
+            with progress or contextlib.nullcontext(), observing as observer, stepping:
+                keeper = _Keeper(self.config, checkpoints, observer, pauses, lock)
+                if observer.best:
+                    observer.keep(checkpoints)
                 try:
                     for index in range(position.phase, len(self.config.phases)):
                         state, position = self._train_phase(index, state, position, data, keeper)
@@ -238,9 +248,13 @@ class Run:
                 if position.phase_step > first and position.data and batches is not data:
                     batches.set_state(position.data)
                 for done in range(position.phase_step + 1, last + 1):
-                    state, metrics = step(state, self._next_batch(batches, stage))
+                    observer = keeper.observer
+                    observer.profiler.begin(before + done)
+                    batch, waited = self._next_batch(batches, stage)
+                    state, metrics = step(state, batch)
+                    observer.profiler.end(before + done, metrics)
                     position = Position(before + done, index, done, batches.get_state())
-                    keeper.keep(state, position, metrics)
+                    keeper.keep(state, position, metrics, observer.known(data, before + done, waited))
             first = last
         return state, position
 
@@ -251,15 +265,17 @@ class Run:
         stage, seed = settings.stages[number], stream_seed(self.config.seed, settings.phase.stream, number)
         return data.batches("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
 
-    def _next_batch(self, batches: BatchStream, stage: Stage) -> Batch:
-        """Takes the next batch, checked and on the mesh if there is one."""
+    def _next_batch(self, batches: BatchStream, stage: Stage) -> tuple[Batch, float]:
+        """Takes the next batch, checked and on the mesh if there is one; also gives the seconds waited for it."""
+        began = time.monotonic()
         try:
             batch = next(batches)
         except StopIteration:
             raise ValueError("the data must not end before the run does: give an endless iterator of batches") from None
+        waited = time.monotonic() - began
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
-        return batch if self.mesh is None else place_batch(batch, self.mesh)
+        return batch if self.mesh is None else place_batch(batch, self.mesh), waited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,28 +284,36 @@ class _Keeper:
 
     config: RunConfig
     checkpoints: Checkpoints
-    log: MetricsLog
+    observer: Observer
     pauses: Pauses
     lock: Lock | None
 
-    def keep(self, state: TrainState, position: Position, metrics: dict[str, jax.Array]) -> None:
+    def keep(
+        self, state: TrainState, position: Position, metrics: dict[str, jax.Array], known: dict[str, float]
+    ) -> None:
         """Takes what a step gave.
 
         Raises:
           StoppedError: if the run stops here, saved.
         """
-        settings, step = self.config.phases[position.phase], position.step
-        self.log.put(step, position.phase, settings.name, position.phase_step, metrics)
+        settings, step, done = self.config.phases[position.phase], position.step, position.phase_step
+        self.observer.log.put(step, position.phase, settings.name, done, metrics, known)
+        is_best = self.observer.measure(settings, step, done, state.params)
         pause = self.pauses.after(step)
-        if pause or position.phase_step == settings.steps or step % self.config.checkpoint_every == 0:
-            self.log.flush()  # stops here if a number is not finite: a bad state is never saved
-            if self.lock is not None:
-                self.lock.check()
-            self.checkpoints.save(state, position)
-            self.pauses.saved()
+        if pause or is_best or done == settings.steps or step % self.config.checkpoint_every == 0:
+            self._save(state, position, is_best)
         if pause and pause.status is not None:
             self.checkpoints.wait()
             raise StoppedError(step, pause.status)
+
+    def _save(self, state: TrainState, position: Position, is_best: bool) -> None:
+        self.observer.log.flush()  # stops here if a number is not finite: a bad state is never saved
+        if self.lock is not None:
+            self.lock.check()
+        if is_best:
+            self.observer.keep(self.checkpoints)
+        self.checkpoints.save(state, position)
+        self.pauses.saved()
 
 
 def load_model(folder: Path | str, *, step: int | None = None) -> Transformer:

@@ -114,6 +114,8 @@ class RunConfig:
     checkpoint_minutes: float | None = None  # at most between two checkpoints; None: steps alone count
     keep_checkpoints: int = 2  # besides the last of each phase
     evaluation_batches: int = 4  # held-out batches of each kind
+    evaluate_every: int = 0  # steps between two measurements of the held-out loss while it trains; 0 for none
+    keep_best: bool = False  # the checkpoint of the least of these in the phase that trains
 
     def __post_init__(self):
         if not isinstance(self.model, Config) or not isinstance(self.data, DataConfig):
@@ -125,6 +127,11 @@ class RunConfig:
             check_integer(name, getattr(self, name))
         if self.checkpoint_minutes is not None:
             check_number("checkpoint_minutes", self.checkpoint_minutes, above=0)
+        check_integer("evaluate_every", self.evaluate_every, least=0)
+        if not isinstance(self.keep_best, bool):
+            raise ValueError(f"keep_best must be True or False, got {shown(self.keep_best)}")
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError("keep_best needs held-out losses to choose by: give evaluate_every")
         _check_tuple("phases", self.phases, PhaseSettings)
         if not self.phases:
             raise ValueError("a run must have at least one phase")

@@ -18,6 +18,7 @@ from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
 from train.checks import check_integer
 from train.data import Batch
+from train.optimizer import learning_rates
 from train.phases import Params, Phase, merge_groups, run_model
 from train.settings import PhaseSettings
 from train.state import TrainState, make_optimizers
@@ -49,7 +50,7 @@ def make_step(
 
     Returns:
       A function of a state and a batch that gives the next state and metrics: "loss", each of the phase's losses by its
-      name, "tokens" (queries that have keys), gradient norms by group, and the experts' imbalance.
+      name, "tokens" (queries that have keys), gradient norms and learning rates by group, and the experts' imbalance.
 
     Examples:
       >>> from train.phases import BASE, split_groups
@@ -78,6 +79,8 @@ def build_step(
                 updates, opt_state[group] = optimizer.update(grads[group], state.opt_state[group], params[group])
                 params[group] = optax.apply_updates(params[group], updates)
             metrics[f"grad_norm_{group}"] = optax.tree.norm(grads[group])
+            for name, rate in learning_rates(getattr(settings, group), settings.steps).items():
+                metrics[f"{name}_{group}"] = jnp.asarray(rate(state.step), jnp.float32)
         if load.shape[0]:
             metrics["expert_imbalance"] = jnp.mean(load.max(-1) / jnp.maximum(load.mean(-1), 1e-9))
             if phase.balances:

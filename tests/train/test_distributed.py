@@ -18,10 +18,15 @@ from train_cases import small_config, small_phases, small_run, write_preset
 from dsa_jax.parallel.sharding import parameter_shardings
 from train.__main__ import main
 from train.data import load
+from train.experiment import evaluate, held_out_shape
 from train.folder import checkpoint_steps
+from train.held_out import HeldOut, draw_batches
+from train.metrics import CLOCKS
 from train.progress import RunProgress
+from train.results import Results
 from train.run import Run
 from train.settings import Stage
+from train.watch import Watch, read_best
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 PATIENCE = 300.0  # seconds that two processes may take on a busy machine
@@ -38,17 +43,24 @@ def config(folder):
     """BASE alone, which the command begins from nothing."""
     model = small_config(num_attention_heads=4)
     phases = (small_phases(Stage(STEPS, 4, 32, 2))["BASE"],)
-    return small_run(folder / "text", model=model, phases=phases, checkpoint_every=2)
+    watched = dict(checkpoint_every=2, evaluate_every=2, keep_best=True)
+    return small_run(folder / "text", model=model, phases=phases, **watched)
+
+
+def draw(config):
+    """Draws what a run is measured on, as the command does."""
+    return HeldOut({"text": draw_batches(load(config.data), *held_out_shape(config))})
 
 
 def train(config, folder, mesh, *, resume=False):
-    return Run(config, folder, mesh=mesh).train(load(config.data), RunProgress(config), resume=resume)
+    run, watch = Run(config, folder, mesh=mesh), Watch(draw(config))
+    return run.train(load(config.data), RunProgress(config), resume=resume, watch=watch)
 
 
 def numbers(folder):
     """Reads the metrics of each step, without the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "phase")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in (*CLOCKS, "phase")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +83,7 @@ def in_two_processes(config, folder):
         "XLA_FLAGS": flags,
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    command = [sys.executable, "-m", "train", "--preset", str(preset), "--out", str(out), "--no-evaluate"]
+    command = [sys.executable, "-m", "train", "--preset", str(preset), "--out", str(out)]
     command += ["--mesh", "context=2,tensor=2", "--distributed", "--coordinator", address, "--num-processes", "2"]
     processes = [
         subprocess.Popen(
@@ -90,9 +102,21 @@ def in_two_processes(config, folder):
 
 
 @pytest.mark.slow
+def test_two_processes_measure_as_one_device(config, in_two_processes):
+    """Where they trained, after the end; the report is one process's to write."""
+    found = Results.load(in_two_processes).seeds[0].evaluation
+    run = Run(config, in_two_processes)
+    alone = evaluate(run, run.params_after("BASE"), [], draw(config))
+    for name, losses in alone.losses.items():
+        assert found.losses[name] == pytest.approx(losses, rel=1e-5), name
+    for name, layers in alone.kept.mass["text"].items():
+        np.testing.assert_allclose(found.kept.mass["text"][name], layers, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_device(alone, in_two_processes):
     chex.assert_trees_all_close(numbers(in_two_processes), alone[0], rtol=1e-5)
-    assert checkpoint_steps(in_two_processes) == [2, 4]
+    assert checkpoint_steps(in_two_processes) == [2, 4] and read_best(in_two_processes)["step"] == 4
 
 
 @pytest.mark.slow

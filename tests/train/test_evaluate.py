@@ -12,18 +12,11 @@ from flax import nnx
 from dsa_jax import Config, KeyRange, Transformer, select_keys, select_topk
 from dsa_jax import blockwise as blocks
 from dsa_jax.rope import rotation
-from train import evaluate
+from train import kept_mass as layers
 from train.data import DataConfig, load
-from train.evaluate import (
-    HeldOut,
-    KeptMass,
-    draw_batches,
-    evaluate_run,
-    held_out_losses,
-    kept_mass,
-    measure_layers,
-    measure_selections,
-)
+from train.evaluate import Weights, evaluate_run, held_out_losses, measure_selections
+from train.held_out import HeldOut, draw_batches
+from train.kept_mass import KeptMass, kept_mass, measure_layers
 from train.phases import merge_groups, split_groups, window_selection
 
 K, T = 4, 160
@@ -112,13 +105,13 @@ def inputs(seed, batch=2, length=40, heads=3, dim=8):
     segments[:, -3:] = -1  # padding
     keys = KeyRange.packed(jnp.asarray(segments))
     selected = jnp.asarray(rng.integers(-1, length, (batch, length, K)), jnp.int32)
-    return q, k, keys, selected, jax.random.key(seed)
+    return q, k, keys, selected, jnp.asarray(rng.integers(2**31, size=(batch, length)), jnp.int32)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_kept_mass_is_the_attention_on_the_selected_keys(seed):
-    q, k, keys, selected, random = inputs(seed)
-    mass, found = kept_mass(q, k, keys, {"given": selected}, random, top_k=K, scale=0.7)
+    q, k, keys, selected, seeds = inputs(seed)
+    mass, found = kept_mass(q, k, keys, {"given": selected}, seeds, top_k=K, scale=0.7)
     reach = np.asarray(keys.mask(q.shape[1]))
     p = softmax(0.7 * np.einsum("btnh,bsnh->btns", np.asarray(q, np.float64), np.asarray(k, np.float64)), reach)
     np.testing.assert_allclose(p.sum(-1), reach.any(-1), atol=1e-12)  # of norm 1
@@ -131,11 +124,8 @@ def test_kept_mass_is_the_attention_on_the_selected_keys(seed):
 
 
 def test_random_keys_are_reachable_distinct_and_drawn_anew():
-    q, k, keys, selected, random = inputs(0)
-    draws = [
-        np.asarray(kept_mass(q, k, keys, {}, key, top_k=K, scale=1.0)[1]["random"])
-        for key in jax.random.split(random, 50)
-    ]
+    q, k, keys, _, seeds = inputs(0)
+    draws = [np.asarray(kept_mass(q, k, keys, {}, seeds + i, top_k=K, scale=1.0)[1]["random"]) for i in range(50)]
     count = np.minimum(np.asarray(keys.stop - keys.start), K)
     counts = np.zeros((*q.shape[:2], q.shape[1]))
     for chosen in draws:
@@ -152,10 +142,10 @@ def test_random_keys_are_reachable_distinct_and_drawn_anew():
 
 
 def test_blocks_change_nothing(monkeypatch):
-    q, k, keys, selected, random = inputs(3)
-    whole = kept_mass(q, k, keys, {"given": selected}, random, top_k=K, scale=1.0)
+    q, k, keys, selected, seeds = inputs(3)
+    whole = kept_mass(q, k, keys, {"given": selected}, seeds, top_k=K, scale=1.0)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 4 * 40 * 3 * 7)
-    parts = kept_mass(q, k, keys, {"given": selected}, random, top_k=K, scale=1.0)
+    parts = kept_mass(q, k, keys, {"given": selected}, seeds, top_k=K, scale=1.0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
 
 
@@ -167,7 +157,7 @@ def test_memory_is_bounded_by_a_block():
 
     def measure(q, k, start, stop, selected):
         keys = KeyRange(start, stop)
-        return kept_mass(q, k, keys, {"given": selected}, jax.random.key(0), top_k=64, scale=1.0)
+        return kept_mass(q, k, keys, {"given": selected}, start, top_k=64, scale=1.0)
 
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # in no hurry
     compiled = jax.jit(measure).lower(q, q, edge, edge, selected).compile(options)
@@ -204,7 +194,7 @@ def run_model(graph, state, batch, *, attention, selected=None):
 def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held_out, part):
     batch = jax.tree.map(jnp.asarray, held_out.parts[part][0])
     model = merge_groups(*trained)
-    mass, hidden = measure_layers(model, models, batch, jax.random.key(0))
+    mass, hidden = measure_layers(model, models, batch)
     reach = np.asarray(batch.keys.mask(T))
     start, stop = np.asarray(batch.start), np.asarray(batch.stop)
     oracles = []
@@ -229,7 +219,7 @@ def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held
 
 
 def test_no_selection_keeps_more_than_the_oracle(models, held_out):
-    mass, _ = measure_layers(models["indexer"], models, held_out.parts["whole"][0], jax.random.key(0))
+    mass, _ = measure_layers(models["indexer"], models, held_out.parts["whole"][0])
     for name, kept in mass.items():
         assert (kept <= mass["oracle"] + 1e-5).all(), name
         assert (kept >= 0).all() and (kept <= 1 + 1e-5).all()
@@ -239,9 +229,9 @@ def test_no_selection_keeps_more_than_the_oracle(models, held_out):
 def test_one_layer_of_each_kind_is_compiled(held_out):
     deep = dataclasses.replace(CONFIG, num_hidden_layers=5, hidden_size=40)
     model = merge_groups(*make(deep, 0))
-    cache_size = getattr(evaluate._measure_layer, "_cache_size")  # noqa: B009
+    cache_size = getattr(layers._measure_layer, "_cache_size")  # noqa: B009
     before = cache_size()
-    measure_layers(model, {"indexer": model}, held_out.parts["text"][0], jax.random.key(0))
+    measure_layers(model, {"indexer": model}, held_out.parts["text"][0])
     assert cache_size() == before + 2  # the dense layer and the MoE layers
 
 
@@ -267,8 +257,8 @@ def test_queries_are_those_that_reach_four_times_k(measured, models, held_out):
     assert 0 < counts["digits"] < counts["whole"] and counts["text"] < counts["whole"]
     window = []
     for batch, mask in zip(held_out.parts["whole"], digits, strict=True):
-        mass, _ = measure_layers(models["indexer"], models, batch, jax.random.key(0))
-        window.append(mass["window"][:, mask & reach(batch)])
+        mass, _ = measure_layers(models["indexer"], models, batch)
+        window.append(np.asarray(mass["window"])[:, mask & reach(batch)])
     expected = np.concatenate(window, axis=1).mean(1)
     np.testing.assert_allclose(kept.mass["digits"]["window"], expected, atol=1e-6)
     for text, whole, mixed in zip(*(kept.mass[part]["oracle"] for part in ("text", "whole", "all")), strict=True):
@@ -319,8 +309,16 @@ def test_losses_of_selections(trained, held_out, measured):
 def test_a_run_is_evaluated_from_the_weights_of_each_phase(trained, held_out, other_indexer, measured):
     graphdef, final = trained
     other = {**final, "indexer": other_indexer}
-    controls = {"DENSE_CONTROL": final, "WINDOW_CONTROL": final}
-    found = evaluate_run(graphdef, held_out, initial=other, base=other, warmed=final, final=final, controls=controls)
+    before = (
+        Weights("after BASE, dense", lambda: other, "dense"),
+        Weights("after WARMUP, sparse", lambda: final, "sparse"),
+    )
+    controls = (
+        Weights("DENSE_CONTROL, dense", lambda: final, "dense"),
+        Weights("WINDOW_CONTROL, last K keys", lambda: final, "sparse", window_selection),
+    )
+    indexers = {"warmed": final["indexer"], "untrained": other["indexer"]}
+    found = evaluate_run(graphdef, held_out, final, before=before, controls=controls, indexers=indexers)
     _, losses = measured
     expected = {
         "after BASE, dense": losses["dense"],  # no indexer takes part in dense attention
@@ -330,7 +328,7 @@ def test_a_run_is_evaluated_from_the_weights_of_each_phase(trained, held_out, ot
         "DENSE_CONTROL, dense": losses["dense"],
         "WINDOW_CONTROL, last K keys": losses["window"],
     }
-    assert set(found.losses) == set(expected)
+    assert list(found.losses) == list(expected)
     for name, parts in expected.items():
         assert found.losses[name] == pytest.approx(parts, abs=1e-5), name
     assert found.selections == losses

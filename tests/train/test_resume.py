@@ -14,6 +14,7 @@ from train_cases import one_layer_run, small_params, small_phases, write_preset
 
 from train.checkpoint import Checkpoints
 from train.folder import checkpoint_steps
+from train.metrics import CLOCKS
 from train.phases import BASE
 from train.run import Run
 from train.settings import PhaseSettings, RunConfig, Stage
@@ -66,9 +67,7 @@ def run(preset: Path, out: Path, environment: dict[str, str], moment: str = "", 
 
 def metrics(out: Path) -> list[dict]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["seconds"]
-    return records
+    return [{name: value for name, value in record.items() if name not in CLOCKS} for record in records]
 
 
 def state_at(config: RunConfig, out: Path, step: int, phase: int) -> TrainState:

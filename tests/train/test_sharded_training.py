@@ -358,7 +358,7 @@ def test_embeddings_alone(tie):
     def run(trained, params, batch):
         def loss(trained):
             model = merge_groups(one.graphdef, params | {"backbone": params["backbone"] | trained})
-            hidden = jnp.sin(model._embed(batch.tokens))
+            hidden = jnp.sin(model.embed(batch.tokens))
             return cross_entropy(hidden, model.unembedding(), batch.targets, batch.valid)
 
         return jax.grad(loss)(trained)

@@ -127,6 +127,7 @@ def test_loss_is_a_mean_over_valid_targets_and_a_sum_over_layers():
     np.testing.assert_allclose(metrics["kl"], kl.mean(axis=1).sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["lm_loss"] + metrics["kl"], rtol=1e-6)
     assert metrics["tokens"] == np.asarray(batch.keys.nonempty()).sum()
+    assert metrics["learning_rate_backbone"] == metrics["learning_rate_indexer"] == np.float32(1e-3)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from train.arguments import Arguments
 from train.changes import Position
 from train.checkpoint import Checkpoints
 from train.data import load
-from train.experiment import control_run, describe_run, seed_runs
+from train.describe import describe_run
+from train.experiment import control_run, seed_runs
 from train.folder import checkpoint_steps
 from train.initial import InitialParams
 from train.metrics import MetricsLog

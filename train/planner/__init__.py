@@ -17,6 +17,7 @@ from train.planner.estimate import (
     calibration,
     make_plan,
     measured_settings,
+    state_bytes,
 )
 from train.planner.hardware import usable_memory
 from train.planner.serving_command import main as serving_main
@@ -36,5 +37,6 @@ __all__ = [
     "make_plan",
     "measured_settings",
     "serving_main",
+    "state_bytes",
     "usable_memory",
 ]

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.measure import RESULTS
 from studies.tiny.report import CHANCE_NATS, LAYOUT, main
 from train import report
-from train.evaluate import KeptMass
+from train.kept_mass import KeptMass
 from train.layout import SELECTIONS
 from train.report import summary, write_report
 
