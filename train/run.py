@@ -97,6 +97,10 @@ class Run:
             return self.init.params(self.config.model, seed=self.config.seed, mesh=self.mesh)
         return random_params(self.config.model, seed=self.config.seed, mesh=self.mesh)
 
+    def open(self, *, resume: bool, data: Any = None, new_data: bool = False) -> Opened:
+        """Makes the folder, or takes up the run in it; see `open_folder`."""
+        return open_folder(self.folder, self.config, resume=resume, new_data=new_data, **self._identity(data))
+
     def train(
         self,
         data: BatchSource | BatchStream,
@@ -136,7 +140,7 @@ class Run:
             with Checkpoints(self.folder / "checkpoints", self.config, data=options["data"]) as checkpoints:
                 return self._start(checkpoints, opened)[0]
         with hold(self.folder) as lock:
-            opened = open_folder(self.folder, self.config, **options)
+            opened = self.open(resume=resume, data=data, new_data=new_data)
             self._say(opened, progress)
             ending.mark_resumable()
             return self._train(data, progress, opened, lock, watch, stopping)
