@@ -133,7 +133,7 @@ class Run:
         check_data(data)
         watch.check(self.config)
         options: dict[str, Any] = dict(resume=resume, new_data=new_data) | self._identity(data)
-        cluster.compare(self._compared(data, resume))
+        cluster.compare(self.compared(data, resume))
         opened, record = look_into(self.folder, self.config, **options)
         if record is None and self._is_done(opened):  # nothing is left to write, not even on a full disk
             self._say(opened, progress)
@@ -161,7 +161,7 @@ class Run:
             "data": data.fingerprint if isinstance(data, Fingerprinted) else None,
         }
 
-    def _compared(self, data: BatchSource | BatchStream, resume: bool) -> dict[str, Any]:
+    def compared(self, data: BatchSource | BatchStream, resume: bool) -> dict[str, Any]:
         """Gathers what all processes of a run must have alike."""
         return {
             "run": self.config.to_json(),
