@@ -20,14 +20,16 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import mmap
 import os
 import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer as Int
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -36,7 +38,9 @@ DTYPES = {code: np.dtype(f"<{name}") for code, name in {1: "u1", 2: "i1", 3: "i2
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = (6, 7)  # float64 and float32; which is which differs between GPT-NeoX and Megatron-LM
 MAX_LENGTH = 2**31 - 1  # tokens of a sequence, and here of a document
-MAX_OPEN = 64  # shards mapped at once, of two files each: a process may often open no more than 1024
+# Before Python 3.13 a map keeps its file open, and a process may often open no more than 1024; of maps it may have 65530.
+MAP: dict[str, Any] = {"access": mmap.ACCESS_READ} | ({"trackfd": False} if sys.version_info >= (3, 13) else {})
+MAX_OPEN = 16384 if "trackfd" in MAP else 512  # shards mapped at once
 
 
 def file_of(prefix: str | Path, suffix: str) -> Path:
@@ -240,7 +244,7 @@ class Shards:
         self.bytes_read = 0
         """Bytes of tokens that were asked for."""
         self._firsts = np.cumsum([0, *(header.documents for header in self.headers)])
-        self._open: collections.OrderedDict[int, IndexedDataset] = collections.OrderedDict()
+        self._open: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -268,15 +272,27 @@ class Shards:
         """
         if not 0 <= document < len(self):
             raise ValueError(f"document must be from 0 to {len(self) - 1} of {len(self.prefixes)} shards")
+        first, length = int(self._begins[document]), int(self.lengths[document])
+        end = length if end is None else end
+        if not 0 <= begin <= end <= length:
+            raise ValueError(f"tokens of document {document} must be from 0 to {length}, got {begin} to {end}")
         shard = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        found = self._dataset(shard).read(document - int(self._firsts[shard]), begin, end)
+        found = self._tokens(shard)[first + begin : first + end]
         self.bytes_read += found.nbytes
         return found
 
-    def _dataset(self, shard: int) -> IndexedDataset:
-        """Opens a shard, and lets go of the one that was used longest ago; what was read of it stays valid."""
+    @functools.cached_property
+    def _begins(self) -> np.ndarray:
+        """Gives the place of each document's first token in its .bin, where one follows the other."""
+        begins = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        return begins - np.repeat(begins[self._firsts[:-1]], np.diff(self._firsts))
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        """Maps the tokens of a shard, and lets go of those that were used longest ago; what was read stays valid."""
         if shard not in self._open:
-            self._open[shard] = IndexedDataset(self.prefixes[shard])
+            with file_of(self.prefixes[shard], ".bin").open("rb") as file:
+                view = mmap.mmap(file.fileno(), 0, **MAP)
+            self._open[shard] = np.frombuffer(view, self.headers[shard].dtype)
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
