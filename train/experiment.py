@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dsa_jax import generate
 from train.checks import check_integer
-from train.data import BatchSource, Corpus
+from train.data import TEXT, BatchSource, Corpus, SplitName
 from train.evaluate import Evaluation, HeldOut, draw_batches, evaluate_run
 from train.folder import check_unused
 from train.initial import InitialParams
@@ -190,7 +190,7 @@ def continue_text(run: Run, state: TrainState, corpus: Corpus) -> str:
     """Samples what the model makes of a held-out prompt, with the run's random state."""
     length = min(PROMPT_TOKENS, run.config.model.max_position_embeddings // 2)
     count = min(CONTINUATION_TOKENS, run.config.model.max_position_embeddings - length)
-    prompt = np.asarray(corpus.held_out.tokens[:length], np.int32)
+    prompt = corpus.prompt(length)
     tokens = generate(
         merge_groups(run.graphdef, state.params),
         jnp.asarray(prompt)[None],
@@ -214,11 +214,30 @@ def describe_run(run: Run, corpus: Corpus) -> dict[str, str | int | float]:
         "model": f"{sum(sizes):,} parameters, {model.num_hidden_layers} layers, {model.num_moe_layers} of them MoE",
         "K": model.index_topk,
         **stages,
-        "training text": f"{len(corpus.train.tokens):,} tokens in {len(corpus.train)} files",
-        "held-out text": f"{len(corpus.held_out.tokens):,} tokens in {len(corpus.held_out)} files",
+        "training text": _describe_split(corpus, "train"),
+        "held-out text": _describe_split(corpus, "held_out"),
+        **_describe_packing(corpus, run.config.phases[-1].stages[-1].seq_len),
         **_describe_reading(corpus),
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
+
+
+def _describe_split(corpus: Corpus, split: SplitName) -> str:
+    """Counts tokens and documents, of each source where there are several."""
+    sources = corpus.sources(split)
+    if len(sources) == 1 and sources[0].name == TEXT:
+        return f"{sources[0].documents.size:,} tokens in {len(sources[0].documents)} files"
+    counts = [f"{each.name} {each.documents.size:,} in {len(each.documents):,} documents" for each in sources]
+    return "tokens of " + ", ".join(counts)
+
+
+def _describe_packing(corpus: Corpus, seq_len: int) -> dict[str, str]:
+    """Says what rows of the run's last stage lose, where documents are packed."""
+    if all(source.pack == "concat" for source in corpus.sources("train")):
+        return {}
+    waste = corpus.waste("train", seq_len=seq_len)
+    lost = (f"{name} {each.padding:.2%} padding, {each.cut:.2%} of documents cut" for name, each in waste.items())
+    return {"packing": "; ".join(lost)}
 
 
 def _describe_reading(corpus: Corpus) -> dict[str, str]:
