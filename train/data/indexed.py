@@ -38,7 +38,7 @@ DTYPES = {code: np.dtype(f"<{name}") for code, name in {1: "u1", 2: "i1", 3: "i2
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = (6, 7)  # float64 and float32; which is which differs between GPT-NeoX and Megatron-LM
 MAX_LENGTH = 2**31 - 1  # tokens of a sequence, and here of a document
-# Before Python 3.13 a map keeps its file open, and a process may often open no more than 1024; of maps it may have 65530.
+# Before Python 3.13 a map keeps its file open, of which a process may often have 1024 only; of maps it may have 65530.
 MAP: dict[str, Any] = {"access": mmap.ACCESS_READ} | ({"trackfd": False} if sys.version_info >= (3, 13) else {})
 MAX_OPEN = 16384 if "trackfd" in MAP else 512  # shards mapped at once
 
