@@ -108,7 +108,8 @@ class ShardDocuments(Documents):
     def read_into(self, out: Int[np.ndarray, " T"], begin: int, end: int) -> None:
         """Reads each document's part."""
         first = int(np.searchsorted(self.offsets, begin, side="right")) - 1
-        behind = int(np.searchsorted(self.offsets, end))
+        within = end <= self.offsets[first + 1]  # as a packed document is, and the search costs as much as the reading
+        behind = first + 1 if within else int(np.searchsorted(self.offsets, end))
         edges, numbers = self.offsets[first : behind + 1].tolist(), self.numbers[first:behind].tolist()
         with self.lock:
             for number, low, high in zip(numbers, edges[:-1], edges[1:], strict=True):
