@@ -20,7 +20,13 @@ def _plan(arguments: Sequence[str]) -> None:
     (planner.serving_main if "--serve" in arguments else planner.main)(arguments)
 
 
-COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan}
+def _tokenize(arguments: Sequence[str]) -> None:
+    from train.data import tokenize_command
+
+    tokenize_command.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "tokenize": _tokenize}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import DTypeLike
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -305,7 +306,7 @@ class IndexedWriter:
       3
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type):
+    def __init__(self, prefix: str | Path, dtype: DTypeLike):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.tokens = 0
@@ -329,7 +330,7 @@ class IndexedWriter:
         """
         if len(tokens):
             low, high = int(tokens.min()), int(tokens.max())
-            limits = np.iinfo(self.dtype)
+            limits = np.iinfo(self.dtype.name)
             if low < limits.min or high > limits.max:
                 raise ValueError(f"tokens must fit {self.dtype.name} of {self.prefix}, got {low} to {high}")
             self.max_id = max(self.max_id, high)
@@ -351,6 +352,12 @@ class IndexedWriter:
             raise ValueError(f"a document must have at most {MAX_LENGTH} tokens, got {self._open_tokens}: cut it")
         self._lengths.append(self._open_tokens)
         self._open_tokens, self._is_open = 0, False
+
+    def discard(self) -> None:
+        """Removes what was written beside the names."""
+        self._file.close()
+        for suffix in (".bin.tmp", ".idx.tmp"):
+            file_of(self.prefix, suffix).unlink(missing_ok=True)
 
     def close(self) -> Written:
         """Ends the last document and brings both files to their names."""
