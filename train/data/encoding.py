@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.checks import shown
-from train.data.inputs import PART_BYTES, Part
+from train.data.inputs import PART_BYTES, Part, place_to_cut
 from train.data.tokenizing import encode_text, load_tokenizer
 
 MAX_LISTED = 100  # skipped lines that are listed: of a piece, and of a shard
@@ -212,13 +212,16 @@ def _decoded(text: bytes) -> str:
 
 
 def _cut(text: str, most: int) -> Iterator[str]:
-    """Cuts a long text behind ends of lines; in a longer line, anywhere."""
-    begin = 0
-    while len(text) - begin > most:
-        end = text.rfind("\n", begin, begin + most) + 1 or begin + most
-        yield text[begin:end]
+    """Cuts a text where `place_to_cut` says, into pieces of at most so many bytes."""
+    if 4 * len(text) <= most:
+        yield text
+        return
+    data, begin = text.encode(), 0
+    while len(data) - begin > most:
+        end = begin + place_to_cut(data[begin : begin + most + 1], most)
+        yield data[begin:end].decode()
         begin = end
-    yield text[begin:]
+    yield data[begin:].decode()
 
 
 # In a process of its own

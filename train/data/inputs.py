@@ -239,7 +239,7 @@ class Reader:
         while True:
             data = rest + _read(stream, self.part_bytes + 1 - len(rest))
             ends = len(data) <= self.part_bytes
-            cut = len(data) if ends else _place_to_cut(data, self.part_bytes)
+            cut = len(data) if ends else place_to_cut(data, self.part_bytes)
             begins, first = offset == 0, line
             offset, line, rest = offset + cut, line + data.count(b"\n", 0, cut), data[cut:]
             end = Position(at.file + 1) if ends else Position(at.file, offset, line)
@@ -279,7 +279,7 @@ class Reader:
             raise ValueError(f"inputs must be whole Parquet files, got {file.path}: {str(error)[:300]}") from error
 
 
-def _place_to_cut(data: bytes, most: int) -> int:
+def place_to_cut(data: bytes, most: int) -> int:
     """Finds the last end of a line; without one, the last place that divides no character of UTF-8."""
     if cut := data.rfind(b"\n", 0, most) + 1:
         return cut
