@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from train.checks import shown
 from train.data.inputs import PART_BYTES, Part, place_to_cut
@@ -52,7 +52,7 @@ class Counts:
 class Encoded:
     """Holds the tokens of a piece, end to end: `lengths` of texts, each of which `ends` its document or not."""
 
-    tokens: Int[np.ndarray, " T"]
+    tokens: Integer[np.ndarray, " T"]
     lengths: list[int]
     ends: list[bool]
     counts: dict[int, Counts]  # by the number of the source
@@ -104,7 +104,7 @@ class Encoder:
         last = dataclasses.replace(piece[-1], data=b"")
         return Encoded(joined, [len(tokens) for tokens in arrays], ends, counts, skipped, last)
 
-    def _tokens(self, text: _Text) -> Int[np.ndarray, " T"]:
+    def _tokens(self, text: _Text) -> Integer[np.ndarray, " T"]:
         if self.tokenizer is None:
             raw = text.text if isinstance(text.text, bytes) else text.text.encode()
             return np.frombuffer(raw, np.uint8)
@@ -132,7 +132,7 @@ class Encoder:
         else:
             for line, value in self._values(part):
                 try:
-                    text = _document(value, self.settings.field) if isinstance(value, bytes) else value
+                    text = _document(value, self.settings.field) if part.file.kind == "jsonl" else value
                     yield _Text(_checked(text), f"{part.file.path}:{line}")
                 except ValueError as error:
                     self._refuse(part, line, str(error), problems)

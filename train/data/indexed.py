@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 from numpy.typing import DTypeLike
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -180,7 +180,7 @@ class IndexedDataset:
         return lengths, pointers, documents
 
     @functools.cached_property
-    def lengths(self) -> Int[np.ndarray, " documents"]:
+    def lengths(self) -> Integer[np.ndarray, " documents"]:
         """Gives the tokens of each document, as int32.
 
         Raises:
@@ -207,7 +207,7 @@ class IndexedDataset:
     def _tokens(self) -> np.ndarray:
         return np.memmap(file_of(self.prefix, ".bin"), self.dtype, mode="r").view(np.ndarray)
 
-    def read(self, document: int, begin: int = 0, end: int | None = None) -> Int[np.ndarray, " T"]:
+    def read(self, document: int, begin: int = 0, end: int | None = None) -> Integer[np.ndarray, " T"]:
         """Gives the tokens from `begin` to before `end` of a document, without a copy of them.
 
         Raises:
@@ -257,11 +257,11 @@ class Shards:
         return np.result_type(*{header.dtype for header in self.headers})
 
     @functools.cached_property
-    def lengths(self) -> Int[np.ndarray, " documents"]:
+    def lengths(self) -> Integer[np.ndarray, " documents"]:
         """Gives the tokens of each document, as int32; reads the .idx of all."""
         return np.concatenate([IndexedDataset(prefix).lengths for prefix in self.prefixes])
 
-    def read(self, document: int, begin: int = 0, end: int | None = None) -> Int[np.ndarray, " T"]:
+    def read(self, document: int, begin: int = 0, end: int | None = None) -> Integer[np.ndarray, " T"]:
         """Gives the tokens from `begin` to before `end` of a document, without a copy of them.
 
         Raises:
@@ -322,7 +322,7 @@ class IndexedWriter:
         """Tells whether a document is begun and not ended."""
         return self._is_open
 
-    def add(self, tokens: Int[np.ndarray, " T"], *, ends: bool = True) -> None:
+    def add(self, tokens: Integer[np.ndarray, " T"], *, ends: bool = True) -> None:
         """Writes the tokens of a document, or its next ones; `ends` says that they are the last.
 
         Raises:

@@ -21,7 +21,7 @@ GZIP, ZSTD = (".gz", ".bgz"), (".zst",)
 JSON_LINES = (".jsonl", ".ndjson")
 OTHERS = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather", ".avro", ".orc")  # not read
 PART_BYTES = 2**20
-MAX_LINE_BYTES = 2**25
+MAX_LINE_BYTES = 2**24
 MAX_ROWS = 256  # of a Parquet file, in one part
 
 
@@ -58,6 +58,11 @@ class Part:
     end: Position
     done: int  # bytes of the file read so far, as it lies on the disk
     problem: str | None = None  # why the line is none that can be read
+
+    @property
+    def size(self) -> int:
+        """Counts the bytes, or the characters of the values."""
+        return len(self.data) if isinstance(self.data, bytes) else sum(len(value or "") for value in self.data)
 
 
 # Finding files
@@ -211,7 +216,7 @@ class Reader:
         for number in range(at.file, len(self.files)):
             for part in self._parts(self.files[number], at if number == at.file else Position(number)):
                 piece.append(part)
-                size += len(part.data) if isinstance(part.data, bytes) else sum(len(value or "") for value in part.data)
+                size += part.size
                 if size >= self.part_bytes:
                     yield piece
                     piece, size = [], 0

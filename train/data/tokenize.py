@@ -202,7 +202,7 @@ def make_shards(job: Job, journal: Journal, report: Report) -> None:
                 at, stream = journal.records[number].end, None
                 continue
             if stream is None:
-                stream = _encoded(pool, reader.pieces(at), job.config.workers)
+                stream = _encoded(pool, reader.pieces(at), job.config)
             record = make_shard(job, number, stream, report)
             if record is None:
                 return
@@ -222,15 +222,18 @@ def _workers(job: Job) -> Iterator[concurrent.futures.Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _encoded(pool: concurrent.futures.Executor, pieces: Iterable[list[Part]], workers: int) -> Iterator[Encoded]:
-    """Makes tokens of pieces, in their order; few pieces are on their way at a time."""
-    pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
+def _encoded(
+    pool: concurrent.futures.Executor, pieces: Iterable[list[Part]], config: TokenizeConfig
+) -> Iterator[Encoded]:
+    """Makes tokens of pieces, in their order; few pieces are on their way at a time, and fewer if they are large."""
+    pending: collections.deque[tuple[int, concurrent.futures.Future[Encoded]]] = collections.deque()
+    limit = PIECES_A_WORKER * config.workers
     for piece in pieces:
-        pending.append(pool.submit(encode_piece, piece))
-        if len(pending) >= PIECES_A_WORKER * workers:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        pending.append((sum(part.size for part in piece), pool.submit(encode_piece, piece)))
+        while len(pending) >= limit or sum(size for size, _ in pending) >= 2 * limit * config.part_bytes:
+            yield pending.popleft()[1].result()
+    for _, future in pending:
+        yield future.result()
 
 
 def make_shard(job: Job, number: int, stream: Iterator[Encoded], report: Report) -> Record | None:
