@@ -295,9 +295,7 @@ def test_shards_that_changed(tmp_path):
 
 
 def test_reading_and_tokenising_do_without_jax():
-    """Workers have memory for a tokenizer, not for JAX beside it."""
-    code = "import sys, train.data.tokenize_command; sys.exit('jax' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
-        == 0
-    )
+    """Workers, which import the command's module anew, have memory for a tokenizer, not for JAX beside it."""
+    code = "import sys, train.__main__, train.data.tokenize_command; sys.exit('jax' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0

@@ -136,10 +136,6 @@ class IndexedDataset:
     """Reads the documents of one pair of files in place; only headers are read until a document is asked for.
 
     A document of several sequences is read as one, their tokens end to end.
-
-    Examples:
-      >>> dataset = IndexedDataset("corpus/shard-00000")
-      >>> dataset.read(0, begin=10, end=20)
     """
 
     def __init__(self, prefix: str | Path):
@@ -300,10 +296,10 @@ class IndexedWriter:
     """Writes a pair of files beside their names, and gives them these when they are whole and on the disk.
 
     Examples:
-      >>> writer = IndexedWriter("corpus/shard-00000", np.uint16)
+      >>> writer = IndexedWriter("shard-00000", np.uint16)
       >>> writer.add(np.array([1, 2, 3], np.uint16))
-      >>> writer.close().tokens
-      3
+      >>> writer.close().tokens, IndexedDataset("shard-00000").read(0, begin=1).tolist()
+      (3, [2, 3])
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike):

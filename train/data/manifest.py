@@ -47,13 +47,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Says what a folder of token files holds.
-
-    Examples:
-      >>> manifest = load_manifest(Path("corpus"))
-      >>> manifest.check_vocabulary(config.vocab_size)
-      >>> shards = manifest.open()
-    """
+    """Says what a folder of token files holds; see `load_manifest`."""
 
     folder: Path
     tokenizer_hash: str | None
