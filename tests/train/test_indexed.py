@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_layout(tmp_path):
 
 
 def test_what_was_written_is_said(tmp_path):
-    written = write(tmp_path / "a.b")
+    written = write(tmp_path / "a.b", DOCUMENTS[::-1])
     assert (written.documents, written.tokens, written.size, written.max_id) == (3, 10, 20, 34)
     for suffix, sha in ((".bin", written.bin_sha256), (".idx", written.idx_sha256)):
         printed = subprocess.run(["sha256sum", tmp_path / f"a.b{suffix}"], capture_output=True, text=True, check=True)
