@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from train.command import run_command
-
 type Command = Callable[[Sequence[str]], object]
 
 
@@ -20,11 +18,19 @@ def _plan(arguments: Sequence[str]) -> None:
     (planner.serving_main if "--serve" in arguments else planner.main)(arguments)
 
 
-COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan}
+def _tokenize(arguments: Sequence[str]) -> None:
+    from train.data import tokenize_command
+
+    tokenize_command.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "tokenize": _tokenize}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
+    from train.command import run_command  # here: the workers of tokenize import this module, and need no JAX
+
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
         return run_command(lambda: COMMANDS[given[0]](given[1:]))

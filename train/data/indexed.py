@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from jaxtyping import Integer as Int
+from jaxtyping import Integer
+from numpy.typing import DTypeLike
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -139,10 +140,6 @@ class IndexedDataset:
     """Reads the documents of one pair of files in place; only headers are read until a document is asked for.
 
     A document of several sequences is read as one, their tokens end to end.
-
-    Examples:
-      >>> dataset = IndexedDataset("corpus/shard-00000")
-      >>> dataset.read(0, begin=10, end=20)
     """
 
     def __init__(self, prefix: str | Path):
@@ -183,7 +180,7 @@ class IndexedDataset:
         return lengths, pointers, documents
 
     @functools.cached_property
-    def lengths(self) -> Int[np.ndarray, " documents"]:
+    def lengths(self) -> Integer[np.ndarray, " documents"]:
         """Gives the tokens of each document, as int32.
 
         Raises:
@@ -210,7 +207,7 @@ class IndexedDataset:
     def _tokens(self) -> np.ndarray:
         return np.memmap(file_of(self.prefix, ".bin"), self.dtype, mode="r").view(np.ndarray)
 
-    def read(self, document: int, begin: int = 0, end: int | None = None) -> Int[np.ndarray, " T"]:
+    def read(self, document: int, begin: int = 0, end: int | None = None) -> Integer[np.ndarray, " T"]:
         """Gives the tokens from `begin` to before `end` of a document, without a copy of them.
 
         Raises:
@@ -233,7 +230,7 @@ class IndexedDataset:
 class Shards:
     """Reads many pairs of files as one: the documents of the first, of the second, and so on.
 
-    Of at most `MAX_OPEN` of them are files open at a time.
+    Of at most `MAX_OPEN` of them are files mapped at a time.
     """
 
     def __init__(self, prefixes: Sequence[str | Path]):
@@ -260,11 +257,14 @@ class Shards:
         return np.result_type(*{header.dtype for header in self.headers})
 
     @functools.cached_property
-    def lengths(self) -> Int[np.ndarray, " documents"]:
+    def lengths(self) -> Integer[np.ndarray, " documents"]:
         """Gives the tokens of each document, as int32; reads the .idx of all."""
-        return np.concatenate([IndexedDataset(prefix).lengths for prefix in self.prefixes])
+        lengths = np.empty(len(self), np.int32)
+        for prefix, first, behind in zip(self.prefixes, self._firsts[:-1], self._firsts[1:], strict=True):
+            lengths[first:behind] = IndexedDataset(prefix).lengths  # copied: a view keeps its .idx open
+        return lengths
 
-    def read(self, document: int, begin: int = 0, end: int | None = None) -> Int[np.ndarray, " T"]:
+    def read(self, document: int, begin: int = 0, end: int | None = None) -> Integer[np.ndarray, " T"]:
         """Gives the tokens from `begin` to before `end` of a document, without a copy of them.
 
         Raises:
@@ -315,13 +315,13 @@ class IndexedWriter:
     """Writes a pair of files beside their names, and gives them these when they are whole and on the disk.
 
     Examples:
-      >>> writer = IndexedWriter("corpus/shard-00000", np.uint16)
+      >>> writer = IndexedWriter("shard-00000", np.uint16)
       >>> writer.add(np.array([1, 2, 3], np.uint16))
-      >>> writer.close().tokens
-      3
+      >>> writer.close().tokens, IndexedDataset("shard-00000").read(0, begin=1).tolist()
+      (3, [2, 3])
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type):
+    def __init__(self, prefix: str | Path, dtype: DTypeLike):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.tokens = 0
@@ -337,7 +337,7 @@ class IndexedWriter:
         """Tells whether a document is begun and not ended."""
         return self._is_open
 
-    def add(self, tokens: Int[np.ndarray, " T"], *, ends: bool = True) -> None:
+    def add(self, tokens: Integer[np.ndarray, " T"], *, ends: bool = True) -> None:
         """Writes the tokens of a document, or its next ones; `ends` says that they are the last.
 
         Raises:
@@ -345,7 +345,7 @@ class IndexedWriter:
         """
         if len(tokens):
             low, high = int(tokens.min()), int(tokens.max())
-            limits = np.iinfo(self.dtype)
+            limits = np.iinfo(self.dtype.name)
             if low < limits.min or high > limits.max:
                 raise ValueError(f"tokens must fit {self.dtype.name} of {self.prefix}, got {low} to {high}")
             self.max_id = max(self.max_id, high)
@@ -367,6 +367,12 @@ class IndexedWriter:
             raise ValueError(f"a document must have at most {MAX_LENGTH} tokens, got {self._open_tokens}: cut it")
         self._lengths.append(self._open_tokens)
         self._open_tokens, self._is_open = 0, False
+
+    def discard(self) -> None:
+        """Removes what was written beside the names."""
+        self._file.close()
+        for suffix in (".bin.tmp", ".idx.tmp"):
+            file_of(self.prefix, suffix).unlink(missing_ok=True)
 
     def close(self) -> Written:
         """Ends the last document and brings both files to their names."""

@@ -47,13 +47,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Says what a folder of token files holds.
-
-    Examples:
-      >>> manifest = load_manifest(Path("corpus"))
-      >>> manifest.check_vocabulary(config.vocab_size)
-      >>> shards = manifest.open()
-    """
+    """Says what a folder of token files holds; see `load_manifest`."""
 
     folder: Path
     tokenizer_hash: str | None
@@ -253,5 +247,5 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Chooses the smallest usual type of a vocabulary's ids: uint16 below 65536, else int32."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+    """Chooses the smallest type of a vocabulary's ids that other readers know: uint8, uint16 or int32."""
+    return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from train.checks import shown
+from train.data.inputs import JSON_LINES
+from train.data.manifest import MANIFEST
 
 type Kind = Literal["text", "shards", "indexed", "conversations"]
 
 NAMED = re.compile(r"([A-Za-z][\w.-]*)=([^:=/]*):(.+)", re.DOTALL)
 TEXT = "text"  # the name of all text that has none
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
-MANIFEST = "manifest.json"
-JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclasses.dataclass(frozen=True)
