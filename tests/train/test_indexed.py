@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data import indexed
-from train.data.indexed import IndexedDataset, IndexedWriter, Shards
+from train.data import shards as shards_module
+from train.data.indexed import IndexedDataset, IndexedWriter
 from train.data.manifest import MANIFEST, Manifest, Shard, load_manifest, open_shards, token_dtype
+from train.data.shards import Shards
 
 ROOT = Path(__file__).parents[2]
 MEGATRON = ROOT / "tests" / "oracle" / "megatron"  # made by its own builder: see make_token_files.py
@@ -123,7 +124,7 @@ def test_types_of_vocabularies(vocab, name):
 
 
 def test_many_shards_are_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "MAX_OPEN", 2)
+    monkeypatch.setattr(shards_module, "MAX_MAPPED", 2)
     prefixes = [tmp_path / f"s{i}" for i in range(5)]
     for i, prefix in enumerate(prefixes):
         write(prefix, [[10 * i + j] * (j + 1) for j in range(i + 1)])

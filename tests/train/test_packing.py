@@ -94,17 +94,17 @@ def test_documents_are_cut_only_when_longer_than_a_row():
 def test_rows_are_the_same_from_anywhere(windows):
     documents = documents_of(np.random.default_rng(0).integers(1, 60, 200).tolist())
     packing = BestFit(documents, seq_len=16, seed=4)
-    rows = [packing.row(i).reads for i in range(2 * rows_of_an_epoch(packing))]
+    rows = [packing.row(i).reads.tolist() for i in range(2 * rows_of_an_epoch(packing))]
     order = np.random.default_rng(1).permutation(len(rows)).tolist()
     again = BestFit(documents, seq_len=16, seed=4)
-    assert [again.row(i).reads for i in order] == [rows[i] for i in order]
+    assert [again.row(i).reads.tolist() for i in order] == [rows[i] for i in order]
     at = len(rows) - 3
     resumed = BestFit(documents, seq_len=16, seed=4)
     resumed.set_state(json.loads(json.dumps(packing.get_state(at))))
-    assert [resumed.row(i).reads for i in (at, len(rows) - 1, 0)] == [rows[i] for i in (at, len(rows) - 1, 0)]
+    assert [resumed.row(i).reads.tolist() for i in (at, len(rows) - 1, 0)] == [rows[i] for i in (at, len(rows) - 1, 0)]
     assert resumed.epochs(at) == packing.epochs(at)
     other = BestFit(documents, seq_len=16, seed=5)
-    assert [other.row(i).reads for i in range(len(rows))] != rows
+    assert [other.row(i).reads.tolist() for i in range(len(rows))] != rows
     half = len(rows) // 2
     assert rows[:half] != rows[half:]  # every epoch has an order of its own
 

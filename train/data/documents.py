@@ -4,10 +4,12 @@ import abc
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
+
+from train.data.shards import Shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +37,18 @@ class Documents(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def read_into(self, out: Int[np.ndarray, " T"], begin: int, end: int) -> None:
-        """Reads the tokens from `begin` to `end` of all documents end to end, and no token besides."""
+    def read_into(self, out: Int[np.ndarray, " T"], reads: Int[np.ndarray, "n 3"]) -> None:
+        """Copies tokens of all documents end to end, and reads no token besides.
+
+        Args:
+          out: what they are copied to.
+          reads: of each run of tokens its place in `out`, where among the documents it begins, and its size.
+        """
 
     def read(self, begin: int, end: int) -> Integer[np.ndarray, " T"]:
-        """Reads the same into an array of its own."""
+        """Reads the tokens from `begin` to `end` of all documents end to end."""
         out = np.empty(end - begin, np.int32)
-        self.read_into(out, begin, end)
+        self.read_into(out, np.array([[0, begin, end - begin]]))
         return out
 
     def wanted(self, begin: int, end: int) -> Bool[np.ndarray, " T"]:
@@ -68,9 +75,10 @@ class MemoryDocuments(Documents):
         """Says whether there are marks."""
         return self.learnt is not None
 
-    def read_into(self, out: Int[np.ndarray, " T"], begin: int, end: int) -> None:
-        """Copies a slice."""
-        out[:] = self.tokens[begin:end]
+    def read_into(self, out: Int[np.ndarray, " T"], reads: Int[np.ndarray, "n 3"]) -> None:
+        """Copies slices."""
+        for place, begin, size in reads.tolist():
+            out[place : place + size] = self.tokens[begin : begin + size]
 
     def read(self, begin: int, end: int) -> Integer[np.ndarray, " T"]:
         """Takes a slice, without a copy."""
@@ -81,38 +89,31 @@ class MemoryDocuments(Documents):
         return super().wanted(begin, end) if self.learnt is None else self.learnt[begin:end]
 
 
-class DocumentReader(Protocol):
-    """Reads tokens of numbered documents: an `IndexedDataset`, or `Shards`."""
-
-    def read(self, document: int, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """Reads the tokens from `begin` to `end` of a document."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class ShardDocuments(Documents):
     """Names documents on disk by their numbers; a token is read when it is asked for."""
 
-    reader: DocumentReader
+    reader: Shards
     numbers: np.ndarray  # int64 [documents]
     lock: threading.Lock  # a reader's own: streams read ahead in threads
 
     @classmethod
     def split(
-        cls, reader: DocumentReader, lengths: Integer[np.ndarray, " n"], *marks: Bool[np.ndarray, " n"]
+        cls, reader: Shards, lengths: Integer[np.ndarray, " n"], *marks: Bool[np.ndarray, " n"]
     ) -> tuple[Self, ...]:
         """Takes the marked documents of a reader, for each of the marks."""
         lock, numbers = threading.Lock(), [np.flatnonzero(mark) for mark in marks]
         return tuple(cls(np.append(0, np.cumsum(lengths[n], dtype=np.int64)), reader, n, lock) for n in numbers)
 
-    def read_into(self, out: Int[np.ndarray, " T"], begin: int, end: int) -> None:
-        """Reads each document's part."""
-        first = int(np.searchsorted(self.offsets, begin, side="right")) - 1
-        within = end <= self.offsets[first + 1]  # as a packed document is, and the search costs as much as the reading
-        behind = first + 1 if within else int(np.searchsorted(self.offsets, end))
-        edges, numbers = self.offsets[first : behind + 1].tolist(), self.numbers[first:behind].tolist()
+    def read_into(self, out: Int[np.ndarray, " T"], reads: Int[np.ndarray, "n 3"]) -> None:
+        """Reads the parts of the documents that are in each run."""
+        begins, ends = reads[:, 1], reads[:, 1] + reads[:, 2]
+        first = np.searchsorted(self.offsets, begins, side="right") - 1
+        counts = np.maximum(np.searchsorted(self.offsets, ends) - first, 0)
+        run = np.repeat(np.arange(len(reads)), counts)
+        document = np.arange(len(run)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        low = np.maximum(self.offsets[document], begins[run])
+        size = np.minimum(self.offsets[document + 1], ends[run]) - low
+        place = reads[run, 0] + low - begins[run]
         with self.lock:
-            for number, low, high in zip(numbers, edges[:-1], edges[1:], strict=True):
-                a, b = max(low, begin), min(high, end)
-                if a < b:
-                    out[a - begin : b - begin] = self.reader.read(number, a - low, b - low)
+            self.reader.read_into(out, place, self.numbers[document], low - self.offsets[document], size)

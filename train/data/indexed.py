@@ -16,17 +16,13 @@ References: `megatron/core/datasets/indexed_dataset.py` of Megatron-LM.
 """
 
 import array
-import collections
 import dataclasses
 import functools
 import hashlib
-import mmap
 import os
 import struct
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from jaxtyping import Integer
@@ -39,9 +35,6 @@ DTYPES = {code: np.dtype(f"<{name}") for code, name in {1: "u1", 2: "i1", 3: "i2
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = (6, 7)  # float64 and float32; which is which differs between GPT-NeoX and Megatron-LM
 MAX_LENGTH = 2**31 - 1  # tokens of a sequence, and here of a document
-# Before Python 3.13 a map keeps its file open, of which a process may often have 1024 only; of maps it may have 65530.
-MAP: dict[str, Any] = {"access": mmap.ACCESS_READ} | ({"trackfd": False} if sys.version_info >= (3, 13) else {})
-MAX_OPEN = 16384 if "trackfd" in MAP else 512  # shards mapped at once
 
 
 def file_of(prefix: str | Path, suffix: str) -> Path:
@@ -225,78 +218,6 @@ class IndexedDataset:
         found = self._tokens[first + begin : first + end]
         self.bytes_read += found.nbytes
         return found
-
-
-class Shards:
-    """Reads many pairs of files as one: the documents of the first, of the second, and so on.
-
-    Of at most `MAX_OPEN` of them are files mapped at a time.
-    """
-
-    def __init__(self, prefixes: Sequence[str | Path]):
-        if not prefixes:
-            raise ValueError("shards must be one or more, got none")
-        self.prefixes = tuple(Path(prefix) for prefix in prefixes)
-        self.headers = tuple(Header.read(prefix) for prefix in prefixes)
-        self.bytes_read = 0
-        """Bytes of tokens that were asked for."""
-        self._firsts = np.cumsum([0, *(header.documents for header in self.headers)])
-        self._open: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-
-    def __len__(self) -> int:
-        return int(self._firsts[-1])
-
-    @property
-    def tokens(self) -> int:
-        """Counts the tokens of all documents."""
-        return sum(header.tokens for header in self.headers)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Gives a type that holds the tokens of all."""
-        return np.result_type(*{header.dtype for header in self.headers})
-
-    @functools.cached_property
-    def lengths(self) -> Integer[np.ndarray, " documents"]:
-        """Gives the tokens of each document, as int32; reads the .idx of all."""
-        lengths = np.empty(len(self), np.int32)
-        for prefix, first, behind in zip(self.prefixes, self._firsts[:-1], self._firsts[1:], strict=True):
-            lengths[first:behind] = IndexedDataset(prefix).lengths  # copied: a view keeps its .idx open
-        return lengths
-
-    def read(self, document: int, begin: int = 0, end: int | None = None) -> Integer[np.ndarray, " T"]:
-        """Gives the tokens from `begin` to before `end` of a document, without a copy of them.
-
-        Raises:
-          ValueError: if there is no such document, or it has no such tokens.
-        """
-        if not 0 <= document < len(self):
-            raise ValueError(f"document must be from 0 to {len(self) - 1} of {len(self.prefixes)} shards")
-        first, length = int(self._begins[document]), int(self.lengths[document])
-        end = length if end is None else end
-        if not 0 <= begin <= end <= length:
-            raise ValueError(f"tokens of document {document} must be from 0 to {length}, got {begin} to {end}")
-        shard = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        found = self._tokens(shard)[first + begin : first + end]
-        self.bytes_read += found.nbytes
-        return found
-
-    @functools.cached_property
-    def _begins(self) -> np.ndarray:
-        """Gives the place of each document's first token in its .bin, where one follows the other."""
-        begins = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-        return begins - np.repeat(begins[self._firsts[:-1]], np.diff(self._firsts))
-
-    def _tokens(self, shard: int) -> np.ndarray:
-        """Maps the tokens of a shard, and lets go of those that were used longest ago; what was read stays valid."""
-        if shard not in self._open:
-            with file_of(self.prefixes[shard], ".bin").open("rb") as file:
-                view = mmap.mmap(file.fileno(), 0, **MAP)
-            self._open[shard] = np.frombuffer(view, self.headers[shard].dtype)
-            if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
-        return self._open[shard]
 
 
 @dataclasses.dataclass(frozen=True)

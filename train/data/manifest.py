@@ -11,7 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from train.checks import shown
-from train.data.indexed import CODES, Shards, file_of
+from train.data.indexed import CODES, file_of
+from train.data.shards import Shards
 from train.files import read_json_file, replace_text
 
 MANIFEST = "manifest.json"

@@ -31,11 +31,11 @@ class Row:
 
     Attributes:
       edges: the places at which its documents, or their parts, begin; the last is where padding begins.
-      reads: (place in the row, beginning among the documents' tokens, size) of what is read.
+      reads: of each run of tokens its place in the row, where among the documents' tokens it begins, and its size.
     """
 
     edges: np.ndarray  # int64 [parts + 1]
-    reads: Sequence[tuple[int, int, int]]
+    reads: np.ndarray  # int64 [runs, 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def window(documents: Documents, begin: int, seq_len: int) -> Row:
     offsets = documents.offsets
     inner = offsets[np.searchsorted(offsets, begin, side="right") : np.searchsorted(offsets, end)]
     edges = np.unique(np.concatenate([[begin], inner, [end]]))
-    return Row(edges - begin, [(0, begin, seq_len + 1)])
+    return Row(edges - begin, np.array([[0, begin, seq_len + 1]]))
 
 
 class BestFit:
@@ -143,7 +143,7 @@ class BestFit:
         begins, sizes, bounds = self._packed(index)
         parts = slice(bounds[number - begin], bounds[number - begin + 1])
         edges = np.append(0, np.cumsum(sizes[parts]))
-        return Row(edges, list(zip(edges[:-1].tolist(), begins[parts].tolist(), sizes[parts].tolist(), strict=True)))
+        return Row(edges, np.stack([edges[:-1], begins[parts], sizes[parts]], axis=1))
 
     def epochs(self, rows: int) -> float:
         """Counts windows, and rows within the last."""
@@ -263,13 +263,13 @@ def _fill(
 ) -> None:
     """Writes what stands in a row from `begin` on: tokens, where their documents begin, and what is learnt of them."""
     stop = begin + len(tokens)
-    for place, first, size in row.reads:
-        low, high = max(place, begin), min(place + size, stop)
-        if low < high:
-            here, there = slice(low - begin, high - begin), (first + low - place, first + high - place)
-            documents.read_into(tokens[here], *there)
-            if learnt is not None and documents.marks_targets:
-                learnt[here] = documents.wanted(*there)
+    place, first, size = row.reads.T
+    low, high = np.maximum(place, begin), np.minimum(place + size, stop)
+    reads = np.stack([low - begin, first + low - place, high - low], axis=1)[low < high]
+    documents.read_into(tokens, reads)
+    if learnt is not None and documents.marks_targets:
+        for here, there, count in reads.tolist():
+            learnt[here : here + count] = documents.wanted(there, there + count)
     tokens[max(0, int(row.edges[-1]) - begin) :] = 0
     bounds = np.append(np.clip(row.edges, begin, stop), stop)
     start[:] = np.repeat(row.edges.astype(np.int32), np.diff(bounds))

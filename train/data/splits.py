@@ -13,8 +13,9 @@ from train.checks import shown
 from train.data.config import DataConfig
 from train.data.conversations import encode_conversation, load_template, split_lines
 from train.data.documents import Documents, MemoryDocuments, ShardDocuments
-from train.data.indexed import Shards, file_of
+from train.data.indexed import file_of
 from train.data.manifest import Manifest, hash_tokenizer, load_manifest
+from train.data.shards import Shards
 from train.data.sources import Place, matches
 from train.data.text import TextFile, choose_held_out, find_files, read_files
 from train.data.tokenizing import EndToken, encode_files
