@@ -1,5 +1,6 @@
 """Shards of tokens for tests, written with their manifest."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +25,7 @@ def write_shards(
         writer = IndexedWriter(folder / f"shard-{number:05d}", np.uint16)
         for document in documents:
             writer.add(np.asarray(document, np.uint16))
-        w = writer.close()
-        record = (w.documents, w.tokens, w.size, w.bin_sha256, w.idx_sha256, w.max_id)
-        records.append(Shard(f"shard-{number:05d}", *record))
+        records.append(Shard(f"shard-{number:05d}", **dataclasses.asdict(writer.close())))
     if manifest:
         Manifest(folder, tokenizer_hash, vocab_size, "uint16", None, tuple(records), ()).save()
     return folder

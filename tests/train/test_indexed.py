@@ -138,10 +138,54 @@ def test_many_shards_are_one(tmp_path, monkeypatch):
     assert shards.bytes_read == 2 * (2 * shards.tokens + len(held[0]) + len(held[1]))
     assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2 + 2  # and those that are held
     assert held[0].tolist() == [0] and held[1].tolist() == expected[5]
-    with pytest.raises(ValueError, match="from 0 to 14"):
-        shards.read(15)
+    for document in (15, -1):
+        with pytest.raises(ValueError, match=f"from 0 to 14 of 5 shards, got {document}"):
+            shards.read(document)
     with pytest.raises(ValueError, match="one or more"):
         Shards([])
+
+
+LENGTHS = [5, 0, 5, 0, 3, 1, 2]
+
+
+@given(
+    reads=st.lists(
+        st.integers(0, 6).flatmap(
+            lambda i: st.tuples(st.just(i), st.integers(0, LENGTHS[i]), st.integers(0, LENGTHS[i]))
+        )
+    )
+)
+def test_many_documents_are_read_at_once(odd_shards, reads):
+    """Of shards of several types, with documents of several sequences and of none; as they are read one by one."""
+    reads = [(document, min(a, b), abs(a - b)) for document, a, b in reads]
+    documents, begins, sizes = np.array(reads, int).reshape(-1, 3).T
+    places = np.cumsum(sizes + 1) - sizes
+    out, before = np.full(int((sizes + 1).sum()) + 1, -1), odd_shards.bytes_read
+    odd_shards.read_into(out, places, documents, begins, sizes)
+    expected = [-1]
+    for document, begin, size in reads:
+        expected += [*odd_shards.read(document, begin, begin + size).tolist(), -1]
+    assert out.tolist() == expected
+    assert (odd_shards.bytes_read - before) == 2 * sum((2 if i < 4 else 4) * size for i, _, size in reads)
+
+
+@pytest.fixture(scope="module")
+def odd_shards(tmp_path_factory):
+    """Four documents of uint16, of one and two sequences and of none, and three of int32."""
+    folder = tmp_path_factory.mktemp("odd")
+    write_bytes(folder / "a", documents=(0, 1, 1, 3, 3))
+    write(folder / "b", [[70000, 2, 3], [4], [5, 6]], np.int32)
+    shards = Shards([folder / "a", folder / "b"])
+    assert shards.lengths.tolist() == LENGTHS and shards.dtype == np.int32
+    assert contents(shards)[2:5] == [[21, 31, 32, 33, 34], [], [70000, 2, 3]]
+    return shards
+
+
+@pytest.mark.parametrize("wrong", [(7, 0, 1), (-1, 0, 0), (2, 0, 6), (2, -1, 2), (2, 3, -1), (1, 0, 1)])
+def test_documents_that_are_not_there_are_not_read(odd_shards, wrong):
+    document, begin, size = ([0, value] for value in wrong)
+    with pytest.raises(ValueError, match="must be from 0 to"):
+        odd_shards.read_into(np.empty(9, int), *map(np.array, ([0, 0], document, begin, size)))
 
 
 DAMAGE = {

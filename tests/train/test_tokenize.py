@@ -90,10 +90,13 @@ def texts(documents):
 
 
 def test_files_folders_and_globs(tmp_path, monkeypatch):
-    for name in ("b.txt", "a.py", "sub/c.JSONL.gz", "sub/d.parquet", "sub/.hidden", ".git/x", "e.jsonl.zst"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    names = ["b.txt", "a.py", "sub/c.JSONL.gz", "sub/d.parquet", "e.jsonl.zst"]
+    left_out = ["sub/.hidden", "sub/__pycache__/x.pyc", "sub/__pycache__/y.pyc", ".git/x"]
+    for name in names + left_out:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * len(name))
-    found = find_inputs([str(tmp_path), f"{tmp_path}/*.txt", f"{tmp_path}/sub"])
+    found, counts = find_inputs([str(tmp_path), f"{tmp_path}/*.txt", f"{tmp_path}/sub"])
+    assert counts == (3, 0, 2)  # files and folders: those of .git and __pycache__ count as one
     assert [(os.path.relpath(file.path, tmp_path), file.kind, file.source) for file in found] == [
         ("a.py", "text", 0),
         ("b.txt", "text", 0),
@@ -103,8 +106,14 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
     ]
     assert [file.begin for file in found] == [0, 4, 9, 20, 34] and found[0].size == 4
     monkeypatch.chdir(tmp_path)
-    assert [os.path.basename(file.path) for file in find_inputs(["*.txt", "**/*.parquet"])] == ["b.txt", "d.parquet"]
-    assert [file.kind for file in find_inputs(["b.txt"], "jsonl")] == ["jsonl"]
+    assert [os.path.basename(file.path) for file in find_inputs(["*.txt", "**/*.parquet"]).files] == [
+        "b.txt",
+        "d.parquet",
+    ]
+    assert [file.kind for file in find_inputs(["b.txt"], "jsonl").files] == ["jsonl"]
+    (tmp_path / "hidden" / ".x").mkdir(parents=True)
+    with pytest.raises(ValueError, match="got 'hidden', of which 1 hidden or __pycache__ are left out"):
+        find_inputs(["hidden"])
     (tmp_path / "empty").mkdir()
     for pattern in ("none", "*.none", "empty"):
         with pytest.raises(ValueError, match=f"inputs must name files.*{pattern[-4:]}"):
@@ -118,7 +127,7 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
 
 
 def parts_of(path, part_bytes, at=None):
-    reader = Reader(find_inputs([str(path)]), part_bytes=part_bytes)
+    reader = Reader(find_inputs([str(path)]).files, part_bytes=part_bytes)
     return [part for piece in reader.pieces(at or Position()) for part in piece]
 
 
@@ -551,6 +560,7 @@ def test_workers_change_nothing_and_end_with_what_started_them(tmp_path, tokeniz
 def test_the_command(tmp_path, in_process, capsys):
     write_corpus(tmp_path / "in")
     (tmp_path / "bad.jsonl").write_text("{\n" + json.dumps({"text": "good"}))
+    (tmp_path / "in" / "__pycache__").mkdir()
     arguments = [
         str(tmp_path / "in"),
         str(tmp_path / "bad.jsonl"),
@@ -562,6 +572,8 @@ def test_the_command(tmp_path, in_process, capsys):
     tokenize_command.main(arguments)
     printed = capsys.readouterr()
     assert "1 files, 1 documents, 4 tokens, 1 lines skipped" in printed.out and printed.err == ""
+    assert "tokens, 1 hidden or __pycache__ left out" in printed.out
+    assert [source.left_out for source in load_manifest(tmp_path / "out").sources] == [1, 0]
     assert len(open_shards(tmp_path / "out")) == 7
     with pytest.raises(ValueError, match="unknown arguments: --nothing"):
         tokenize_command.main([*arguments, "--nothing"])

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from train.checks import shown
 
@@ -23,6 +23,7 @@ OTHERS = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather", ".
 PART_BYTES = 2**20
 MAX_LINE_BYTES = 2**24
 MAX_ROWS = 256  # of a Parquet file, in one part
+CACHE = "__pycache__"  # the folder of what Python compiled from the files beside it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,8 +69,15 @@ class Part:
 # Finding files
 
 
-def find_inputs(inputs: Sequence[str], kind: Kind | None = None) -> tuple[Input, ...]:
-    """Lists the files that the arguments name: files, globs, and folders, whose hidden files are left out.
+class Found(NamedTuple):
+    """Lists files, and counts for each argument what it names and what is left out."""
+
+    files: tuple[Input, ...]
+    left_out: tuple[int, ...]  # files and folders of each argument's
+
+
+def find_inputs(inputs: Sequence[str], kind: Kind | None = None) -> Found:
+    """Lists the files that the arguments name: files, globs, and folders, but for what is hidden in these or `CACHE`.
 
     A file that several name is the first one's. What it holds is told by its name, unless `kind` says it.
 
@@ -77,28 +85,39 @@ def find_inputs(inputs: Sequence[str], kind: Kind | None = None) -> tuple[Input,
       ValueError: naming an argument without files, or a file of a kind that is not read.
     """
     found: dict[str, Input] = {}
+    left_out: list[int] = []
     begin = 0
     for source, pattern in enumerate(inputs):
-        paths = [path for path in _paths(os.path.expanduser(pattern)) if os.path.isfile(path)]
+        paths, others = _paths(os.path.expanduser(pattern))
+        left_out.append(others)
         if not paths:
-            raise ValueError(f"inputs must name files, folders with files or globs of them, got {shown(pattern)}")
+            raise ValueError(
+                f"inputs must name files, folders with files or globs of them, got {shown(pattern)}"
+                + (f", of which {others} hidden or {CACHE} are left out" if others else "")
+            )
         for path in sorted(map(os.path.abspath, paths)):
             if path not in found:
                 status = os.stat(path)
                 found[path] = Input(path, kind or kind_of(path), source, status.st_size, status.st_mtime_ns, begin)
                 begin += status.st_size
-    return tuple(found.values())
+    return Found(tuple(found.values()), tuple(left_out))
 
 
-def _paths(pattern: str) -> Iterator[str]:
-    if os.path.isdir(pattern):
-        for folder, folders, names in os.walk(pattern, onerror=_refuse):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
-    elif os.path.exists(pattern):
-        yield pattern
-    else:
-        yield from glob.iglob(pattern, recursive=True)
+def _paths(pattern: str) -> tuple[list[str], int]:
+    """Lists the files that an argument names, and counts the files and folders that it leaves out."""
+    if not os.path.isdir(pattern):
+        paths = [pattern] if os.path.exists(pattern) else glob.iglob(pattern, recursive=True)
+        return [path for path in paths if os.path.isfile(path)], 0
+    paths, left_out = [], 0
+    for folder, folders, names in os.walk(pattern, onerror=_refuse):
+        left_out += sum(map(_is_left_out, folders + names))
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        paths += [os.path.join(folder, name) for name in names if not _is_left_out(name)]
+    return [path for path in paths if os.path.isfile(path)], left_out
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name == CACHE
 
 
 def _refuse(error: OSError) -> None:

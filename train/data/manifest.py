@@ -44,6 +44,7 @@ class Source:
     tokens: int
     empty: int  # documents without text, which are left out
     skipped: int  # lines that could not be read
+    left_out: int  # files and folders of a folder's that are hidden or `__pycache__`
 
 
 @dataclasses.dataclass(frozen=True)

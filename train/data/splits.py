@@ -1,6 +1,7 @@
 """Opens places of documents and splits each into what is trained on and what is held out."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,10 @@ class Opener:
     def end_token(self) -> str | None:
         """The token that ends a document of text."""
         return None if self.end is None else self.end.token
+
+    @functools.cached_property
+    def _tokenizer_hash(self) -> str | None:
+        return hash_tokenizer(self.config.tokenizer)
 
     def open(self, place: Place) -> Opened:
         """Reads the documents of a place, or their index.
@@ -152,7 +157,7 @@ class Opener:
 
     def _check_manifest(self, manifest: Manifest) -> None:
         """Checks that shards were made by this tokenizer, and fit the vocabulary."""
-        mine = hash_tokenizer(self.config.tokenizer)
+        mine = self._tokenizer_hash
         if manifest.tokenizer_hash != mine:
             made, given = (_tokenizer_name(value) for value in (manifest.tokenizer_hash, mine))
             raise ValueError(
@@ -178,7 +183,7 @@ class Opener:
         )
         held = self._choose(draws, long_enough, place)
         name = hashlib.blake2b(b"".join(hashes), digest_size=8)
-        name.update(repr((self.hold_out and self.config.held_out, hash_tokenizer(self.config.tokenizer))).encode())
+        name.update(repr((self.hold_out and self.config.held_out, self._tokenizer_hash)).encode())
         train, held_out = ShardDocuments.split(shards, lengths, long_enough & ~held, long_enough & held)
         return Opened(train, held_out, name.hexdigest(), frozenset(hashes))
 

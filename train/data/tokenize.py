@@ -81,6 +81,7 @@ class Job:
     config: TokenizeConfig
     files: tuple[Input, ...]
     settings: Settings
+    left_out: tuple[int, ...]  # files and folders of each argument's that are hidden or compiled
 
     @classmethod
     def of(cls, config: TokenizeConfig) -> Self:
@@ -103,11 +104,11 @@ class Job:
             skip_errors=config.on_error == "skip",
             part_bytes=config.part_bytes,
         )
-        files = find_inputs(config.inputs, config.kind)
+        files, left_out = find_inputs(config.inputs, config.kind)
         out = os.path.abspath(config.out)
         if inside := next((file.path for file in files if file.path.startswith(out + os.sep)), None):
             raise ValueError(f"out must not be a folder of the inputs, got {config.out}, which holds {inside}")
-        return cls(config, files, settings)
+        return cls(config, files, settings, left_out)
 
     @property
     def size(self) -> int:
@@ -161,7 +162,8 @@ class Job:
             counts.add(record.counts.get(source, Counts()))
         files = [file for file in self.files if file.source == source]
         size = sum(file.size for file in files)
-        return Source(self.config.inputs[source], len(files), size, **dataclasses.asdict(counts))
+        left_out = self.left_out[source]
+        return Source(self.config.inputs[source], len(files), size, **dataclasses.asdict(counts), left_out=left_out)
 
 
 # The work

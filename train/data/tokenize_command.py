@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from train.checks import shown
-from train.data.inputs import PART_BYTES
+from train.data.inputs import CACHE, PART_BYTES
 from train.data.manifest import MANIFEST, Manifest
 from train.data.tokenize import SHARD_TOKENS, Job, TokenizeConfig, tokenize
 
@@ -97,7 +97,11 @@ def show(manifest: Manifest) -> None:
     for source in manifest.sources[:MAX_SOURCES]:
         left_out = "".join(
             f", {count:,} {what}"
-            for count, what in ((source.empty, "empty"), (source.skipped, "lines skipped"))
+            for count, what in (
+                (source.empty, "empty"),
+                (source.skipped, "lines skipped"),
+                (source.left_out, f"hidden or {CACHE} left out"),
+            )
             if count
         )
         console.print(
