@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from train.command import run_command
-
 type Command = Callable[[Sequence[str]], object]
 
 
@@ -32,11 +30,25 @@ def _evaluate(arguments: Sequence[str]) -> None:
     evaluate_command.main(arguments)
 
 
-COMMANDS: dict[str, Command] = {"train": _train, "plan": _plan, "preset": _preset, "evaluate": _evaluate}
+def _tokenize(arguments: Sequence[str]) -> None:
+    from train.data import tokenize_command
+
+    tokenize_command.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": _train,
+    "plan": _plan,
+    "preset": _preset,
+    "tokenize": _tokenize,
+    "evaluate": _evaluate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
+    from train.command import run_command  # here: the workers of tokenize import this module, and need no JAX
+
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
         return run_command(lambda: COMMANDS[given[0]](given[1:]))

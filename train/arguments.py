@@ -36,7 +36,18 @@ class Arguments:
     """tiny, deepseek_v32, or a .json file like the run.json of any run's folder; without it tiny, or what --resume
     continues."""
     data: tuple[str, ...] = ()
-    """Globs of text files; without it the preset's, for tiny the standard library of the running Python."""
+    """What to train on, each a place or NAME=WEIGHT:PLACE: globs of text files, folders that `tokenize` wrote, prefixes
+    of a .bin and an .idx, globs of .jsonl files of conversations; without it the preset's, for tiny the standard
+    library of the running Python."""
+    held_out: tuple[str, ...] = ()
+    """Places that are held out; without it a part of the data, by hashes."""
+    pack: Literal["concat", "best_fit"] | None = None
+    """concat cuts documents wherever a row is full, best_fit those alone that are longer than a row; without it as the
+    preset says."""
+    min_document: int | None = None
+    """Leave out documents of fewer tokens; without it as the preset says."""
+    chat_template: Path | None = None
+    """The Jinja template of conversations; without it that beside the tokenizer."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; without it bytes are the tokens."""
     append: bool = True
@@ -146,6 +157,10 @@ class Arguments:
             config.data,
             data=self.data or config.data.data,
             tokenizer=self.tokenizer or config.data.tokenizer,
+            held_out_data=self.held_out or config.data.held_out_data,
+            pack=self.pack or config.data.pack,
+            min_document=config.data.min_document if self.min_document is None else self.min_document,
+            chat_template=self.chat_template or config.data.chat_template,
             append=self.append and config.data.append,
             max_bytes=config.data.max_bytes if self.max_bytes is None else self.max_bytes,
         )

@@ -6,11 +6,11 @@ import jax
 
 from dsa_jax.parallel.sharding import describe as describe_mesh
 from train import planner
-from train.data import Corpus
+from train.data import TEXT, Corpus, SplitName
 from train.run import Run
 from train.settings import PhaseSettings
 from train.state import abstract_params
-from train.watch import CountsSources, drawn
+from train.watch import drawn
 
 ONE_DEVICE = {"data": 1, "context": 1, "expert": 1, "tensor": 1}
 
@@ -23,8 +23,9 @@ def describe_run(run: Run, corpus: Corpus) -> dict[str, str | int | float]:
         "model": f"{sum(sizes):,} parameters, {model.num_hidden_layers} layers, {model.num_moe_layers} of them MoE",
         "K": model.index_topk,
         **{phase.name: _describe_stages(phase) for phase in run.config.phases},
-        "training text": f"{len(corpus.train.tokens):,} tokens in {len(corpus.train)} files",
-        "held-out text": f"{len(corpus.held_out.tokens):,} tokens in {len(corpus.held_out)} files",
+        "training text": _describe_split(corpus, "train"),
+        "held-out text": _describe_split(corpus, "held_out"),
+        **_describe_packing(corpus, run.config.phases[-1].stages[-1].seq_len),
         **_describe_reading(corpus),
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
@@ -74,12 +75,27 @@ def _describe_stages(phase: PhaseSettings) -> str:
 
 
 def _describe_epochs(run: Run, corpus: Corpus) -> str:
-    """Says how often the steps go through the text, all phases together."""
-    if isinstance(corpus, CountsSources):
-        sources = drawn(run.config, run.config.steps, corpus)
-        return ", ".join(f"{epochs:.3g} of {name}" for name, (_, epochs) in sources.items())
-    tokens = sum(s.steps * s.batch_size * s.seq_len for phase in run.config.phases for s in phase.stages)
-    return f"{tokens / len(corpus.train.tokens):.3g} in {tokens:,} tokens"
+    """Says how often the steps go through each source, all phases together."""
+    sources = drawn(run.config, run.config.steps, corpus)
+    return ", ".join(f"{epochs:.3g} of {name}" for name, (_, epochs) in sources.items())
+
+
+def _describe_split(corpus: Corpus, split: SplitName) -> str:
+    """Counts tokens and documents, of each source where there are several."""
+    sources = corpus.sources(split)
+    if len(sources) == 1 and sources[0].name == TEXT:
+        return f"{sources[0].documents.size:,} tokens in {len(sources[0].documents)} files"
+    counts = [f"{each.name} {each.documents.size:,} in {len(each.documents):,} documents" for each in sources]
+    return "tokens of " + ", ".join(counts)
+
+
+def _describe_packing(corpus: Corpus, seq_len: int) -> dict[str, str]:
+    """Says what rows of the run's last stage lose, where documents are packed."""
+    if all(source.pack == "concat" for source in corpus.sources("train")):
+        return {}
+    waste = corpus.waste("train", seq_len=seq_len)
+    lost = (f"{name} {each.padding:.2%} padding, {each.cut:.2%} of documents cut" for name, each in waste.items())
+    return {"packing": "; ".join(lost)}
 
 
 def _describe_saving(run: Run) -> str:

@@ -16,8 +16,7 @@ from rich.table import Table
 from dsa_jax.parallel.sharding import check_batch, check_model, make_mesh, parse_mesh, shards
 from train.checks import check_integer
 from train.command import parse
-from train.data import Corpus, DataConfig, load
-from train.data.whole import load_whole
+from train.data import Corpus, DataConfig, load, load_whole
 from train.evaluate import held_out_losses, measure_selections
 from train.files import replace_text
 from train.held_out import ByPart, HeldOut, draw_batches, position_masks
@@ -159,7 +158,7 @@ def measure(arguments: Arguments) -> Measurement:
     )
     losses[newest] = {"dense": selections["dense"], "sparse": selections["indexer"]}
     text = {
-        "tokens": len(corpus.held_out.tokens),
+        "tokens": corpus.tokens("held_out"),
         "documents": len(corpus.held_out),
         "targets": int(sum(batch.valid.sum() for batch in batches)),
         "sequences": len(batches) * rows,

@@ -233,7 +233,7 @@ def continue_text(run: Run, params: Params, random: Array, corpus: Corpus) -> st
     """Samples what the model makes of a held-out prompt, with the run's random state."""
     length = min(PROMPT_TOKENS, run.config.model.max_position_embeddings // 2)
     count = min(CONTINUATION_TOKENS, run.config.model.max_position_embeddings - length)
-    prompt = np.asarray(corpus.held_out.tokens[:length], np.int32)
+    prompt = corpus.prompt(length)
     tokens = generate(
         merge_groups(run.graphdef, params),
         jnp.asarray(prompt)[None],

@@ -128,7 +128,7 @@ def draw_batches(
     """
     if batches < 1:
         raise ValueError(f"batches must be at least 1, got {batches}")
-    windows = (len(corpus.held_out.tokens) - 1) // seq_len
+    windows = (corpus.tokens("held_out") - 1) // seq_len
     found = (source or corpus).batches("held_out", batch_size=batch_size, seq_len=seq_len, seed=seed)
     return tuple(itertools.islice(found, min(batches, max(1, windows // batch_size))))
 

@@ -18,7 +18,7 @@ from train import cluster, ending
 from train.changes import Position
 from train.checkpoint import Checkpoints, load_params
 from train.checks import shown
-from train.data import Batch, BatchSource, BatchStream
+from train.data import Batch, BatchParts, BatchSource, BatchStream, PartSource
 from train.files import WriteError
 from train.folder import Fingerprinted, Opened, hold, last_checkpoint, look_into, open_folder, read_model_config
 from train.initial import InitialParams, random_params
@@ -115,7 +115,7 @@ class Run:
 
         Args:
           data: gives the batches: a source such as a `Corpus`, or an iterator of one's own that can save its position.
-            With several processes each gives the same, whole batches.
+            With several processes each gives the same, whole batches; of a `Corpus` each reads its own rows alone.
           progress: shows where the run stands.
           resume: continues from the newest checkpoint, if there is one; the configuration may then be another where
             `train.changes` allows it.
@@ -132,6 +132,7 @@ class Run:
         """
         check_data(data)
         watch.check(self.config)
+        self._check_stages(data)
         options: dict[str, Any] = dict(resume=resume, new_data=new_data) | self._identity(data)
         cluster.compare(self.compared(data, resume))
         opened, record = look_into(self.folder, self.config, **options)
@@ -262,14 +263,23 @@ class Run:
             first = last
         return state, position
 
-    def _batches(self, data: BatchSource | BatchStream, settings: PhaseSettings, number: int) -> BatchStream:
+    def _check_stages(self, data: BatchSource | BatchStream) -> None:
+        """Begins the stream of every stage, so that data too short for a later one are refused now."""
+        for settings in self.config.phases:
+            for number in range(len(settings.stages)):
+                self._batches(data, settings, number)
+
+    def _batches(self, data: BatchSource | BatchStream, settings: PhaseSettings, number: int) -> Any:
         """Begins the stream of batches of a stage; an iterator of one's own goes on through all of them."""
         if not isinstance(data, BatchSource):
             return data
         stage, seed = settings.stages[number], stream_seed(self.config.seed, settings.phase.stream, number)
-        return data.batches("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
+        shape = {"batch_size": stage.batch_size, "seq_len": stage.seq_len, "seed": seed}
+        if self.mesh is not None and isinstance(data, PartSource):
+            return data.parts("train", **shape, mesh=self.mesh)
+        return data.batches("train", **shape)
 
-    def _next_batch(self, batches: BatchStream, stage: Stage) -> tuple[Batch, float]:
+    def _next_batch(self, batches: Any, stage: Stage) -> tuple[Batch, float]:
         """Takes the next batch, checked and on the mesh if there is one; also gives the seconds waited for it."""
         began = time.monotonic()
         try:
@@ -277,6 +287,10 @@ class Run:
         except StopIteration:
             raise ValueError("the data must not end before the run does: give an endless iterator of batches") from None
         waited = time.monotonic() - began
+        if isinstance(batch, BatchParts):
+            for part in batch.parts.values():
+                check_tokens(part, self.config.model.vocab_size)
+            return batch.place(), waited
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
         return batch if self.mesh is None else place_batch(batch, self.mesh), waited

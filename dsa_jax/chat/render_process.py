@@ -17,7 +17,10 @@ MAX_BYTES = 2 * 2**30  # of memory; a template that wants more ends with an erro
 
 
 class Generation(Extension):
-    """Renders the body of {% generation %}, by which templates mark what a model has written."""
+    """Renders the body of {% generation %}, by which templates mark what a model has written.
+
+    It stands between the variables `begin_generation` and `end_generation`, which are empty unless they are given.
+    """
 
     tags = {"generation"}
 
@@ -25,7 +28,9 @@ class Generation(Extension):
         """Parses up to the end tag."""
         begin = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(begin)
+        edges = (nodes.Output([nodes.Name(name, "load")]) for name in ("begin_generation", "end_generation"))
+        before, after = (edge.set_lineno(begin) for edge in edges)
+        return [before, nodes.Scope(body).set_lineno(begin), after]
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:

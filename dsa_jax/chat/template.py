@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from dsa_jax.strict_json import read_object, shown, shown_path
 MAX_SOURCE = 1_000_000  # characters of a template
 END_TOKENS = 16  # of a prompt, in which its last think tag stands if nothing follows it
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # by which a template marks what a model has written
+BEGIN_ANSWER, END_ANSWER = "\ufdd0", "\ufdd1"  # noncharacters, which no text may have
 ROLE_NAMES = {"user": "User: ", "assistant": "Assistant: ", "tool": "Result: "}
 
 type Rendered = tuple[str, Mapping[int, str]]  # a conversation with hidden spellings, and what to put back
@@ -42,6 +45,7 @@ class ChatTemplate:
       format: what answers may hold beside content.
       stop: texts that end an answer, where no token does.
       takes_tools: whether the template can tell the model of tools.
+      marks_answers: whether it marks what the model has written, for `encode_marked`.
     """
 
     tokenizer: Tokenizer
@@ -50,27 +54,34 @@ class ChatTemplate:
     takes_tools: bool
     _render: Callable[..., Rendered]
     _takes_arguments: bool = False
+    marks_answers: bool = False
 
     @classmethod
-    def of(cls, folder: str | Path, tokenizer: Tokenizer) -> "ChatTemplate":
+    def of(cls, folder: str | Path, tokenizer: Tokenizer, *, source: str | None = None) -> "ChatTemplate":
         """Finds the template of a checkpoint.
 
         It is that of `chat_template.jinja`, or else of `tokenizer_config.json`; without these DeepSeek-V3.2's, if the
         tokenizer has its control tokens, and otherwise lines that begin with who speaks.
+
+        Args:
+          folder: of the checkpoint.
+          tokenizer: of the model.
+          source: a template of Jinja to take instead of the checkpoint's.
 
         Raises:
           ValueError: if a file is damaged.
         """
         folder = Path(folder)
         config = read_tokenizer_config(folder)
-        sources = _read_sources(folder, config)
+        sources = _read_sources(folder, config) if source is None else {"default": source}
         tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         if sources:
             text = "\n".join(sources.values())
             special = {name: token for name in SPECIAL if (token := token_text(config.get(name))) is not None}
             format = Format.of(tokens, text)
             draw = functools.partial(_render_jinja, sources, special)
-            return cls(show_markers(tokenizer, format), format, (), "tools" in text, draw, _takes_arguments=True)
+            tokenizer, marks = show_markers(tokenizer, format), GENERATION.search(text) is not None
+            return cls(tokenizer, format, (), "tools" in text, draw, _takes_arguments=True, marks_answers=marks)
         if tokens >= CONTROL_TOKENS:
             format = Format(thinks=True, calls=DSML)
             return cls(show_markers(tokenizer, format), format, (), True, _render_v32)
@@ -99,12 +110,44 @@ class ChatTemplate:
         Raises:
           ValueError: in one line, for messages that are none, or a template that fails or cannot do what is asked for.
         """
-        messages, tools = check_messages(messages), check_tools(tools)
-        self._check(messages, tools, thinking, kwargs)
+        values = self._values(messages, tools, thinking, kwargs)
         switches = {"thinking": thinking, "add_generation_prompt": add_generation_prompt}
-        values = {"messages": messages, "tools": tools} | plain_values(kwargs, "the template's arguments")
         text, put_back = self._render(self.control.hide, values, **switches)
         return self.control.encode(text, put_back)
+
+    def encode_marked(
+        self, messages: Any, *, tools: Any = None, thinking: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Turns a whole conversation into token ids, and says which of them the template marks as the model's.
+
+        A token never reaches across the beginning or the end of an answer, as none does when a model writes it.
+
+        Raises:
+          ValueError: as `encode`; also if the template marks nothing, or a text has the noncharacters that mark here.
+        """
+        if not self.marks_answers:
+            raise ValueError("the template must mark the model's answers by {% generation %}, got one that does not")
+        values = self._values(messages, tools, thinking, {})
+        if re.search(f"[{BEGIN_ANSWER}{END_ANSWER}]", json.dumps(values, ensure_ascii=False)):
+            raise ValueError("messages must not have the noncharacters U+FDD0 and U+FDD1")
+        values |= {"begin_generation": BEGIN_ANSWER, "end_generation": END_ANSWER}
+        text, put_back = self._render(self.control.hide, values, thinking=thinking, add_generation_prompt=False)
+        ids: list[int] = []
+        marks: list[bool] = []
+        is_answer = False
+        for part in re.split(f"([{BEGIN_ANSWER}{END_ANSWER}])", text):
+            if part in (BEGIN_ANSWER, END_ANSWER):
+                is_answer = part == BEGIN_ANSWER
+                continue
+            found = self.control.encode(part, put_back)
+            ids += found
+            marks += [is_answer] * len(found)
+        return ids, marks
+
+    def _values(self, messages: Any, tools: Any, thinking: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        messages, tools = check_messages(messages), check_tools(tools)
+        self._check(messages, tools, thinking, kwargs)
+        return {"messages": messages, "tools": tools} | plain_values(kwargs, "the template's arguments")
 
     def _check(self, messages, tools, thinking: bool, kwargs) -> None:
         if not self.takes_tools and (tools or any("tool_calls" in message for message in messages)):

@@ -38,6 +38,8 @@ class RecallConfig(DataConfig):
         check_number("recall", self.recall, least=0)
         if self.recall > 1:
             raise ValueError(f"recall must be between 0 and 1, got {shown(self.recall)}")
+        if self.pack != "concat":
+            raise ValueError(f"recall episodes are mixed with rows that are cut: pack must be concat, got {self.pack}")
         if self.tokenizer is not None:
             raise ValueError(f"recall episodes are made of bytes: tokenizer must be None, got {self.tokenizer}")
 
@@ -61,7 +63,7 @@ class RecallCorpus:
         """Names the text and the share of episodes."""
         return f"{self.text.fingerprint} {self.share}"
 
-    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator:
+    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator[Batch]:
         """Begins an endless iterator over `dataset(...)`, whose position can be saved."""
         dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
         return BatchIterator(dataset, stream_name(self.text, split, batch_size, seq_len, seed, self.share))
@@ -73,7 +75,7 @@ class RecallCorpus:
         def row(index: int, window: int) -> Batch:
             if int((index + 1) * self.share) > int(index * self.share):
                 rng = np.random.default_rng((seed, index))
-                return recall_row(documents.tokens, window * seq_len, seq_len, rng)
+                return recall_row(documents.read(0, documents.size), window * seq_len, seq_len, rng)
             return text_row(documents, window * seq_len, seq_len)
 
         windows = self.text.windows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from train_cases import DOCUMENTS, batch_at, write_documents
 
 from dsa_jax.key_range import KeyRange
-from train.data import Batch, DataConfig, load
-from train.data import corpus as data
+from train.data import Batch, DataConfig, load, text_row
 from train.data.text import choose_held_out, find_files, read_files
 
 
@@ -86,7 +85,7 @@ def test_text_row_is_the_file_with_a_document_a_key_range(folder):
     corpus = load(text_config(folder))
     split, seq_len = corpus.train, 150
     for begin in (0, seq_len, 7 * seq_len):
-        row = data.text_row(split, begin, seq_len)
+        row = text_row(split, begin, seq_len)
         place = np.arange(begin, begin + seq_len)
         ids = np.sum(split.offsets[1:, None] <= place, axis=0)  # naive: how many documents end at or before each place
         next_ids = np.sum(split.offsets[1:, None] <= place + 1, axis=0)
@@ -237,7 +236,7 @@ def test_a_document_ends_with_the_tokenizers_end_token(folder, tokenizer, token)
     for split in ("train", "held_out"):
         np.testing.assert_array_equal(plain.documents(split).tokens, before.documents(split).tokens)
         assert len(corpus.documents(split).tokens) == len(plain.documents(split).tokens) + len(plain.documents(split))
-    row = data.text_row(corpus.train, 0, int(corpus.train.offsets[1]))
+    row = text_row(corpus.train, 0, int(corpus.train.offsets[1]))
     assert row.valid.tolist() == [True] * (len(row.tokens) - 1) + [False] and row.targets[-2] == end  # it is trained
 
 
@@ -393,7 +392,7 @@ def test_unreadable_file(folder):
 
 
 def test_vanished_file(folder, monkeypatch):
-    monkeypatch.setattr(data, "find_files", lambda patterns: [folder / "f00.txt", folder / "gone.txt"])
+    monkeypatch.setattr("train.data.splits.find_files", lambda patterns: [folder / "f00.txt", folder / "gone.txt"])
     with pytest.raises(ValueError, match="gone.txt: No such file"):
         load(text_config(folder))
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 
 from dsa_jax.key_range import KeyRange
@@ -82,6 +82,14 @@ class Batch:
         """Stacks rows of [T] to one batch of [B, T]."""
         return cls(**{f.name: np.stack([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(cls)})
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Batch"]) -> Self:
+        """Joins parts of rows [B, T] in their order."""
+        if len(parts) == 1:
+            return cls(**vars(parts[0]))
+        join = lambda name: np.concatenate([getattr(part, name) for part in parts], axis=1)  # noqa: E731
+        return cls(**{field.name: join(field.name) for field in dataclasses.fields(cls)})
+
 
 def _integers(name: str, values: ArrayLike) -> np.ndarray:
     """Reads integers [B, T] as int32."""
@@ -93,8 +101,30 @@ def _integers(name: str, values: ArrayLike) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def window_row(window: Int[np.ndarray, " L"], start: Int[np.ndarray, " L"]) -> Batch:
-    """Makes a row of L - 1 tokens and their targets; `start` is where the document of each begins."""
-    place = np.arange(len(window) - 1, dtype=np.int32)
-    valid = start[1:] <= place  # the target's document has begun by its token
-    return Batch(window[:-1], window[1:], valid, start[:-1], place + 1, place - start[:-1])
+def window_row(
+    window: Int[np.ndarray, "*B L"],
+    start: Int[np.ndarray, "*B L"],
+    *,
+    begin: int = 0,
+    filled: Int[np.ndarray, "*B"] | None = None,
+    learnt: Bool[np.ndarray, "*B L"] | None = None,
+) -> Batch:
+    """Makes L - 1 tokens of a row, or of several, and their targets; what can be is a view of `window` and `start`.
+
+    Args:
+      window: the tokens, and the target of the last.
+      start: the place in the row where the document of each begins.
+      begin: the place in the row of the first.
+      filled: the place in each row from which on it is padding, which reaches nothing; None: nowhere.
+      learnt: which of the window count as targets; None: all.
+    """
+    place = np.arange(begin, begin + window.shape[-1] - 1, dtype=np.int32)
+    valid = start[..., 1:] <= place  # the target's document has begun by its token
+    stop = np.broadcast_to(place + 1, valid.shape)
+    if filled is not None and (filled < begin + window.shape[-1]).any():
+        is_text = place < filled[..., None]
+        valid &= is_text
+        stop = np.where(is_text, stop, start[..., :-1])
+    if learnt is not None:
+        valid &= learnt[..., 1:]
+    return Batch(window[..., :-1], window[..., 1:], valid, start[..., :-1], stop, place - start[..., :-1])

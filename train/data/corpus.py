@@ -1,157 +1,141 @@
-"""Text files as batches of packed documents.
+"""Documents from several sources as batches of rows, in random access.
 
-Whole files are either training text or held-out text, decided by hashes of their contents. Batches are a pure function
-of the seed, the split, the sizes and the text, in random access, so a run continues where its saved state says. Rows
-are built with NumPy alone.
+Documents are either training text or held-out text, decided by hashes. Batches are a pure function of the seed, the
+split, the sizes and the documents, whatever the processes and the mesh, so a run continues where its saved state says.
+Rows are built with NumPy alone.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self, SupportsInt, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import SupportsInt
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from train.checks import check_integer, check_number, shown
-from train.data.batch import Batch, window_row
-from train.data.text import choose_held_out, find_files, read_files
-from train.data.tokenizing import BYTES, encode_files, find_end_token, load_tokenizer
-
-SplitName = Literal["train", "held_out"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Says which text to read and how."""
-
-    data: tuple[str, ...] = ()
-    """Globs of text files; none: the sources of the running interpreter's standard library."""
-    tokenizer: Path | None = None
-    """A Hugging Face tokenizer.json; none: bytes are the tokens."""
-    held_out: float = 0.1
-    """About the share of the text, in whole files, that is kept out of training."""
-    max_bytes: int = 64 * 2**20
-    """Files beyond this total are left unread, the same ones every time; how many is said."""
-    append: bool = True
-    """End every document with the tokenizer's end token, if it has one."""
-
-    def __post_init__(self):
-        if not isinstance(self.data, tuple) or not all(isinstance(pattern, str) for pattern in self.data):
-            raise ValueError(f"data must be a tuple of globs, got {shown(self.data)}")
-        if self.tokenizer is not None:
-            if not isinstance(self.tokenizer, str | Path):
-                raise ValueError(f"tokenizer must be a path, got {shown(self.tokenizer)}")
-            object.__setattr__(self, "tokenizer", Path(self.tokenizer))
-        check_number("held_out", self.held_out, above=0, below=1)
-        check_integer("max_bytes", self.max_bytes, most=2**63 - 1)
-        if not isinstance(self.append, bool):
-            raise ValueError(f"append must be True or False, got {shown(self.append)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """Holds the documents of one split, end to end: document i is `tokens[offsets[i] : offsets[i + 1]]`."""
-
-    tokens: np.ndarray  # uint8 or int32 [n]
-    offsets: np.ndarray  # int64 [documents + 1]
-
-    @classmethod
-    def join(cls, documents: Sequence[np.ndarray]) -> Self:
-        """Joins documents in the order given."""
-        return cls(np.concatenate(documents), np.cumsum([0, *(len(document) for document in documents)]))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-
-@runtime_checkable
-class BatchStream(Protocol):
-    """An endless iterator of batches whose position can be saved: all that a run needs of data of one's own.
-
-    A run draws one batch a step, through all its stages and phases; each has the shape of the stage's. What `get_state`
-    gives is saved as JSON in every checkpoint.
-    """
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> Any:
-        """Gives the position behind the last batch, as JSON values."""
-        ...
-
-    def set_state(self, state: Any) -> None:
-        """Continues behind the batch after which `get_state` gave this."""
-        ...
-
-
-@runtime_checkable
-class BatchSource(Protocol):
-    """Gives batches to a run, each stage's by themselves: `Corpus`, or anything with this method."""
-
-    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> "BatchIterator":
-        """Begins an endless iterator whose position can be saved; a pure function of the arguments and the text."""
-        ...
+from train.data.batch import Batch
+from train.data.config import DataConfig
+from train.data.documents import Documents
+from train.data.packing import ENDLESS, Waste, shuffled_windows
+from train.data.parts import BatchLayout, BatchParts
+from train.data.rows import Progress, Rows, Source, check_sizes, row_numbers, whole_row
+from train.data.sources import Place, find_places
+from train.data.splits import Opened, Opener
+from train.data.streams import BatchIterator, SplitName
+from train.data.tokenizing import BYTES, find_end_token, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Holds tokenised text in two splits that share no file; see `load`.
+    """Holds the sources of two splits that share no document; see `load`.
 
     Examples:
       >>> corpus = load(DataConfig(data=("books/*.txt",)))
       >>> batch = next(corpus.batches("train", batch_size=4, seq_len=512, seed=0))
     """
 
-    train: Documents
-    held_out: Documents
+    train_sources: tuple[Source, ...]
+    held_out_sources: tuple[Source, ...]
     tokenizer: Tokenizer | None
     fingerprint: str
-    """Changes with the text, the tokenizer and the split."""
+    """Changes with the documents, the tokenizer, the split, the mixture and how rows are made."""
     end_token: str | None = None
-    """The token that ends every document."""
+    """The token that ends every document of text."""
     left_out: tuple[int, int] = (0, 0)
     """Files, and their bytes, that `max_bytes` had no room for."""
 
-    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> "BatchIterator":
-        """Begins an endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
-        dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        return BatchIterator(dataset, stream_name(self, split, batch_size, seq_len, seed))
+    @property
+    def train(self) -> Documents:
+        """The documents that are trained on, of a corpus of one source."""
+        return self.documents("train")
 
-    def dataset(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
-        """Makes endless batches in random access: every epoch visits each window of `seq_len` tokens once.
+    @property
+    def held_out(self) -> Documents:
+        """The documents that are held out, of a corpus of one source."""
+        return self.documents("held_out")
 
-        Raises:
-          ValueError: if a size or the seed cannot be, or the split has no window.
-        """
-        documents = self.documents(split)
-        windows = self.windows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        rows = windows.map(lambda window: text_row(documents, window * seq_len, seq_len))
-        return rows.batch(batch_size, batch_fn=Batch.stack)
-
-    def documents(self, split: SplitName) -> Documents:
-        """Gives the documents of a split."""
+    def sources(self, split: SplitName) -> tuple[Source, ...]:
+        """Gives the sources of a split."""
         if split not in ("train", "held_out"):
             raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
-        return self.train if split == "train" else self.held_out
+        return self.train_sources if split == "train" else self.held_out_sources
+
+    def documents(self, split: SplitName) -> Documents:
+        """Gives the documents of a split.
+
+        Raises:
+          ValueError: if they are of several sources.
+        """
+        sources = self.sources(split)
+        if len(sources) != 1:
+            names = ", ".join(source.name for source in sources)
+            raise ValueError(f"the {split} documents must be of one source, got {names}")
+        return sources[0].documents
+
+    def tokens(self, split: SplitName) -> int:
+        """Counts the tokens of a split."""
+        return sum(source.documents.size for source in self.sources(split))
+
+    def prompt(self, length: int) -> Int[np.ndarray, " T"]:
+        """Gives the first tokens that are held out, at most `length`."""
+        documents = self.held_out_sources[0].documents
+        return documents.read(0, min(length, documents.size)).astype(np.int32)
+
+    def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator[Batch]:
+        """Begins an endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
+        rows = self.rows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
+        name = stream_name(self, split, batch_size, seq_len, seed)
+        return BatchIterator(_whole(rows, batch_size), name, rows=rows, batch_size=batch_size)
+
+    def parts(
+        self, split: SplitName, *, batch_size: int, seq_len: int, seed: int, mesh: Mesh
+    ) -> BatchIterator[BatchParts]:
+        """Begins the same iterator on a mesh: of each batch it reads what this process's devices hold, no more."""
+        rows = self.rows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
+        name = stream_name(self, split, batch_size, seq_len, seed)
+        return BatchIterator(_in_parts(rows, batch_size, mesh), name, rows=rows, batch_size=batch_size)
+
+    def dataset(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
+        """Makes endless batches in random access: every epoch of a source visits each of its documents once.
+
+        Raises:
+          ValueError: if a size or the seed cannot be, or a source has too little for one row.
+        """
+        return _whole(self.rows(split, batch_size=batch_size, seq_len=seq_len, seed=seed), batch_size)
+
+    def part_dataset(
+        self, split: SplitName, *, batch_size: int, seq_len: int, seed: int, mesh: Mesh
+    ) -> grain.MapDataset[BatchParts]:
+        """Makes this process's parts of the same batches on a mesh, in random access."""
+        return _in_parts(self.rows(split, batch_size=batch_size, seq_len=seq_len, seed=seed), batch_size, mesh)
+
+    def rows(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> Rows:
+        """Makes the rows of a split's mixture; see `dataset`."""
+        sources = self.sources(split)
+        check_sizes(split, sources, batch_size=batch_size, seq_len=seq_len, seed=seed)
+        return Rows(sources, seq_len=seq_len, seed=seed)
 
     def windows(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[int]:
-        """Shuffles the numbers of a split's windows of `seq_len` tokens, anew in every epoch, without end."""
+        """Shuffles the numbers of the windows of `seq_len` tokens of a corpus of one source, as "concat" does."""
         documents = self.documents(split)
-        if batch_size < 1 or seq_len < 1:
-            raise ValueError(f"batch_size and seq_len must be at least 1, got {batch_size} and {seq_len}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
-        if len(documents.tokens) <= seq_len:
-            raise ValueError(
-                f"one sequence takes {seq_len + 1} tokens, but the {split} text has {len(documents.tokens)} "
-                f"in {len(documents)} files; give more text or a smaller seq_len"
-            )
-        count = (len(documents.tokens) - 1) // seq_len
-        epochs = 2**40 // count + 1  # without end for any run; grain's own endless length overflows in rows of one
-        return grain.MapDataset.range(count).shuffle(seed=seed).repeat(epochs)
+        check_sizes(split, self.sources(split), batch_size=batch_size, seq_len=seq_len, seed=seed)
+        return shuffled_windows((documents.size - 1) // seq_len, seed)
+
+    def progress(self, rows: int, *, seq_len: int) -> dict[str, Progress]:
+        """Says what so many training rows take of each source, by the shares of the mixture; padding counts."""
+        weights = {source.name: source.weight or source.documents.size for source in self.train_sources}
+        total, found = sum(weights.values()), {}
+        for source in self.train_sources:
+            tokens = rows * seq_len * weights[source.name] / total
+            found[source.name] = Progress(round(tokens), float(tokens / source.documents.size))
+        return found
+
+    def waste(self, split: SplitName, *, seq_len: int, seed: int = 0) -> dict[str, Waste]:
+        """Says, of each source, what share of rows is padding, and what share of documents is cut."""
+        return self.rows(split, batch_size=1, seq_len=seq_len, seed=seed).waste()
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Makes the tokens of a prompt."""
@@ -167,100 +151,120 @@ class Corpus:
         return self.tokenizer.decode([int(token) for token in tokens])
 
 
+def _whole(rows: Rows, batch_size: int) -> grain.MapDataset[Batch]:
+    places = whole_row(rows.seq_len)
+    return grain.MapDataset.range(ENDLESS).map(lambda number: rows.batch(row_numbers(number, batch_size), places))
+
+
+def _in_parts(rows: Rows, batch_size: int, mesh: Mesh) -> grain.MapDataset[BatchParts]:
+    layout = BatchLayout.of(mesh, batch_size=batch_size, seq_len=rows.seq_len)
+    own = layout.own_parts()
+
+    def read(number: int) -> BatchParts:
+        numbers = {part: row_numbers(number, batch_size, part.rows) for part in own}
+        return BatchParts({part: rows.batch(numbers[part], part.places) for part in own}, layout)
+
+    return grain.MapDataset.range(ENDLESS).map(read)
+
+
 def stream_name(corpus: Corpus, split: SplitName, batch_size: int, seq_len: int, seed: int, share: float = 0.0) -> str:
     """Names a stream of batches; `share` is that of rows which are something else than text."""
     name = f"{corpus.fingerprint} {split} {batch_size} {seq_len} {seed} {share}"
     return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
 
 
-class BatchIterator(Iterator[Batch]):
-    """Gives batches in order, with a position that is saved as JSON and restored exactly."""
-
-    def __init__(self, dataset: grain.MapDataset[Batch], stream: str):
-        # One thread and a few batches ahead: rows take microseconds, and the model wants the cores.
-        self._batches = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-        self._stream = stream
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, int | str]:
-        """Gives the position, and the name of the stream it belongs to."""
-        return {"stream": self._stream, **self._batches.get_state()}
-
-    def set_state(self, state: dict[str, int | str]) -> None:
-        """Continues from a state of the same stream.
-
-        Raises:
-          ValueError: if text, tokenizer, seed or sizes are others.
-        """
-        if state.get("stream") != self._stream:
-            raise ValueError(
-                f"the saved data position belongs to stream {state.get('stream')}, this one is {self._stream}: "
-                "text, tokenizer, seed, batch size, sequence length and what is mixed in must be those of the saved run"
-            )
-        self._batches.set_state({"next_index": state["next_index"]})
-
-
 def load(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
-    """Reads, tokenises and splits the text.
+    """Opens the sources, tokenises those that are text, and splits them.
 
-    About `config.held_out` of the bytes are held out, by hashes of the files' contents; identical files are read once,
-    empty ones never. With two files or more both splits have at least one.
+    About `config.held_out` of each source is held out, by hashes of files, of conversations, or of shards and the
+    numbers of documents in them; identical files are read once, empty ones never. Unless held-out data are named, both
+    splits have at least one document of each source.
 
     Args:
-      config: which text, and by which tokenizer.
+      config: which documents, by which tokenizer, and how rows are made of them.
       vocab_size: the model's; no token may lie beyond it.
 
     Raises:
-      ValueError: if there are no two files to read, or the tokenizer does not fit.
+      ValueError: if there is too little to read, or the tokenizer does not fit.
     """
-    tokenizer = load_tokenizer(config.tokenizer, vocab_size)
-    end = None if tokenizer is None or not config.append else find_end_token(tokenizer, _path(config))
-    found = read_files(find_files(config.data), config.max_bytes)
-    files = found.read
-    if len(files) < 2:
-        raise ValueError(
-            f"text must come in at least two different files that are not empty, one to train on and one to hold out, "
-            f"got {len(files)} within max_bytes {config.max_bytes} of {_described(config.data)}, and {found.left_out} "
-            "past it; split it up"
-        )
-    marks = choose_held_out(files, config.held_out)
-    splits = [[file for file, is_held in zip(files, marks, strict=True) if is_held is held] for held in (False, True)]
-    train, held_out = (Documents.join(encode_files(split, tokenizer, end, vocab_size)) for split in splits)
+    opener = _opener(config, vocab_size, hold_out=not config.held_out_data)
+    places = find_places("data", config.data)
+    opened = [opener.open(place) for place in places]
+    named = find_places("held_out_data", config.held_out_data) if config.held_out_data else ()
+    others = [opener.open(place) for place in named]
+    _check_apart(places, opened, named, others)
+    train = [_source(config, place, one.train) for place, one in zip(places, opened, strict=True)]
+    if named:
+        held_out = [_source(config, place, one.train) for place, one in zip(named, others, strict=True)]
+    else:
+        held_out = [_source(config, place, one.held_out) for place, one in zip(places, opened, strict=True)]
     return Corpus(
-        train=train,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        fingerprint=_fingerprint(config, [file.digest for file in files], marks, None if end is None else end.id),
-        end_token=None if end is None else end.token,
-        left_out=(found.left_out, found.left_out_bytes),
+        train_sources=tuple(train),
+        held_out_sources=tuple(source for source in held_out if len(source.documents)),
+        tokenizer=opener.tokenizer,
+        fingerprint=_fingerprint(config, [*zip(places, opened, strict=True), *zip(named, others, strict=True)]),
+        end_token=opener.end_token,
+        left_out=_left_out(opened),
     )
 
 
-def _fingerprint(config: DataConfig, digests: Sequence[bytes], marks: Sequence[bool], end: int | None) -> str:
-    """Names a text by its files, their split and how they become tokens."""
-    count = sum(marks)
-    name = hashlib.blake2b(b"".join(digests) + repr(count).encode(), digest_size=8)
-    if not all(marks[:count]):  # else the count says which, as it did when only the first hashes were held out
-        name.update(bytes(marks))
-    if config.tokenizer is not None:
-        name.update(_path(config).read_bytes() + repr(end).encode())
-    return name.hexdigest()
+def load_whole(config: DataConfig, *, vocab_size: int = 256) -> Corpus:
+    """Opens the sources with all of their documents held out, to measure a model that is trained; see `load`.
+
+    Args:
+      config: which documents; `held_out` and `held_out_data` mean nothing here.
+      vocab_size: the model's.
+
+    Raises:
+      ValueError: as `load`; one file is enough.
+    """
+    opener, places = _opener(config, vocab_size, hold_out=False), find_places("data", config.data)
+    opened = [opener.open(place) for place in places]
+    return Corpus(
+        train_sources=(),
+        held_out_sources=tuple(_source(config, place, one.train) for place, one in zip(places, opened, strict=True)),
+        tokenizer=opener.tokenizer,
+        fingerprint=_fingerprint(config, list(zip(places, opened, strict=True))),
+        end_token=opener.end_token,
+        left_out=_left_out(opened),
+    )
 
 
-def _path(config: DataConfig) -> Path:
-    return Path(config.tokenizer or "")
+def _opener(config: DataConfig, vocab_size: int, *, hold_out: bool) -> Opener:
+    tokenizer, path = load_tokenizer(config.tokenizer, vocab_size), config.tokenizer
+    end = None if tokenizer is None or path is None or not config.append else find_end_token(tokenizer, path)
+    return Opener(config, tokenizer, end, vocab_size, hold_out)
 
 
-def text_row(documents: Documents, begin: int, seq_len: int) -> Batch:
-    """Cuts one window of text; a document that begins before it starts at the window's edge, at position 0."""
-    window = documents.tokens[begin : begin + seq_len + 1].astype(np.int32)
-    place = np.arange(begin, begin + seq_len + 1)
-    document = np.searchsorted(documents.offsets, place, side="right") - 1
-    return window_row(window, np.maximum(documents.offsets[document] - begin, 0).astype(np.int32))
+def _left_out(opened: Sequence[Opened]) -> tuple[int, int]:
+    return sum(one.left_out[0] for one in opened), sum(one.left_out[1] for one in opened)
 
 
-def _described(patterns: Sequence[str]) -> str:
-    """Names the sources of the text, in a message."""
-    return shown(", ".join(patterns)) if patterns else "the standard library"
+def _source(config: DataConfig, place: Place, documents: Documents) -> Source:
+    """Makes a source; conversations are never cut where a row happens to end."""
+    pack = "best_fit" if place.kind == "conversations" else config.pack
+    return Source(place.name, documents, place.weight, pack)
+
+
+def _check_apart(
+    places: Sequence[Place], opened: Sequence[Opened], named: Sequence[Place], others: Sequence[Opened]
+) -> None:
+    """Checks that what is named to be held out is not trained on too."""
+    for place, one in zip(places, opened, strict=True):
+        for other, held in zip(named, others, strict=True):
+            if shared := len(one.contents & held.contents):
+                raise ValueError(
+                    f"held-out data must not be trained on, got {shared} files or conversations that {place.name} and "
+                    f"{other.name} share: take them out of one"
+                )
+
+
+def _fingerprint(config: DataConfig, opened: Sequence[tuple[Place, Opened]]) -> str:
+    """Names the mixture; text alone keeps its own name."""
+    (place, first), *more = opened
+    as_ever = (place.kind, place.weight, config.pack, config.min_document) == ("text", None, "concat", 1)
+    if as_ever and not more:
+        return first.fingerprint
+    parts = [(place.name, str(place.weight), place.kind, one.fingerprint) for place, one in opened]
+    name = repr((parts, len(config.data), config.pack, config.min_document))
+    return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()

@@ -113,12 +113,44 @@ def _encode(file: TextFile, tokenizer: Tokenizer, end: EndToken | None, vocab_si
         text = file.text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"text for a tokenizer must be UTF-8, got {file.path}: {error.reason}") from error
-    with _refusals(f"the tokenizer cannot read {file.path}"):  # as for an unknown word without a token for it
-        ids = tokenizer.encode(text).ids
-    if end is not None and ids[-1:] != [end.id]:
-        ids.append(end.id)
+    return encode_text(tokenizer, text, str(file.path), vocab_size=vocab_size, end_id=None if end is None else end.id)
+
+
+def encode_text(
+    tokenizer: Tokenizer,
+    text: str,
+    where: str,
+    *,
+    vocab_size: int,
+    end_id: int | None,
+    begins: bool = True,
+    ends: bool = True,
+) -> Int[np.ndarray, " T"]:
+    """Makes the tokens of a document, or of a part of one, with the tokenizer's own special tokens around the whole.
+
+    Args:
+      tokenizer: as `load_tokenizer` gives it.
+      text: what to encode.
+      where: names it in a message.
+      vocab_size: no token may lie beyond it.
+      end_id: the token that stands behind a document; it is added unless it is there.
+      begins: the text begins its document.
+      ends: the text ends its document.
+
+    Raises:
+      ValueError: if the tokenizer cannot read it within the vocabulary.
+    """
+    with _refusals(f"the tokenizer cannot read {where}"):  # as for an unknown word without a token for it
+        encoding = tokenizer.encode_batch_fast([text])[0]
+    ids = encoding.ids
+    if not (begins and ends):
+        own = np.flatnonzero(np.asarray(encoding.special_tokens_mask) == 0)
+        first, behind = (own[0], own[-1] + 1) if len(own) else (len(ids), len(ids))
+        ids = ids[0 if begins else first : None if ends else behind]
+    if ends and end_id is not None and ids[-1:] != [end_id]:
+        ids.append(end_id)
     if ids and max(ids) >= vocab_size:  # a post-processor may add ids that the vocabulary does not have
         raise ValueError(
-            f"the tokenizer's ids must fit the model's vocab_size {vocab_size}, got {max(ids)} for {file.path}"
+            f"the tokenizer's ids must fit the model's vocab_size {vocab_size}, got {max(ids)} for {where}"
         )
     return np.asarray(ids, np.int32)
