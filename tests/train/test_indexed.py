@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data import shards as shards_module
@@ -72,6 +72,7 @@ def test_what_was_written_is_said(tmp_path):
         assert printed.stdout.split()[0] == sha
 
 
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=9), min_size=1, max_size=9),
     cuts=st.integers(1, 4),

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data import DataConfig, mixing
@@ -15,6 +15,7 @@ from train.data.sources import parse_places
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=7)
 
 
+@settings(max_examples=40)
 @given(weights=WEIGHTS)
 def test_every_beginning_holds_the_shares_to_less_than_one_row(weights):
     schedule, rows = Schedule(weights), 400

@@ -52,6 +52,7 @@ def test_an_epoch_learns_every_target_once(sizes, seq_len, width, seed):
     assert pairs == sorted(expected)
 
 
+@settings(max_examples=40)
 @given(sizes=SIZES, seq_len=st.integers(1, 30))
 def test_rows_keep_documents_apart_and_padding_reaches_nothing(sizes, seq_len):
     documents = documents_of(sizes)
