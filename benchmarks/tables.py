@@ -7,6 +7,7 @@ import pathlib
 import re
 import textwrap
 
+from benchmarks import serving_tables
 from benchmarks.measure import RESULTS
 from train import planner
 
@@ -211,7 +212,17 @@ def _planned(row):
     )
 
 
-SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan}
+SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
+    "decode": serving_tables.decode,
+    "decode_step": serving_tables.decode_step,
+    "cost": serving_tables.cost,
+    "engine": serving_tables.engine,
+}
+FILES = {  # of benchmarks/results, of the sections whose name is not that of their only file
+    "decode": ("decode_attention", "decode_selection"),
+    "cost": ("cost_by_position",),
+    "engine": ("serving",),
+}
 DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands in docs/
     "plan": "many_devices.md",
     "serving": "many_devices.md",
@@ -253,7 +264,8 @@ def section(name: str) -> str:
     """The section of that name, from what is recorded."""
     if name == "serving":
         return serving()
-    return SECTIONS[name](json.loads((RESULTS / f"{name}.json").read_text()))
+    files = FILES.get(name, (name,))
+    return SECTIONS[name](*(json.loads((RESULTS / f"{file}.json").read_text()) for file in files))
 
 
 def updated(document: str, name: str, section: str) -> str:

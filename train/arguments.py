@@ -266,7 +266,7 @@ def train(arguments: Arguments) -> None:
         runs, watch, command = arguments.runs(), arguments.watch(), arguments.command()
         config = runs[0].config
         text = load(config.data, vocab_size=config.model.vocab_size)
-        cluster.compare(runs[0].compared(text, arguments.resume) | {"command": dataclasses.asdict(command)})
+        cluster.compare(runs[0].compared(text, arguments.resume) | {"started_with": dataclasses.asdict(command)})
         if jax.process_index() == 0:
             write_command(arguments.folder, command)
         Experiment(

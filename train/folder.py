@@ -170,10 +170,10 @@ def _check_origin(folder: Path, recorded: Origin | None, here: Origin | None) ->
     else:
         same = recorded.fingerprint == here.fingerprint
     if not same:
-        names = [shown(None if each is None else each.name) for each in (recorded, here)]
+        names = [None if each is None else each.name for each in (recorded, here)]
         raise ValueError(
-            f"the run in {folder} cannot go on from other parameters than it began with: init {names[0]}, here "
-            f"{names[1]}; leave --init out, or begin another run: --out NEW"
+            f"the run in {folder} cannot go on from other parameters than it began with: init {names[0]!r}, here "
+            f"{names[1]!r}; leave --init out, or begin another run: --out NEW"
         )
 
 

@@ -188,8 +188,6 @@ class Run:
         fingerprint = self._identity(data)["data"]
         with Checkpoints(self.folder / "checkpoints", self.config, data=fingerprint) as checkpoints:
             state, position = self._start(checkpoints, opened)
-            if self._is_done(opened):
-                return state
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
             where: dict[str, Any] = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh)

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from benchmarks import charts, measure, tables
+from benchmarks import charts, cost_chart, measure, serving_tables, tables
 
 ROOT = Path(__file__).parents[2]
 ON_ONE_GPU = ("forward", "training")
@@ -94,3 +94,112 @@ def test_the_picture_of_the_mechanism_is_current():
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").glob("*.svg")), ids=lambda path: path.name)
 def test_pictures_fetch_nothing(path):
     assert not re.search(r"<image|<script|@import|url\((?!#)|href=\"(?!#)|src=", path.read_text())
+
+
+# Decode and serving.
+
+CIRCUMSTANCES = {
+    "circumstances": {
+        "card": "NVIDIA H200", "date": "2026-11-29", "versions": {"jax": "0.11.2"},
+        "command": "python -m benchmarks.some --only decode --out /elsewhere/some.json",
+    }
+}  # fmt: skip
+
+
+def cost_rows(*costs, batch=32):
+    """Rows of decode by position, sparse and dense µs, beside projections that cost nothing."""
+    return [
+        {"position": position, "batch": batch, "attention_us": sparse, "dense_us": dense, "projections_us": 0.0}
+        for position, sparse, dense in costs
+    ]
+
+
+def test_crossovers_lie_between_the_rows_that_enclose_them():
+    rows = cost_rows((1024, 30.0, 10.0), (2048, 30.0, 20.0), (4096, 30.0, 60.0), (8192, 30.0, 120.0))
+    assert serving_tables.crossover(rows, *serving_tables.DECODE) == pytest.approx(2048 + 2048 * 10 / 40)
+    assert serving_tables.crossing(rows, *serving_tables.DECODE) == "2,560"
+    assert serving_tables.crossing(rows[2:], *serving_tables.DECODE) == "below 4,096"
+    assert serving_tables.crossing(rows[:2], *serving_tables.DECODE) == "beyond 2,048"
+    assert serving_tables.crossover(rows[:2], *serving_tables.DECODE) is None
+    exact = cost_rows((1024, 30.0, 10.0), (2048, 30.0, 30.0), (4096, 30.0, 60.0))
+    assert serving_tables.crossover(exact, *serving_tables.DECODE) == 2048
+
+
+def test_dollars_are_those_of_all_attention_layers():
+    (row,) = cost_rows((1024, 32.0, 64.0))
+    row["projections_us"] = 96.0
+    us = serving_tables.decode_us(row, "attention")
+    assert us == 4.0 and serving_tables.decode_us(row, "dense") == 5.0
+    assert serving_tables.million_tokens(us) == pytest.approx(61 * 4.0 * 2 / 3600)
+
+
+def test_parts_that_are_missing_or_failed_are_said():
+    verified = {"work": "verification", "position": 131072, "batch": 1}
+    rows = [
+        verified | {"attention_of_1_us": 30.0, "attention_of_4_us": 45.0, "ratio": 1.5},
+        verified | {"batch": 16, "error": "RuntimeError: out of memory"},
+    ]
+    section = serving_tables.cost({"verification": CIRCUMSTANCES | {"timings": rows}})
+    assert "\n\nNot measured: prefill, decode." in section and "| 1 | 131,072 | 30.0 | 45.0 | 1.50 |" in section
+    assert "Failed: work verification, batch 16, position 131072 (RuntimeError: out of memory)." in section
+    assert "One NVIDIA H200, jax 0.11.2, 2026-11-29, `python -m benchmarks.some --only decode`." in section
+    steps = {"steps: 4 layers": recorded("serving")["steps: 4 layers, 0 with experts"]}
+    assert serving_tables.engine(steps).endswith("\n\nNot measured: load.")
+    times = {"times": recorded("decode_attention")["times"]}
+    assert serving_tables.decode(times, {}).endswith("\n\nNot measured: selection, index scores, top-k, writes.")
+    for name, files in tables.FILES.items():
+        assert "Not measured" not in tables.section(name) or name == "cost", files
+
+
+def test_kernels_that_take_longer_than_was_asked_for_are_said():
+    rows = [
+        {"name": "one", "batch": 1, "microseconds": 9.0, "must": 10},
+        {"name": "two", "batch": 2, "microseconds": 11.0, "must": 10, "note": "an earlier one"},
+        {"name": "variant two", "batch": 2, "microseconds": 8.0},
+    ]
+    section = serving_tables.decode({"times": CIRCUMSTANCES | {"timings": rows, "note": "All of one day."}}, {})
+    assert "| `one` | 1 |  |  | 9.0 |  | 10 |  |" in section
+    assert "| `two` | 2 |  |  | 11.0 |  | 10, exceeded by 10.0% | an earlier one |" in section
+    assert "variant two" not in section and "The record notes: All of one day." in section
+
+
+def test_the_sections_on_decode_show_every_timing():
+    lines = {name: tables.section(name).splitlines() for name in ("decode", "decode_step", "cost", "engine")}
+    shown = {name: sum(bool(re.match(r"\| [`\d]", line)) for line in lines[name]) for name in lines}
+    kept = {name: 0 for name in lines}
+    for name in lines:
+        for file in tables.FILES.get(name, (name,)):
+            timed = [row for part in recorded(file).values() for row in part.get("timings", [])]
+            kept[name] += sum(not row.get("name", "").startswith("variant") for row in timed)
+    assert shown == kept and kept["cost"] > 40
+
+
+def test_the_chart_of_costs_marks_the_crossovers_of_what_is_recorded():
+    results = recorded("cost_by_position")
+    shown = texts((charts.FIGURES / "cost.svg").read_text())
+    place = serving_tables.crossing(cost_chart.part_rows(results, "decode"), *serving_tables.DECODE)
+    assert f"dense costs more from {place} on" in shown
+    assert {"sparse", "dense, computed from FlashMLA's figures"} <= shown
+    prefill = [
+        {"position": position, "sparse_us_per_token": 2.0, "dense_us_per_token": position / 1024}
+        for position in (1024, 4096)
+    ]
+    figure = cost_chart.draw(results | {"prefill": {"timings": prefill}})
+    titles = [axis.get_title(loc="left").split(",")[0] for axis in figure.axes]
+    assert titles == ["decode", "prefill"]
+    assert "dense costs more from 2,048 on" in [each.get_text() for each in figure.axes[1].texts]
+
+
+def test_what_the_documents_say_of_serving_is_recorded():
+    costs, limits = recorded("cost_by_position"), (tables.DOCS / "limits.md").read_text()
+    ratios = {row["batch"]: row["ratio"] for row in costs["verification"]["timings"]}
+    assert f"{ratios[1]:.1f} times the attention of one at batch 1, and {ratios[128]:.1f} times at batch 128" in limits
+    rows = costs["decode"]["timings"]
+    crossings = re.findall(r"batch (\d+)[^:,.]*? near\s+([\d,]+\d)", limits)
+    assert [batch for batch, _ in crossings] == ["32", "1"]
+    for batch, said in crossings:
+        of_batch = [row for row in rows if row["batch"] == int(batch)]
+        place = serving_tables.crossover(of_batch, *serving_tables.DECODE)
+        assert place == pytest.approx(int(said.replace(",", "")), rel=0.02)
+    (load,) = (part for name, part in recorded("serving").items() if name.startswith("load:"))
+    assert all(row["good_share"] == 1 and row["programs_compiled"] == 0 for row in load["timings"])

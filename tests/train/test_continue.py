@@ -243,7 +243,7 @@ def test_the_stream_of_other_data_begins_at_its_start(begun, tmp_path, monkeypat
     run = small_run(tmp_path / "text")
     Run(run, begun).train(text, resume=True, new_data=True)
     stream = text.batches("train", batch_size=2, seq_len=16, seed=100)
-    assert (seen[0].tokens == next(stream).tokens).all() and (seen[1].tokens == next(stream).tokens).all()
+    assert (seen[0][0].tokens == next(stream).tokens).all() and (seen[1][0].tokens == next(stream).tokens).all()
 
 
 # Where the first parameters came from
