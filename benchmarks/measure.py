@@ -168,8 +168,14 @@ def circumstances() -> dict[str, Any]:
         "compute_capability": getattr(device, "compute_capability", None),
         "driver": _output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {name: version for name in names if (version := _version(name))},
-        "command": " ".join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]),
+        "command": " ".join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *_without_out(sys.argv[1:])]),
     }
+
+
+def _without_out(arguments):
+    """Leaves out where the results go, which is no part of what was measured."""
+    places = {i for i, each in enumerate(arguments) if each == "--out"}
+    return [each for i, each in enumerate(arguments) if i not in places and i - 1 not in places]
 
 
 def _version(name):

@@ -166,7 +166,7 @@ def test_a_run_on_a_mesh_reads_its_parts(data, tmp_path):
     run = Run(one_layer_run(tmp_path, phases=phases), tmp_path / "out", mesh=mesh_of("data=2,context=2"))
     corpus = load(DataConfig(data=data))
     batches = run._batches(corpus, phases[0], 0)
-    placed = run._next_batch(batches, stage)
+    placed, _ = run._next_batch(batches, stage)
     seed = stream_seed(run.config.seed, phases[0].phase.stream, 0)
     expected = corpus.dataset("train", batch_size=8, seq_len=32, seed=seed)
     chex.assert_trees_all_equal(placed, place_batch(batch_at(expected, 0), run.mesh))

@@ -273,7 +273,7 @@ def test_the_first_and_last_lines_of_a_run(run):
     shown = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     corpus = load(run.config.data)
     assert shown["training text"] == f"{len(corpus.train.tokens):,} tokens in 1 files"
-    assert shown["epochs"] == f"{288 / len(corpus.train.tokens):.3g} in 288 tokens"
+    assert shown["epochs"] == f"{288 / len(corpus.train.tokens):.3g} of text"
     assert shown["devices"] == "one" and "MiB a device of parameters" in shown["memory"]
     kept = "saved every 100 steps and behind each phase, the newest 1 and the best kept; measured every 1 steps"
     assert shown["folder"] == f"{run.folder}, {kept}"
