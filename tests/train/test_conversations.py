@@ -79,13 +79,15 @@ def test_rows_hold_several_whole_conversations(folder):
     dataset, seq_len = corpus.dataset("train", batch_size=2, seq_len=128, seed=0), 128
     waste = corpus.waste("train", seq_len=seq_len)[corpus.train_sources[0].name]
     assert waste.cut == 0 and corpus.train_sources[0].pack == "best_fit"
-    begin, end = corpus.tokenizer.token_to_id(BEGIN), corpus.tokenizer.token_to_id(END)
+    begin, end, assistant = map(corpus.tokenizer.token_to_id, (BEGIN, END, "<｜Assistant｜>"))
     batch = batch_at(dataset, 0)
     for row in range(2):
         real = batch.stop[row] > batch.start[row]
         begins = np.flatnonzero(batch.tokens[row] == begin)
         assert len(begins) > 1 and (batch.start[row][begins] == begins).all()  # each a document of its own
         assert set(batch.start[row][real].tolist()) == set(begins.tolist())
+        assert batch.valid[row][batch.tokens[row] == assistant].all()  # an answer's first token is learnt
+        assert not batch.valid[row][batch.tokens[row] == end].any()  # and none behind its end
         learnt = batch.targets[row][batch.valid[row]]
         assert (learnt == end).sum() >= len(begins) - 1 and not (learnt == begin).any()
         assert set(learnt.tolist()) <= {*b"abHello4", end}  # and nothing of a prompt, which all say something
