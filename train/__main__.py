@@ -1,5 +1,6 @@
 """The command `python -m train`, also called `dsa-train`: trains, or runs the subcommand that it begins with."""
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -52,7 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
         return run_command(lambda: COMMANDS[given[0]](given[1:]))
+    if given and not given[0].startswith("-"):
+        return run_command(lambda: _refuse(given[0]))
     return run_command(lambda: _train(given))
+
+
+def _refuse(command: str) -> None:
+    close = difflib.get_close_matches(command[:40], COMMANDS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {command[:40]!r}{hint}")
 
 
 if __name__ == "__main__":
