@@ -87,6 +87,8 @@ def test_documents_of_a_shard_lie_in_one_split(places, tmp_path):
     moved.symlink_to(places / "even")
     again = load(DataConfig(data=(str(moved),), held_out=0.3))
     assert tokens_of(again.held_out) == held_out  # wherever it lies
+    odd, both = (load(DataConfig(data=(f"{places}/{name}",), held_out=0.3)) for name in ("odd", "[eo]*"))
+    assert tokens_of(both.held_out) == held_out + tokens_of(odd.held_out)  # and whatever lies beside it
     few = load(DataConfig(data=(f"{places}/even",), held_out=1e-9))
     most = load(DataConfig(data=(f"{places}/even",), held_out=1 - 1e-6))
     assert len(few.held_out) == 1 and len(most.train) == 1
