@@ -96,6 +96,7 @@ def run(config, x, keys, cache=None, *, attention="sparse"):
     return layer(x, turn, keys, attention=attention, cache=cache), layer.project(x, turn)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=FAST)
 def with_cache(config, x, keys, last):
     """The dense attention of the `last` tokens, the others being in a cache."""
     layer, turn = first_layer(config), rotation(jnp.asarray(POSITIONS), config)
@@ -177,7 +178,6 @@ def test_sparse_mla_against_float64(x, attention):
     assert not np.any(out.x[1, 20:]) and not np.any(out.indexer_kl[1, 20:])
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 def test_the_three_forms_agree_where_every_key_is_selected(x):
     """Sparse with K ≥ S, dense multi-head, and dense over latents (that is, with a cache): outputs and KL."""
     config, keys = small_config(index_topk=T + 3), KeyRange.causal(B, T)

@@ -10,6 +10,8 @@ from sharded_cases import mesh_of
 from dsa_jax import KeyRange, forward_on_mesh
 from dsa_jax.parallel.sharding import spec
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 CONFIG = small_config(num_attention_heads=4, first_k_dense_replace=1, index_n_heads=16)
 
 

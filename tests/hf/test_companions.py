@@ -4,10 +4,11 @@ import json
 
 import pytest
 from convert_cases import SMALL, random_tensors, write
-from flax import nnx
+from model_cases import small_model
 
-from dsa_jax import Transformer
 from dsa_jax.hf.convert import convert_hf, load_hf, save_hf
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 IDS = {"eos_token_id": [5, 7, 9], "bos_token_id": 3, "pad_token_id": 5}
 AUTO_MAP = {"AutoConfig": "configuration_x.XConfig", "AutoTokenizer": ["tokenization_x.X", None]}
@@ -79,5 +80,5 @@ def test_companions_must_be_files_of_a_folder(folder, tmp_path):
 
 
 def test_a_new_model_has_no_token_ids(tmp_path):
-    save_hf(Transformer(SMALL, rngs=nnx.Rngs(0)), tmp_path / "out")
+    save_hf(small_model(SMALL), tmp_path / "out")
     assert {key: read_json(tmp_path / "out" / "config.json")[key] for key in IDS} == dict.fromkeys(IDS)

@@ -23,6 +23,8 @@ from train.phases import split_groups
 from train.state import abstract_params, init_state
 from train.step import make_step
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 
 def write_dense(folder, *, present=()):
     """Writes a `deepseek_v3` checkpoint whose indexer has the tensors of these endings alone."""

@@ -27,6 +27,8 @@ from dsa_jax.hf.stacked import Piece, Stack
 from dsa_jax.hf.table import leaves
 from dsa_jax.parallel.sharding import make_mesh, parameter_axes, path_names, spec
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 # Both of its layers are in one stack, and many shapes are the same: each has a program for each device.
 MOE = dataclasses.replace(
     SMALL,

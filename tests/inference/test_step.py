@@ -117,22 +117,26 @@ def test_completions_know_what_led_to_them():
     )  # fmt: skip
     assert done.finished == ["length"] * 3 and done.lengths.tolist() == [5] * 3
     assert done.selected and done.routed and done.kept
-    for row, prompt in enumerate(ids):
-        everything = np.concatenate([prompt, done.tokens[row]])[None, :-1]
-        out, logits = forward(config, jnp.asarray(everything), keys=KeyRange.causal(1, everything.shape[1]))
-        log_probs = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1 :]))
+    lengths = [len(row) + 4 for row in ids]
+    together = np.zeros((3, max(lengths)), np.int32)
+    selected = np.full((config.num_hidden_layers, 3, max(lengths), config.index_topk), -1, np.int32)
+    routed = np.zeros((config.num_moe_layers, 3, max(lengths), config.num_experts_per_tok), np.int32)
+    for row, length in enumerate(lengths):
+        together[row, :length] = np.concatenate([ids[row], done.tokens[row, :-1]])
+        assert done.selected[row].shape == (config.num_hidden_layers, length, config.index_topk)
+        assert done.routed[row].shape == (config.num_moe_layers, length, config.num_experts_per_tok)
+        selected[:, row, :length], routed[:, row, :length] = done.selected[row], done.routed[row]
+    keys = KeyRange.lengths(jnp.asarray(lengths), max(lengths))
+    out, logits = forward(config, jnp.asarray(together), keys=keys)
+    np.testing.assert_array_equal(selected, out.selected)
+    replayed = dict(selected=jnp.asarray(selected), routed=jnp.asarray(routed))
+    _, again = forward(config, jnp.asarray(together), keys=keys, **replayed)
+    for row, length in enumerate(lengths):
+        log_probs = np.asarray(jax.nn.log_softmax(logits[row, len(ids[row]) - 1 : length]))
         np.testing.assert_array_equal(np.argmax(log_probs, -1), done.tokens[row])
         np.testing.assert_allclose(log_probs.max(-1), done.log_probs[row], atol=NEAR)
-        width = min(out.selected.shape[-1], config.index_topk)
-        np.testing.assert_array_equal(done.selected[row][..., :width], out.selected[:, 0][..., :width])
-        assert done.routed[row].shape == (1, len(prompt) + 4, config.num_experts_per_tok)
         assert [len(kept) for kept in done.kept[row]] == [config.vocab_size] * 5
-        # Replayed, they give the same logits.
-        _, again = forward(
-            config, jnp.asarray(everything), keys=KeyRange.causal(1, everything.shape[1]),
-            selected=jnp.asarray(done.selected[row][:, None]), routed=jnp.asarray(done.routed[row][:, None]),
-        )  # fmt: skip
-        np.testing.assert_allclose(again[0], logits[0], atol=NEAR)
+        np.testing.assert_allclose(again[row, :length], logits[row, :length], atol=NEAR)
 
 
 def test_a_draw_depends_on_its_row_alone():
@@ -147,7 +151,7 @@ def test_a_draw_depends_on_its_row_alone():
         np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=NEAR)
         for token, kept in zip(together.tokens[row], together.kept[row], strict=True):
             assert token in kept and (len(kept) <= 7 if row == 2 else len(kept) <= 64)
-    other = complete(model, ids, seed=[8, 9, 10], **settings)
+    other = complete(model, ids, seed=[8, 9, 10], return_kept=True, **settings)
     assert np.any(other.tokens != together.tokens)
 
 
@@ -228,7 +232,7 @@ def test_pools_are_donated():
 
 def test_steps_are_compiled_ahead_of_time():
     runner = make(max_length=256)
-    runner.warm(rows=[1, 2], tokens=[16, 128], kinds=["greedy"])
+    runner.warm(rows=[1], tokens=[16], kinds=["greedy"])
     sizes = [run._cache_size() for run in (*runner.programs, *runner.dense_programs)]
     prefilled(runner, (3, 4, 5))  # however many end in a step
     sequences, found = prefilled(runner, (12,))

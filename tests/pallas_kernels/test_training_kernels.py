@@ -26,6 +26,8 @@ from dsa_jax.pallas_kernels import CAPABILITY, assume_gpu
 from dsa_jax.pallas_kernels import indexer_loss as kl_kernels
 from dsa_jax.pallas_kernels.sparse_attention import backward as backward_kernels
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 SCALE = 0.1
 BOUND = 5e-3  # relative error norm of results in bfloat16
 
