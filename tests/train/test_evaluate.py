@@ -226,6 +226,7 @@ def test_no_selection_keeps_more_than_the_oracle(models, held_out):
     assert (mass["indexer"] != mass["other"]).any()
 
 
+@pytest.mark.slow
 def test_one_layer_of_each_kind_is_compiled(held_out):
     deep = dataclasses.replace(CONFIG, num_hidden_layers=5, hidden_size=40)
     model = merge_groups(*make(deep, 0))
@@ -338,6 +339,7 @@ def test_a_run_is_evaluated_from_the_weights_of_each_phase(trained, held_out, ot
     assert mass["untrained"] == measured[0].mass["all"]["other"]
 
 
+@pytest.mark.slow
 def test_with_k_as_long_as_the_sequence_every_selection_is_dense(held_out):
     config = dataclasses.replace(CONFIG, index_topk=T)
     graphdef, params = make(config, 0)

@@ -13,8 +13,7 @@ from dsa_jax import save_hf
 from train import evaluate_command
 from train.__main__ import main
 from train.checkpoint import checkpoint_steps
-from train.data import DataConfig, load
-from train.data.whole import load_whole
+from train.data import DataConfig, load, load_whole
 from train.evaluate import held_out_losses
 from train.evaluate_command import Arguments
 from train.held_out import HeldOut, draw_batches
@@ -84,6 +83,7 @@ def test_what_is_measured_in_a_folder(run, tmp_path):
     assert names == ["after BASE", "after WARMUP", "best of SPARSE, step 8", "after SPARSE"]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_measured(run, tmp_path):
     model = merge_groups(run.graphdef, run.params_after("SPARSE"))
     save_hf(model, tmp_path / "hf")
