@@ -65,7 +65,7 @@ def test_continuations_of_one_prompt_draw_with_seeds_of_their_own():
     assert (engine.prefix.hits, engine.prefix.asked) == (4, 6)
 
 
-@pytest.mark.parametrize(("count", "rows"), [(16, 4), pytest.param(40, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "rows"), [(20, 4), pytest.param(40, 8, marks=pytest.mark.slow)])
 def test_many_requests_and_cancels_with_pages_for_few(count, rows):
     """Of random lengths, a few at a time, on a fraction of their pages: as alone, or cut short by their cancels."""
     rng = np.random.default_rng(0)
