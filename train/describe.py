@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 
+from dsa_jax.parallel.sharding import AXES
 from dsa_jax.parallel.sharding import describe as describe_mesh
 from train import planner
 from train.data import TEXT, Corpus, SplitName
@@ -12,7 +13,7 @@ from train.settings import PhaseSettings
 from train.state import abstract_params
 from train.watch import drawn
 
-ONE_DEVICE = {"data": 1, "context": 1, "expert": 1, "tensor": 1}
+ONE_DEVICE = dict.fromkeys(AXES, 1)
 
 
 def describe_run(run: Run, corpus: Corpus) -> dict[str, str | int | float]:

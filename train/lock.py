@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,12 +96,9 @@ class Lock:
                 f"{self._path.parent} is being written by {_describe(owner)}: wait for it, stop it, or give another "
                 f"--out; if there is no such process, delete {self._path}"
             )
-        aside = spare.with_name(f"{spare.name}.stale")
-        with contextlib.suppress(FileNotFoundError):  # another has taken it away
-            self._path.rename(aside)
-            if read_owner(aside) != owner:  # that was the lock of one who came first: it goes back
-                _link(aside, self._path)
-            aside.unlink()
+        with _alone(self._path.parent):
+            if read_owner(self._path) == owner:  # else another has cleared it, and perhaps taken it
+                self._path.unlink()
 
     def _is_dead(self, owner: dict[str, Any], spare: Path) -> bool:
         if owner.get("machine") == self._owner["machine"]:
@@ -117,6 +116,18 @@ class Lock:
             if spare.stat().st_mtime - last > STALE_SECONDS:
                 return True
             time.sleep(LOOK_SECONDS)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time clear a folder, where its file system can lock one; ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # over NFS a folder may not be locked
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def this_process() -> dict[str, Any]:

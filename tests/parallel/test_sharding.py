@@ -272,15 +272,17 @@ def test_every_device_gets_its_rows_and_chunks(name):
 # The table.
 
 
-def axis_names(source):
+def axis_names(source, axes=AXES):
     """Lists the lines on which a string names a mesh axis."""
     constants = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
-    return [node.lineno for node in constants if node.value in AXES]
+    return [node.lineno for node in constants if node.value in axes]
 
 
 def test_one_file_names_the_axes():
+    """Where runs are described "data" is a field as well, of what they train on."""
     assert axis_names('x = f("data")\ny = {"tensor": 1}\nz = "the data", data') == [1, 2]
     assert axis_names((ROOT / "dsa_jax" / "parallel" / "sharding.py").read_text())
     for path in [path for top in ("dsa_jax", "train") for path in sorted((ROOT / top).rglob("*.py"))]:
+        of_runs = "train" in path.relative_to(ROOT).parts or path.name == "export.py"
         if path.name != "sharding.py":
-            assert not axis_names(path.read_text()), path
+            assert not axis_names(path.read_text(), AXES[1:] if of_runs else AXES), path

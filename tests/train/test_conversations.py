@@ -138,7 +138,7 @@ def test_a_bad_line_is_named(folder, line, message):
 
 
 def test_what_conversations_need_is_said(folder, monkeypatch):
-    with pytest.raises(ValueError, match="conversations need a tokenizer, got none for .*jsonl.*: give --tokenizer"):
+    with pytest.raises(ValueError, match="conversations need a tokenizer, got none for .*: give --tokenizer"):
         load(config_of(folder, tokenizer=None), vocab_size=VOCAB)
     with pytest.raises(ValueError, match="vocab_size 260, got 2"):
         load(config_of(folder), vocab_size=260)

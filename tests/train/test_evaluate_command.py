@@ -102,7 +102,7 @@ def test_other_text_is_measured_whole_by_the_runs_tokenizer(run, tmp_path):
     subject = find_subject(run.folder)
     assert arguments.data_config(subject) == DataConfig(arguments.data, append=False, max_bytes=1000)
     corpus = arguments.load(subject)
-    assert len(corpus.held_out.tokens) == 100 and len(corpus.train) == 0
+    assert (corpus.tokens("held_out"), corpus.tokens("train")) == (100, 0)
     with_tokenizer = dataclasses.replace(subject, tokenizer=tmp_path / "tokenizer.json")
     assert arguments.data_config(with_tokenizer).tokenizer == tmp_path / "tokenizer.json"
     own = dataclasses.replace(subject, data={"recall": 0.5})

@@ -90,7 +90,7 @@ def test_a_bad_run_is_named(run, change, message):
         (lambda: RunConfig(Config.tiny(), []), r"phases must be a tuple of PhaseSettings, got \[\]"),
         (lambda: RunConfig("tiny", ()), "model must be a Config .*'tiny'"),
         (lambda: dataclasses.replace(tiny(), evaluation_batches=False), "evaluation_batches must be an integer"),
-        (lambda: DataConfig("*.txt"), r"data must be a tuple of globs, got '\*.txt'"),
+        (lambda: DataConfig("*.txt"), r"data must be a tuple of globs, folders and prefixes, got '\*.txt'"),
         (lambda: DataConfig(held_out=float("nan")), "held_out must be"),
         (lambda: DataConfig(max_bytes=1e6), "max_bytes must be an integer"),
         (lambda: DataConfig(tokenizer=3), "tokenizer must be a path, got 3"),
@@ -159,6 +159,10 @@ def test_the_names_in_json_stay():
         "held_out": 0.1,
         "max_bytes": 1 << 26,
         "append": True,
+        "held_out_data": [],
+        "pack": "concat",
+        "min_document": 1,
+        "chat_template": None,
         "recall": 0.5,
     }
 

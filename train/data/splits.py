@@ -116,8 +116,8 @@ class Opener:
         """Says which files are held out."""
         if len(files) < 1 + self.hold_out:
             raise ValueError(
-                f"text must come in at least {'two different' if self.hold_out else 'one of'} {what} that are not "
-                f"empty{', one to train on and one to hold out' if self.hold_out else ''}, got {len(files)} within "
+                f"text must come in {'at least two different ' if self.hold_out else ''}{what} that are not empty"
+                f"{', one to train on and one to hold out' if self.hold_out else ''}, got {len(files) or 'none'} within "
                 f"max_bytes {self.config.max_bytes} of {_described(place)}, and {left_out} past it; "
                 f"{'split it up, or name held-out text' if self.hold_out else 'give more'}"
             )
