@@ -95,6 +95,7 @@ def flops(**options):
     return run.lower(ids).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_without_the_kl_nothing_of_it_is_computed(attention):
     ids = tokens(1, 32)

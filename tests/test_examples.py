@@ -60,6 +60,7 @@ def test_there_are_examples():
     assert {"dsa_jax.selection.select_topk", "dsa_jax.key_range.KeyRange", "train.run.Run"} <= EXAMPLES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_prints_what_it_says(name, surroundings):
     test = EXAMPLES[name]

@@ -410,6 +410,7 @@ def test_a_model_starts_from_its_seed():
     assert np.std(attention["indexer"]["wq_b"][...]) == pytest.approx(0.1, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
 @pytest.mark.parametrize(("index_fp8", "attention"), [(True, "sparse"), (False, "dense")], ids=["sparse", "dense"])
 def test_attention_maps_show_what_a_layer_attends_to(index_fp8, attention):

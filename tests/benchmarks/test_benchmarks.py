@@ -211,6 +211,7 @@ def test_the_outcomes_of_a_report():
     }
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_recorded_by_files_that_exist(tmp_path, monkeypatch):
     """Pytest runs for real, without the tests that need a GPU; its report names the file as it lies on the disk."""
     out, mine = tmp_path / "gpu_tests.json", "tests/benchmarks/test_benchmarks.py"

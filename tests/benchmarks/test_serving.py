@@ -90,6 +90,7 @@ def test_a_summary_of_answers():
     assert serving.summary([], traffic)["first_token_ms"] is None
 
 
+@pytest.mark.slow
 def test_a_load_and_the_steps_of_a_full_batch_are_timed(monkeypatch):
     """Nothing of one case is left in the engine for the next."""
     for module in (serving, decode_step):

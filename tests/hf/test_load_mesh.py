@@ -257,6 +257,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each process places what its own devices hold; neither can export alone, and says so."""
     whole = parameters(load_hf(write(tmp_path / "hf", random_tensors(MOE), MOE)))

@@ -193,6 +193,7 @@ def test_prefixes_are_reused_within_a_salt_and_forgotten_when_pages_are_wanted()
     assert engine.prefix.hits == 3, "the longest unused are gone"
 
 
+@pytest.mark.slow
 def test_under_batch_invariant_a_prefix_changes_no_bit():
     """Pages of prompts alone are reused: what decode steps have written may differ in the last bits."""
     engine = make(invariant=True)

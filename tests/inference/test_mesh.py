@@ -149,6 +149,7 @@ def extended(mesh, model, rows) -> list[np.ndarray]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows"), [(CET, 4), pytest.param("data=4", FEW, marks=pytest.mark.meshes)])
 def test_four_tokens_at_a_time(name, rows):
     """What is forgotten leaves nothing, and what a fork shares stays as it was, whichever shard has the page."""

@@ -181,6 +181,7 @@ def oracle(*requests):
     return Oracle({np.int32(request.prompt).tobytes(): tokens_of(alone(request)) for request in requests})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, pytest.param(20, marks=pytest.mark.slow)])
 def test_many_requests_and_cancels_get_the_tokens_that_they_get_alone(count):
     """On a fraction of their pages, with drafts that are right, wrong and cut short."""

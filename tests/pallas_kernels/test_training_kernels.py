@@ -53,6 +53,7 @@ def float64_backward(q, kv, indices, out, lse, d_out, d_lse):
     return reference.latent_attention_vjp(q, kv, rows, out.shape[3], SCALE, d_out, d_lse)
 
 
+@pytest.mark.slow
 def test_backward_in_chunks(monkeypatch):
     """Heads and keys filled up, a last chunk that reaches back, two batch rows."""
     arrays = backward_inputs(0, 2, 5, 40, 16, 64, 0, 70)
@@ -92,6 +93,7 @@ def loss_inputs(seed, b, t, s, n, k, j=64, dim=128):
     return (q_index, k_index, weights * 0.1), (q, kv, lse, indices), jnp.exp2(jnp.round(normal(seed + 7, b, s)))
 
 
+@pytest.mark.slow
 def test_loss_of_the_kernels_joined():
     """Too few heads filled up, K filled up, two batch rows in one sum over keys."""
     index, (q, kv, lse, indices), k_scale = loss_inputs(0, 2, 3, 40, 16, 70, j=16, dim=64)

@@ -130,6 +130,7 @@ def gather(address, bodies, leaving=()):
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [14, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_clients_of_whom_a_third_vanishes(served, count):
     """On pages for a quarter of them; whoever stays has what it would have alone, and nothing is left behind."""

@@ -110,7 +110,7 @@ def test_other_text_is_measured_whole_by_the_runs_tokenizer(run, tmp_path):
         own.data_config()
     assert arguments.data_config(own).data == arguments.data
     (tmp_path / "one.txt").write_text("")
-    with pytest.raises(ValueError, match="files that are not empty, got none within max_bytes"):
+    with pytest.raises(ValueError, match="files that are not empty, got 0 within max_bytes"):
         load_whole(arguments.data_config(subject))
 
 

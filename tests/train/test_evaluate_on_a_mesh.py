@@ -40,6 +40,7 @@ def alone(held_out):
     return measure(None, held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [

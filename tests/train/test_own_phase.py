@@ -78,6 +78,7 @@ def test_its_losses_are_means_over_what_they_count(one):
     assert "lm_loss" not in metrics and "kl" not in metrics and metrics["tokens"] == queries.sum()
 
 
+@pytest.mark.slow
 def test_meshes_and_micro_batches_change_rounding_alone(one):
     """Shards and micro-batches sum their own tokens, of which each has another share that counts."""
     state, metrics = first_step(mesh_of("data=2,context=2,tensor=2"), micro_batches=2)

@@ -185,6 +185,7 @@ def test_gradients_and_ten_steps_of_descent(one, name):
     check_descent(one, name, SPARSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", meshes(DET))
 def test_gradients_and_ten_steps_of_descent_in_warmup(one, name):
     check_descent(one, name, WARMUP)

@@ -81,6 +81,7 @@ def test_only_the_trainable_groups_move(name):
     assert np.abs(steps).max() > 0 if name != "WARMUP" else not moved.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DENSE_CONTROL", "WINDOW_CONTROL"])
 def test_controls_train_the_backbone_alone(name):
     before, state, metrics = first_step(name)

@@ -115,10 +115,12 @@ class Opener:
     def _marks(self, files: Sequence[TextFile], place: Place, what: str, left_out: int) -> list[bool]:
         """Says which files are held out."""
         if len(files) < 1 + self.hold_out:
+            least, why = (
+                ("at least two different ", ", one to train on and one to hold out") if self.hold_out else ("", "")
+            )
             raise ValueError(
-                f"text must come in {'at least two different ' if self.hold_out else ''}{what} that are not empty"
-                f"{', one to train on and one to hold out' if self.hold_out else ''}, got {len(files) or 'none'} within "
-                f"max_bytes {self.config.max_bytes} of {_described(place)}, and {left_out} past it; "
+                f"text must come in {least}{what} that are not empty{why}, got {len(files)} within max_bytes "
+                f"{self.config.max_bytes} of {_described(place)}, and {left_out} past it; "
                 f"{'split it up, or name held-out text' if self.hold_out else 'give more'}"
             )
         return choose_held_out(files, self.config.held_out) if self.hold_out else [False] * len(files)

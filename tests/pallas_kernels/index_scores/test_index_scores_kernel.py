@@ -75,6 +75,7 @@ def test_equals_the_definition_where_sums_are_exact(shape, dtype, scaled):
     np.testing.assert_array_equal(scores, expected(q, k, w, keys, k_scale).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_every_schedule_gives_the_same_bits():
     q, k, w, k_scale = index_inputs(5, 1, 5, 66, 64, 64, FP8)
     keys = random_range(6, 1, 5, 66)

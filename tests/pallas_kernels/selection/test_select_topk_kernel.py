@@ -128,6 +128,7 @@ def test_hostile_rows(kind, k):
     same_bits(run(small(9001, k), row), expected(row, k))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_any_row_any_plan(data):

@@ -116,6 +116,7 @@ def array_bytes(types):
     return sum(widths[kind] * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in arrays)
 
 
+@pytest.mark.slow
 def test_collectives_are_those_of_the_compiled_step(as_on_cpu):
     """To the byte; all-reduces but for the gradients' norm, which XLA sums over the shards after them."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=2, first_k_dense_replace=0)
