@@ -13,7 +13,7 @@ from train.settings import PhaseSettings
 from train.state import abstract_params
 from train.watch import drawn
 
-ONE_DEVICE = dict.fromkeys(AXES, 1)
+ONE_DEVICE: dict[str, int] = {axis: 1 for axis in AXES}
 
 
 def describe_run(run: Run, corpus: Corpus) -> dict[str, str | int | float]:
