@@ -141,7 +141,7 @@ class Run:
             with Checkpoints(self.folder / "checkpoints", self.config, data=options["data"]) as checkpoints:
                 return self._start(checkpoints, opened)[0]
         with hold(self.folder) as lock:
-            opened = self.open(resume=resume, data=data, new_data=new_data)
+            opened = open_folder(self.folder, self.config, **options)
             self._say(opened, progress)
             ending.mark_resumable()
             return self._train(data, progress, opened, lock, watch, stopping)
@@ -159,7 +159,7 @@ class Run:
         """Says where the first parameters come from, and what the data are."""
         return {
             "origin": None if self.init is None else self.init.origin,
-            "data": data.fingerprint if isinstance(data, Fingerprinted) else None,
+            "data": _fingerprint(data),
         }
 
     def compared(self, data: BatchSource | BatchStream, resume: bool) -> dict[str, Any]:
@@ -185,8 +185,7 @@ class Run:
     ) -> TrainState:
         """Takes the run to its end, in a folder that is this run's alone."""
         on_step = None if progress is None else progress.update
-        fingerprint = self._identity(data)["data"]
-        with Checkpoints(self.folder / "checkpoints", self.config, data=fingerprint) as checkpoints:
+        with Checkpoints(self.folder / "checkpoints", self.config, data=_fingerprint(data)) as checkpoints:
             state, position = self._start(checkpoints, opened)
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
@@ -292,6 +291,11 @@ class Run:
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
         return batch if self.mesh is None else place_batch(batch, self.mesh), waited
+
+
+def _fingerprint(data: Any) -> str | None:
+    """Gives the fingerprint of data that have one."""
+    return data.fingerprint if isinstance(data, Fingerprinted) else None
 
 
 @dataclasses.dataclass(frozen=True)
