@@ -20,7 +20,7 @@ PANELS = {  # part -> title, its two costs, and how the dense one is named
 
 
 def cost() -> Figure:
-    """What a million tokens cost in the attention layers, one panel a part that is recorded."""
+    """Draws the cost of a million tokens in the attention layers, one panel a part that is recorded."""
     return draw(json.loads((RESULTS / "cost_by_position.json").read_text()))
 
 

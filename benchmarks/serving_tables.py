@@ -50,7 +50,7 @@ def _behind_comma(name: str) -> str:
 
 
 def _bound(row: Mapping[str, Any]) -> str:
-    """What a kernel was not to exceed, and by how much it does."""
+    """Tells the time that a kernel was not to exceed, and by how much it does."""
     if "must" not in row:
         return ""
     excess = row["microseconds"] / row["must"] - 1
@@ -290,7 +290,7 @@ KINDS = {"steps": _steps, "load": _load}
 
 
 def _model(name: str, part: Mapping[str, Any]) -> str:
-    """What the engine runs, from a part's name and settings."""
+    """Describes the runs of the engine, from a part's name and settings."""
     return f"{name.split(': ')[1]}, {part['weights']} weights, {part['cache'].upper()} cache, {part['rows']} rows"
 
 

@@ -1,4 +1,4 @@
-"""What a decode step of the engine takes from the host and leaves for it: one array each.
+"""The arrays that a decode step of the engine takes from the host and leaves for it, one each.
 
 Every array that goes in or out of a call takes the host tens of microseconds, and a step of four layers lasts two
 milliseconds. The last token of each slot stays on the device.

@@ -1,4 +1,4 @@
-"""What may change in a run that is continued, field by field, and what is refused with which reason."""
+"""Fields that may change in a run that is continued, and those that are refused, each with its reason."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""What is measured on a mesh is what one device measures, however the rows are dealt out."""
+"""A mesh measures the same as one device, however the rows are dealt out."""
 
 import jax
 import numpy as np

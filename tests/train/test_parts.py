@@ -91,7 +91,7 @@ def test_replicas_are_read_once_and_no_token_twice(data):
 
 @pytest.fixture(scope="module")
 def two_processes(data):
-    """What each of two processes of two devices found, by mesh, of each packing."""
+    """Gives the findings of each of two processes of two devices, by mesh, of each packing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -82,7 +82,7 @@ def write_lines(path, records):
 
 
 def texts(documents):
-    """What documents of bytes say."""
+    """Decodes documents of bytes."""
     return [bytes(document).decode() for document in documents]
 
 
