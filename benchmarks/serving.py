@@ -1,10 +1,11 @@
 """Times an engine under load, on one Hopper GPU:  python -m benchmarks.serving
 
 A slice of the 671B shape, four layers by default. `steps` has full batches decode, and sets the engine's step beside
-its floor: decode steps of the same rows, chained without a scheduler and without reading what is drawn. `load` sends requests
-at the times of a Poisson process, whatever has been answered, with prefixes that some share and lengths of their own,
-and times every token as the caller of `Engine.step` sees it. A request is good if its first token came in time, and the
-others in time on average. Tokens are the likeliest ones. Dollars are those of the slice, at GPU_DOLLARS an hour.
+its floor: decode steps of the same rows, chained without a scheduler and without reading what is drawn. `load` sends
+requests at the times of a Poisson process, whatever has been answered, with prefixes that some share and lengths of
+their own, and times every token as the caller of `Engine.step` sees it. A request is good if its first token came in
+time, and the others in time on average. Tokens are the likeliest ones. Dollars are those of the slice, at GPU_DOLLARS
+an hour.
 """
 
 import argparse
