@@ -238,6 +238,7 @@ class Watch:
         self._looked = time.monotonic()
         self._doubted: float | None = None
         self._verdict: dict[str, Any] | None = None
+        self._last_words: tuple[str, int, str] | None = None
 
     def start(self) -> None:
         """Begins to beat and to watch."""
@@ -266,6 +267,9 @@ class Watch:
             self._forgive()
             silent = time.monotonic() - self._seen[0]
             closed = self._relay is not None and self._relay.broken.is_set()
+            if (closed or silent > self.patience) and self._last_words:  # told so, it has ended
+                text, status, prefix = self._last_words
+                say_and_end(text, status, prefix=prefix)
             if closed or silent > self.patience:
                 how = "it closed its connection" if closed else f"no sign of life for {silent:.0f} s"
                 say_and_end(f"process 0, which coordinates the run, was lost: {how}", AGAIN)
@@ -342,6 +346,8 @@ class Watch:
 
     def end(self, text: str, status: int, *, prefix: str = "error: ", doubtful: bool = False) -> NoReturn:
         """Ends this process with a line; of process 0 the others hear before their coordinator is gone."""
+        if not doubtful:
+            self._last_words = text, status, prefix
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.announce(text, status, doubtful=doubtful)
         if doubtful:  # process 0 finds out whether another was lost, and the watch says it
@@ -357,7 +363,8 @@ class Watch:
             for process, beat in read("beat").items():
                 self._note(int(process), beat)
             now, silence = time.monotonic(), MISSED_BEATS * self.interval
-            left = {int(process) for process, end in read("end").items() if end["status"]}  # with 0 it still listens
+            ends = read("end").items()  # with status 0, or in doubt, a process still listens
+            left = {int(process) for process, end in ends if end["status"] and not end["doubtful"]}
             left |= {process for process, seen in self._seen.items() if now - seen > silence}
             if len(left | {0}) == self.count:
                 break
