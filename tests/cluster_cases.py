@@ -95,7 +95,7 @@ def fork_on_demand() -> None:
     import train_cases  # noqa: F401
 
     import train.__main__
-    import train.arguments  # noqa: F401
+    import train.commands.arguments  # noqa: F401
 
     for line in sys.stdin:
         children = [_fork(order) for order in json.loads(line)]
@@ -202,9 +202,9 @@ def _arm(events) -> None:
     soon", which lets the process go on, into the next collective, before the signal comes, or one of `FULL_DISKS` with
     a folder.
     """
-    from train import cluster
-    from train.checkpoint import Checkpoints
-    from train.stopping import Pauses
+    from train.processes import cluster
+    from train.processes.stopping import Pauses
+    from train.saved.checkpoint import Checkpoints
 
     happens = dict(events)
 

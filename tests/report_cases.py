@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from train.evaluate import Evaluation
-from train.kept_mass import KeptMass
-from train.results import Results, SeedResult
+from train.evaluation.evaluate import Evaluation
+from train.evaluation.kept_mass import KeptMass
+from train.reporting.results import Results, SeedResult
 
 MIXED = ("all", "text", "recall", "answers")
 ALONE = ("text",)

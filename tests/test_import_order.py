@@ -126,7 +126,7 @@ def test_the_planner_does_not_import_the_training_loop():
             left += [part for part in found if part in paths]
     assert "train.step" in reached
     assert reached.isdisjoint(
-        {"train.run", "train.checkpoint", "train.experiment", "train.arguments", "train.__main__"}
+        {"train.run", "train.saved.checkpoint", "train.experiment", "train.commands.arguments", "train.__main__"}
     )
 
 

@@ -21,10 +21,10 @@ from dsa_jax.chat.commands import read_tokenizer
 from dsa_jax.export import export_run
 from dsa_jax.hf.convert import write_checkpoint
 from dsa_jax.inference.tokenizer import byte_tokenizer
-from train.changes import Position
-from train.checkpoint import Checkpoints
 from train.run import Run, load_model
-from train.tokenizer_copy import keep_tokenizer
+from train.saved.changes import Position
+from train.saved.checkpoint import Checkpoints
+from train.saved.tokenizer_copy import keep_tokenizer
 
 MODEL = small_config(num_hidden_layers=1, first_k_dense_replace=0, rope_scaling=YaRN(2.0, 32), dtype="bfloat16")
 pytestmark = pytest.mark.usefixtures("in_a_hurry")

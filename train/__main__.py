@@ -8,7 +8,7 @@ type Command = Callable[[Sequence[str]], object]
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from train import arguments as training
+    from train.commands import arguments as training
 
     training.main(arguments)
 
@@ -26,9 +26,15 @@ def _preset(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    from train import evaluate_command
+    from train.commands import evaluate as evaluate_command
 
     evaluate_command.main(arguments)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from train.commands import report
+
+    report.main(arguments)
 
 
 def _tokenize(arguments: Sequence[str]) -> None:
@@ -43,12 +49,13 @@ COMMANDS: dict[str, Command] = {
     "preset": _preset,
     "tokenize": _tokenize,
     "evaluate": _evaluate,
+    "report": _report,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
-    from train.command import run_command  # here: the workers of tokenize import this module, and need no JAX
+    from train.commands.command import run_command  # here: the workers of tokenize import this module, and need no JAX
 
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:

@@ -15,22 +15,22 @@ from rich.console import Console
 
 from dsa_jax import generate
 from train.checks import check_integer
+from train.commands.describe import describe_run, opening
 from train.data import BatchSource, Corpus
-from train.describe import describe_run, opening
-from train.evaluate import Evaluation, Weights, attention_of, evaluate_run
+from train.evaluation.evaluate import Evaluation, Weights, attention_of, evaluate_run
+from train.evaluation.held_out import HeldOut, draw_batches
 from train.files import writing
-from train.folder import check_unused
-from train.held_out import HeldOut, draw_batches
-from train.initial import InitialParams
-from train.layout import PLAIN, Layout
 from train.phases import CONTROLS, Params, Phase, merge_groups, window_selection
-from train.progress import RunProgress
-from train.report import summary, write_report
-from train.results import Results, SeedResult, max_rss, read_curves
+from train.processes.stopping import Stopping
+from train.reporting.layout import PLAIN, Layout
+from train.reporting.report import summary, write_report
+from train.reporting.results import Results, SeedResult, max_rss, read_curves
 from train.run import Run
+from train.saved.folder import check_unused
+from train.saved.initial import InitialParams
 from train.settings import PhaseSettings, RunConfig
-from train.stopping import Stopping
-from train.watch import UNWATCHED, Watch, read_best
+from train.watching.progress import RunProgress
+from train.watching.watch import UNWATCHED, Watch, read_best
 
 MAX_SEEDS = 1000
 SEED_FOLDER = "seed{}"

@@ -10,7 +10,7 @@ import tyro
 
 from dsa_jax import Config
 from train.checks import shown
-from train.command import parse
+from train.commands.command import parse
 from train.files import read_json_file
 from train.optimizer import OptimizerSettings
 from train.phases import BASE, SPARSE, WARMUP

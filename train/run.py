@@ -14,25 +14,25 @@ from jax.sharding import Mesh
 
 from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
-from train import cluster, ending
-from train.changes import Position
-from train.checkpoint import Checkpoints, load_params
 from train.checks import shown
 from train.data import Batch, BatchParts, BatchSource, BatchStream, PartSource
 from train.files import WriteError
-from train.folder import Fingerprinted, Opened, hold, last_checkpoint, look_into, open_folder, read_model_config
-from train.initial import InitialParams, random_params
-from train.lock import Lock
-from train.metrics import DivergedError, read_metrics
 from train.phases import Params, merge_groups
-from train.progress import RunProgress
-from train.resuming import describe_resumption
+from train.processes import cluster, ending
+from train.processes.lock import Lock
+from train.processes.stopping import Pauses, StoppedError, Stopping
+from train.processes.versions import code_versions
+from train.saved.changes import Position
+from train.saved.checkpoint import Checkpoints, load_params
+from train.saved.folder import Fingerprinted, Opened, hold, last_checkpoint, look_into, open_folder, read_model_config
+from train.saved.initial import InitialParams, random_params
+from train.saved.resuming import describe_resumption
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
 from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
 from train.step import make_step
-from train.stopping import Pauses, StoppedError, Stopping
-from train.versions import code_versions
-from train.watch import UNWATCHED, Observer, Watch, observe
+from train.watching.metrics import DivergedError, read_metrics
+from train.watching.progress import RunProgress
+from train.watching.watch import UNWATCHED, Observer, Watch, observe
 
 __all__ = ["DivergedError", "Run", "check_batch", "check_tokens", "load_model"]
 
@@ -118,7 +118,7 @@ class Run:
             With several processes each gives the same, whole batches; of a `Corpus` each reads its own rows alone.
           progress: shows where the run stands.
           resume: continues from the newest checkpoint, if there is one; the configuration may then be another where
-            `train.changes` allows it.
+            `train.saved.changes` allows it.
           new_data: whether a run that is continued may take other data than its own, from their start.
           watch: what is watched beside the losses of the steps.
           stopping: signals and the clock, by which the run is saved and stopped.

@@ -15,7 +15,7 @@ from dsa_jax.export import export_run
 from studies.tiny.recall import RecallConfig, draw_held_out, load
 from studies.tiny.report import LAYOUT
 from studies.tiny.settings import NAME, make_config
-from train.command import parse, run_command
+from train.commands.command import parse, run_command
 from train.experiment import Experiment, held_out_shape, seed_runs
 from train.run import Run
 from train.settings import RunConfig

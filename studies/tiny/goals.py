@@ -1,10 +1,10 @@
 """The demo's goals: the gap that the indexer closes, and of one seed alone the time and the memory that it takes."""
 
 from studies.tiny.settings import GAP_CLOSED, MAX_RSS_BYTES, MAX_SECONDS
-from train.layout import Goal
 from train.phases import CONTROLS
-from train.report import duration, gib
-from train.results import Results, as_text, mean
+from train.reporting.layout import Goal
+from train.reporting.report import duration, gib
+from train.reporting.results import Results, as_text, mean
 
 
 def find_goals(results: Results) -> list[Goal]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from train import data
 from train.checks import check_number, shown
 from train.data import Batch, BatchIterator, Corpus, DataConfig, SplitName, stream_name, text_row, window_row
-from train.held_out import HeldOut, draw_batches
+from train.evaluation.held_out import HeldOut, draw_batches
 
 REGISTERS = 8  # g
 VALUES = 8  # i, for each register: chance at an answer is ln 8

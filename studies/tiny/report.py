@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from studies.tiny.goals import find_goals
 from studies.tiny.recall import FAR_BYTES, VALUES
-from train import report
-from train.figures import hide_frame
-from train.layout import SELECTIONS, Layout, LossFigure, measured_selections
-from train.results import Results
+from train.commands import report
+from train.commands.command import run_command
+from train.reporting.figures import hide_frame
+from train.reporting.layout import SELECTIONS, Layout, LossFigure, measured_selections
+from train.reporting.results import Results
 
 CHANCE_NATS = math.log(VALUES)  # at an answer of a recall episode
 
@@ -63,7 +64,8 @@ LAYOUT = Layout(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command: writes the reports of the given runs' folders again."""
-    return report.main(arguments, layout=LAYOUT, program="python -m studies.tiny.report")
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command(lambda: report.main(given, layout=LAYOUT, program="python -m studies.tiny.report"))
 
 
 if __name__ == "__main__":

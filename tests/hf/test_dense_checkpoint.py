@@ -18,8 +18,8 @@ from train_cases import compiled, small_batch, small_phases
 from dsa_jax import Config
 from dsa_jax.__main__ import main
 from dsa_jax.hf.convert import load_hf, save_hf, to_hf
-from train.initial import InitialParams
 from train.phases import split_groups
+from train.saved.initial import InitialParams
 from train.state import abstract_params, init_state
 from train.step import make_step
 

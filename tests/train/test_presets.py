@@ -16,13 +16,13 @@ from train_cases import small_config, small_params, small_run, state_of, write_p
 from dsa_jax import Config, YaRN, load_hf, save_hf
 from dsa_jax.hf.files import write_json
 from train.__main__ import main
-from train.arguments import Arguments
-from train.changes import Position
-from train.checkpoint import Checkpoints
-from train.initial import FREE_FIELDS, INDEXER_SIZES, InitialParams
+from train.commands.arguments import Arguments
 from train.phases import merge_groups, split_groups
 from train.presets import PRESETS, load_preset, merge_model
 from train.run import Run
+from train.saved.changes import Position
+from train.saved.checkpoint import Checkpoints
+from train.saved.initial import FREE_FIELDS, INDEXER_SIZES, InitialParams
 from train.settings import RunConfig, nearest
 from train.state import abstract_params
 

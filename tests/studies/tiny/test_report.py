@@ -12,10 +12,10 @@ from rich.console import Console
 
 from benchmarks.measure import RESULTS
 from studies.tiny.report import CHANCE_NATS, LAYOUT, main
-from train import report
-from train.kept_mass import KeptMass
-from train.layout import SELECTIONS
-from train.report import summary, write_report
+from train.evaluation.kept_mass import KeptMass
+from train.reporting import report
+from train.reporting.layout import SELECTIONS
+from train.reporting.report import summary, write_report
 
 
 def markdown(results) -> str:

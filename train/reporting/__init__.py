@@ -1,0 +1,1 @@
+"""What a finished run is told as: results, figures and the report."""

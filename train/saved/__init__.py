@@ -1,0 +1,1 @@
+"""What a run leaves in its folder and goes on from: checkpoints, settings, what has changed since."""
