@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import pytest
 from reference import f64, quantize
 
 from dsa_jax import KeyRange, index_scores, select_keys, select_topk
@@ -128,6 +129,17 @@ def same_bits(actual, expected):
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     assert actual.tobytes() == expected.tobytes(), f"{(actual != expected).sum()} of {actual.size} differ"
+
+
+def slow_except(cases, always):
+    """Marks as slow all of a test's cases, tuples of parameters, but those for which `always(*case)` is true."""
+    return [case if always(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def the_first(count, cases):
+    """Marks as slow all of a test's cases, single parameters or tuples of them, but the first `count`."""
+    rest = (case if isinstance(case, tuple) else (case,) for case in cases[count:])
+    return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
 
 
 @contextlib.contextmanager

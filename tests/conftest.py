@@ -1,5 +1,6 @@
 """The tests' set-up: the platform, the shape checks, and what runs where."""
 
+import gc
 import os
 
 import hypothesis
@@ -23,6 +24,13 @@ def pytest_configure(config):
     # What is tested bitwise must be compiled here and now, never taken from a cache that another version has written.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     jaxtyping.install_import_hook(["dsa_jax", "train", "studies"], "shape_checks.checked")
+
+
+def pytest_collection_finish(session):
+    """Collects garbage seldom, and never among what is imported: tracing makes many objects, few of them garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config, items):

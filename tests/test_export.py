@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import close, in_a_hurry
+from cases import close, in_a_hurry, the_first
 from flax import nnx
 from jax import export
 from model_cases import abstract_parts, model_parts, small_config, tokens
@@ -19,7 +19,8 @@ from train.step import make_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LENGTH = 4096  # long enough for several blocks of queries everywhere
-EACH = pytest.mark.parametrize("platforms", [PLATFORMS, *((p,) for p in PLATFORMS)], ids="+".join)
+ALONE = [pytest.param((platform,), marks=pytest.mark.slow) for platform in PLATFORMS]
+EACH = pytest.mark.parametrize("platforms", [PLATFORMS, *ALONE], ids="+".join)
 CONFIG = small_config(first_k_dense_replace=1, max_position_embeddings=LENGTH, index_topk=64)
 FP8 = small_config(first_k_dense_replace=1, max_position_embeddings=LENGTH, index_topk=64, index_fp8=True)
 
@@ -83,7 +84,7 @@ def test_training_steps_lower(phase, platforms):
     check(export.export(run, platforms=platforms)(state, batch), platforms)
 
 
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
+@pytest.mark.parametrize("attention", the_first(1, ["sparse", "dense"]))
 def test_what_is_exported_runs_and_gives_the_same(attention):
     config, ids = small_config(), tokens(2, 20)
     _, state = model_parts(config)

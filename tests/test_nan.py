@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import nan_cases
 import numpy as np
 import pytest
-from cases import index_inputs, normal, pulled, random_range
+from cases import index_inputs, normal, pulled, random_range, slow_except, the_first
 from nan_cases import SCALE, check_attention, check_kl, is_nan_alone_at, selected, spoil, spoil_index
 
 from dsa_jax import (
@@ -50,16 +50,8 @@ def test_sparse_attention(place, dtype):
     check_attention(*nan_cases.sparse_results(nan_cases.with_gradients(attend, 2), place, inputs, 40))
 
 
-def slow_except(cases, always):
-    """Marks as slow all cases but those that run always: the interpreter takes up to ten seconds for each."""
-    return [case if always(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
-KEPT = ("nan key", "inf query")  # both numbers, and both arrays, of what is interpreted
-HEADS = [(heads, place) for heads in (16, 64) for place in nan_cases.PLACES]
-
-
-@pytest.mark.parametrize(("heads", "place"), slow_except(HEADS, lambda *case: case == (64, "nan key")))
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "place"), [*zip((16, 64, 64, 16), nan_cases.PLACES, strict=True)])
 def test_sparse_attention_interpreted(place, heads):
     keys = 140 if heads == 64 else 70  # two pairs of key blocks, so that maxima meet; one
     inputs = nan_cases.sparse_inputs(0, 1, 3, 300, heads, 64, 64, keys, "bfloat16")
@@ -91,7 +83,7 @@ def reach(b, t, s):
 
 
 @pytest.mark.parametrize("place", nan_cases.PLACES)
-@pytest.mark.parametrize("form", ["heads", "latent", "selection"])
+@pytest.mark.parametrize("form", the_first(2, ["heads", "selection", "latent"]))
 def test_dense_attention(place, form):
     b, t, s, n = 2, 12, 30, 3
     keys, reached = reach(b, t, s)
@@ -136,7 +128,7 @@ def test_values_have_gradients_where_they_are_reached(place):
     is_nan_alone_at(spoilt, clean, (reached & bad[..., None]).any(1), "d_v")
 
 
-@pytest.mark.parametrize(("place",), slow_except([(place,) for place in nan_cases.PLACES], KEPT.__contains__))
+@pytest.mark.parametrize("place", the_first(0, nan_cases.PLACES))
 def test_dense_attention_interpreted(place):
     b, t, s, n = 1, 140, 200, 1
     keys, reached = reach(b, t, s)
@@ -167,7 +159,7 @@ TARGETS = [(way, place) for way in ("xla", "interpreted") for place in nan_cases
 
 
 @pytest.mark.parametrize(
-    ("implementation", "place"), slow_except(TARGETS, lambda way, place: way == "xla" or place in KEPT)
+    ("implementation", "place"), slow_except(TARGETS, lambda way, place: way == "xla" or place == "nan key")
 )
 def test_target(place, implementation):
     inputs = nan_cases.sparse_inputs(0, 1, 3, 300, 16, 64, 64, 70, "bfloat16")
@@ -199,7 +191,7 @@ LOSSES = [(way, what) for way in ("xla", "interpreted") for what in (*INDEX, *na
 
 
 @pytest.mark.parametrize(
-    ("implementation", "what"), slow_except(LOSSES, lambda way, what: way == "xla" or what == "nan query")
+    ("implementation", "what"), slow_except(LOSSES, lambda way, what: way == "xla" and what != "inf query")
 )
 def test_sparse_loss(what, implementation):
     b, t, s, k = 1, 3, 300, 70

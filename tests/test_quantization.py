@@ -102,8 +102,8 @@ def natural_order(size):
     return np.array([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)])
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 64, 128])
-@pytest.mark.parametrize("rows", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("size", [1, 2, 128])
+@pytest.mark.parametrize("rows", [(), (2, 3)])
 def test_hadamard_is_the_orthonormal_matrix(size, rows):
     x = np.random.default_rng(size).standard_normal((*rows, size)).astype(np.float32)
     expected = x.astype(np.float64) @ natural_order(size) / np.sqrt(size)

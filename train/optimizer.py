@@ -1,6 +1,7 @@
 """One optax chain a parameter group: clip by the group's own norm, then AdamW or Muon."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -60,28 +61,59 @@ class OptimizerSettings:
         check_number("weight_decay", self.weight_decay, least=0)
 
 
-def make_schedule(peak: float, settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """Makes a linear warm-up to `peak` at step `warmup_steps`, then a constant, or a cosine to zero at step `steps`."""
+def make_schedule(
+    peak: float, settings: OptimizerSettings, steps: int, scale: optax.Schedule | None = None
+) -> optax.Schedule:
+    """Makes a linear warm-up to `peak` at step `warmup_steps`, then a constant, or a cosine to zero at step `steps`.
+
+    Args:
+      peak: the rate that all others are parts of.
+      settings: the shape of the schedule.
+      steps: of the phase.
+      scale: a factor on every step's rate, as `stage_scale` makes it.
+    """
     warmup = settings.warmup_steps
     if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
         after = optax.cosine_decay_schedule(peak, max(1, steps - warmup))
-    if warmup == 0:
-        return after
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)  # the first step already moves
-    return optax.join_schedules([ramp, after], [warmup])
+    whole = after if warmup == 0 else optax.join_schedules([ramp, after], [warmup])
+    return whole if scale is None else lambda step: scale(step) * whole(step)
 
 
-def learning_rates(settings: OptimizerSettings, steps: int) -> dict[str, optax.Schedule]:
+def stage_scale(stages: Sequence[tuple[int, Sequence[float]]]) -> optax.Schedule | None:
+    """Makes the factor on a phase's rates: linear in each stage, from its first step to its last.
+
+    Args:
+      stages: the steps of each stage, and the factors at its first and at its last step; a single step has the first.
+
+    Returns:
+      the schedule, None where all factors are 1.
+    """
+    if all(factor == 1 for _, factors in stages for factor in factors):
+        return None
+    steps, factors, begin = [], [], 0
+    for count, (first, last) in stages:
+        steps += [begin, begin + count - 1][: min(count, 2)]
+        factors += [first, last][: min(count, 2)]
+        begin += count
+    return lambda step: jnp.interp(step, jnp.asarray(steps, jnp.float32), jnp.asarray(factors, jnp.float32))
+
+
+def learning_rates(
+    settings: OptimizerSettings, steps: int, scale: optax.Schedule | None = None
+) -> dict[str, optax.Schedule]:
     """Gives the schedules of one parameter group by the settings' names: AdamW's, and Muon's if it is used."""
     peaks = {"learning_rate": settings.learning_rate, "muon_learning_rate": settings.muon_learning_rate}
-    return {name: make_schedule(peak, settings, steps) for name, peak in peaks.items() if peak is not None}
+    return {name: make_schedule(peak, settings, steps, scale) for name, peak in peaks.items() if peak is not None}
 
 
-def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Makes the chain of one parameter group over a phase of `steps` steps."""
-    rates = learning_rates(settings, steps)
+def make_optimizer(
+    settings: OptimizerSettings, steps: int, scale: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Makes the chain of one parameter group over a phase of `steps` steps, with a factor on its rates."""
+    rates = learning_rates(settings, steps, scale)
     adam_rate, muon_rate = rates["learning_rate"], rates.get("muon_learning_rate")
     if muon_rate is None:
         inner = optax.adamw(

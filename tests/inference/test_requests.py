@@ -56,6 +56,7 @@ def greedy_by_definition(ids, params, stops=()):
     return output
 
 
+@pytest.mark.slow
 def test_changed_logits_are_counted_from_step_to_step():
     """Beside a plain request; those that sum log-probabilities do not depend on the logits' level, so no repetition."""
     params = [

@@ -289,6 +289,7 @@ def test_nan_behind_a_draft_counts_if_the_draft_is_right():
         assert engine.stats().drafts_proposed > 8 and (engine.stats().drafts_accepted > 5) == (drafter is not wrong)
 
 
+@pytest.mark.slow
 def test_n_grams_are_right_about_what_repeats_itself():
     """Two that repeat themselves, and one of nothing that was there before: the same tokens, in fewer steps."""
     repeated = [Request(prompt(9, row) * 8, SamplingParams(temperature=0.0, max_tokens=80)) for row in (1, 2)]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,16 @@ import optax
 import pytest
 from train_cases import small_config, small_params
 
-from train.optimizer import MATRICES, OptimizerSettings, decay_mask, make_optimizer, make_schedule, muon_dimensions
+from train.optimizer import (
+    MATRICES,
+    OptimizerSettings,
+    decay_mask,
+    learning_rates,
+    make_optimizer,
+    make_schedule,
+    muon_dimensions,
+    stage_scale,
+)
 
 
 def test_schedules():
@@ -22,6 +32,32 @@ def test_schedules():
     cosine = make_schedule(2.0, OptimizerSettings(2.0, schedule="cosine"), 10)
     for step, rate in {0: 2.0, 5: 1.0, 10: 0.0}.items():
         np.testing.assert_allclose(jnp.asarray(cosine(step)), rate, atol=1e-6)
+
+
+def test_stages_scale_a_schedule_from_their_first_step_to_their_last():
+    constant = make_schedule(2.0, OptimizerSettings(2.0, warmup_steps=1), 9)
+    scale = stage_scale([(3, (1.0, 1.0)), (1, (0.5, 9.0)), (5, (1.0, 0.2))])
+    scaled = make_schedule(2.0, OptimizerSettings(2.0, warmup_steps=1), 9, scale)
+    factors = [1, 1, 1, 0.5, 1, 0.8, 0.6, 0.4, 0.2]
+    expected = [np.asarray(constant(step)) * factor for step, factor in enumerate(factors)]
+    np.testing.assert_allclose([scaled(step) for step in range(9)], expected, rtol=1e-6)
+    assert stage_scale([(3, (1.0, 1.0)), (2, (1, 1))]) is None
+    rates = learning_rates(OptimizerSettings(1.0, muon_learning_rate=0.1), 9, scale)
+    np.testing.assert_allclose([rates[name](8) for name in rates], [0.2, 0.02], rtol=1e-6)
+
+
+@pytest.mark.parametrize("muon", [None, 0.5])
+def test_a_scaled_step_is_that_part_of_a_whole_one(muon):
+    settings = OptimizerSettings(0.1, muon_learning_rate=muon, weight_decay=0.0)
+    params = {"moe_layers": {"gate_proj": jnp.eye(4)[None]}, "bias": jnp.ones(3)}
+    grads = jax.tree.map(lambda x: x + 0.5, params)
+
+    def step(scale):
+        optimizer = make_optimizer(settings, 4, scale)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    whole, part = step(None), step(stage_scale([(4, (0.25, 1.0))]))
+    chex.assert_trees_all_close(part, jax.tree.map(lambda x: 0.25 * x, whole), rtol=1e-5)
 
 
 NO_NUMBERS = (float("nan"), float("inf"), True, "1", None, 10**400, 1e39)

@@ -36,6 +36,8 @@ def test_runs_come_back_from_json(run):
         (lambda v: v["model"].update(index_topk=0), "index_topk must be at least 1, got 0"),
         (lambda v: v["model"].update(param_dtype="bfloat16"), "parameters in float32"),
         (lambda v: v["phases"][0]["stages"][0].update(seq_len=65), "seq_len must be at most .* 64, got 65"),
+        (lambda v: v["phases"][0]["stages"][0].update(rates=[1.0]), r"rates must be two factors.* got \(1.0,\)"),
+        (lambda v: v["phases"][0]["stages"][0].update(rates=[1.0, -0.5]), "rates must be .* at least 0 .*got -0.5"),
         (
             lambda v: v["phases"][0]["stages"][0].update(micro_batches=3),
             "must divide batch_size 2, got 3",

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 
-from train.optimizer import OptimizerSettings, make_schedule
+from train.optimizer import OptimizerSettings, make_schedule, stage_scale
 from train.saved.changes import OPTIMIZERS, Position
 from train.saved.folder import Opened
 from train.settings import PhaseSettings, RunConfig, read_json
@@ -37,20 +38,21 @@ def _rates(saved: Mapping[str, Any], settings: PhaseSettings, position: Position
     """
     before = saved.get("phases", [])
     before = before[position.phase] if position.phase < len(before) else {}
-    steps = sum(stage["steps"] for stage in before.get("stages", ()))
+    stages = [(stage["steps"], stage.get("rates", (1.0, 1.0))) for stage in before.get("stages", ())]
+    steps, scale = sum(count for count, _ in stages), stage_scale(stages)
     for group in OPTIMIZERS:
         ours, theirs = getattr(settings, group), before.get(group)
         if ours is None or theirs is None or position.phase_step == settings.steps:
             continue
         theirs = read_json(OptimizerSettings, theirs, group)
         for name in RATES:
-            rate = _rate(theirs, name, steps, position.phase_step)
-            new_rate = _rate(ours, name, settings.steps, position.phase_step)
+            rate = _rate(theirs, name, steps, scale, position.phase_step)
+            new_rate = _rate(ours, name, settings.steps, settings.rate_scale, position.phase_step)
             if rate != new_rate:
                 yield f"{name} of the {group} at step {position.step + 1}: {rate:.4g} → {new_rate:.4g}"
 
 
-def _rate(settings: OptimizerSettings, name: str, steps: int, step: int) -> float:
+def _rate(settings: OptimizerSettings, name: str, steps: int, scale: optax.Schedule | None, step: int) -> float:
     """Computes a rate of a phase of `steps` steps behind `step` of them; 0 where there is none."""
     peak = getattr(settings, name)
-    return 0.0 if peak is None else np.asarray(make_schedule(peak, settings, steps)(step)).item()
+    return 0.0 if peak is None else np.asarray(make_schedule(peak, settings, steps, scale)(step)).item()

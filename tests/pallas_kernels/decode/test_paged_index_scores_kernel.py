@@ -9,7 +9,7 @@ import numpy_floats
 import numpy_simt
 import pytest
 import reference
-from cases import FP8, integers, normal, same_bits
+from cases import FP8, integers, normal, same_bits, the_first
 
 from dsa_jax import KeyRange, index_scores, select_topk
 from dsa_jax.pallas_kernels.decode import paged_index_scores, paged_select_keys, why_not_index_scores
@@ -55,7 +55,9 @@ def expected(q, keys, scales, weights, table, start, stop):
 
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "pages", "dtype"),
-    [(2, 1, 64, 5, FP8), (1, 3, 64, 6, FP8), (2, 4, 32, 3, FP8), (1, 2, 64, 4, "bfloat16"), (3, 1, 32, 2, FP8)],
+    the_first(
+        2, [(2, 4, 32, 3, FP8), (1, 2, 64, 4, "bfloat16"), (1, 3, 64, 6, FP8), (2, 1, 64, 5, FP8), (3, 1, 32, 2, FP8)]
+    ),
 )
 def test_equals_the_definition_where_sums_are_exact(batch, length, heads, pages, dtype):
     q, keys, scales, weights, table = inputs(0, batch, length, heads, pages, dtype)

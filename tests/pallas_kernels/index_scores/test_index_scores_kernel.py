@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FP8, index_inputs, integers, poison, random_range, same_bits
+from cases import FP8, index_inputs, integers, poison, random_range, same_bits, the_first
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,7 +65,9 @@ def reaches(keys, size):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "scaled"),
-    [((2, 5, 70, 64, 64), "bfloat16", True), ((2, 5, 70, 64, 64), FP8, True), ((1, 5, 70, 32, 64), FP8, False)],
+    the_first(
+        1, [((2, 5, 70, 64, 64), FP8, True), ((2, 5, 70, 64, 64), "bfloat16", True), ((1, 5, 70, 32, 64), FP8, False)]
+    ),
 )
 def test_equals_the_definition_where_sums_are_exact(shape, dtype, scaled):
     q, k, w, k_scale = integer_inputs(0, *shape, dtype=dtype)
@@ -96,7 +98,7 @@ def test_ranges_may_be_empty_reversed_and_out_of_bounds():
     np.testing.assert_array_equal(scores, expected(q, k, w, keys))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", FP8])
+@pytest.mark.parametrize("dtype", the_first(1, [FP8, "bfloat16"]))
 def test_nan_stays_where_it_is(dtype):
     """A key of NaN that a query does not reach changes nothing for it; one that it reaches scores NaN."""
     q, k, w, k_scale = integer_inputs(2, 1, 5, 150, 64, 64, dtype)

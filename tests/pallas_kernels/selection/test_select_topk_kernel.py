@@ -151,6 +151,7 @@ def test_any_row_any_plan(data):
     same_bits(got, expected(scores, k, start, stop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "k", "config"),
     [

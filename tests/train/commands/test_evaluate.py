@@ -43,6 +43,7 @@ def refused(capsys, *arguments):
     return error
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_after_each_phase(run, capsys, tmp_path):
     out = tmp_path / "numbers.json"
     assert main(["evaluate", str(run.folder), "--batches", "3", "--json", str(out)]) == 0

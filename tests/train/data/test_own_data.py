@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import the_first
 from hypothesis import given
 from hypothesis import strategies as st
 from train_cases import fake_step, one_layer_run, small_params
@@ -122,7 +123,7 @@ def counting(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("cut", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("cut", the_first(2, [3, 8, 1, 5, 6]))
 def test_an_iterator_is_continued_where_it_was(tmp_path, counting, cut):
     """Through phases and checkpoints, in the midst of one and at its end, with a folder given as a string."""
     config, out = one_layer_run(tmp_path / "text", checkpoint_every=1), str(tmp_path / "out")

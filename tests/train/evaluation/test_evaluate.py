@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import the_first
 from flax import nnx
 
 from dsa_jax import Config, KeyRange, Transformer, select_keys, select_topk
@@ -274,7 +275,7 @@ def naive_losses(model, batch, attention):
     return log_sum - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("attention", the_first(1, ["sparse", "dense"]))
 def test_held_out_losses_are_means_over_valid_targets(trained, held_out, attention):
     graphdef, params = trained
     losses = held_out_losses(graphdef, params, held_out, attention=attention)
@@ -307,6 +308,7 @@ def test_losses_of_selections(trained, held_out, measured):
     assert (np.diff(values) > 1e-3).all()  # each selection has a loss of its own
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_from_the_weights_of_each_phase(trained, held_out, other_indexer, measured):
     graphdef, final = trained
     other = {**final, "indexer": other_indexer}

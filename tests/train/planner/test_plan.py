@@ -220,6 +220,7 @@ def test_rates_of_the_network():
 # What the command says
 
 
+@pytest.mark.slow
 def test_the_calibration_is_computed(monkeypatch):
     """Computes it on the recorded peaks, and on others that are a tenth larger."""
     found = estimate.calibration()

@@ -12,7 +12,7 @@ from train.commands.overrides import rate_assignments, set_fields, steps_assignm
 from train.optimizer import OptimizerSettings
 from train.phases import BASE
 from train.saved.changes import Change, Position, find_changes
-from train.settings import PhaseSettings, RunConfig, Stage
+from train.settings import PhaseSettings, RunConfig, Stage, as_json
 
 STAGES = (Stage(4, 4, 16), Stage(6, 4, 32, 2), Stage(2, 2, 32))
 IN_STAGE_TWO = Position(7, 0, 7, {})  # step 3 of 6 of the second stage of BASE
@@ -51,6 +51,7 @@ def changes(*assignments, done: Position | None = IN_STAGE_TWO, before: RunConfi
         ("phases.BASE.stages.1.steps", 6, 3),
         ("phases.BASE.stages.1.steps", 6, 600),
         ("phases.BASE.stages.1.micro_batches", 2, 4),
+        ("phases.BASE.stages.1.rates", [1.0, 1.0], [0.5, 0.1]),
         ("phases.BASE.stages.2.batch_size", 2, 8),
         ("phases.BASE.stages.2.seq_len", 32, 64),
         ("phases.WARMUP.stages.0.batch_size", 4, 2),
@@ -70,6 +71,7 @@ def test_what_may_change(field, before, after):
         ("phases.BASE.backbone.muon_learning_rate", "null", "the kind of an optimizer stays while its phase runs"),
         ("phases.BASE.stages.0.steps", 5, "stages that are done stay"),
         ("phases.BASE.stages.0.micro_batches", 2, "stages that are done stay"),
+        ("phases.BASE.stages.0.rates", [1.0, 0.5], "stages that are done stay"),
         ("phases.BASE.stages.1.steps", 2, "stage 1 must have at least the 3 steps that are done"),
         ("phases.BASE.stages.1.batch_size", 8, "stages that have begun keep batch_size and seq_len"),
         ("phases.BASE.stages.1.seq_len", 16, "stages that have begun keep batch_size and seq_len"),
@@ -107,7 +109,7 @@ def test_the_last_phase_is_lengthened_after_its_end():
 
 def test_stages_follow_those_that_have_begun():
     """A stage may be cut where it stands and another shape follow; what is recorded is the whole list."""
-    stages = [dataclasses.asdict(stage) for stage in (STAGES[0], Stage(3, 4, 32), Stage(9, 2, 64), STAGES[2])]
+    stages = [as_json(stage) for stage in (STAGES[0], Stage(3, 4, 32), Stage(9, 2, 64), STAGES[2])]
     ((field, before, after),) = changes(f"phases.BASE.stages={json.dumps(stages)}")
     assert field == "phases.BASE.stages" and len(before) == 3 and after == stages
     for wrong in (stages[:1], [stages[0], {**stages[1], "batch_size": 2}], stages[1:]):
