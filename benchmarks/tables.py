@@ -212,7 +212,30 @@ def _planned(row):
     )
 
 
+def data(results: dict) -> str:
+    """The section on the data of training, in Markdown."""
+    opening, circumstances = results["opening"], results["opening"]["circumstances"]
+    text = (
+        f"Opening {opening['tokens']:,} tokens in {opening['shards']:,} shards took {opening['seconds']:.1f} s and "
+        f"{opening['process_mib']:.0f} MiB, the process included ({opening['cores']} cores, "
+        f"{circumstances['date']}, `python -m benchmarks.data`). Rows come from files that lie in memory."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| `--pack` | rows of | tokens/s, median | slowest | padding | documents cut |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("concat", "best_fit"):
+        part = results[name]
+        rates = [f"{part[rate] / 1e6:.0f} M" for rate in ("tokens_per_second", "least_tokens_per_second")]
+        shares = [f"{part[share]:.2%}" for share in ("padding", "cut_documents")]
+        lines.append(f"| {' | '.join([f'`{name}`', f'{part["length"]:,}', *rates, *shares])} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
+    "data": data,
     "decode": serving_tables.decode,
     "decode_step": serving_tables.decode_step,
     "cost": serving_tables.cost,
@@ -224,6 +247,7 @@ FILES = {  # of benchmarks/results, of the sections whose name is not that of th
     "engine": ("serving",),
 }
 DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands in docs/
+    "data": "data.md",
     "plan": "many_devices.md",
     "serving": "many_devices.md",
 }
