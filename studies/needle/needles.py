@@ -86,6 +86,23 @@ class Needles:
         digits = [self.digits[digit] for digit in code]
         return np.asarray([*before, *(self.words[word] for word in pair), *between, *digits, *end], np.int32)
 
+    def find(self, tokens: Integer[np.ndarray, "*B T"]) -> np.ndarray:
+        """Marks the digits of every question's answer in tokens [..., T]; what no question is, is not marked.
+
+        An answer that the end of a row cuts is marked up to there.
+        """
+        before, between, _ = (np.asarray(part) for part in self.question)
+        length = tokens.shape[-1]
+        reach = np.concatenate([tokens, np.full((*tokens.shape[:-1], self.answer + DIGITS), -1)], axis=-1)
+        windows = np.lib.stride_tricks.sliding_window_view(reach, self.answer, axis=-1)[..., :length, :]
+        is_question = (windows[..., : len(before)] == before).all(-1)
+        is_question &= (windows[..., len(before) + 2 :] == between).all(-1)
+        is_question &= np.isin(windows[..., len(before) : len(before) + 2], self.words).all(-1)
+        marked = np.zeros((*tokens.shape[:-1], length + self.answer + DIGITS), bool)
+        for digit in range(DIGITS):
+            marked[..., self.answer + digit : self.answer + digit + length] |= is_question
+        return marked[..., :length]
+
     def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draws pairs of words, no two alike, and a code for each.
 

@@ -6,13 +6,14 @@ from typing import Self
 
 import grain
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 from studies.needle.needles import Needles, plant
 from train import data
 from train.checks import check_number, shown
 from train.data import Batch, BatchIterator, Corpus, DataConfig, Documents, SplitName, window_row
 from train.data.packing import shuffled_windows
+from train.evaluation.held_out import HeldOut, draw_batches, position_masks
 
 SHORT = 1024  # tokens of a row, up to which needles stand twice as dense, in most rows but not in all
 
@@ -85,11 +86,41 @@ class NeedleCorpus:
         return shuffled.map_with_index(row).batch(batch_size, batch_fn=Batch.stack)
 
     def _count(self, seq_len: int, rng: np.random.Generator) -> int:
-        """Draws how many needles a row has."""
-        if seq_len > SHORT:
-            return round(rng.uniform() * self.config.density * seq_len)
-        wanted = rng.uniform() < self.config.short_share
-        return round(rng.uniform() * self.config.short_density * seq_len) if wanted else 0
+        """Draws how many needles a row has, no more than there is room for."""
+        config = self.config
+        density, share = (config.density, 1.0) if seq_len > SHORT else (config.short_density, config.short_share)
+        wanted = round(rng.uniform() * density * seq_len) if rng.uniform() < share else 0
+        return min(wanted, (seq_len + 1) // self.needles.cell // 2)
+
+
+def draw_held_out(corpus: NeedleCorpus, batches: int, batch_size: int, seq_len: int, *, seed: int = 0) -> HeldOut:
+    """Draws held-out text without needles, by position, and the same with them, whose answers are a part of their own.
+
+    Args:
+      corpus: the text, and how needles are planted.
+      batches: how many at most of each.
+      batch_size: rows of each.
+      seq_len: tokens of a row.
+      seed: of their order.
+
+    Raises:
+      ValueError: as `draw_batches`, and if no document is as long as a row.
+    """
+    none = dataclasses.replace(corpus.config, density=0.0, short_density=0.0)
+    many = dataclasses.replace(corpus.config, short_share=1.0)
+    parts = {
+        part: draw_batches(
+            corpus.text, batches, batch_size, seq_len, seed=seed, source=dataclasses.replace(corpus, config=config)
+        )
+        for part, config in {"text": none, "needles": many}.items()
+    }
+    answers = tuple(_answers(batch, corpus.needles) for batch in parts["needles"])
+    return HeldOut(parts, {"text": position_masks(parts["text"]), "needles": {"answers": answers}})
+
+
+def _answers(batch: Batch, needles: Needles) -> Bool[np.ndarray, "B T"]:
+    """Marks the targets that are digits of answers."""
+    return needles.find(np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1))[:, 1:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ HOSTILE = (
     *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, HUGE, LONG_NUMBER, 0.5, -0.0, 1e-60, 1e39, 1e308),
     *(float("nan"), float("inf"), "", "x" * 3000, "\ud800", "\0", "a\nb", [], {}, [None], [[]], {"": 0}, [{}] * 40),
 )
-SHORT = hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+SHORT = hypothesis.settings(max_examples=100, suppress_health_check=list(hypothesis.HealthCheck))
 FULL = hypothesis.settings(SHORT, max_examples=1500)
 
 

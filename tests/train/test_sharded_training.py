@@ -34,6 +34,7 @@ from sharded_cases import (
     place_choices,
     place_params,
     place_tokens,
+    relative_error,
     whole,
 )
 from train_cases import compiled, small_phases
@@ -89,15 +90,8 @@ def seed():
 
 def near(actual, expected, tolerance, what):
     """Asserts |actual - expected| ≤ tolerance · |expected|, of norms."""
-    found = error(actual, expected)
+    found = relative_error(actual, expected)
     assert found <= tolerance, f"{what} differs by {found:.1e} of its norm {REPEAT}"
-
-
-def error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    size = np.linalg.norm(expected)
-    return np.linalg.norm(actual - expected) / size if size else np.linalg.norm(actual)
 
 
 def check_losses(actual, expected, tolerance=1e-5):
@@ -143,13 +137,19 @@ def test_losses_and_routing_of_dense_attention(one, name, record_property):
 # Gradients and plain descent.
 
 
-def check_leaves(actual, expected, tolerance, near_kink):
-    """Every leaf; of the indexer's those may differ more whose gradient jumps because a logit is near relu's kink."""
-    for (path, mine), theirs in zip(tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        found = error(whole(mine), theirs)
-        if found > tolerance and "indexer" in keystr(path) and near_kink():
-            tolerance = 0.05
-        assert found <= tolerance, f"{keystr(path)} differs by {found:.1e} of its norm {REPEAT}"
+def check_leaves(actual, expected, tolerance, near_kink, rounding=None):
+    """Every leaf; of the indexer's those may differ more whose gradient jumps because a logit is near relu's kink.
+
+    All may differ as much as rounding alone makes them, on one device, where that is measured.
+    """
+    leaves = zip(tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for number, ((path, mine), theirs) in enumerate(leaves):
+        found, allowed = relative_error(whole(mine), theirs), tolerance
+        if found > allowed and rounding is not None:
+            allowed = max(allowed, rounding()[number])
+        if found > allowed and "indexer" in keystr(path) and near_kink():
+            allowed = 0.05
+        assert found <= allowed, f"{keystr(path)} differs by {found:.1e} of its norm {REPEAT}"
 
 
 def check_descent(one, name, phase):
@@ -163,10 +163,10 @@ def check_descent(one, name, phase):
         mine, params, found = program(*arguments)
         check_losses(jax.tree.map(whole, found), losses)
         if first:
-            check_leaves(mine, gradients, 1e-5, near_kink)
+            check_leaves(mine, gradients, 1e-5, near_kink, functools.partial(one.rounding, phase))
             assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     after = steps[-1][-1][1]
-    moved = jax.tree.map(error, after, one.params)
+    moved = jax.tree.map(relative_error, after, one.params)
     assert all(x > 1e-4 for group in phase.trains for x in jax.tree.leaves(moved[group])), moved
     check_leaves(params, after, 1e-5, near_kink)
 
@@ -288,7 +288,7 @@ def test_ten_steps_of_adamw(one, name, record_property):
         state, metrics = step(state, place_tokens(batch, mesh))
         check_places(state, metrics, mesh)
         found = jax.tree.map(whole, metrics)
-        if max(error(found[key], losses[key]) for key in losses) > 1e-5:
+        if max(relative_error(found[key], losses[key]) for key in losses) > 1e-5:
             differ = choices_that_differ(one, mesh, steps)
             record_property("choices_that_differed_in_steps", (differ, len(steps)))
             assert 0 < differ < 0.05 * sum(x.size // x.shape[-1] for x in theirs.values()), (

@@ -92,3 +92,25 @@ def test_a_tokenizer_that_makes_codes_easy_is_refused():
         Needles.of(bad)
     with pytest.raises(ValueError, match="at least 100 lower-case words of one token, got "):
         Needles.of(make_tokenizer(words=3, size=280))
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_answers_are_found_where_they_stand(needles, count):
+    planted = plant(text_of(1000), needles, count, np.random.default_rng(count))
+    marked = np.zeros(1000, bool)
+    for place in planted.asked:
+        marked[place : place + DIGITS] = True
+    np.testing.assert_array_equal(needles.find(planted.tokens), marked)
+    rows = needles.find(np.stack([planted.tokens, text_of(1000)]))
+    np.testing.assert_array_equal(rows, [marked, np.zeros(1000, bool)])
+
+
+def test_an_answer_that_is_cut_is_marked_up_to_there(needles):
+    planted = plant_at(text_of(1000), needles, (0.5,), np.random.default_rng(0))
+    place = int(planted.asked[0])
+    for end in (place, place + 2, place + DIGITS):
+        assert np.flatnonzero(needles.find(planted.tokens[:end])).tolist() == list(range(place, end))
+    assert not needles.find(planted.tokens[: place - 1]).any()
+    other = planted.tokens.copy()
+    other[place - len(needles.question[1]) - 1] = needles.digits[0]  # no word: it is no question
+    assert not needles.find(other).any()

@@ -455,7 +455,7 @@ def test_configurations_that_cannot_be(tmp_path, said, values):
 KILLS = textwrap.dedent("""
     import itertools, os, shutil, signal, sys
     from pathlib import Path
-    sys.path.insert(0, "tests/train")
+    sys.path.insert(0, "tests/train/data")
     import test_tokenize as cases
     from train.data import indexed, journal, tokenize
     from train.data.tokenize import Job, TokenizeConfig

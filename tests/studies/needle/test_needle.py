@@ -1,0 +1,81 @@
+"""The study from one command: its runs, as they are set, and as they are trained in small."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from needle_cases import write_packages
+
+from studies.needle import settings
+from studies.needle.__main__ import main
+from train.settings import RunConfig, Stage
+
+
+@pytest.mark.parametrize("name", settings.PRESETS)
+def test_presets_bring_their_rates_down_in_their_last_stages(name, tmp_path):
+    preset = settings.PRESETS[name]()
+    config = settings.make_config(preset, tmp_path)
+    for phase in config.phases:
+        assert phase.rate_scale is not None
+        assert np.asarray(phase.rate_scale(phase.steps - 1)).item() == pytest.approx(phase.stages[-1].rates[1])
+    values = config.to_json()
+    assert json.loads(json.dumps(values)) == values
+    assert max(stage.seq_len for stage in preset.sparse) >= 32 * config.model.index_topk
+    assert preset.lengths[-1] == config.model.max_position_embeddings
+    assert isinstance(config, RunConfig)
+
+
+def test_a_k_that_chooses_nothing_is_refused(tmp_path):
+    preset = settings.small()
+    wide = dataclasses.replace(preset, model=preset.model | {"index_topk": 2048})
+    with pytest.raises(ValueError, match="K must be below the 2048 tokens .* got 2048"):
+        settings.make_config(wide, tmp_path)
+
+
+def miniature():
+    """Has steps and sizes of seconds."""
+    sizes = dict(hidden_size=32, index_topk=16, max_position_embeddings=512, first_k_dense_replace=0)
+    return dataclasses.replace(
+        settings.small(),
+        model=settings.small().model | sizes,
+        base=(Stage(2, 2, 128), Stage(1, 1, 512)),
+        warmup=(Stage(2, 1, 512),),
+        sparse=(Stage(2, 1, 512, rates=(1.0, 0.5)),),
+        vocabulary=512,
+    )
+
+
+@pytest.mark.slow
+def test_it_trains_measures_and_reports_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(settings.PRESETS, "small", miniature)
+    common = [
+        "--preset",
+        "small",
+        "--out",
+        str(tmp_path / "out"),
+        "--data",
+        write_packages(tmp_path / "text", packages=12),
+    ]
+    assert main(common) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "digits of answers" in text and "held-out text" in text
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    losses = results["seeds"][0]["evaluation"]["losses"]
+    assert {"final, sparse", "final, dense", "DENSE_CONTROL, dense"} <= losses.keys()
+    assert all(np.isfinite(each["answers"]) for each in losses.values())
+    assert "positions 256 to 511" in losses["final, sparse"]
+    assert main(common) == 2
+    assert "resume" in capsys.readouterr().err
+    assert main([*common, "--resume"]) == 0  # all is done: it measures again
+
+
+def test_text_too_short_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    text = write_packages(tmp_path / "text", packages=12, files=1)
+    preset = dataclasses.replace(settings.small(), vocabulary=512, base=(Stage(1, 1, 2**17),))
+    preset = dataclasses.replace(preset, model=preset.model | {"max_position_embeddings": 2**17})
+    monkeypatch.setitem(settings.PRESETS, "small", lambda: preset)
+    assert main(["--preset", "small", "--out", str(tmp_path / "out"), "--data", text]) == 2
+    error = capsys.readouterr().err
+    assert "the train text must have a document of at least 131073 tokens" in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "runs").exists()
