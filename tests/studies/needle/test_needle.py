@@ -22,7 +22,7 @@ def test_presets_bring_their_rates_down_in_their_last_stages(name, tmp_path):
     values = config.to_json()
     assert json.loads(json.dumps(values)) == values
     assert max(stage.seq_len for stage in preset.sparse) >= 32 * config.model.index_topk
-    assert preset.lengths[-1] == config.model.max_position_embeddings
+    assert max(stage.seq_len for stage in preset.base) == config.model.max_position_embeddings
     assert isinstance(config, RunConfig)
 
 
