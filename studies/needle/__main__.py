@@ -5,19 +5,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from studies.needle import settings
 from studies.needle.corpus import CorpusConfig, make_corpus
-from studies.needle.report import LAYOUT
+from studies.needle.maps import Maps, measure
+from studies.needle.report import LAYOUT, add_maps
 from studies.needle.rows import NeedleConfig, draw_held_out, load
 from train.commands.command import parse, run_command
 from train.experiment import Experiment, held_out_shape, seed_runs
 
 NAME = "needle"
+NEEDLES = (1, 8)  # of a row, in turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def study(arguments: Arguments, console: Console) -> None:
     corpus = load(config.data, vocab_size=preset.vocabulary)
     for stage in (stage for phase in config.phases for stage in phase.stages):  # too little text is said at once
         corpus.dataset("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=0)
-    Experiment(
+    experiment = Experiment(
         name=NAME,
         folder=arguments.out,
         runs=runs,
@@ -72,7 +74,13 @@ def study(arguments: Arguments, console: Console) -> None:
         layout=LAYOUT,
         controls=arguments.controls,
         resume=arguments.resume,
-    ).run(console, began=began)
+    )
+    experiment.run(console, began=began)
+    asked: dict[str, Any] = dict(lengths=preset.lengths, needles=NEEDLES, questions=preset.questions)
+    asked |= dict(controls=arguments.controls, say=lambda text: console.print(text))
+    maps = Maps.add([measure(run, corpus, **asked) for run in runs])
+    maps.save(arguments.out)
+    add_maps(maps, arguments.out)
 
 
 if __name__ == "__main__":

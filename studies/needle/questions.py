@@ -6,7 +6,7 @@ what greedy generation would write.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from studies.needle.needles import DIGITS, Needles, plant_at
 from studies.needle.rows import Windows, one_document
 from train.data import Batch, Documents
+from train.evaluation.kept_mass import measure_layers
 from train.phases import Params, Selection, merge_groups, run_model
+
+type Attend = Callable[[nnx.GraphDef, Params, Batch], Array]  # gives hidden [B, T, D]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +115,7 @@ def _row(windows, needles, order, number, depths, a_row, seed) -> tuple[Batch, n
 
 
 def ask(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    questions: Iterator[Questions],
-    depths: int,
-    *,
-    attention: Literal["dense", "sparse"],
-    selection: Selection | None = None,
+    graphdef: nnx.GraphDef, params: Params, questions: Iterator[Questions], depths: int, *, attend: Attend
 ) -> tuple[Cell, ...]:
     """Asks, and counts the right answers by depth.
 
@@ -127,23 +124,42 @@ def ask(
       params: its parameters.
       questions: as `draw_questions` gives them, all of one shape.
       depths: how many there are.
-      attention: "dense", or "sparse" over the selected keys.
-      selection: makes what every layer selects, as in `train.phases.Phase`.
+      attend: runs the model: `attending`, or `attend_to_oracle`.
     """
     right, asked = np.zeros(depths, int), np.zeros(depths, int)
     for each in questions:
-        found = _is_right(graphdef, params, each.batch, each.answers, attention=attention, selection=selection)
+        hidden = attend(graphdef, params, each.batch)
+        found = _is_right(graphdef, params, hidden, each.batch.targets, each.answers)
         np.add.at(right, each.depths, np.asarray(found))
         np.add.at(asked, each.depths, 1)
     return tuple(Cell(int(r), int(a)) for r, a in zip(right, asked, strict=True))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "attention", "selection"))
-def _is_right(graphdef, params, batch: Batch, answers: Array, *, attention, selection) -> Bool[Array, "B n"]:
-    """Says which answers are right; logits exist at their digits alone."""
+def attending(attention: Literal["dense", "sparse"], selection: Selection | None = None) -> Attend:
+    """Makes the function that runs a model with dense attention, or with sparse over the selected keys.
+
+    Args:
+      attention: "dense" or "sparse".
+      selection: makes what every layer selects, as in `train.phases.Phase`; without it the indexer does.
+    """
+    return partial(_run, attention=attention, selection=selection)
+
+
+def attend_to_oracle(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Float[Array, "B T D"]:
+    """Runs a model in which every layer selects the keys of the most attention in the model run dense."""
     model = merge_groups(graphdef, params)
-    hidden = run_model(model, batch, attention=attention, selection=selection).hidden
+    return measure_layers(model, {"indexer": model}, batch)[1]["oracle"]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "attention", "selection"))
+def _run(graphdef, params, batch: Batch, *, attention, selection) -> Float[Array, "B T D"]:
+    return run_model(merge_groups(graphdef, params), batch, attention=attention, selection=selection).hidden
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _is_right(graphdef, params, hidden: Array, targets: Array, answers: Array) -> Bool[Array, "B n"]:
+    """Says which answers are right; logits exist at their digits alone."""
     flat = answers.reshape(answers.shape[0], -1)
-    logits = model.unembed(jnp.take_along_axis(hidden, flat[..., None], axis=1))
-    wanted = jnp.take_along_axis(jnp.asarray(batch.targets), flat, axis=1)
+    logits = merge_groups(graphdef, params).unembed(jnp.take_along_axis(hidden, flat[..., None], axis=1))
+    wanted = jnp.take_along_axis(targets, flat, axis=1)
     return (jnp.argmax(logits, -1) == wanted).reshape(answers.shape).all(-1)

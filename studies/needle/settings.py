@@ -30,6 +30,8 @@ class Preset:
       warmup: those in which its indexer learns.
       sparse: those through the selection, and of the controls.
       vocabulary: tokens of the tokenizer.
+      lengths: tokens of the rows in which needles are asked for.
+      questions: for every depth of them, at least.
     """
 
     model: dict[str, Any]
@@ -37,6 +39,8 @@ class Preset:
     warmup: tuple[Stage, ...]
     sparse: tuple[Stage, ...]
     vocabulary: int
+    lengths: tuple[int, ...]
+    questions: int
 
 
 def card() -> Preset:
@@ -74,6 +78,8 @@ def card() -> Preset:
         warmup=(Stage(100, 1, 16384, rates=(1.0, 0.5)), Stage(16, 1, 65536, rates=(0.5, 0.05))),
         sparse=(Stage(60, 1, 65536, rates=(1.0, 0.05)),),
         vocabulary=VOCABULARY,
+        lengths=tuple(2**i for i in range(10, 17)),
+        questions=50,
     )
 
 
@@ -86,6 +92,7 @@ def long() -> Preset:
         base=(*made.base[:-1], Stage(59, 1, 65536), Stage(20, 1, 131072, rates=(1.0, 0.03))),
         warmup=(*made.warmup, Stage(8, 1, 131072, rates=(0.05, 0.02))),
         sparse=(Stage(30, 1, 131072, rates=(1.0, 0.05)),),
+        lengths=(*made.lengths, 131072),
     )
 
 
@@ -115,6 +122,8 @@ def small() -> Preset:
         warmup=(Stage(6, 1, 512, rates=(1.0, 0.5)), Stage(2, 1, 2048, rates=(0.5, 0.05))),
         sparse=(Stage(4, 1, 2048, rates=(1.0, 0.05)),),
         vocabulary=2048,
+        lengths=(512, 2048),
+        questions=2,
     )
 
 

@@ -9,6 +9,7 @@ from needle_cases import write_packages
 
 from studies.needle import settings
 from studies.needle.__main__ import main
+from studies.needle.maps import Maps
 from train.settings import RunConfig, Stage
 
 
@@ -43,10 +44,12 @@ def miniature():
         warmup=(Stage(2, 1, 512),),
         sparse=(Stage(2, 1, 512, rates=(1.0, 0.5)),),
         vocabulary=512,
+        lengths=(512,),
     )
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
 def test_it_trains_measures_and_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(settings.PRESETS, "small", miniature)
     common = [
@@ -65,6 +68,10 @@ def test_it_trains_measures_and_reports_and_goes_on(tmp_path, monkeypatch, capsy
     assert {"final, sparse", "final, dense", "DENSE_CONTROL, dense"} <= losses.keys()
     assert all(np.isfinite(each["answers"]) for each in losses.values())
     assert "positions 256 to 511" in losses["final, sparse"]
+    maps = Maps.load(tmp_path / "out")
+    assert set(maps.cells) >= {"BASE, dense", "SPARSE, sparse", "SPARSE, oracle top-K", "DENSE_CONTROL, dense"}
+    assert all(len(cells) == 8 for rows in maps.cells.values() for row in rows.values() for cells in row.values())
+    assert "## Answers" in text and (tmp_path / "out" / "answers.png").exists()
     assert main(common) == 2
     assert "resume" in capsys.readouterr().err
     assert main([*common, "--resume"]) == 0  # all is done: it measures again

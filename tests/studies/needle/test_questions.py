@@ -10,9 +10,9 @@ from needle_cases import make_tokenizer
 from train_cases import small_params
 
 from studies.needle.needles import Needles
-from studies.needle.questions import Cell, ask, draw_questions
+from studies.needle.questions import Cell, ask, attend_to_oracle, attending, draw_questions
 from train.data import MemoryDocuments
-from train.phases import merge_groups, run_model, window_selection
+from train.phases import merge_groups, window_selection
 from train.state import abstract_params
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -53,15 +53,25 @@ def test_every_depth_is_asked_for(needles, documents, a_row, rows):
     assert all((one.batch.tokens == two.batch.tokens).all() for one, two in zip(drawn, again, strict=True))
 
 
-@pytest.mark.parametrize(("attention", "selection"), [("dense", None), ("sparse", None), ("sparse", window_selection)])
-def test_right_is_what_greedy_generation_writes(needles, documents, attention, selection):
+WAYS = {
+    "dense": attending("dense"),
+    "sparse": attending("sparse"),
+    "window": attending("sparse", window_selection),
+    "oracle": attend_to_oracle,
+}
+
+
+@pytest.mark.parametrize(
+    "way", ["window", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "window")]
+)
+def test_right_is_what_greedy_generation_writes(needles, documents, way):
     """The model's own likeliest digits are right; with one of another kind they are wrong."""
     config = small_config(vocab_size=SIZE, max_position_embeddings=256)
     (graphdef, _), params = abstract_params(config), small_params(config)
     drawn = draw(needles, documents, a_row=2)
     told, expected = [], np.zeros((DEPTHS, 2), int)
     for number, each in enumerate(drawn):
-        hidden = run_model(merge_groups(graphdef, params), each.batch, attention=attention, selection=selection).hidden
+        hidden = WAYS[way](graphdef, params, each.batch)
         likeliest = np.asarray(jnp.argmax(merge_groups(graphdef, params).unembed(hidden), -1))
         targets = each.batch.targets.copy()
         for row in range(len(targets)):
@@ -72,7 +82,7 @@ def test_right_is_what_greedy_generation_writes(needles, documents, attention, s
                     targets[row, places[number % 5]] = (likeliest[row, places[number % 5]] + 1) % SIZE
                 expected[each.depths[row, needle]] += (not spoilt, 1)
         told.append(dataclasses.replace(each, batch=dataclasses.replace(each.batch, targets=targets)))
-    cells = ask(graphdef, params, iter(told), DEPTHS, attention=attention, selection=selection)
+    cells = ask(graphdef, params, iter(told), DEPTHS, attend=WAYS[way])
     assert [(cell.right, cell.asked) for cell in cells] == [tuple(pair) for pair in expected.tolist()]
     assert 0 < expected[:, 0].sum() < expected[:, 1].sum()
 

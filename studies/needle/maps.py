@@ -1,0 +1,217 @@
+"""Maps of the answers: what share is right, by the length of the text and the depth of the needle, for all weights."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from matplotlib.figure import Figure
+
+from dsa_jax import KeyRange, select_topk
+from studies.needle.questions import Attend, Cell, ask, attend_to_oracle, attending, draw_questions
+from studies.needle.rows import NeedleCorpus
+from train.experiment import control_run
+from train.files import replace_text
+from train.phases import DENSE_CONTROL, WINDOW_CONTROL, Params, window_selection
+from train.run import Run
+
+RECORD = "answers.json"
+DEPTHS = 8  # ranges of equal size
+BATCH_TOKENS = 2**16
+MOST_ROWS = 16  # taken together
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Names weights that are asked, and how they attend; they are read when their turn comes.
+
+    Attributes:
+      name: in the report.
+      read: reads the weights.
+      attend: runs the model.
+      longest_alone: whether it is asked at the longest rows alone.
+    """
+
+    name: str
+    read: Callable[[], Params]
+    attend: Attend
+    longest_alone: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Holds the answers of all subjects: `cells[subject][needles of a row][tokens of a row]`, one cell a depth."""
+
+    cells: Mapping[str, Mapping[int, Mapping[int, tuple[Cell, ...]]]]
+
+    def save(self, folder: Path) -> None:
+        """Writes `answers.json`."""
+        plain = {
+            name: {
+                str(needles): {str(length): [dataclasses.astuple(cell) for cell in row] for length, row in rows.items()}
+                for needles, rows in by_needles.items()
+            }
+            for name, by_needles in self.cells.items()
+        }
+        replace_text(folder / RECORD, json.dumps(plain, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads what `save` wrote."""
+        plain = json.loads((folder / RECORD).read_text())
+        return cls(
+            {
+                name: {
+                    int(needles): {int(length): tuple(Cell(*cell) for cell in row) for length, row in rows.items()}
+                    for needles, rows in by_needles.items()
+                }
+                for name, by_needles in plain.items()
+            }
+        )
+
+    @classmethod
+    def add(cls, maps: Iterable["Maps"]) -> Self:
+        """Adds the answers of several seeds, which have the same subjects and cells."""
+        first, *others = maps
+
+        def added(name: str, needles: int, length: int, depth: int) -> Cell:
+            each = [seed.cells[name][needles][length][depth] for seed in (first, *others)]
+            return Cell(sum(cell.right for cell in each), sum(cell.asked for cell in each))
+
+        return cls(
+            {
+                name: {
+                    needles: {
+                        length: tuple(added(name, needles, length, depth) for depth in range(len(row)))
+                        for length, row in rows.items()
+                    }
+                    for needles, rows in by_needles.items()
+                }
+                for name, by_needles in first.cells.items()
+            }
+        )
+
+
+def random_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
+    """Selects K of the keys in reach at random, others for each query: the same ones in every run."""
+    size = keys.start.shape[1]
+
+    def block(number: Array) -> Array:
+        reach = KeyRange(keys.start[:, number, None], keys.stop[:, number, None])
+        scores = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (keys.start.shape[0], 1, size))
+        return select_topk(scores, k, keys=reach)[:, 0]
+
+    return jnp.moveaxis(jax.lax.map(block, jnp.arange(size)), 0, 1)
+
+
+def subjects_of(run: Run, *, controls: bool) -> Iterator[Subject]:
+    """Lists what of a run is asked: its phases, its controls, and its last weights with other selections."""
+    final = lambda: run.params_after("SPARSE")  # noqa: E731
+    sparse, window = attending("sparse"), attending("sparse", window_selection)
+    yield Subject("BASE, dense", lambda: run.params_after("BASE"), attending("dense"))
+    yield Subject("WARMUP, sparse", lambda: run.params_after("WARMUP"), sparse, longest_alone=True)
+    yield Subject("SPARSE, sparse", final, sparse)
+    yield Subject("SPARSE, oracle top-K", final, attend_to_oracle, longest_alone=True)
+    yield Subject("SPARSE, last K keys", final, window, longest_alone=True)
+    yield Subject("SPARSE, K random keys", final, attending("sparse", random_selection), longest_alone=True)
+    if controls:
+        first, second = (control_run(run, phase) for phase in (DENSE_CONTROL, WINDOW_CONTROL))
+        yield Subject("DENSE_CONTROL, dense", lambda: first.params_after("DENSE_CONTROL"), attending("dense"))
+        yield Subject("WINDOW_CONTROL, last K keys", lambda: second.params_after("WINDOW_CONTROL"), window)
+
+
+def measure(
+    run: Run,
+    corpus: NeedleCorpus,
+    *,
+    lengths: Sequence[int],
+    needles: Sequence[int],
+    questions: int,
+    controls: bool,
+    say: Callable[[str], object] = lambda text: None,
+) -> Maps:
+    """Asks all subjects of a run.
+
+    Args:
+      run: trained to its end, and its controls if they are asked too.
+      corpus: the held-out text, and how needles are written.
+      lengths: tokens of the rows; lengths at which a row has no room for all its needles are left out.
+      needles: how many a row has, each in turn.
+      questions: of every depth, at least.
+      controls: whether the run has controls.
+      say: told what is being done.
+    """
+    cells: dict[str, dict[int, dict[int, tuple[Cell, ...]]]] = {}
+    for subject in subjects_of(run, controls=controls):
+        say(f"asking {subject.name}")
+        params, found = subject.read(), cells.setdefault(subject.name, {})
+        asked = [lengths[-1]] if subject.longest_alone else lengths
+        for count, length in itertools.product(needles, asked):
+            if length < 4 * count * corpus.needles.cell:
+                continue
+            drawn = draw_questions(
+                corpus.text.documents("held_out"),
+                corpus.needles,
+                seq_len=length,
+                depths=DEPTHS,
+                a_row=count,
+                questions=questions,
+                batch_size=max(1, min(MOST_ROWS, BATCH_TOKENS // length)),
+                seed=run.config.seed,
+            )
+            found.setdefault(count, {})[length] = ask(run.graphdef, params, drawn, DEPTHS, attend=subject.attend)
+    return Maps(cells)
+
+
+def draw_maps(maps: Maps) -> Figure:
+    """Draws a map for each subject and number of needles: the share of right answers by length and depth."""
+    counts = sorted({count for by_needles in maps.cells.values() for count in by_needles})
+    names = list(maps.cells)
+    figure = Figure(figsize=(4.2 * len(counts) + 1.5, 1.9 * len(names) + 0.6), layout="constrained")
+    grid = figure.subplots(len(names), len(counts), squeeze=False)
+    for (row, name), (column, count) in itertools.product(enumerate(names), enumerate(counts)):
+        axes, rows = grid[row][column], maps.cells[name].get(count, {})
+        axes.set_title(f"{name}: {count} needle{'s' if count > 1 else ''} a row", fontsize=9)
+        if not rows:
+            axes.set_axis_off()
+            continue
+        shares = np.array([[cell.right / cell.asked for cell in cells] for cells in rows.values()]).T
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
+        axes.set_xticks(range(len(rows)), [_short(length) for length in rows], fontsize=8)
+        axes.set_yticks([-0.5, len(shares) - 0.5], ["start", "end"], fontsize=8)
+        for (depth, place), share in np.ndenumerate(shares):
+            color = "black" if share > 0.6 else "white"
+            axes.text(place, depth, f"{share:.0%}", ha="center", va="center", fontsize=6, color=color)
+        if column == len(counts) - 1:
+            figure.colorbar(image, ax=axes, label="answers right")
+    return figure
+
+
+def table_of(maps: Maps) -> list[str]:
+    """Writes the share of right answers over all depths, with its interval, as lines of Markdown."""
+    counts = sorted({count for by_needles in maps.cells.values() for count in by_needles})
+    lengths = sorted({length for rows in maps.cells.values() for cells in rows.values() for length in cells})
+    header = ["weights and attention", "needles a row", *map(_short, lengths)]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for name, count in itertools.product(maps.cells, counts):
+        rows = maps.cells[name].get(count, {})
+        if rows:
+            shares = [_share(rows[length]) if length in rows else "" for length in lengths]
+            lines.append(f"| {' | '.join([name, str(count), *shares])} |")
+    return lines
+
+
+def _share(cells: Sequence[Cell]) -> str:
+    whole = Cell(sum(cell.right for cell in cells), sum(cell.asked for cell in cells))
+    low, high = whole.interval
+    return f"{whole.right / whole.asked:.1%} ({low:.0%}–{high:.0%})"
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
