@@ -1,5 +1,5 @@
 # Each command does its own set-up: see .ci/install.
-.PHONY: demo test test-slow test-meshes test-gpu docs lint format clean
+.PHONY: demo test test-slow test-variants test-meshes test-gpu docs lint format clean
 
 ARGS ?=
 bin := .venv/bin
@@ -16,6 +16,10 @@ test-slow:
 	@.ci/install test,docs
 	@.ci/install_clients
 	$(bin)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(ARGS)
+
+test-variants:
+	@.ci/install test
+	$(bin)/python -m pytest -m variants --numprocesses 2 --dist loadfile $(ARGS)
 
 test-meshes:
 	@.ci/install test

@@ -131,15 +131,15 @@ def same_bits(actual, expected):
     assert actual.tobytes() == expected.tobytes(), f"{(actual != expected).sum()} of {actual.size} differ"
 
 
-def slow_except(cases, always):
-    """Marks as slow all of a test's cases, tuples of parameters, but those for which `always(*case)` is true."""
-    return [case if always(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+def variants_except(cases, always):
+    """Marks as variants all of a test's cases, tuples of parameters, but those for which `always(*case)` is true."""
+    return [case if always(*case) else pytest.param(*case, marks=pytest.mark.variants) for case in cases]
 
 
 def the_first(count, cases):
-    """Marks as slow all of a test's cases, single parameters or tuples of them, but the first `count`."""
+    """Marks as variants all of a test's cases, single parameters or tuples of them, but the first `count`."""
     rest = (case if isinstance(case, tuple) else (case,) for case in cases[count:])
-    return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
+    return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.variants) for case in rest)]
 
 
 @contextlib.contextmanager

@@ -39,6 +39,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slow"))
+    if "variants" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("variants"):
+                item.add_marker(pytest.mark.skip(reason="another case of what is tested: make test-variants"))
     if "meshes" not in config.option.markexpr:
         for item in items:
             marker = item.get_closest_marker("meshes")

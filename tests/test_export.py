@@ -19,7 +19,7 @@ from train.step import make_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LENGTH = 4096  # long enough for several blocks of queries everywhere
-ALONE = [pytest.param((platform,), marks=pytest.mark.slow) for platform in PLATFORMS]
+ALONE = [pytest.param((platform,), marks=pytest.mark.variants) for platform in PLATFORMS]
 EACH = pytest.mark.parametrize("platforms", [PLATFORMS, *ALONE], ids="+".join)
 CONFIG = small_config(first_k_dense_replace=1, max_position_embeddings=LENGTH, index_topk=64)
 FP8 = small_config(first_k_dense_replace=1, max_position_embeddings=LENGTH, index_topk=64, index_fp8=True)

@@ -191,7 +191,7 @@ KEYS = st.sampled_from(
     )
 )
 CHANGES = st.dictionaries(KEYS, VALUES | ROPES, min_size=1, max_size=3)
-QUICK, LONG = 60, 1000
+QUICK, LONG = 60, 500
 fuzzed = functools.partial(settings, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
