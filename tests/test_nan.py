@@ -50,7 +50,7 @@ def test_sparse_attention(place, dtype):
     check_attention(*nan_cases.sparse_results(nan_cases.with_gradients(attend, 2), place, inputs, 40))
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @pytest.mark.parametrize(("heads", "place"), the_first(2, [*zip((16, 64, 64, 16), nan_cases.PLACES, strict=True)]))
 def test_sparse_attention_interpreted(place, heads):
     keys = 140 if heads == 64 else 70  # two pairs of key blocks, so that maxima meet; one
@@ -58,7 +58,7 @@ def test_sparse_attention_interpreted(place, heads):
     check_attention(*nan_cases.sparse_results(interpreted, place, inputs, 300))
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 def test_cotangents_of_rows_without_keys_are_not_looked_at():
     q, kv, indices, empty = nan_cases.sparse_inputs(0, 1, 3, 40, 16, 64, 0, 70, "bfloat16")
     out, lse = sparse_attention(q, kv, indices, value_dim=64, scale=SCALE, implementation="xla")
@@ -243,7 +243,7 @@ def test_dense_loss(what):
     np.testing.assert_array_equal(np.asarray(results[1][0])[~reached.any(-1)], 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 def test_dense_target_interpreted():
     """A head's `lse` of NaN shows in every key that its query reaches."""
     b, t, s, n = 1, 67, 141, 2
@@ -287,7 +287,7 @@ def test_scores(what):
         assert np.isnan(d_spoilt[2][bad]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @pytest.mark.parametrize("what", ["q_index", "d_scores"])
 def test_gradients_of_scores_interpreted(what):
     """Scores of NaN have gradients of NaN: of a query's own, in all of its heads, and of the keys that it reaches."""

@@ -222,7 +222,7 @@ def test_any_configuration_is_read_or_refused(tmp_path, changes):
     config_survives(tmp_path, changes)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @given(changes=CHANGES)
 @fuzzed(max_examples=10 * LONG)
 def test_many_configurations_are_read_or_refused(tmp_path, changes):
@@ -276,7 +276,7 @@ def test_any_header_is_read_or_refused(whole, tmp_path, change):
     header_survives(whole, tmp_path / "hf", change)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @given(change=HEADER_CHANGES)
 @fuzzed(max_examples=LONG)
 def test_many_headers_are_read_or_refused(whole, tmp_path, change):
@@ -310,7 +310,7 @@ def test_any_index_is_read_or_refused(sharded, tmp_path, change):
     index_survives(sharded, tmp_path / "hf", change)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @given(change=INDEX_CHANGES)
 @fuzzed(max_examples=LONG)
 def test_many_indexes_are_read_or_refused(sharded, tmp_path, change):

@@ -102,7 +102,7 @@ def test_spoilt_presets(tmp_path, ends):
     check_presets(tmp_path, ends, SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @pytest.mark.usefixtures("unchecked")
 def test_many_spoilt_presets(tmp_path, ends):
     check_presets(tmp_path, ends, FULL)
@@ -152,7 +152,7 @@ def test_spoilt_tokenizers(tmp_path):
     check_tokenizers(tmp_path, SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 def test_many_spoilt_tokenizers(tmp_path):
     check_tokenizers(tmp_path, FULL)
 
@@ -191,6 +191,6 @@ def test_folders_of_anything(tmp_path):
     check_folders(tmp_path, SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 def test_many_folders_of_anything(tmp_path):
     check_folders(tmp_path, FULL)

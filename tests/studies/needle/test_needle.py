@@ -54,6 +54,7 @@ def miniature():
 def test_it_trains_measures_and_reports_and_does_not_begin_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(settings.PRESETS, "small", miniature)
     common = [
+        "--no-controls",
         "--preset",
         "small",
         "--out",
@@ -66,11 +67,11 @@ def test_it_trains_measures_and_reports_and_does_not_begin_twice(tmp_path, monke
     assert "digits of answers" in text and "held-out text" in text
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     losses = results["seeds"][0]["evaluation"]["losses"]
-    assert {"final, sparse", "final, dense", "DENSE_CONTROL, dense"} <= losses.keys()
+    assert {"final, sparse", "final, dense"} <= losses.keys()
     assert all(np.isfinite(each["answers"]) for each in losses.values())
     assert "positions 256 to 511" in losses["final, sparse"]
     maps = Maps.load(tmp_path / "out")
-    assert set(maps.cells) >= {"BASE, dense", "SPARSE, sparse", "SPARSE, oracle top-K", "DENSE_CONTROL, dense"}
+    assert set(maps.cells) >= {"BASE, dense", "SPARSE, sparse", "SPARSE, oracle top-K"}
     assert all(len(cells) == 8 for rows in maps.cells.values() for row in rows.values() for cells in row.values())
     assert "## Answers" in text and (tmp_path / "out" / "answers.png").exists()
     assert main(common) == 2
