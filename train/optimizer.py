@@ -95,8 +95,8 @@ def stage_scale(stages: Sequence[tuple[int, Sequence[float]]]) -> optax.Schedule
         return None
     steps, factors, begin = [], [], 0
     for count, (first, last) in stages:
-        steps += [begin, begin + count - 1][: min(count, 2)]
-        factors += [first, last][: min(count, 2)]
+        steps += [begin, begin + count - 1][:count]
+        factors += [first, last][:count]
         begin += count
     return lambda step: jnp.interp(step, jnp.asarray(steps, jnp.float32), jnp.asarray(factors, jnp.float32))
 

@@ -1,11 +1,12 @@
 """The command `python -m studies.needle`: trains on long text with needles, makes the model sparse, and reports."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -76,9 +77,8 @@ def study(arguments: Arguments, console: Console) -> None:
         resume=arguments.resume,
     )
     experiment.run(console, began=began)
-    asked: dict[str, Any] = dict(lengths=preset.lengths, needles=NEEDLES, questions=preset.questions)
-    asked |= dict(controls=arguments.controls, say=lambda text: console.print(text))
-    maps = Maps.add([measure(run, corpus, **asked) for run in runs])
+    ask = functools.partial(measure, lengths=preset.lengths, needles=NEEDLES, questions=preset.questions)
+    maps = Maps.add([ask(run, corpus, controls=arguments.controls, say=console.print) for run in runs])
     maps.save(arguments.out)
     add_maps(maps, arguments.out)
 

@@ -1,7 +1,6 @@
 """The corpus of the study: this machine's text, a tokenizer trained on it, and both splits tokenised, made once."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from studies.needle.needles import Needles
 from studies.needle.packages import Split, Text, installed_packages, packages_of, read_split
 from train.checks import check_integer
+from train.data.manifest import hash_tokenizer
 from train.data.tokenize import Job, TokenizeConfig, tokenize
 from train.files import replace_text
 
@@ -79,7 +79,7 @@ def make_corpus(
     for name, texts in zip(SPLITS, (split.train, split.held_out), strict=True):
         say(f"tokenising {name}")
         counts[name] = _tokenise(texts, folder / name, path, config.seed, workers)
-    record = {"config": settings, **_describe(split), "tokenizer": _sha256(path), "tokens": counts}
+    record = {"config": settings, **_describe(split), "tokenizer": hash_tokenizer(path), "tokens": counts}
     replace_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
@@ -136,7 +136,7 @@ def _tokenise(texts: Sequence[Text], out: Path, tokenizer: Path, seed: int, work
         (source / f"{number:06}.txt").write_text(documents[place], encoding="utf-8")
     manifest = tokenize(Job.of(TokenizeConfig((str(source),), out, tokenizer, workers=workers)))
     shutil.rmtree(source)
-    return sum(shard.tokens for shard in manifest.shards)
+    return manifest.tokens
 
 
 def _describe(split: Split) -> dict[str, Any]:
@@ -150,7 +150,3 @@ def _describe(split: Split) -> dict[str, Any]:
         for name, (files, size) in (("identical", split.identical), ("nearly held out", split.near))
     }
     return {"packages": packages, "left_out": left_out}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

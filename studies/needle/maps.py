@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -52,50 +52,38 @@ class Maps:
 
     def save(self, folder: Path) -> None:
         """Writes `answers.json`."""
-        plain = {
-            name: {
-                str(needles): {str(length): [dataclasses.astuple(cell) for cell in row] for length, row in rows.items()}
-                for needles, rows in by_needles.items()
-            }
-            for name, by_needles in self.cells.items()
-        }
+        plain = _map_rows(self.cells, lambda row, *_: [dataclasses.astuple(cell) for cell in row])
         replace_text(folder / RECORD, json.dumps(plain, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Reads what `save` wrote."""
         plain = json.loads((folder / RECORD).read_text())
-        return cls(
-            {
-                name: {
-                    int(needles): {int(length): tuple(Cell(*cell) for cell in row) for length, row in rows.items()}
-                    for needles, rows in by_needles.items()
-                }
-                for name, by_needles in plain.items()
-            }
-        )
+        return cls(_map_rows(plain, lambda row, *_: tuple(Cell(*cell) for cell in row)))
 
     @classmethod
-    def add(cls, maps: Iterable["Maps"]) -> Self:
+    def add(cls, maps: Sequence["Maps"]) -> Self:
         """Adds the answers of several seeds, which have the same subjects and cells."""
-        first, *others = maps
 
-        def added(name: str, needles: int, length: int, depth: int) -> Cell:
-            each = [seed.cells[name][needles][length][depth] for seed in (first, *others)]
-            return Cell(sum(cell.right for cell in each), sum(cell.asked for cell in each))
+        def added(_: object, name: str, needles: int, length: int) -> tuple[Cell, ...]:
+            seeds = [each.cells[name][needles][length] for each in maps]
+            return tuple(
+                Cell(sum(cell.right for cell in cells), sum(cell.asked for cell in cells))
+                for cells in zip(*seeds, strict=True)
+            )
 
-        return cls(
-            {
-                name: {
-                    needles: {
-                        length: tuple(added(name, needles, length, depth) for depth in range(len(row)))
-                        for length, row in rows.items()
-                    }
-                    for needles, rows in by_needles.items()
-                }
-                for name, by_needles in first.cells.items()
-            }
-        )
+        return cls(_map_rows(maps[0].cells, added))
+
+
+def _map_rows(cells: Mapping[str, Any], change: Callable[[Any, str, int, int], Any]) -> dict[str, Any]:
+    """Makes maps whose rows are `change(row, subject, needles, length)`; JSON has spelled these numbers as strings."""
+    return {
+        name: {
+            int(needles): {int(length): change(row, name, int(needles), int(length)) for length, row in rows.items()}
+            for needles, rows in by_needles.items()
+        }
+        for name, by_needles in cells.items()
+    }
 
 
 def random_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:

@@ -71,7 +71,7 @@ class Needles:
     @property
     def answer(self) -> int:
         """The place of a code's first digit within its question."""
-        return len(self.question[0]) + 2 + len(self.question[1])
+        return _code_place(self.question)
 
     def state(self, pair: Sequence[int], code: Sequence[int]) -> Int[np.ndarray, " n"]:
         """Writes the statement that a pair of words has a code."""
@@ -115,6 +115,12 @@ class Needles:
         """
         numbers = rng.choice(len(self.words) ** 2, size=count, replace=False)
         return np.stack(np.divmod(numbers, len(self.words)), 1), rng.integers(10, size=(count, DIGITS))
+
+
+def _code_place(parts: Sequence[Sequence[int]]) -> int:
+    """Gives the place of a code's first digit in what is written: behind the words, of one token each."""
+    before, between, _ = parts
+    return len(before) + 2 + len(between)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,5 +195,4 @@ def _written(
     for pair, code, begin, question in zip(pairs, codes, stated, asked, strict=True):
         for place, ids in ((begin, needles.state(pair, code)), (question, needles.ask(pair, code))):
             tokens[place : place + len(ids)] = ids
-    first = len(needles.statement[0]) + 2 + len(needles.statement[1])
-    return Planted(tokens, stated + first, asked + needles.answer, codes)
+    return Planted(tokens, stated + _code_place(needles.statement), asked + needles.answer, codes)

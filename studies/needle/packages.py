@@ -6,6 +6,7 @@ bytes and a hash of them.
 
 import collections
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -49,7 +50,7 @@ class Text:
     version: str
     files: tuple[str, ...]
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Bytes of all files."""
         return sum(len(file.encode()) for file in self.files)

@@ -1,7 +1,6 @@
 """Rows of long text with needles in them: each a part of one document, seen from position 0."""
 
 import dataclasses
-import hashlib
 from typing import Self
 
 import grain
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Integer
 from studies.needle.needles import Needles, plant
 from train import data
 from train.checks import check_number, shown
-from train.data import Batch, BatchIterator, Corpus, DataConfig, Documents, SplitName, window_row
+from train.data import Batch, BatchIterator, Corpus, DataConfig, Documents, SplitName, stream_name, window_row
 from train.data.packing import shuffled_windows
 from train.evaluation.held_out import HeldOut, draw_batches, position_masks
 
@@ -67,8 +66,7 @@ class NeedleCorpus:
     def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator[Batch]:
         """Begins an endless iterator over `dataset(...)`, whose position can be saved."""
         dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        name = f"{self.fingerprint} {split} {batch_size} {seq_len} {seed}"
-        return BatchIterator(dataset, hashlib.blake2b(name.encode(), digest_size=8).hexdigest())
+        return BatchIterator(dataset, stream_name(self.fingerprint, split, batch_size, seq_len, seed))
 
     def dataset(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
         """Makes endless batches in random access: every epoch visits each window of the documents once.

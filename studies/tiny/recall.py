@@ -66,7 +66,8 @@ class RecallCorpus:
     def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator[Batch]:
         """Begins an endless iterator over `dataset(...)`, whose position can be saved."""
         dataset = self.dataset(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        return BatchIterator(dataset, stream_name(self.text, split, batch_size, seq_len, seed, self.share))
+        name = stream_name(self.text.fingerprint, split, batch_size, seq_len, seed, self.share)
+        return BatchIterator(dataset, name)
 
     def dataset(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
         """Makes endless batches in random access, as `Corpus.dataset`."""

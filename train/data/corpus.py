@@ -87,7 +87,7 @@ class Corpus:
     def batches(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> BatchIterator[Batch]:
         """Begins an endless iterator over `dataset(...)`, one thread ahead, whose position can be saved."""
         rows = self.rows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        name = stream_name(self, split, batch_size, seq_len, seed)
+        name = stream_name(self.fingerprint, split, batch_size, seq_len, seed)
         return BatchIterator(_whole(rows, batch_size), name, rows=rows, batch_size=batch_size)
 
     def parts(
@@ -95,7 +95,7 @@ class Corpus:
     ) -> BatchIterator[BatchParts]:
         """Begins the same iterator on a mesh: of each batch it reads what this process's devices hold, no more."""
         rows = self.rows(split, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        name = stream_name(self, split, batch_size, seq_len, seed)
+        name = stream_name(self.fingerprint, split, batch_size, seq_len, seed)
         return BatchIterator(_in_parts(rows, batch_size, mesh), name, rows=rows, batch_size=batch_size)
 
     def dataset(self, split: SplitName, *, batch_size: int, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
@@ -167,9 +167,11 @@ def _in_parts(rows: Rows, batch_size: int, mesh: Mesh) -> grain.MapDataset[Batch
     return grain.MapDataset.range(ENDLESS).map(read)
 
 
-def stream_name(corpus: Corpus, split: SplitName, batch_size: int, seq_len: int, seed: int, share: float = 0.0) -> str:
-    """Names a stream of batches; `share` is that of rows which are something else than text."""
-    name = f"{corpus.fingerprint} {split} {batch_size} {seq_len} {seed} {share}"
+def stream_name(
+    fingerprint: str, split: SplitName, batch_size: int, seq_len: int, seed: int, share: float = 0.0
+) -> str:
+    """Names a stream of batches of documents; `share` is that of rows which are something else than text."""
+    name = f"{fingerprint} {split} {batch_size} {seq_len} {seed} {share}"
     return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
 
 

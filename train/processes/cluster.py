@@ -267,10 +267,10 @@ class Watch:
             self._forgive()
             silent = time.monotonic() - self._seen[0]
             closed = self._relay is not None and self._relay.broken.is_set()
-            if (closed or silent > self.patience) and self._last_words:  # told so, it has ended
-                text, status, prefix = self._last_words
-                say_and_end(text, status, prefix=prefix)
             if closed or silent > self.patience:
+                if self._last_words:  # told so, process 0 has ended
+                    text, status, prefix = self._last_words
+                    say_and_end(text, status, prefix=prefix)
                 how = "it closed its connection" if closed else f"no sign of life for {silent:.0f} s"
                 say_and_end(f"process 0, which coordinates the run, was lost: {how}", AGAIN)
 

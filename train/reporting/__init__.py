@@ -1,1 +1,1 @@
-"""What a finished run is told as: results, figures and the report."""
+"""The report of a finished run: results, figures and the text."""

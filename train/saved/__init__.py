@@ -1,1 +1,1 @@
-"""What a run leaves in its folder and goes on from: checkpoints, settings, what has changed since."""
+"""The folder of a run, from which it goes on: checkpoints, settings, what has changed since."""

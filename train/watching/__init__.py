@@ -1,1 +1,1 @@
-"""What a person sees of a run as it goes: progress, metrics, TensorBoard, profiles, evaluations on the way."""
+"""The view of a run as it goes: progress, metrics, TensorBoard, profiles, evaluations on the way."""
