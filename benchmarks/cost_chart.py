@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.chart_style import CARD, INK, LINE, OURS, PEER, QUIET
 from benchmarks.measure import RESULTS
 from benchmarks.serving import GPU_DOLLARS
-from benchmarks.serving_tables import DECODE, LAYERS, PREFILL, Rows, crossover, million_tokens, timings
+from benchmarks.serving_tables import DECODE, LAYERS, PREFILL, Rows, crossover, million_tokens, timings, token_position
 
 BATCH = 32  # of decode
 PANELS = {  # part -> title, its two costs, and how the dense one is named
@@ -43,7 +43,7 @@ def part_rows(results: Mapping[str, Any], name: str) -> Rows:
 def _panel(axis: Any, name: str, rows: Rows) -> None:
     """Draws both lines of a part, and marks where they cross."""
     title, sides, dense_name = PANELS[name]
-    at = [row["position"] for row in rows]
+    at = [token_position(row) for row in rows]
     lines = [[million_tokens(side(row)) for row in rows] for side in sides]
     styles = ((OURS, "-", "sparse"), (PEER, (0, (5, 2)) if name == "decode" else "-", dense_name))
     for values, (color, dashes, label) in zip(lines, styles, strict=True):

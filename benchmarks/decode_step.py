@@ -26,7 +26,7 @@ from benchmarks import measure
 from benchmarks.decode_parts import LAYER, Parts, make_inputs, make_rows
 from dsa_jax import Config, PagedCache, Runner, Transformer
 from dsa_jax.inference.programs import Carry
-from dsa_jax.inference.sampling import Settings
+from dsa_jax.inference.sampling import Kind, Settings
 
 OUT = measure.RESULTS / "decode_step.json"
 STEPS, WINDOWS = 24, 5  # of a window, and windows
@@ -106,13 +106,13 @@ class Case:
         zero = jnp.zeros(len(rows), jnp.int32)
         self.carry = Carry(zero, jnp.where(live, count, 0), zero, live)
 
-    def steps(self, count: int, *, read: bool) -> float:
+    def steps(self, count: int, *, read: bool, kind: Kind = "greedy") -> float:
         """Runs steps from the same place, and returns the seconds of one."""
         carry, before = self.carry, None
         jax.block_until_ready(carry.token)
         began = time.perf_counter()
         for _ in range(count):
-            carry, drawn, _ = self.runner.decode(carry, self.table, self.settings, self.stops, kind="greedy")
+            carry, drawn, _ = self.runner.decode(carry, self.table, self.settings, self.stops, kind=kind)
             if read and before is not None:
                 np.asarray(before.token)
             before = drawn

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks import cost_by_position
 from benchmarks.serving import GPU_DOLLARS, dollars
 
@@ -139,9 +141,10 @@ def _prefill_cost(part: Mapping[str, Any]) -> list[str]:
     rows = timings([part])
     text = (
         f"Prefill, µs of a layer a token of a chunk of {cost_by_position.CHUNK:,} that ends at the position, or of all "
-        "before it, projections included; *dense* is `multihead_attention` in the same run."
+        "before it, projections included; *dense* is `multihead_attention` in the same run. Costs rise in proportion "
+        "along a chunk, so a row's are those of the token in its middle, where crossovers and the chart have it."
     )
-    header = "position", "sparse", "dense", "dense ÷ sparse", "dollars, sparse", "dollars, dense"
+    header = "chunk ends at", "sparse", "dense", "dense ÷ sparse", "dollars, sparse", "dollars, dense"
     sides = ("sparse_us_per_token", "dense_us_per_token")
     cells = [
         (
@@ -152,7 +155,12 @@ def _prefill_cost(part: Mapping[str, Any]) -> list[str]:
         )
         for row in rows
     ]
-    return [text, table(header, cells), f"Dense prefill costs more {crossing(rows, *PREFILL)}.", *failures([part])]
+    sparse, dense = (whole_prompt(rows, side) for side in PREFILL)
+    said = (
+        f"Dense attention costs more from a token at {crossing(rows, *PREFILL)} on, and {dense / sparse:.2f} times as "
+        f"much for all of a prompt of {rows[-1]['position']:,} tokens, both interpolated."
+    )
+    return [text, table(header, cells), said, *failures([part])]
 
 
 def _verification(part: Mapping[str, Any]) -> list[str]:
@@ -196,6 +204,17 @@ def batches(rows: Rows) -> list[int]:
     return list(dict.fromkeys(row["batch"] for row in rows))
 
 
+def token_position(row: Mapping[str, Any]) -> float:
+    """Gives the position of a row's token, of a chunk's tokens that in their middle."""
+    return row["position"] - (row.get("tokens", 1) - 1) / 2
+
+
+def whole_prompt(rows: Rows, side: Side) -> float:
+    """Sums what all tokens up to the last row's position cost, interpolated between rows by rising position."""
+    positions = np.arange(1, rows[-1]["position"] + 1)
+    return float(np.interp(positions, [token_position(row) for row in rows], [side(row) for row in rows]).sum())
+
+
 def crossover(rows: Rows, sparse: Side, dense: Side) -> float | None:
     """Interpolates the first position at which dense attention costs as much as sparse and then more.
 
@@ -207,7 +226,7 @@ def crossover(rows: Rows, sparse: Side, dense: Side) -> float | None:
     Returns:
       The position on straight lines between the rows', None where no two of them enclose one.
     """
-    places = [(row["position"], dense(row) - sparse(row)) for row in rows]
+    places = [(token_position(row), dense(row) - sparse(row)) for row in rows]
     for (left, before), (right, behind) in itertools.pairwise(places):
         if before < 0 <= behind:
             return left + (right - left) * before / (before - behind)
@@ -220,8 +239,32 @@ def crossing(rows: Rows, sparse: Side, dense: Side) -> str:
     if found is not None:
         return f"{found:,.0f}"
     if dense(rows[0]) >= sparse(rows[0]):
-        return f"below {rows[0]['position']:,}"
-    return f"beyond {rows[-1]['position']:,}"
+        return f"below {token_position(rows[0]):,.0f}"
+    return f"beyond {token_position(rows[-1]):,.0f}"
+
+
+def batching(results: dict) -> str:
+    """The section on what other rows change, and on what `batch_invariant` costs."""
+    header = "decode", "rows compared", "largest difference", "rows in doubt", "tokens unequal elsewhere", "same bits"
+    header += tuple(f"step of {step['batch']}" for step in results["default"]["steps"])
+    cells = [
+        (
+            {"default": "default", "batch_invariant": "`batch_invariant`"}[name],
+            part["rows"],
+            f"{part['error']:.2g}",
+            f"{part['near_share']:.0%}",
+            part["unequal_elsewhere"],
+            "yes" if part["same_bits"] else "no",
+            *(f"{1e3 * step['seconds']:.2f} ms" for step in part["steps"]),
+        )
+        for name, part in results.items()
+    ]
+    text = (
+        f"{measured(results.values())} Two layers of the 671B shape, one with experts, random weights, FP8 pages: "
+        f"logits (standard deviation {results['default']['deviation']:.1f}) in a batch beside those alone and behind a "
+        "cached prefix. In doubt is a row whose best two logits lie within twice the largest difference."
+    )
+    return _paragraphs(text, table(header, cells))
 
 
 def engine(results: dict) -> str:

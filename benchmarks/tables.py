@@ -240,6 +240,7 @@ SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded":
     "decode_step": serving_tables.decode_step,
     "cost": serving_tables.cost,
     "engine": serving_tables.engine,
+    "batching": serving_tables.batching,
 }
 FILES = {  # of benchmarks/results, of the sections whose name is not that of their only file
     "decode": ("decode_attention", "decode_selection"),

@@ -53,14 +53,18 @@ def test_no_pool_is_copied(cache_format):
 
 
 def test_kernels_and_xla_draw_the_same_tokens():
-    """Wherever the best two logits of XLA's run differ by more than the runs do."""
+    """Up to where a row's best two logits are nearer to each other than the runs are; behind it the texts differ."""
     options = dict(max_new_tokens=8, temperature=0.0, cache_format="fp8")
     found = complete(model(), prompts(), **options)
     with dsa_jax.implementation("xla"):
         expected = complete(model(), prompts(), **options)
-    same = found.tokens == expected.tokens
-    assert same.mean() > 0.8, (found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.log_probs[same.all(1)], expected.log_probs[same.all(1)], atol=0.1)
+    compared = 0
+    for row, differs in enumerate(found.tokens != expected.tokens):
+        # The first that differs counts too: each run's best logit is there that of a text which is the same so far.
+        until = int(np.argmax(differs)) + 1 if differs.any() else len(differs)
+        np.testing.assert_allclose(found.log_probs[row, :until], expected.log_probs[row, :until], atol=0.1)
+        compared += until - differs[:until].sum()
+    assert compared >= found.tokens.size / 2, (found.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("cache_format", ["fp8", "bfloat16"])

@@ -28,14 +28,18 @@ class Config:
 
 
 def default_config(rows: int, size: int) -> Config:
-    """Chooses the configuration that was found fastest on an H200, for the top 2048 of 131072.
+    """Chooses the configuration that was found fastest on an H200, for the top 2048, mostly of 131072.
 
-    One row: 10.4 µs in 8 blocks of 512 threads, 13.7 in 4 of 1024. 16 rows: 17.1 in 4 of 1024, 20.5 in 8 of 512, whose
-    clusters do not all fit at once. 64 rows: 33.0 in 2 of 1024, 38.5 in 2 of 512, 49.7 in 4 of 512.
+    One row: 10.6 µs in 8 blocks of 512 threads. 16 rows: 16.2 in 4 of 1024, 20.2 in 8 of 512, whose clusters do not all
+    fit at once. 32 rows: 29.8 in 4 of 1024 and 30.2 in 2, which take 10.9 instead of 17.4 for rows of 4096. 64 rows:
+    33.4 in 2 of 1024. 128 rows: 65.0 in one of 1024 and 60.3 in 2, which take 20.6 instead of 12.3 for rows of 4096.
     """
-    if rows <= 8 or size > 1 << 20:  # the bitmaps of more than 2^19 scores do not fit into one block's shared memory
+    if rows <= 8 or size > 1 << 20:
         return Config()
-    return Config(blocks=4 if rows <= 32 else 2, threads=1024)
+    if rows <= 16:
+        return Config(blocks=4, threads=1024)
+    # The bitmaps of more than 2^19 scores do not fit into one block's shared memory.
+    return Config(blocks=2 if rows <= 64 or size > 1 << 19 else 1, threads=1024)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def paged_sparse_attention(
       q: [B, T, N, 576] bfloat16; N is 8, 16, 32 or a multiple of 64. With FP8 pages its 512 latent columns are rounded
         to half precision: beyond ±65504 they make NaN, and below 2^-14 they are rounded to multiples of 2^-24.
       pages: [n, 64, 656] uint8, rows of 512 e4m3, 4 float32 scales of 128 of them each, 64 bfloat16 rotary columns; or
-        [n, 64, 576] bfloat16.
+        [n, 64, 576] bfloat16. Products of e4m3 and scales that are no powers of two are rounded to bfloat16.
       table: [B, P] int32, the page of each 64 positions of a sequence: within [0, n), also where no key is selected.
       indices: [B, T, K] int32, positions in the sequence; what lies outside [0, 64·P) is no key.
       value_dim: 512, the first columns of a row, which are its values.

@@ -238,11 +238,12 @@ def _load_sample(p, block, keys):
 
 def _for_each_vector(p, block, keys, held, visit):
     """Calls `visit(offset, keys)` for all vectors of this thread: those in registers, then those that are not."""
+    step = VECTOR * p.config.threads
     for v, vector in enumerate(held):
-        visit((block.thread << 2) + v * (VECTOR * p.config.threads), vector)
+        with simt.when(simt.i32(v * step) < keys.count):  # a branch of the whole block: short rows spend nothing on it
+            visit((block.thread << 2) + v * step, vector)
     if p.share <= p.in_registers:
         return
-    step = VECTOR * p.config.threads
 
     def visit_more(first):
         """Reads and visits four vectors, whose loads are in flight together."""

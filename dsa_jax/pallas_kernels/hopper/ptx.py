@@ -103,7 +103,8 @@ def persistent_kernel(
     """Makes a kernel of a fixed number of thread blocks, mostly one a multiprocessor, that share the work in loops.
 
     Args:
-      body: a function of the references; it knows its place from the axes "block" and "warpgroup".
+      body: a function of the references; it knows its place from the axes "block" and "warpgroup". Traces call the
+        kernel by the function's package and module.
       out_type: shapes and dtypes of the results.
       scratch_types: arrays in shared memory and barriers, in the order in which `body` takes them after the results.
       blocks: thread blocks of the grid.
@@ -111,6 +112,7 @@ def persistent_kernel(
       warpgroups: of a block.
       approx_math: see `compiler_params`.
     """
+    package, module = getattr(body, "func", body).__module__.split(".")[-2:]  # of a partial function's function
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -121,6 +123,7 @@ def persistent_kernel(
         thread_name="warpgroup",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         compiler_params=compiler_params(approx_math),
+        kernel_name=f"{package}_{module}",
     )
 
 

@@ -67,12 +67,12 @@ def expected(q, rows, table, indices):
     return out, lse
 
 
-def check(q, pages, table, indices, rows, **options):
+def check(q, pages, table, indices, rows, *, lse_rtol=0.0, **options):
     """Holds the kernel against float64; `out` and P are rounded to 8 bits, in FP8 q and P to 11."""
     out, lse = paged_sparse_attention(*map(jnp.asarray, (q, pages, table, indices)), scale=SCALE, **options)
     want_out, want_lse = expected(q, rows, table, indices)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
-    np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, atol=4e-3)
+    np.testing.assert_allclose(np.asarray(lse, np.float64), want_lse, rtol=lse_rtol, atol=4e-3)
     error = np.asarray(out, np.float64) - want_out
     assert np.linalg.norm(error) <= 8e-3 * np.linalg.norm(want_out)
     empty = np.isneginf(want_lse)
@@ -228,6 +228,7 @@ def test_equals_the_definition(heads, tokens, splits, fp8):
 @pytest.mark.parametrize(("heads", "splits"), [(16, 1), (16, 2), (64, 2)])
 @pytest.mark.parametrize("scale", [2.0**-30, 0.1, 3.7e4])
 def test_any_scale_is_read_right(heads, splits, scale):
+    # Latents whose scales are no powers of two are read as bfloat16: that alone moves logits of 40 by 0.05.
     q, pages, table, indices, rows = make(4, heads, True, scales=(scale,))
     if scale > 1:  # for logits that leave more than one key a weight
         q[..., :512] = (q[..., :512].astype(np.float32) * 7e-3).astype(q.dtype)
@@ -236,7 +237,7 @@ def test_any_scale_is_read_right(heads, splits, scale):
             np.float32(scale)
         )
         rows = np.concatenate([latent, rows[..., 512:]], -1)
-    check(q, pages, table, indices, rows, splits=splits)
+    check(q, pages, table, indices, rows, splits=splits, lse_rtol=4e-3)
 
 
 @pytest.mark.gpu
