@@ -25,6 +25,8 @@ class Loss:
     Args:
       total: computes the sum from the model, its output and the batch; differentiable, float32.
       count: counts what the sum runs over, from the batch alone.
+      layers: computes the share of each layer in the sum [layers], which the metrics show beside it; None where it has
+        none.
 
     Examples:
       The cross-entropy of what a document says after its first 16 tokens:
@@ -41,6 +43,7 @@ class Loss:
 
     total: Callable[[Transformer, Output, Batch], Float[Array, ""]]
     count: Callable[[Batch], Int[Array, ""]]
+    layers: Callable[[Transformer, Output, Batch], Float[Array, " layers"]] | None = None
 
 
 def token_losses(
@@ -111,6 +114,11 @@ def indexer_loss(kl: Float[Array, "layers B T"], valid: Bool[Array, "B T"]) -> F
     return jnp.sum(jnp.where(valid, kl, 0.0))
 
 
+def _kl_layers(model: Transformer, output: Output, batch: Batch) -> Float[Array, " layers"]:
+    kl: Any = output.indexer_kl
+    return jnp.sum(jnp.where(batch.keys.nonempty(), kl, 0.0), axis=(1, 2))
+
+
 def _lm_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
     return cross_entropy(output.hidden, model.unembedding(), batch.targets, batch.valid)
 
@@ -121,4 +129,6 @@ def _kl_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, 
 
 
 LM_LOSS = Loss(_lm_total, lambda batch: jnp.sum(batch.valid))  # nats a target
-KL_LOSS = Loss(_kl_total, lambda batch: jnp.sum(batch.keys.nonempty()))  # Eqs. 3-4, nats a query, of all layers
+KL_LOSS = Loss(
+    _kl_total, lambda batch: jnp.sum(batch.keys.nonempty()), _kl_layers
+)  # Eqs. 3-4, nats a query, of all layers

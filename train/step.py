@@ -50,7 +50,8 @@ def make_step(
 
     Returns:
       A function of a state and a batch that gives the next state and metrics: "loss", each of the phase's losses by its
-      name, "tokens" (queries that have keys), gradient norms and learning rates by group, and the experts' imbalance.
+      name, the KL also by layer ("kl_layers"), "tokens" (queries that have keys), gradient norms and learning rates by
+      group, and the experts' imbalance.
 
     Examples:
       >>> from train.phases import BASE, split_groups
@@ -124,10 +125,11 @@ def _gradients(
     trainable = {group: params[group] for group in phase.trains}
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
-        totals, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, micro)
+        totals, layers, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, micro)
         losses = {name: total / counts[name] for name, total in totals.items()}
+        of_layers = {f"{name}_layers": each / counts[name] for name, each in layers.items()}
         whole = sum(losses.values(), jnp.zeros(()))
-        return whole, ({"loss": whole, **losses}, load)
+        return whole, ({"loss": whole, **losses, **of_layers}, load)
 
     grad = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -146,11 +148,13 @@ def _whole_count(count: Array) -> Array:
     return jnp.maximum(sum_statistics(count, "tokens"), 1).astype(jnp.float32)
 
 
-def _loss_totals(model: Transformer, phase: Phase, batch: Batch) -> tuple[Metrics, Array]:
-    """Sums the phase's losses over a micro-batch, and counts its expert load."""
+def _loss_totals(model: Transformer, phase: Phase, batch: Batch) -> tuple[Metrics, Metrics, Array]:
+    """Sums the phase's losses over a micro-batch, also by layer where they say how, and counts its expert load."""
     output = run_model(model, batch, attention=phase.attention, selection=phase.selection)
     factor = _nan_outside(batch, model.config.vocab_size)
-    return {name: factor * loss.total(model, output, batch) for name, loss in phase.losses}, output.expert_load
+    totals = {name: factor * loss.total(model, output, batch) for name, loss in phase.losses}
+    layers = {name: loss.layers(model, output, batch) for name, loss in phase.losses if loss.layers is not None}
+    return totals, jax.lax.stop_gradient(layers), output.expert_load
 
 
 def _nan_outside(batch: Batch, vocab_size: int) -> Array:

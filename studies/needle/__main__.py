@@ -1,26 +1,30 @@
 """The command `python -m studies.needle`: trains on long text with needles, makes the model sparse, and reports."""
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from studies.needle import settings
+from studies.needle import report, settings
 from studies.needle.corpus import CorpusConfig, make_corpus
-from studies.needle.maps import Maps, measure
-from studies.needle.report import LAYOUT, add_maps
-from studies.needle.rows import NeedleConfig, draw_held_out, load
+from studies.needle.found import Found
+from studies.needle.kept import keep
+from studies.needle.measuring import found_path, measure_seed
+from studies.needle.rows import NeedleConfig, NeedleCorpus, load
 from train.commands.command import parse, run_command
-from train.experiment import Experiment, held_out_shape, seed_runs
-
-NAME = "needle"
-NEEDLES = (1, 8)  # of a row, in turn
+from train.commands.describe import describe_run
+from train.experiment import control_run
+from train.phases import CONTROLS, merge_groups
+from train.processes.stopping import Stopping, seconds_of
+from train.run import Run
+from train.saved.folder import check_unused
+from train.settings import RunConfig
+from train.watching.progress import RunProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +35,20 @@ class Arguments:
     """Globs of text files, of which a folder's are one document; without it the packages of the running Python."""
     preset: Literal["card", "long", "small"] = "card"
     """"card" is the study of one H200, "long" continues to 128K, "small" shows all of it on two CPU cores."""
-    out: Path = Path("runs") / NAME
+    out: Path = Path("runs") / "needle"
     """Folder of the study."""
     corpus: Path | None = None
     """Folder of the corpus, made if it is not there; without it that of the study."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue what the folder holds; the other arguments must be those it was begun with."""
+    seed: int = 0
+    """The first seed."""
     seeds: int = 1
     """How many times, each from another seed."""
     controls: bool = True
     """Also train what SPARSE is compared with: the dense model continued, and one sparse with a window as selection."""
+    stop_after: str | None = None
+    """Save and stop after this time, like 9m, with exit status 75; `--resume` goes on."""
     workers: int = 2
     """Processes that tokenise."""
 
@@ -48,39 +56,90 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input becomes one line on stderr and exit status 2, a diverged loss status 1."""
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command(lambda: study(parse(Arguments, given, "python -m studies.needle"), Console()))
+
+    def run() -> None:
+        chosen = parse(Arguments, given, "python -m studies.needle")
+        with Stopping(after=None if chosen.stop_after is None else seconds_of(chosen.stop_after)) as stopping:
+            study(chosen, Console(), stopping)
+
+    return run_command(run)
 
 
-def study(arguments: Arguments, console: Console) -> None:
-    """Makes the corpus, trains all seeds and their controls, and reports."""
-    began = time.monotonic()
+def study(arguments: Arguments, console: Console, stopping: Stopping | None = None) -> None:
+    """Makes the corpus, trains all seeds and their controls, measures and reports."""
     preset = settings.PRESETS[arguments.preset]()
     folder = arguments.corpus or arguments.out / "corpus"
-    config = settings.make_config(preset, folder)
-    runs = seed_runs(config, arguments.out / "runs", arguments.seeds, resume=arguments.resume)
-    made = CorpusConfig(arguments.data, vocab_size=preset.vocabulary)
+    config = dataclasses.replace(settings.make_config(preset, folder), seed=arguments.seed)
+    runs = seed_runs(config, arguments.out, arguments.seeds, resume=arguments.resume)
+    made = CorpusConfig(arguments.data, vocab_size=preset.vocabulary, max_bytes=preset.text_bytes)
+    begun = time.monotonic()
     record = make_corpus(made, folder, workers=arguments.workers, say=lambda text: console.print(f"corpus: {text}"))
-    console.print(f"corpus: {record['tokens']['train']:,} tokens, {record['tokens']['held_out']:,} held out")
+    console.print(
+        f"corpus: {record['tokens']['train']:,} tokens, {record['tokens']['held_out']:,} held out, "
+        f"{time.monotonic() - begun:.0f} s",
+        highlight=False,
+    )
     assert isinstance(config.data, NeedleConfig)
     corpus = load(config.data, vocab_size=preset.vocabulary)
     for stage in (stage for phase in config.phases for stage in phase.stages):  # too little text is said at once
-        corpus.dataset("train", batch_size=stage.batch_size, seq_len=stage.seq_len, seed=0)
-    experiment = Experiment(
-        name=NAME,
-        folder=arguments.out,
-        runs=runs,
-        text=corpus.text,
-        data=corpus,
-        draw_held_out=lambda config: draw_held_out(corpus, *held_out_shape(config)),
-        layout=LAYOUT,
-        controls=arguments.controls,
-        resume=arguments.resume,
+        for split in ("train", "held_out"):
+            corpus.dataset(split, batch_size=stage.batch_size, seq_len=stage.seq_len, seed=0)
+    options: dict[str, Any] = dict(controls=arguments.controls, stopping=stopping)
+    founds = [_run_seed(run, corpus, preset, record, console, resume=arguments.resume, **options) for run in runs]
+    path = report.write(founds, arguments.out, learns=preset.learns)
+    for goal in report.verdicts(founds) if preset.learns else ():
+        console.print(f"{'met' if goal.met else 'missed'}: {goal.text}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {path}", highlight=False)
+
+
+def seed_runs(config: RunConfig, folder: Path, seeds: int, *, resume: bool) -> list[Run]:
+    """Makes the run of each seed, the configuration's and those that follow.
+
+    Raises:
+      ValueError: if there is no seed, or a folder holds a run that `resume` does not continue.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    numbers = range(config.seed, config.seed + seeds)
+    runs = [Run(dataclasses.replace(config, seed=seed), folder / f"seed{seed}") for seed in numbers]
+    for run in () if resume else runs:
+        check_unused(run.folder)
+    return runs
+
+
+def _run_seed(
+    run: Run,
+    corpus: NeedleCorpus,
+    preset: settings.Preset,
+    record: dict[str, Any],
+    console: Console,
+    *,
+    controls: bool,
+    resume: bool,
+    stopping: Stopping | None,
+) -> Found:
+    """Trains a seed and its controls, measures it, and keeps what was found."""
+    path = found_path(run.folder.parent, run.config.seed)
+    if path.exists():
+        return Found.load(path)
+    for phase in (None, *(CONTROLS if controls else ())):  # a control begins with what the run has left
+        each = run if phase is None else control_run(run, phase)
+        progress = RunProgress(each.config, title=f"seed {run.config.seed}", console=console)
+        each.train(corpus, progress, resume=resume, stopping=stopping)
+    if not (base := run.folder.parent / f"base{run.config.seed}").exists():
+        keep(merge_groups(run.graphdef, run.params_after("BASE")), base)
+    found = measure_seed(
+        run,
+        corpus,
+        preset,
+        setup=describe_run(run, corpus.text),
+        record=record,
+        controls=controls,
+        stopping=stopping,
+        say=lambda text: console.print(text, highlight=False),
     )
-    experiment.run(console, began=began)
-    ask = functools.partial(measure, lengths=preset.lengths, needles=NEEDLES, questions=preset.questions)
-    maps = Maps.add([ask(run, corpus, controls=arguments.controls, say=console.print) for run in runs])
-    maps.save(arguments.out)
-    add_maps(maps, arguments.out)
+    found.save(path)
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from studies.needle.needles import Needles
-from studies.needle.packages import Split, Text, installed_packages, packages_of, read_split
+from studies.needle.packages import Split, Text, installed_packages, packages_of, read_split, some_of
 from train.checks import check_integer
 from train.data.manifest import hash_tokenizer
 from train.data.tokenize import Job, TokenizeConfig, tokenize
@@ -38,12 +38,16 @@ class CorpusConfig:
     """Tokens of the tokenizer."""
     held_out: float = 0.1
     """About the share of the text that is held out, in whole packages."""
+    max_bytes: int | None = None
+    """How much text is read at most, in whole packages; None: all."""
     seed: int = 0
     """Of the order of files in their documents."""
 
     def __post_init__(self):
         check_integer("vocab_size", self.vocab_size, least=512)
         check_integer("seed", self.seed, least=0)
+        if self.max_bytes is not None:
+            check_integer("max_bytes", self.max_bytes)
 
 
 def make_corpus(
@@ -70,7 +74,8 @@ def make_corpus(
             raise ValueError(f"{folder} must hold the corpus of these settings, got one of {record['config']}")
         return record
     say("reading text")
-    split = read_split(packages_of(config.data) if config.data else installed_packages(), config.held_out)
+    packages = packages_of(config.data) if config.data else installed_packages()
+    split = read_split(packages if config.max_bytes is None else some_of(packages, config.max_bytes), config.held_out)
     folder.mkdir(parents=True, exist_ok=True)
     say("training the tokenizer")
     path = train_tokenizer(split.train, config.vocab_size, folder / TOKENIZER)

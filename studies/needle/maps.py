@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -14,17 +13,16 @@ from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
 from dsa_jax import KeyRange, select_topk
-from studies.needle.questions import Attend, Cell, ask, attend_to_oracle, attending, draw_questions
+from studies.needle.questions import Attend, Cell, Questions, ask, attend_to_oracle, attending, draw_questions
 from studies.needle.rows import NeedleCorpus
 from train.experiment import control_run
-from train.files import replace_text
 from train.phases import DENSE_CONTROL, WINDOW_CONTROL, Params, window_selection
 from train.run import Run
 
-RECORD = "answers.json"
 DEPTHS = 8  # ranges of equal size
 BATCH_TOKENS = 2**16
 MOST_ROWS = 16  # taken together
+RANDOM_QUERIES = 64  # whose random keys are drawn together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +48,14 @@ class Maps:
 
     cells: Mapping[str, Mapping[int, Mapping[int, tuple[Cell, ...]]]]
 
-    def save(self, folder: Path) -> None:
-        """Writes `answers.json`."""
-        plain = _map_rows(self.cells, lambda row, *_: [dataclasses.astuple(cell) for cell in row])
-        replace_text(folder / RECORD, json.dumps(plain, indent=1) + "\n")
+    def to_json(self) -> dict[str, Any]:
+        """Writes plain values."""
+        return _map_rows(self.cells, lambda row, *_: [dataclasses.astuple(cell) for cell in row])
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote."""
-        plain = json.loads((folder / RECORD).read_text())
-        return cls(_map_rows(plain, lambda row, *_: tuple(Cell(*cell) for cell in row)))
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` wrote, also from JSON."""
+        return cls(_map_rows(values, lambda row, *_: tuple(Cell(*cell) for cell in row)))
 
     @classmethod
     def add(cls, maps: Sequence["Maps"]) -> Self:
@@ -88,14 +84,15 @@ def _map_rows(cells: Mapping[str, Any], change: Callable[[Any, str, int, int], A
 
 def random_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
     """Selects K of the keys in reach at random, others for each query: the same ones in every run."""
-    size = keys.start.shape[1]
+    batch, size = keys.start.shape
+    block = math.gcd(size, RANDOM_QUERIES)
 
-    def block(number: Array) -> Array:
-        reach = KeyRange(keys.start[:, number, None], keys.stop[:, number, None])
-        scores = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (keys.start.shape[0], 1, size))
-        return select_topk(scores, k, keys=reach)[:, 0]
+    def select(number: Array) -> Array:
+        own = lambda array: jax.lax.dynamic_slice_in_dim(array, number * block, block, axis=1)  # noqa: E731
+        scores = jax.random.uniform(jax.random.fold_in(jax.random.key(0), number), (batch, block, size))
+        return select_topk(scores, k, keys=KeyRange(own(keys.start), own(keys.stop)))
 
-    return jnp.moveaxis(jax.lax.map(block, jnp.arange(size)), 0, 1)
+    return jnp.moveaxis(jax.lax.map(select, jnp.arange(size // block)), 0, 1).reshape(batch, size, k)
 
 
 def subjects_of(run: Run, *, controls: bool) -> Iterator[Subject]:
@@ -111,50 +108,52 @@ def subjects_of(run: Run, *, controls: bool) -> Iterator[Subject]:
     if controls:
         first, second = (control_run(run, phase) for phase in (DENSE_CONTROL, WINDOW_CONTROL))
         yield Subject("DENSE_CONTROL, dense", lambda: first.params_after("DENSE_CONTROL"), attending("dense"))
-        yield Subject("WINDOW_CONTROL, last K keys", lambda: second.params_after("WINDOW_CONTROL"), window)
+        params = lambda: second.params_after("WINDOW_CONTROL")  # noqa: E731
+        yield Subject("WINDOW_CONTROL, last K keys", params, window, longest_alone=True)
 
 
-def measure(
+def ask_subject(
     run: Run,
+    subject: Subject,
     corpus: NeedleCorpus,
     *,
     lengths: Sequence[int],
     needles: Sequence[int],
     questions: int,
-    controls: bool,
-    say: Callable[[str], object] = lambda text: None,
-) -> Maps:
-    """Asks all subjects of a run.
+) -> dict[int, dict[int, tuple[Cell, ...]]]:
+    """Asks one subject of a run; gives its cells by the needles of a row and by its tokens.
 
     Args:
-      run: trained to its end, and its controls if they are asked too.
+      run: trained as far as the subject needs.
+      subject: whose weights are read, and let go at the end.
       corpus: the held-out text, and how needles are written.
       lengths: tokens of the rows; lengths at which a row has no room for all its needles are left out.
       needles: how many a row has, each in turn.
       questions: of every depth, at least.
-      controls: whether the run has controls.
-      say: told what is being done.
     """
-    cells: dict[str, dict[int, dict[int, tuple[Cell, ...]]]] = {}
-    for subject in subjects_of(run, controls=controls):
-        say(f"asking {subject.name}")
-        params, found = subject.read(), cells.setdefault(subject.name, {})
-        asked = [lengths[-1]] if subject.longest_alone else lengths
-        for count, length in itertools.product(needles, asked):
-            if length < 4 * count * corpus.needles.cell:
-                continue
-            drawn = draw_questions(
-                corpus.text.documents("held_out"),
-                corpus.needles,
-                seq_len=length,
-                depths=DEPTHS,
-                a_row=count,
-                questions=questions,
-                batch_size=max(1, min(MOST_ROWS, BATCH_TOKENS // length)),
-                seed=run.config.seed,
-            )
+    params, found = subject.read(), {}
+    asked = [lengths[-1]] if subject.longest_alone else lengths
+    for count, length in itertools.product(needles, asked):
+        if length >= 4 * count * corpus.needles.cell:
+            drawn = questions_of(run, corpus, seq_len=length, a_row=count, questions=questions)
             found.setdefault(count, {})[length] = ask(run.graphdef, params, drawn, DEPTHS, attend=subject.attend)
-    return Maps(cells)
+    return found
+
+
+def questions_of(
+    run: Run, corpus: NeedleCorpus, *, seq_len: int, a_row: int, questions: int, batch_size: int | None = None
+) -> Iterator[Questions]:
+    """Draws the questions of a length that all subjects of a run are asked; see `draw_questions`."""
+    return draw_questions(
+        corpus.text.documents("held_out"),
+        corpus.needles,
+        seq_len=seq_len,
+        depths=DEPTHS,
+        a_row=a_row,
+        questions=questions,
+        batch_size=batch_size or max(1, min(MOST_ROWS, BATCH_TOKENS // seq_len)),
+        seed=run.config.seed,
+    )
 
 
 def draw_maps(maps: Maps) -> Figure:

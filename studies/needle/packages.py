@@ -124,6 +124,22 @@ def packages_of(patterns: Sequence[str]) -> list[Package]:
     return [Package(str(folder), "", tuple(paths)) for folder, paths in sorted(folders.items())]
 
 
+def some_of(packages: Sequence[Package], max_bytes: int) -> list[Package]:
+    """Takes packages in the order of a hash of their names, each that still fits; gives them in their own order.
+
+    Args:
+      packages: to choose of.
+      max_bytes: of all their files together.
+    """
+    chosen, left = set(), max_bytes
+    for package in sorted(packages, key=lambda package: _hash(package.name)):
+        size = sum(path.stat().st_size for path in package.files)
+        if size <= left:
+            chosen.add(package.name)
+            left -= size
+    return [package for package in packages if package.name in chosen]
+
+
 def read_split(packages: Iterable[Package], held_out: float) -> Split:
     """Reads the files, each content once, and holds whole packages out.
 
@@ -141,7 +157,7 @@ def read_split(packages: Iterable[Package], held_out: float) -> Split:
     texts, identical = _read(packages)
     total = sum(text.bytes for text in texts)
     held, size = [], 0
-    for text in sorted(texts, key=lambda text: hashlib.sha256(text.name.lower().encode()).digest()):
+    for text in sorted(texts, key=lambda text: _hash(text.name)):
         if size < held_out * total and text.bytes <= held_out * total:
             held.append(text)
             size += text.bytes
@@ -152,6 +168,10 @@ def read_split(packages: Iterable[Package], held_out: float) -> Split:
             f"{len(held)} are held out"
         )
     return Split(tuple(train), tuple(held), identical, near)
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.lower().encode()).digest()
 
 
 def _library_files() -> Iterator[Path]:

@@ -31,7 +31,12 @@ class Preset:
       sparse: those through the selection, and of the controls.
       vocabulary: tokens of the tokenizer.
       lengths: tokens of the rows in which needles are asked for.
-      questions: for every depth of them, at least.
+      questions: for every depth of them, at least, in every seed.
+      loss_rows: held-out rows of the last length whose losses are measured, with needles and without.
+      mass_rows: those for whose queries the whole attention is computed.
+      generated_rows: rows whose answers are generated too.
+      text_bytes: of the packages that are read, at most.
+      learns: whether needles are learnt at this size.
     """
 
     model: dict[str, Any]
@@ -41,6 +46,11 @@ class Preset:
     vocabulary: int
     lengths: tuple[int, ...]
     questions: int
+    loss_rows: int = 8
+    mass_rows: int = 2
+    generated_rows: int = 4
+    text_bytes: int = 200 * 10**6  # some 60M tokens: what BASE sees, and held-out text
+    learns: bool = True
 
 
 def card() -> Preset:
@@ -79,7 +89,7 @@ def card() -> Preset:
         sparse=(Stage(60, 1, 65536, rates=(1.0, 0.05)),),
         vocabulary=VOCABULARY,
         lengths=tuple(2**i for i in range(10, 17)),
-        questions=50,
+        questions=17,  # 51 in three seeds
     )
 
 
@@ -124,6 +134,11 @@ def small() -> Preset:
         vocabulary=2048,
         lengths=(512, 2048),
         questions=2,
+        loss_rows=2,
+        mass_rows=1,
+        generated_rows=1,
+        text_bytes=15 * 10**6,
+        learns=False,
     )
 
 

@@ -191,7 +191,7 @@ def kept_mass(
 
     def block(queries, k, sums):
         q, start, stop, selections, seed = queries
-        p = _attention_mass(q, k, KeyRange(start, stop).contains(jnp.arange(size)), scale)
+        p = attention_mass(q, k, KeyRange(start, stop).contains(jnp.arange(size)), scale)
         uniform = jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed), (size,)))(seed)
         reach = KeyRange(start[None], stop[None])
         found = {
@@ -205,7 +205,7 @@ def kept_mass(
     return map_queries(block, queries, k, block=queries_per_block(4 * size * q.shape[2]))[0]
 
 
-def _attention_mass(
+def attention_mass(
     q: Float[Array, "T N H"], k: Float[Array, "S N H"], reach: Bool[Array, "T S"], scale: float
 ) -> Float[Array, "T S"]:
     """Averages dense attention probabilities over heads, which is their sum with L1 norm 1."""

@@ -100,7 +100,8 @@ class MetricsLog:
                 os.fsync(self._file.fileno())
 
     def _write(self, step: int, phase: int, name: str, phase_step: int, metrics: Any, known: dict[str, float]) -> None:
-        values = {key: value.item() for key, value in jax.device_get(metrics).items()} | known
+        found = {key: value.tolist() for key, value in jax.device_get(metrics).items()} | known
+        values: dict[str, float] = {key: value for key, value in found.items() if not isinstance(value, list)}
         for key, value in values.items():
             if not math.isfinite(value):
                 raise DivergedError(f"{key} is {value} at step {step} (step {phase_step} of {name})")
@@ -108,7 +109,7 @@ class MetricsLog:
         seconds, self._time = round(now - self._time, 4), now
         self._tokens_seen += values.get("tokens", 0)
         clocks = {"tokens_seen": self._tokens_seen, "seconds": seconds, "time": round(time.time(), 3)}
-        record = {"step": step, "phase": name, "phase_step": phase_step, **values, **clocks}
+        record = {"step": step, "phase": name, "phase_step": phase_step, **found, **clocks}
         with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from needle_cases import write_packages
 
-from studies.needle import settings
+from studies.needle import ablations, settings
 from studies.needle.__main__ import main
-from studies.needle.maps import Maps
+from studies.needle.found import Found
 from train.settings import RunConfig, Stage
 
 
@@ -46,36 +46,40 @@ def miniature():
         sparse=(Stage(2, 1, 512, rates=(1.0, 0.5)),),
         vocabulary=512,
         lengths=(512,),
+        questions=1,
+        loss_rows=1,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
-def test_it_trains_measures_and_reports_and_does_not_begin_twice(tmp_path, monkeypatch, capsys):
+def test_it_trains_measures_and_reports_in_pieces(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(settings.PRESETS, "small", miniature)
-    common = [
-        "--no-controls",
-        "--preset",
-        "small",
-        "--out",
-        str(tmp_path / "out"),
-        "--data",
-        write_packages(tmp_path / "text", packages=12),
-    ]
-    assert main(common) == 0
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "digits of answers" in text and "held-out text" in text
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    losses = results["seeds"][0]["evaluation"]["losses"]
-    assert {"final, sparse", "final, dense"} <= losses.keys()
-    assert all(np.isfinite(each["answers"]) for each in losses.values())
-    assert "positions 256 to 511" in losses["final, sparse"]
-    maps = Maps.load(tmp_path / "out")
-    assert set(maps.cells) >= {"BASE, dense", "SPARSE, sparse", "SPARSE, oracle top-K"}
-    assert all(len(cells) == 8 for rows in maps.cells.values() for row in rows.values() for cells in row.values())
-    assert "## Answers" in text and (tmp_path / "out" / "answers.png").exists()
+    text = write_packages(tmp_path / "text", packages=12)
+    out = tmp_path / "out"
+    common = ["--no-controls", "--preset", "small", "--out", str(out), "--data", text]
+    assert main([*common, "--stop-after", "1s"]) == 75  # in its first steps, or behind them
+    assert not (out / "report.md").exists()
     assert main(common) == 2
     assert "resume" in capsys.readouterr().err
+    assert main([*common, "--resume"]) == 0
+    report = (out / "report.md").read_text()
+    assert "digits of answers" in report and "needles are not learnt" in report
+    found = Found.load(out / "seed0.json")
+    assert {"BASE, dense", "WARMUP, sparse", "SPARSE, sparse"} <= found.losses.keys()
+    assert all(np.isfinite(each["answers"]) for each in found.losses.values())
+    assert "positions 256 to 511" in found.losses["SPARSE, sparse"]
+    assert set(found.answers.cells) >= {"BASE, dense", "SPARSE, sparse", "SPARSE, oracle top-K"}
+    rows = [row for rows in found.answers.cells.values() for row in rows.values()]
+    assert all(len(cells) == 8 for row in rows for cells in row.values())
+    assert found.generated["generated"].asked == found.generated["forward"].asked == 8
+    assert np.shape(found.curves["SPARSE"]["kl_layers"]) == (2, 1) and 0 <= found.waited < 1
+    # The dense model that was kept begins rows of the table of changes.
+    rows = ["--base", str(out / "base0"), "--corpus", str(out / "corpus"), "--preset", "small"]
+    assert ablations.main([*rows, "--only", "default", "wrong_rope", "--out", str(out / "rows")]) == 0
+    made = json.loads((out / "rows" / "ablations.json").read_text())["rows"]
+    assert list(made) == ["dense", "default", "wrong_rope"] and made["default"]["kept"]["oracle"] > 0
+    assert made["default"]["losses"]["text"] != made["wrong_rope"]["losses"]["text"]
 
 
 def test_text_too_short_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys):
@@ -86,4 +90,4 @@ def test_text_too_short_is_refused_before_anything_is_trained(tmp_path, monkeypa
     assert main(["--preset", "small", "--out", str(tmp_path / "out"), "--data", text]) == 2
     error = capsys.readouterr().err
     assert "the train text must have a document of at least 131073 tokens" in error and error.count("\n") == 1
-    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out" / "seed0").exists()
