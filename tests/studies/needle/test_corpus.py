@@ -7,7 +7,7 @@ from needle_cases import write_packages
 from tokenizers import Tokenizer
 
 from studies.needle.corpus import SPLITS, CorpusConfig, make_corpus
-from studies.needle.packages import Package, Text, installed_packages, packages_of, read_split
+from studies.needle.packages import Package, Text, installed_packages, packages_of, read_split, some_of
 from studies.needle.rows import NeedleConfig, load
 
 LINES = [f"this is line number {i} of a file of some length" for i in range(40)]
@@ -30,6 +30,18 @@ def test_whole_packages_are_held_out_and_another_package_moves_none(tmp_path):
     fewer = read_split(packages[:-1], 0.2)
     order = [text.name for text in fewer.held_out]
     assert set(order) <= held or held <= set(order) | {packages[-1].name}
+
+
+def test_some_packages_are_those_that_fit_in_the_order_of_their_hashes(tmp_path):
+    packages = packages_of([write_packages(tmp_path, packages=20)])
+    sizes = {package.name: sum(path.stat().st_size for path in package.files) for package in packages}
+    half = some_of(packages, sum(sizes.values()) // 2)
+    assert 5 < len(half) < 15 and [package for package in packages if package in half] == half
+    assert sum(sizes[package.name] for package in half) <= sum(sizes.values()) // 2
+    assert {package.name for package in some_of(packages[:10], 10**9)} == {package.name for package in packages[:10]}
+    assert some_of(packages, min(sizes.values()) - 1) == []
+    with pytest.raises(ValueError, match="max_bytes"):
+        CorpusConfig(max_bytes=0)
 
 
 def test_what_stands_in_both_splits_is_left_out_and_counted(tmp_path):
