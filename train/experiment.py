@@ -57,6 +57,7 @@ class Experiment:
       evaluate: whether they are measured and reported at the end.
       watch: what is watched beside the losses; its held-out batches are drawn.
       stopping: signals and the clock, by which the runs are saved and stopped.
+      compile_ahead: whether programs are compiled before the first step; see `Run.train`.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Experiment:
     evaluate: bool = True
     watch: Watch = UNWATCHED
     stopping: Stopping | None = None
+    compile_ahead: bool | None = None
 
     def run(self, console: Console, *, began: float | None = None) -> Path | None:
         """Trains all runs and their controls, and reports.
@@ -114,6 +116,7 @@ class Experiment:
         title, data = f"seed {run.config.seed}" if len(self.runs) > 1 else "", self.data or self.text
         watch = dataclasses.replace(self.watch, held_out=held_out)
         options: dict[str, Any] = dict(resume=self.resume, new_data=self.new_data, stopping=self.stopping)
+        options["compile_ahead"] = self.compile_ahead
         state = run.train(data, RunProgress(run.config, title=title, console=console), watch=watch, **options)
         params, random = state.params, state.random
         del state

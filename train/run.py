@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsa_jax import Transformer
-from dsa_jax.parallel.sharding import check_model, parameter_shardings, place_batch
+from dsa_jax.parallel.sharding import check_model, place_batch
 from train.checks import shown
+from train.compiling import Program, compile_programs
 from train.data import Batch, BatchParts, BatchSource, BatchStream, PartSource
 from train.files import WriteError
 from train.phases import Params, merge_groups
@@ -28,8 +30,8 @@ from train.saved.folder import Fingerprinted, Opened, hold, last_checkpoint, loo
 from train.saved.initial import InitialParams, random_params
 from train.saved.resuming import describe_resumption
 from train.settings import PhaseSettings, RunConfig, Stage, stream_seed
-from train.state import TrainState, abstract_params, abstract_state, check_stage, fresh_state, placed
-from train.step import make_step
+from train.state import TrainState, abstract_batch, abstract_params, abstract_state, check_stage, placed
+from train.step import make_begin, make_step
 from train.watching.metrics import DivergedError, read_metrics
 from train.watching.progress import RunProgress
 from train.watching.watch import UNWATCHED, Observer, Watch, observe
@@ -110,6 +112,7 @@ class Run:
         new_data: bool = False,
         watch: Watch = UNWATCHED,
         stopping: Stopping | None = None,
+        compile_ahead: bool | None = None,
     ) -> TrainState:
         """Takes the run to its end and returns the last state.
 
@@ -122,11 +125,14 @@ class Run:
           new_data: whether a run that is continued may take other data than its own, from their start.
           watch: what is watched beside the losses of the steps.
           stopping: signals and the clock, by which the run is saved and stopped.
+          compile_ahead: whether the programs of all steps are compiled before anything runs on the devices, or each
+            when it is first called; None: ahead but on CPUs, where runs are tried out, and often end before their last
+            stage.
 
         Raises:
           ValueError: if processes differ, another process writes the folder, the folder or a checkpoint in it cannot be
-            used, the run cannot go on or be watched so, something cannot be written, or a batch is not what its stage
-            says.
+            used, the run cannot go on or be watched so, a program cannot be compiled ahead, something cannot be
+            written, or a batch is not what its stage says.
           DivergedError: if a loss or a gradient is not finite, with the last good checkpoint.
           StoppedError: if it was stopped, with the step that was saved.
         """
@@ -144,7 +150,9 @@ class Run:
             opened = open_folder(self.folder, self.config, **options)
             self._say(opened, progress)
             ending.mark_resumable()
-            return self._train(data, progress, opened, lock, watch, stopping)
+            ahead = jax.default_backend() != "cpu" if compile_ahead is None else compile_ahead
+            compiled = self._compile(opened.position, progress) if ahead else {}
+            return self._train(data, progress, opened, lock, watch, stopping, compiled)
 
     def _is_done(self, opened: Opened) -> bool:
         return opened.position is not None and opened.position.step == self.config.steps
@@ -182,6 +190,7 @@ class Run:
         lock: Lock | None,
         watch: Watch,
         stopping: Stopping | None,
+        compiled: dict[str, float],
     ) -> TrainState:
         """Takes the run to its end, in a folder that is this run's alone."""
         on_step = None if progress is None else progress.update
@@ -189,7 +198,7 @@ class Run:
             state, position = self._start(checkpoints, opened)
             if position.step and not isinstance(data, BatchSource):
                 data.set_state(position.data)
-            where: dict[str, Any] = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh)
+            where: dict[str, Any] = dict(done=position.step, graphdef=self.graphdef, mesh=self.mesh, compiled=compiled)
             observing = observe(watch, self.config, self.folder, on_step=on_step, **where)
             pauses = Pauses(self.config.steps, minutes=self.config.checkpoint_minutes, stopping=stopping)
             stepping = stopping.stepping() if stopping else contextlib.nullcontext()
@@ -223,11 +232,38 @@ class Run:
 
     def _begin(self, params: Params, settings: PhaseSettings, random: Any) -> TrainState:
         """Makes the state at the start of a phase, on the mesh if there is one; `params` are taken over."""
-        if self.mesh is None:  # all of it put there, as restored parameters are: else the step is compiled twice
-            return jax.device_put(fresh_state(params, random, settings), jax.local_devices()[0])
-        begin = lambda params, random: fresh_state(params, random, settings)  # noqa: E731
-        places = parameter_shardings(jax.eval_shape(begin, params, random), self.mesh)
-        return jax.jit(begin, out_shardings=places, donate_argnums=0)(params, np.asarray(random))
+        return self._beginning(settings).executable()(params, np.asarray(random))
+
+    def _compile(self, position: Position | None, progress: RunProgress | None) -> dict[str, float]:
+        """Compiles all that the run calls from `position` on; gives the seconds by program."""
+        return compile_programs(self._programs(position), (lambda _: None) if progress is None else progress.say)
+
+    def _programs(self, position: Position | None) -> list[Program]:
+        """Lists the programs of the steps from `position` on, in the order in which they are needed."""
+        first, done = (-1, 0) if position is None else (position.phase, position.phase_step)
+        programs = []
+        for index, settings in enumerate(self.config.phases):
+            ends = itertools.accumulate(stage.steps for stage in settings.stages)
+            if index > first:
+                programs.append(self._beginning(settings))
+            if index >= first:
+                left = [number for number, end in enumerate(ends) if index > first or end > done]
+                programs += [self._step(settings, settings.stages[number]) for number in left]
+        return programs
+
+    def _beginning(self, settings: PhaseSettings) -> Program:
+        """Describes the program that makes the state at the start of a phase."""
+        random = jax.ShapeDtypeStruct((2,), np.uint32)
+        arguments = abstract_params(self.config.model, self.mesh)[1], random
+        return Program(f"the state of {settings.name}", make_begin(settings, self.mesh), arguments)
+
+    def _step(self, settings: PhaseSettings, stage: Stage) -> Program:
+        """Describes the program of a stage's steps."""
+        step = make_step(self.graphdef, settings, micro_batches=stage.micro_batches, mesh=self.mesh)
+        state = placed(abstract_state(self.config.model, settings), self.mesh)
+        batch = abstract_batch(stage.batch_size, stage.seq_len, self.mesh)
+        parts = f" ({stage.micro_batches} parts)" if stage.micro_batches > 1 else ""
+        return Program(f"{settings.name} {stage.batch_size} × {stage.seq_len}{parts}", step, (state, batch))
 
     def _train_phase(
         self,
@@ -245,7 +281,7 @@ class Run:
         for number, stage in enumerate(settings.stages):
             last = first + stage.steps
             if position.phase_step < last:
-                step = make_step(self.graphdef, settings, micro_batches=stage.micro_batches, mesh=self.mesh)
+                step = self._step(settings, stage).executable()
                 batches = self._batches(data, settings, number)
                 if position.phase_step > first and position.data and batches is not data:
                     batches.set_state(position.data)
@@ -290,6 +326,7 @@ class Run:
             return batch.place(), waited
         check_batch(batch, (stage.batch_size, stage.seq_len))
         check_tokens(batch, self.config.model.vocab_size)
+        batch = batch.canonical()  # of other dtypes the step is not compiled
         return batch if self.mesh is None else place_batch(batch, self.mesh), waited
 
 

@@ -75,6 +75,7 @@ def abstract_params(config: Config, mesh: Mesh | None = None) -> tuple[nnx.Graph
     return graphdef, placed(params, mesh)
 
 
+@functools.lru_cache(maxsize=32)
 def abstract_state(config: Config, settings: PhaseSettings) -> TrainState:
     """Gives the shapes of the state at the start of a phase."""
     _, params = abstract_params(config)
@@ -86,9 +87,10 @@ def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh) -> Batch:
-    """Gives the shapes of a batch, placed on a mesh."""
-    place, shape = NamedSharding(mesh, spec("batch", "sequence")), (batch_size, seq_len)
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh | None) -> Batch:
+    """Gives the shapes of a batch, placed on a mesh; without one it is the host's."""
+    place = None if mesh is None else NamedSharding(mesh, spec("batch", "sequence"))
+    shape = batch_size, seq_len
     ids, flags = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.bool))
     return Batch(tokens=ids, targets=ids, valid=flags, start=ids, stop=ids, positions=ids)
 

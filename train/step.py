@@ -21,7 +21,7 @@ from train.data import Batch
 from train.optimizer import learning_rates
 from train.phases import Params, Phase, merge_groups, run_model
 from train.settings import PhaseSettings
-from train.state import TrainState, make_optimizers
+from train.state import TrainState, fresh_state, make_optimizers
 
 MAX_STEPS = 16  # that are kept compiled: those of a run and of its controls, and a few more
 
@@ -62,6 +62,26 @@ def make_step(
       >>> state, metrics = make_step(graphdef, settings)(init_state(params, settings, jax.random.PRNGKey(0)), batch)
     """
     return build_step(graphdef, settings, micro_batches=micro_batches, mesh=mesh)
+
+
+@functools.lru_cache(maxsize=MAX_STEPS)
+def make_begin(settings: PhaseSettings, mesh: Mesh | None = None) -> Callable[[Params, Any], TrainState]:
+    """Makes the jitted function of parameters and key data that gives the state at the start of a phase.
+
+    It takes over (donates) the parameters. The state is on the mesh, or on this process's first device.
+    """
+
+    def begin(params: Params, random: Array) -> TrainState:
+        return fresh_state(params, random, settings)
+
+    if mesh is None:
+        return jax.jit(begin, out_shardings=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), donate_argnums=0)
+
+    def on_mesh(params: Params, random: Array) -> TrainState:
+        state = begin(params, random)
+        return jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
+
+    return jax.jit(on_mesh, donate_argnums=0)
 
 
 def build_step(

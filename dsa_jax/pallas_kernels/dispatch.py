@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 from jax.core import ShapedArray
+from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -130,6 +131,12 @@ def _needs(operation, got):
 # For which platform a function is compiled is known only when it is lowered, so the choice is a primitive.
 # `lax.platform_dependent` would do, but for an export to several platforms at once, which Pallas refuses.
 
+# Mosaic keeps in a kernel's bytes where each of its operations was traced, and the key of the persistent compilation
+# cache is of all these bytes; elsewhere JAX leaves such places out of it. What JAX traces once for many callers, like a
+# `jnp` function within a kernel, names the first of them: the key would depend on what was traced before, and on where
+# this package lies. So all of a kernel is traced at one place, in no file. Equal kernels are compiled once, too.
+_PLACE = eval(compile("current()", "dsa_jax", "eval"), {"current": source_info_util.current}).traceback
+
 _choice = Primitive("dsa_jax_implementation")
 _choice.multiple_results = True
 
@@ -189,7 +196,9 @@ def _lower(context, *arrays, operation, insist, xla, pallas, results):
     if insist and platforms != ("cuda",):
         raise ValueError(f"implementation='pallas': {_needs(operation, ' and '.join(platforms))}")
     call = pallas if platforms == ("cuda",) else xla
-    return mlir.lower_fun(lambda *arrays: jax.tree.leaves(call(*arrays)), multiple_results=True)(context, *arrays)
+    lower = mlir.lower_fun(lambda *arrays: jax.tree.leaves(call(*arrays)), multiple_results=True)
+    with source_info_util.user_context(_PLACE) if call is pallas else contextlib.nullcontext():
+        return lower(context, *arrays)
 
 
 batching.primitive_batchers[_choice] = _vmap

@@ -15,6 +15,7 @@ from rich.console import Console
 from dsa_jax.parallel.sharding import AXES, make_mesh, parse_mesh
 from train.commands.command import parse
 from train.commands.overrides import rate_assignments, set_fields, steps_assignments
+from train.compiling import describe_cache, keep_compiled
 from train.data import load
 from train.experiment import SEED_FOLDER, Experiment, seed_runs
 from train.presets import PRESETS, load_preset
@@ -111,6 +112,10 @@ class Arguments:
     """Write the metrics for TensorBoard too, into the run's folder."""
     profile: str | None = None
     """FIRST:LAST, steps whose trace is written into the run's folder."""
+    compile_ahead: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the programs of all steps before the first one on CPUs too, as it is done on other devices."""
+    compile_cache: Path | None = None
+    """Folder where compiled programs are kept, to be read the next time; without it JAX_COMPILATION_CACHE_DIR says."""
 
     @property
     def name(self) -> str:
@@ -233,6 +238,7 @@ class Arguments:
         """Writes the command that resumes this process's run."""
         command = ["python", "-m", "train", "--resume", "--out", str(self.folder)]
         values = {"coordinator": self.coordinator, "num-processes": self.num_processes, "process-id": self.process_id}
+        values["compile-cache"] = self.compile_cache
         command += ["--distributed"] if self.distributed else []
         command += [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
         return shlex.join(command)
@@ -270,6 +276,7 @@ def train(arguments: Arguments) -> None:
     ending.resume_with(arguments.resume_command())
     with Stopping(after=after) as stopping:
         arguments.join()
+        keep_compiled(arguments.compile_cache)
         console = Console(quiet=jax.process_index() > 0)
         runs, watch, command = arguments.runs(), arguments.watch(), arguments.command()
         config = runs[0].config
@@ -288,4 +295,7 @@ def train(arguments: Arguments) -> None:
             evaluate=command.evaluate,
             watch=watch,
             stopping=stopping,
+            compile_ahead=arguments.compile_ahead or None,
         ).run(console, began=began)
+        if (line := describe_cache()) is not None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -31,6 +31,13 @@ class Batch:
         """Reaches causally within each document."""
         return KeyRange(jnp.asarray(self.start), jnp.asarray(self.stop))
 
+    def canonical(self) -> Self:
+        """Converts what has other dtypes to int32 and booleans, as the loader's batches have them."""
+        dtypes = {field.name: np.bool_ if field.name == "valid" else np.int32 for field in dataclasses.fields(self)}
+        is_so = lambda name: getattr(getattr(self, name), "dtype", None) == dtypes[name]  # noqa: E731
+        others = {name: np.asarray(getattr(self, name), dtype) for name, dtype in dtypes.items() if not is_so(name)}
+        return dataclasses.replace(self, **others) if others else self
+
     @classmethod
     def from_tokens(
         cls, tokens: ArrayLike, segment_ids: ArrayLike | None = None, *, padding_id: int | None = None

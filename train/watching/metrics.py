@@ -14,10 +14,15 @@ import jax
 
 from train.files import WriteError, replace_text, writing
 
-CLOCKS = ("time", "seconds", "data_seconds", "evaluation_seconds")  # what differs where the numbers are the same
+CLOCKS = ("time", "seconds", "data_seconds", "evaluation_seconds", "compile_seconds")
 
 type OnStep = Callable[[int, int, dict[str, float]], None]  # of the phase's number, its step, and the step's metrics
 type OnRecord = Callable[[dict[str, Any]], None]  # of a line of the file
+
+
+def is_clock(name: str) -> bool:
+    """Tells whether a number, or one of its parts, differs where the same is computed again."""
+    return name.partition("/")[0] in CLOCKS
 
 
 class DivergedError(RuntimeError):
@@ -32,9 +37,18 @@ class MetricsLog:
       keep: the last step whose line stays; later ones will be done again, and a line cut short goes with them.
       on_step: is called with each line's numbers.
       on_record: is called with each line, in the process that writes it.
+      first: further numbers of the first line that is written.
     """
 
-    def __init__(self, path: Path, *, keep: int, on_step: OnStep | None = None, on_record: OnRecord | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int,
+        on_step: OnStep | None = None,
+        on_record: OnRecord | None = None,
+        first: Mapping[str, float] = types.MappingProxyType({}),
+    ):
         self.kept = _whole_records(path, keep)
         self._tokens_seen = sum(record.get("tokens", 0) for record in self.kept)
         if jax.process_index() == 0:
@@ -43,7 +57,7 @@ class MetricsLog:
         self._path = path if jax.process_index() == 0 else Path(os.devnull)
         with writing(self._path):
             self._file = self._path.open("a")
-        self._on_step, self._on_record = on_step, on_record
+        self._on_step, self._on_record, self._first = on_step, on_record, dict(first)
         self._pending, self._time = collections.deque(), time.monotonic()
 
     def __enter__(self) -> Self:
@@ -109,7 +123,8 @@ class MetricsLog:
         seconds, self._time = round(now - self._time, 4), now
         self._tokens_seen += values.get("tokens", 0)
         clocks = {"tokens_seen": self._tokens_seen, "seconds": seconds, "time": round(time.time(), 3)}
-        record = {"step": step, "phase": name, "phase_step": phase_step, **found, **clocks}
+        record = {"step": step, "phase": name, "phase_step": phase_step, **found, **clocks, **self._first}
+        self._first = {}
         with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -133,8 +134,11 @@ def observe(
     graphdef: nnx.GraphDef,
     mesh: Mesh | None = None,
     on_step: OnStep | None = None,
+    compiled: Mapping[str, float] = types.MappingProxyType({}),
 ) -> Iterator[Observer]:
     """Opens the files of what watches a run of which `done` steps are done, and closes them with the run.
+
+    `compiled` has the seconds that each program took to compile before the first step, for the first line.
 
     Raises:
       ValueError: if a file cannot be written.
@@ -143,10 +147,10 @@ def observe(
         scalars = None
         if watch.tensorboard and jax.process_index() == 0:
             scalars = stack.enter_context(Scalars(folder / "tensorboard", first_step=done + 1))
-        log = MetricsLog(
-            folder / "metrics.jsonl", keep=done, on_step=on_step, on_record=None if scalars is None else scalars.add
-        )
-        stack.enter_context(log)
+        on_record = None if scalars is None else scalars.add
+        first = {f"compile_seconds/{name.replace('×', 'x')}": round(each, 4) for name, each in compiled.items()}
+        path = folder / "metrics.jsonl"
+        log = stack.enter_context(MetricsLog(path, keep=done, on_step=on_step, on_record=on_record, first=first))
         profiler = stack.enter_context(Profiler(folder / "profile", watch.profile))
         yield Observer(watch, config, graphdef, mesh, folder, log, profiler, _best_so_far(config, folder, log))
 

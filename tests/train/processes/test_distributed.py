@@ -24,7 +24,7 @@ from train.reporting.results import Results
 from train.run import Run
 from train.saved.folder import checkpoint_steps
 from train.settings import Stage
-from train.watching.metrics import CLOCKS
+from train.watching.metrics import is_clock
 from train.watching.progress import RunProgress
 from train.watching.watch import Watch, read_best
 
@@ -60,7 +60,7 @@ def train(config, folder, mesh, *, resume=False):
 def numbers(folder):
     """Reads the metrics of each step, without the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in (*CLOCKS, "phase")} for line in lines]
+    return [{k: v for k, v in line.items() if k != "phase" and not is_clock(k)} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from train.saved.checkpoint import Checkpoints
 from train.saved.folder import checkpoint_steps
 from train.settings import PhaseSettings, RunConfig, Stage
 from train.state import TrainState, init_state
-from train.watching.metrics import CLOCKS
+from train.watching.metrics import is_clock
 
 TRAIN = """
 import os, re, signal, sys
@@ -67,7 +67,7 @@ def run(preset: Path, out: Path, environment: dict[str, str], moment: str = "", 
 
 def metrics(out: Path) -> list[dict]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in CLOCKS} for record in records]
+    return [{name: value for name, value in record.items() if not is_clock(name)} for record in records]
 
 
 def state_at(config: RunConfig, out: Path, step: int, phase: int) -> TrainState:
@@ -81,9 +81,9 @@ def state_at(config: RunConfig, out: Path, step: int, phase: int) -> TrainState:
 def test_a_state_is_put_on_a_device_as_a_whole(tmp_path):
     """Beside restored parameters, which are, other parts would have the step compiled again for what it gave back."""
     run = Run(one_layer_run(tmp_path / "text"), tmp_path / "out")
-    params = jax.tree.map(jnp.asarray, small_params(run.config.model))
-    for given in (params, jax.device_put(params, jax.devices()[0])):
-        state = run._begin(given, run.config.phases[0], jnp.zeros(2, "uint32"))
+    for given in (jnp.array, lambda x: jax.device_put(jnp.array(x), jax.devices()[0])):
+        params = jax.tree.map(given, small_params(run.config.model))
+        state = run._begin(params, run.config.phases[0], jnp.zeros(2, "uint32"))
         assert all(x.committed for x in jax.tree.leaves(state))
 
 
