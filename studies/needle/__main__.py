@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from studies.needle.measuring import found_path, measure_seed
 from studies.needle.rows import NeedleConfig, NeedleCorpus, load
 from train.commands.command import parse, run_command
 from train.commands.describe import describe_run
+from train.compiling import keep_compiled
 from train.experiment import control_run
 from train.phases import CONTROLS, merge_groups
 from train.processes.stopping import Stopping, seconds_of
@@ -51,6 +53,9 @@ class Arguments:
     """Save and stop after this time, like 9m, with exit status 75; `--resume` goes on."""
     workers: int = 2
     """Processes that tokenise."""
+    compile_cache: Path | None = None
+    """Folder where compiled programs are kept, for the next piece; without it `compiled` in that of the study, and on
+    CPUs none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def study(arguments: Arguments, console: Console, stopping: Stopping | None = None) -> None:
     """Makes the corpus, trains all seeds and their controls, measures and reports."""
+    if arguments.compile_cache is not None or jax.default_backend() != "cpu":
+        keep_compiled(arguments.compile_cache or arguments.out / "compiled")
     preset = settings.PRESETS[arguments.preset]()
     folder = arguments.corpus or arguments.out / "corpus"
     config = dataclasses.replace(settings.make_config(preset, folder), seed=arguments.seed)
