@@ -85,6 +85,7 @@ def in_two_processes(config, folder):
     }
     command = [sys.executable, "-m", "train", "--preset", str(preset), "--out", str(out)]
     command += ["--mesh", "context=2,tensor=2", "--distributed", "--coordinator", address, "--num-processes", "2"]
+    command += ["--compile-ahead"]
     processes = [
         subprocess.Popen(
             [*command, "--process-id", str(i)],
@@ -97,6 +98,7 @@ def in_two_processes(config, folder):
     ]
     streams = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], streams
+    assert "compiled BASE 4 × 32 (2 parts) in " in streams[0][0]
     assert "BASE 4/4" in streams[0][0] and "BASE" not in streams[1][0]  # one of them speaks
     return out
 
