@@ -101,7 +101,7 @@ def select_few_rows(scores, k: int, *, start, stop, table=None, after=(), config
 
         run(*refs, smem, lax.axis_index("row"), lax.axis_index("rank"))
 
-    kernel = plgpu.kernel(
+    kernel = ptx.kernel(
         select_few_rows_kernel,
         out_type=jax.ShapeDtypeStruct((batch * length, k), jnp.int32),
         scratch_types=(plgpu.SMEM((p.smem_words,), jnp.int32),),

@@ -76,7 +76,7 @@ def write_entries(latent_pages, key_pages, kv, k_index, slots, *, hadamard: bool
 
         run(*refs, lax.axis_index("token"))
 
-    kernel = plgpu.kernel(
+    kernel = ptx.kernel(
         write_entries_kernel,
         grid=(kv.shape[0],),
         grid_names=("token",),

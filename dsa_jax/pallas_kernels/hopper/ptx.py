@@ -97,14 +97,51 @@ def compiler_params(approx_math: bool = False):
     )
 
 
+def kernel(body, *, interpret: bool = False, **options):
+    """Makes a kernel as `plgpu.kernel` does, whose bytes are those of its function alone.
+
+    Args:
+      body: a function of the references. Traces call the kernel by its name or, where that says little, by its package
+        and module.
+      interpret: run in Pallas' interpreter, on a CPU.
+      options: as `plgpu.kernel` takes them.
+    """
+    function = getattr(body, "func", body)  # of a partial function
+    package, module = function.__module__.split(".")[-2:]
+    name = function.__name__ if function.__name__.endswith("_kernel") else f"{package}_{module}"
+
+    def named(*refs, **scratch):
+        _name_dumps(name)
+        body(*refs, **scratch)
+
+    return plgpu.kernel(
+        body if interpret else named,
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        kernel_name=name,
+        **options,
+    )
+
+
+def _name_dumps(name: str) -> None:
+    """Names a kernel where it would be dumped; jaxlib 0.11 else counts the kernels of the process in that name."""
+
+    @inline_mgpu()
+    def mark(ctx):
+        op = ir.InsertionPoint.current.block.owner
+        while op.name != "builtin.module":
+            op = op.parent
+        op.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+    mark()
+
+
 def persistent_kernel(
     body, out_type, scratch_types, *, blocks: int, interpret: bool, warpgroups: int = 3, approx_math: bool = False
 ):
     """Makes a kernel of a fixed number of thread blocks, mostly one a multiprocessor, that share the work in loops.
 
     Args:
-      body: a function of the references; it knows its place from the axes "block" and "warpgroup". Traces call the
-        kernel by the function's package and module.
+      body: a function of the references; it knows its place from the axes "block" and "warpgroup".
       out_type: shapes and dtypes of the results.
       scratch_types: arrays in shared memory and barriers, in the order in which `body` takes them after the results.
       blocks: thread blocks of the grid.
@@ -112,8 +149,7 @@ def persistent_kernel(
       warpgroups: of a block.
       approx_math: see `compiler_params`.
     """
-    package, module = getattr(body, "func", body).__module__.split(".")[-2:]  # of a partial function's function
-    return plgpu.kernel(
+    return kernel(
         body,
         out_type=out_type,
         scratch_types=scratch_types,
@@ -121,9 +157,8 @@ def persistent_kernel(
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        interpret=interpret,
         compiler_params=compiler_params(approx_math),
-        kernel_name=f"{package}_{module}",
     )
 
 

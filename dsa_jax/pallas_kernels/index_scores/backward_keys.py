@@ -177,11 +177,11 @@ def sum_kernel(shape: Shape, interpret: bool):
             x = load(ref, item) + x
         d_k_gmem[pl.ds(item * block_size + piece * PIECE_ELEMENTS, PIECE_ELEMENTS)] = x
 
-    return plgpu.kernel(
+    return ptx.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((items * block_size,), jnp.float32),
         grid=(items, pieces),
         grid_names=("item", "piece"),
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )

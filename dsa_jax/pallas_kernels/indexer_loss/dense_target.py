@@ -198,7 +198,7 @@ def _kernel(batch, length, size, heads, dim, scale, clusters: int, interpret: bo
             interpret=interpret,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return ptx.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((batch * length, size), jnp.float32),
         scratch_types=tuple(scratch.values()),
@@ -208,7 +208,7 @@ def _kernel(batch, length, size, heads, dim, scale, clusters: int, interpret: bo
         cluster_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        interpret=interpret,
         compiler_params=ptx.compiler_params(approx_math=True),
     )
 

@@ -86,7 +86,7 @@ def _call(work, x, out):
 
         run(x_gmem, *out_gmem, block)
 
-    return plgpu.kernel(
+    return ptx.kernel(
         body,
         out_type=out,
         grid=(pl.cdiv(rows, rows_per_block),),
