@@ -1,5 +1,5 @@
 # Each command does its own set-up: see .ci/install.
-.PHONY: demo test test-slow test-variants test-meshes test-gpu docs lint format clean
+.PHONY: demo test test-slow test-variants test-meshes test-gpu docs notebooks lint format clean
 
 ARGS ?=
 bin := .venv/bin
@@ -33,6 +33,12 @@ docs:
 	@.ci/install docs
 	$(bin)/python -m zensical build --strict --clean
 	@echo "The site begins at build/site/index.html"
+
+# The notebooks are kept as scripts; Jupyter Lab also opens these as they are.
+notebooks:
+	@.ci/install notebooks
+	$(bin)/python -m jupytext --quiet --from py:percent --to ipynb notebooks/*.py
+	@echo "Converted: notebooks/*.ipynb"
 
 lint:
 	@.ci/install test

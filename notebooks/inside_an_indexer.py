@@ -2,9 +2,9 @@
 # # Inside an indexer
 #
 # Which tokens does an indexer pick, and are they the ones that the attention wants? This notebook trains a small model
-# on real text, Python's own standard library, and then its indexer. It draws the selection of one query over the tokens
-# of the text, layer by layer, beside the best selection there is and beside a window of the last tokens; and it measures
-# how much of the attention each of them keeps.
+# on real text, Python's own standard library, and then its indexer. It draws the selection of one query over the
+# tokens of the text, layer by layer, beside the best selection there is and beside a window of the last tokens; and it
+# measures how much of the attention each of them keeps.
 #
 # The model trains for a minute or less, so it knows little Python. That is enough to see the indexer work: it imitates
 # the attention, whatever that has learnt. `SCALE = 10` trains ten times as long.
@@ -14,7 +14,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,8 +34,8 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## Text and tokenizer
 #
-# A few packages of the standard library, and a tokenizer learnt from them: byte-pair encoding with a small vocabulary, so
-# that tokens are pieces of words. (On bytes, a selection would be single letters.)
+# A few packages of the standard library, and a tokenizer learnt from them: byte-pair encoding with a small vocabulary,
+# so that tokens are pieces of words. (On bytes, a selection would be single letters.)
 
 # %%
 library = Path(sysconfig.get_path("stdlib"))
@@ -88,9 +87,10 @@ assert np.mean(losses[-10:]) < 0.7 * losses[0] and kls[-1] < 0.5 * kls[0]
 # %% [markdown]
 # ## Look inside
 #
-# `attention_maps` gives what a layer does for every pair of tokens: the attention of each head, the index scores and the
-# selection. The attention averaged over heads is `p`, what the indexer was trained to predict. The best selection of `K`
-# keys, the *oracle*, is the top-K of `p`. It stands here as a yardstick: to know it one needs the dense attention.
+# `attention_maps` gives what a layer does for every pair of tokens: the attention of each head, the index scores and
+# the selection. The attention averaged over heads is `p`, what the indexer was trained to predict. The best selection
+# of `K` keys, the *oracle*, is the top-K of `p`. It stands here as a yardstick: to know it one needs the dense
+# attention.
 #
 # The text is held out: neither model nor indexer has seen it.
 
@@ -131,7 +131,9 @@ def kept(p, selected):
 
 
 names = list(selections[0])
-mass = np.array([[kept(p, s[name])[:, 4 * K :].mean() for name in names] for p, s in zip(attention, selections)])
+mass = np.array(
+    [[kept(p, s[name])[:, 4 * K :].mean() for name in names] for p, s in zip(attention, selections, strict=True)]
+)
 
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 for place, name in enumerate(names):
@@ -151,9 +153,9 @@ assert (by_name["trained indexer"] <= by_name["oracle"] + 1e-6).all()
 # %% [markdown]
 # ## The selection as a picture
 #
-# One query, chosen because most of its attention lies beyond the window: such queries are what a selection is for. It is
-# the last token, in a box. Every selected token is coloured, the darker the more attention it gets; what is not selected
-# is grey and never read. `↵` is the end of a line.
+# One query, chosen because most of its attention lies beyond the window: such queries are what a selection is for. It
+# is the last token, in a box. Every selected token is coloured, the darker the more attention it gets; what is not
+# selected is grey and never read. `↵` is the end of a line.
 
 # %%
 WIDTH, FONT = 52, 6.5  # characters of a line, points
@@ -183,8 +185,16 @@ def draw_selection(axis, places, selected, p, title):
                 axis.add_patch(Rectangle((column, line), 1, 1, color=shade, linewidth=0))
             if letter != " ":
                 color = "black" if s in selected or s == len(places) - 1 else "0.65"
-                axis.text(column + 0.5, line + 0.55, letter, family="monospace", size=FONT, color=color,
-                          ha="center", va="center")  # fmt: skip
+                axis.text(
+                    column + 0.5,
+                    line + 0.55,
+                    letter,
+                    family="monospace",
+                    size=FONT,
+                    color=color,
+                    ha="center",
+                    va="center",
+                )
     (line, column, _), width = places[-1][0], len(places[-1])
     axis.add_patch(Rectangle((column, line), width, 1, fill=False, linewidth=1))
     axis.set(xlim=(-0.5, WIDTH + 0.5), ylim=(places[-1][-1][0] + 1.5, -0.5))
@@ -192,7 +202,9 @@ def draw_selection(axis, places, selected, p, title):
     axis.axis("off")
 
 
-beyond = sum(kept(p, s["trained indexer"]) - kept(p, s["last K keys"]) for p, s in zip(attention, selections))
+beyond = sum(
+    kept(p, s["trained indexer"]) - kept(p, s["last K keys"]) for p, s in zip(attention, selections, strict=True)
+)
 reach = jnp.arange(T) >= T * 3 // 4  # far into its row
 row, t = (int(i) for i in jnp.unravel_index(jnp.argmax(jnp.where(reach, beyond, -jnp.inf)), beyond.shape))
 places = place_tokens(tokens[row, : t + 1])
@@ -201,8 +213,8 @@ shown = ("trained indexer", "oracle", "last K keys")
 lines = places[-1][-1][0] + 2
 size = (len(shown) * WIDTH * 0.66 * FONT / 72, LAYERS * (lines * 1.3 * FONT + 24) / 72)
 figure, axes = plt.subplots(LAYERS, len(shown), figsize=size, squeeze=False, layout="constrained")
-for layer, (p, chosen) in enumerate(zip(attention, selections)):
-    for axis, name in zip(axes[layer], shown):
+for layer, (p, chosen) in enumerate(zip(attention, selections, strict=True)):
+    for axis, name in zip(axes[layer], shown, strict=True):
         selected = [int(s) for s in chosen[name][row, t] if s >= 0]
         share = float(kept(p, chosen[name])[row, t])
         draw_selection(axis, places, selected, p[row, t], f"layer {layer}, {name}: {share:.0%} of the attention")
@@ -213,7 +225,7 @@ plt.show()
 
 # %%
 print("the query:", repr(tokenizer.decode([int(tokens[row, t])])), "at", t)
-for layer, (p, chosen) in enumerate(zip(attention, selections)):
+for layer, (p, chosen) in enumerate(zip(attention, selections, strict=True)):
     selected = [int(s) for s in chosen["trained indexer"][row, t] if s >= 0]
     best = sorted(selected, key=lambda s: -float(p[row, t, s]))[:8]
     pieces = [f"{tokenizer.decode([int(tokens[row, s])])!r} {t - s} back {float(p[row, t, s]):.0%}" for s in best]
@@ -222,8 +234,8 @@ for layer, (p, chosen) in enumerate(zip(attention, selections)):
 # %% [markdown]
 # ## How far back it looks
 #
-# Over all queries: at which distance the selected keys lie. A window has all of its keys within `K`; the indexer spreads
-# them as the attention does.
+# Over all queries: at which distance the selected keys lie. A window has all of its keys within `K`; the indexer
+# spreads them as the attention does.
 
 # %%
 figure, axes = plt.subplots(1, LAYERS, figsize=(5 * LAYERS, 2.6), sharey=True, squeeze=False, layout="constrained")

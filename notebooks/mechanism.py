@@ -5,9 +5,9 @@
 # indexer*, scores every earlier token, the `K` best are selected, and attention runs over these alone. This notebook
 # does each step for one layer, small enough for a laptop: score, select, attend, and teach the indexer what to select.
 #
-# Everything is a function that takes arrays and returns arrays. The letters: `B` batch, `T` queries, `S` keys,
-# `K` selected keys, `N` attention heads, `J` index heads, `E` their width, `C + R` the width of a latent.
-# Equations are numbered as in the DeepSeek-V3.2-Exp report.
+# Everything is a function that takes arrays and returns arrays. The letters: `B` batch, `T` queries, `S` keys, `K`
+# selected keys, `N` attention heads, `J` index heads, `E` their width, `C + R` the width of a latent. Equations are
+# numbered as in the DeepSeek-V3.2-Exp report.
 
 # %% [markdown]
 # ## 1. Project
@@ -78,9 +78,9 @@ print("scores", scores.shape, "of query 3:", scores[0, 3, :6])
 # %% [markdown]
 # ## 3. Select
 #
-# A selection holds positions, in increasing order, then `-1` where a query reaches fewer than `K` keys. Of equal scores
-# the lowest position wins, so the choice is always the same. `select_keys` joins scoring and selecting and never holds
-# the `T × S` scores of a long sequence at once.
+# A selection holds positions, in increasing order, then `-1` where a query reaches fewer than `K` keys. Of equal
+# scores the lowest position wins, so the choice is always the same. `select_keys` joins scoring and selecting and
+# never holds the `T × S` scores of a long sequence at once.
 
 # %%
 selected = select_keys(p.q_index, p.k_index, p.weights, keys, k=K)
@@ -93,8 +93,8 @@ print("query 150 takes", selected[0, 150, :6], "…")
 # ## 4. Attend to the selection (Eq. 2)
 #
 # In the *multi-query form* the queries are taken to the space of the latents (`absorb`), so that all heads read one
-# latent: a selected key is gathered once and serves every head. `unabsorb` takes the result back to each head's values.
-# `lse`, the logarithm of the softmax's denominator, is what the backward pass and the indexer's loss need.
+# latent: a selected key is gathered once and serves every head. `unabsorb` takes the result back to each head's
+# values. `lse`, the logarithm of the softmax's denominator, is what the backward pass and the indexer's loss need.
 
 # %%
 q = attention.absorb(p.q)
@@ -123,9 +123,9 @@ assert difference < 1e-4
 # ## 6. How good is a selection?
 #
 # The attention says itself where it looks: its probabilities, summed over the heads and divided by `N`, are a
-# distribution `p[t,:]` over the keys. A selection is good if much of `p` lies on it: the *kept mass*. The best possible
-# selection, the *oracle*, takes the `K` largest entries of `p`; it needs the dense attention that we want to avoid. The
-# last `K` keys, a *window*, cost nothing and are what the indexer has to beat.
+# distribution `p[t,:]` over the keys. A selection is good if much of `p` lies on it: the *kept mass*. The best
+# possible selection, the *oracle*, takes the `K` largest entries of `p`; it needs the dense attention that we want to
+# avoid. The last `K` keys, a *window*, cost nothing and are what the indexer has to beat.
 
 # %%
 # Over all keys attention_target is p itself. Its columns are the positions of `everything`: those of the keys.
@@ -150,8 +150,8 @@ print({name: round(mass, 3) for name, mass in kept.items()})
 # ## 7. What the indexer learns from (Eq. 3)
 #
 # A selection has no gradient, so the indexer cannot learn from the language loss. It learns to imitate `p` instead:
-# `KL(p[t,:] ‖ softmax(I[t,:]))`, for each query. The target `p` is a constant. The gradient by the scores is then simply
-# `softmax(I) - p`.
+# `KL(p[t,:] ‖ softmax(I[t,:]))`, for each query. The target `p` is a constant. The gradient by the scores is then
+# simply `softmax(I) - p`.
 
 # %%
 kl = dense_indexer_kl(p.q_index, p.k_index, p.weights, p.q, k, dense_lse, keys, scale=scale)
@@ -225,8 +225,8 @@ plt.show()
 # ## 10. Train through the selection (Eq. 4)
 #
 # From now on attention runs over the selection, and everything trains: the model by the language loss, the indexer by
-# the same KL, now over the selected keys alone. The two never mix: no gradient of the KL reaches the attention, and the
-# attention's output does not depend on the index scores at all.
+# the same KL, now over the selected keys alone. The two never mix: no gradient of the KL reaches the attention, and
+# the attention's output does not depend on the index scores at all.
 
 # %%
 out, lse = sparse_attention(q, p.kv, selected, value_dim=config.kv_lora_rank, scale=scale)

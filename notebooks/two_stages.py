@@ -1,20 +1,20 @@
 # %% [markdown]
 # # A dense checkpoint through both stages
 #
-# Sparse attention is not trained from nothing. You have a dense checkpoint; it gets a new indexer; then come two stages:
+# Sparse attention is not trained from nothing. You have a dense checkpoint; it gets a new indexer; then come two
+# stages:
 #
 # | stage | attention | what trains | by which loss |
 # |---|---|---|---|
 # | WARMUP | dense | the indexer alone | KL to the attention, over all keys (Eq. 3) |
 # | SPARSE | the selected keys | everything | language loss; for the indexer KL over the selection (Eq. 4) |
 #
-# Here is all of it in small: a dense checkpoint in Hugging Face's layout, both stages with the functions of `train`, the
-# curves, dense against sparse, and a continuation. With your own checkpoint, skip the first part.
+# Here is all of it in small: a dense checkpoint in Hugging Face's layout, both stages with the functions of `train`,
+# the curves, dense against sparse, and a continuation. With your own checkpoint, skip the first part.
 
 # %%
 import dataclasses
 import json
-import logging
 import tempfile
 from pathlib import Path
 
@@ -36,13 +36,12 @@ from train.settings import PhaseSettings, RunConfig, Stage
 SCALE = 1  # on the number of steps
 T, K, B = 192, 16, 8  # tokens of a row, selected keys, rows of a batch
 folder = Path(tempfile.mkdtemp())
-logging.basicConfig(format="%(message)s")  # the library says what it does where that may surprise
 
 # %% [markdown]
 # ## The text
 #
-# Short stories that put things somewhere and ask for them later, so that far tokens matter. Tokens are bytes. One file is
-# held out of training by itself.
+# Short stories that put things somewhere and ask for them later, so that far tokens matter. Tokens are bytes. One file
+# is held out of training by itself.
 
 # %%
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan", "Eve"), ("key", "map", "coin", "ring", "book")
@@ -68,15 +67,15 @@ print(write_story(rng))
 # %% [markdown]
 # ## A dense checkpoint
 #
-# BASE trains a dense model. A run is a value: the model's sizes, the phases with their stages and optimizers, the data.
-# It trains into a folder, which holds its metrics and checkpoints.
+# BASE trains a dense model. A run is a value: the model's sizes, the phases with their stages and optimizers, the
+# data. It trains into a folder, which holds its metrics and checkpoints.
 
 # %%
 sizes = Config.tiny(num_hidden_layers=2, first_k_dense_replace=2, index_topk=K)  # two layers, no experts
 rate = OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine", weight_decay=0.0)
 base = RunConfig(
     model=sizes,
-    phases=(PhaseSettings(BASE, (Stage(120 * SCALE, B, T),), backbone=rate),),
+    phases=(PhaseSettings(BASE, (Stage(70 * SCALE, B, T),), backbone=rate),),
     data=data,
     checkpoint_every=1000,
 )
@@ -86,8 +85,9 @@ base_losses = [record["lm_loss"] for record in base_run.records()]
 print(f"language loss {base_losses[0]:.2f} -> {base_losses[-1]:.2f} nats a byte")
 
 # %% [markdown]
-# What we have at this point is what you may have anyway: weights, in the layout of `deepseek_v3`, which knows no indexer.
-# `save_hf` would write the untrained indexer too, so the file is written by hand: `to_hf` names the tensors.
+# What we have at this point is what you may have anyway: weights, in the layout of `deepseek_v3`, which knows no
+# indexer. `save_hf` would write the untrained indexer too, so the file is written by hand: `to_hf` names the tensors.
+# `load_hf` draws a new indexer, of the sizes that `config` says, and warns of it.
 
 # %%
 dense = folder / "dense"
@@ -97,7 +97,7 @@ save_file({name: np.asarray(x) for name, x in to_hf(model) if "indexer" not in n
 described = {key: value for key, value in sizes.to_hf().items() if not key.startswith("index_")}
 (dense / "config.json").write_text(json.dumps(described | {"model_type": "deepseek_v3"}))
 
-loaded = load_hf(dense, dtype="float32", config=sizes)  # the warning is meant: the indexer is drawn
+loaded = load_hf(dense, dtype="float32", config=sizes)
 tokens = jnp.asarray(corpus.prompt(T))[None]
 same = model(tokens, attention="dense").hidden == loaded(tokens, attention="dense").hidden
 print(sorted(path.name for path in dense.iterdir()), "- dense, the same bits:", bool(same.all()))
@@ -116,7 +116,7 @@ config = dataclasses.replace(
     base,
     phases=(
         PhaseSettings(WARMUP, (Stage(40 * SCALE, B, T),), indexer=warmup_rate),
-        PhaseSettings(SPARSE, (Stage(40 * SCALE, B, T),), backbone=sparse_rate, indexer=sparse_rate),
+        PhaseSettings(SPARSE, (Stage(30 * SCALE, B, T),), backbone=sparse_rate, indexer=sparse_rate),
     ),
 )
 run = Run(config, folder / "sparse", init=InitialParams(dense))
@@ -132,13 +132,19 @@ assert base_losses[-1] < 0.5 * base_losses[0] and warmup[-1]["kl"] < 0.5 * warmu
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3), layout="constrained")
 begin = len(base_losses) + len(warmup)
 left.plot(base_losses, color="black", label="BASE")
-left.plot(range(begin, begin + len(sparse)), [record["lm_loss"] for record in sparse], color="tab:orange", label="SPARSE")
+left.plot(
+    range(begin, begin + len(sparse)), [record["lm_loss"] for record in sparse], color="tab:orange", label="SPARSE"
+)
 left.axvspan(len(base_losses), begin, color="0.93", label="WARMUP: the model is frozen")
-left.set(xlabel="step", title="language loss, nats a byte")
+left.set(xlabel="step", title="language loss, nats a byte", yscale="log")
 left.legend(fontsize=7)
 right.plot([record["kl"] for record in warmup], color="black", label="WARMUP, over all keys")
-right.plot(range(len(warmup), len(warmup) + len(sparse)), [record["kl"] for record in sparse], color="tab:orange",
-           label="SPARSE, over the selection")  # fmt: skip
+right.plot(
+    range(len(warmup), len(warmup) + len(sparse)),
+    [record["kl"] for record in sparse],
+    color="tab:orange",
+    label="SPARSE, over the selection",
+)
 right.set(xlabel="step since WARMUP began", title="KL of the indexer, nats a query", ylim=(0, None))
 right.legend(fontsize=7)
 plt.show()
@@ -147,8 +153,8 @@ plt.show()
 # ## Dense against sparse
 #
 # The held-out loss at three points: with the indexer as it was drawn, after WARMUP, and after SPARSE; each with dense
-# attention and with the `K` selected keys. WARMUP leaves the dense loss as it is, bit for bit, and brings the sparse loss
-# near to it. SPARSE adapts the model to its selection.
+# attention and with the `K` selected keys. WARMUP leaves the dense loss as it is, bit for bit, and brings the sparse
+# loss near to it. SPARSE adapts the model to its selection.
 
 # %%
 held_out = HeldOut({"stories": draw_batches(corpus, 4, B, T)})

@@ -63,8 +63,8 @@ class Indexer(nnx.Module):
 # values as well. `select_keys` chooses the rows, `sparse_indexer_kl` says for each query how far the index scores are
 # from where the attention went. Nothing is stored in the module: divergence and selection are returned.
 #
-# With `k = T` every reachable key is selected. Then the attention is dense, and the divergence runs over all keys: that
-# is the warm-up's loss (Eq. 3 of the report). With a small `k` it is Eq. 4. So one module serves both stages.
+# With `k = T` every reachable key is selected. Then the attention is dense, and the divergence runs over all keys:
+# that is the warm-up's loss (Eq. 3 of the report). With a small `k` it is Eq. 4. So one module serves both stages.
 
 # %%
 
@@ -157,9 +157,9 @@ print(f"language loss {language:.2f} nats (chance is {np.log(LETTERS):.2f}), KL 
 # %% [markdown]
 # ## The gradients are kept apart
 #
-# Differentiate each loss by each group. Of the four gradients two must be exactly zero: the KL has none by the backbone,
-# since the indexer's inputs are detached and the attention is a constant to it; and the language loss has none by the
-# indexer, since a selection has no gradient. So the two losses may simply be added.
+# Differentiate each loss by each group. Of the four gradients two must be exactly zero: the KL has none by the
+# backbone, since the indexer's inputs are detached and the attention is a constant to it; and the language loss has
+# none by the indexer, since a selection has no gradient. So the two losses may simply be added.
 
 # %%
 
@@ -182,8 +182,7 @@ assert language_by_backbone > 0 and kl_by_indexer > 0
 #
 # Each group has an optimizer of its own, so that clipping and Adam's moments do not couple what the losses keep apart.
 # First `k = T`: dense attention, which the indexer learns to imitate. Then `k = K`: everything trains through the
-# selection. (A large model trains its indexer only after the dense model is done. This one is too small for it to
-# matter.)
+# selection. (A large model is trained first and its indexer afterwards. This one is too small for it to matter.)
 
 # %%
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
@@ -212,9 +211,14 @@ for k, steps in ((T, DENSE_STEPS), (K, SPARSE_STEPS)):
         history.append([float(part) for part in parts])
     print(f"k = {k:2}: language loss {history[-1][0]:.3f}, KL {history[-1][1]:.3f}")
 
+# %% [markdown]
+# The KL rises where the language loss falls: the attention has moved to the far keys, and the indexer follows it.
+
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-for axis, curve, title in zip(axes, np.transpose(history), ("language loss, second half", "KL of the indexer"), strict=True):
+for axis, curve, title in zip(
+    axes, np.transpose(history), ("language loss, second half", "KL of the indexer"), strict=True
+):
     axis.plot(curve, color="black", linewidth=1)
     axis.axvline(DENSE_STEPS, color="0.6", linestyle="--")
     axis.set(title=f"{title}, nats", xlabel="step; from the dashed line on sparse")

@@ -1,12 +1,10 @@
 """The documents' code runs and prints what they say, and the things that they name exist."""
 
 import importlib.util
-import json
 import re
 import tomllib
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 import dsa_jax
@@ -45,22 +43,6 @@ def test_snippets_run_and_print_what_stands_beside_them(name, capsys):
     assert capsys.readouterr().out.splitlines() == [match[1] for match in expected if match]
     if name == "docs/mechanism.md":
         assert names["output"].selected.shape == (3, 2, 100, 32)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebooks_run_and_are_kept_without_output(path, monkeypatch):
-    monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
-    matplotlib.use("agg", force=True)
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] for cell in cells)
-    names = {}
-    for cell in cells:
-        exec(compile("".join(cell["source"]), path.name, "exec"), names)
-    if path.stem == "step_by_step":
-        assert names["losses"][-1] < 0.5 * names["losses"][0]
-        assert abs(names["layer"].self_attn.unabsorb(names["sparse"]) - names["dense"]).max() < 1e-5
 
 
 def test_the_readme_is_short_and_shows_its_pictures():
