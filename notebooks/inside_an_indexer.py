@@ -121,9 +121,8 @@ print("p", p.shape, "selected", maps.selected.shape)
 # The *kept mass* of a selection is the sum of `p` over its keys: 1 would be all of it. Queries that reach fewer than
 # `4 K` keys are left out, since they have little to choose from.
 
+
 # %%
-
-
 def kept(p, selected):
     """Sums the attention [B, T, S] of each query over its selected keys: [B, T]."""
     mass = jnp.take_along_axis(p, jnp.maximum(selected, 0), axis=2)
@@ -202,6 +201,10 @@ def draw_selection(axis, places, selected, p, title):
     axis.axis("off")
 
 
+# %% [markdown]
+# Rows are layers. The first column is what the model would attend to, the second the best it could.
+
+# %%
 beyond = sum(
     kept(p, s["trained indexer"]) - kept(p, s["last K keys"]) for p, s in zip(attention, selections, strict=True)
 )

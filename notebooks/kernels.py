@@ -53,9 +53,8 @@ print("runs", " and ".join(IMPLEMENTATIONS), "on", jax.devices()[0].device_kind)
 # latent of `C + R`, and in the multi-head form keys of `P + R` and values of `V`. The queries are the last `T` of `S`
 # tokens, so each reaches the keys up to its own. Kernels take bfloat16.
 
+
 # %%
-
-
 def draw_inputs(*, T, S, N, J, K):
     """Draws what all operations take, for one sequence."""
     shapes = {
@@ -189,9 +188,8 @@ check(
 # Its gradients, for a cotangent of `out` that is 1 everywhere. Those by the latents add up over all queries that have
 # selected one, which the kernel does in a fixed order: the bits repeat.
 
+
 # %%
-
-
 def attention_gradients(x, how):
     """Differentiates the sum of the attention's output by queries and latents."""
 
@@ -239,9 +237,8 @@ check(
 # The target is the attention, summed over heads and divided by its sum. The loss is `KL(target ‖ softmax(I))`: over
 # the selection (Eq. 4), or over all keys in reach (Eq. 3). Both take the attention's `lse`.
 
+
 # %%
-
-
 def divergence(target, scores):
     """Computes KL(target ‖ softmax(scores)) of each row; where the target is 0 it adds nothing."""
     log_softmax = scores - np.log(np.exp(scores - scores.max(1, keepdims=True)).sum(1, keepdims=True))
@@ -281,9 +278,8 @@ check(
 # The gradient of a query's KL by its scores is `softmax(I) - target`, and the scores are linear in the head weights.
 # That gives the gradient by these in one line of NumPy.
 
+
 # %%
-
-
 def loss_gradient(x, how):
     """Differentiates the sum of Eq. 4 over queries by the head weights."""
 
@@ -400,9 +396,8 @@ for implementation in IMPLEMENTATIONS:
 # back. A call that takes less than some 50 µs is bound by the host that starts it. `benchmarks/` measures with more
 # care; its tables are in `docs/performance.md`.
 
+
 # %%
-
-
 def milliseconds(call, x, how):
     """Times a call, compiled and warm."""
     run = jax.jit(lambda x: call(x, how))

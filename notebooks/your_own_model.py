@@ -39,9 +39,8 @@ print("".join(chr(97 + letter) for letter in draw_text(np.random.default_rng(0))
 # Three projections: `J` queries, one key and `J` weights a token. It reads what the attention reads, *detached*. That
 # `stop_gradient` is the one thing you must not forget: without it the indexer's loss would train the layers below.
 
+
 # %%
-
-
 class Indexer(nnx.Module):
     """Makes the index queries, keys and head weights of one layer."""
 
@@ -66,9 +65,8 @@ class Indexer(nnx.Module):
 # With `k = T` every reachable key is selected. Then the attention is dense, and the divergence runs over all keys:
 # that is the warm-up's loss (Eq. 3 of the report). With a small `k` it is Eq. 4. So one module serves both stages.
 
+
 # %%
-
-
 class Attention(nnx.Module):
     """Attends to the keys that the indexer selects."""
 
@@ -92,9 +90,8 @@ class Attention(nnx.Module):
 #
 # An ordinary transformer around it, with learnt positions.
 
+
 # %%
-
-
 class Block(nnx.Module):
     """One layer: attention, then a feed-forward, each behind a norm."""
 
@@ -161,9 +158,8 @@ print(f"language loss {language:.2f} nats (chance is {np.log(LETTERS):.2f}), KL 
 # backbone, since the indexer's inputs are detached and the attention is a constant to it; and the language loss has
 # none by the indexer, since a selection has no gradient. So the two losses may simply be added.
 
+
 # %%
-
-
 @jax.jit
 def gradient_norms(backbone, indexer, tokens):
     """Computes the norm of the gradient of both losses by both groups."""
