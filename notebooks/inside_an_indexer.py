@@ -202,7 +202,7 @@ def draw_selection(axis, places, selected, p, title):
 
 
 # %% [markdown]
-# Rows are layers. The first column is what the model would attend to, the second the best it could.
+# Rows are layers. The first column is what the model would attend to, the second the best choice, the third a window.
 
 # %%
 beyond = sum(

@@ -34,7 +34,7 @@ from train.saved.initial import InitialParams
 from train.settings import PhaseSettings, RunConfig, Stage
 
 SCALE = 1  # on the number of steps
-T, K, B = 192, 16, 8  # tokens of a row, selected keys, rows of a batch
+T, K, B = 192, 16, 6  # tokens of a row, selected keys, rows of a batch
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
@@ -75,7 +75,7 @@ sizes = Config.tiny(num_hidden_layers=2, first_k_dense_replace=2, index_topk=K) 
 rate = OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine", weight_decay=0.0)
 base = RunConfig(
     model=sizes,
-    phases=(PhaseSettings(BASE, (Stage(70 * SCALE, B, T),), backbone=rate),),
+    phases=(PhaseSettings(BASE, (Stage(100 * SCALE, B, T),), backbone=rate),),
     data=data,
     checkpoint_every=1000,
 )
@@ -116,7 +116,7 @@ config = dataclasses.replace(
     base,
     phases=(
         PhaseSettings(WARMUP, (Stage(40 * SCALE, B, T),), indexer=warmup_rate),
-        PhaseSettings(SPARSE, (Stage(30 * SCALE, B, T),), backbone=sparse_rate, indexer=sparse_rate),
+        PhaseSettings(SPARSE, (Stage(50 * SCALE, B, T),), backbone=sparse_rate, indexer=sparse_rate),
     ),
 )
 run = Run(config, folder / "sparse", init=InitialParams(dense))

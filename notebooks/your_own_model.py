@@ -164,7 +164,7 @@ print(f"language loss {language:.2f} nats (chance is {np.log(LETTERS):.2f}), KL 
 def gradient_norms(backbone, indexer, tokens):
     """Computes the norm of the gradient of both losses by both groups."""
     by_group = jax.jacrev(lambda *groups: losses(*groups, tokens, K), argnums=(0, 1))(backbone, indexer)
-    return [[optax.global_norm(group) for group in each] for each in by_group]
+    return [[optax.tree.norm(group) for group in each] for each in by_group]
 
 
 (language_by_backbone, language_by_indexer), (kl_by_backbone, kl_by_indexer) = gradient_norms(backbone, indexer, tokens)
