@@ -6,6 +6,7 @@ indexer's losses. The model around it, its checkpoints and generation are `Trans
 """
 
 from dsa_jax.attention import attention_target, sparse_attention
+from dsa_jax.baselines import BlockMLA, select_blocks
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config, YaRN
 from dsa_jax.dense_attention import latent_attention, multihead_attention
@@ -37,6 +38,7 @@ __all__ = [
     "LLM",
     "Attention",
     "AttentionMaps",
+    "BlockMLA",
     "Cache",
     "Completions",
     "Config",
@@ -78,6 +80,7 @@ __all__ = [
     "quantize",
     "sample",
     "save_hf",
+    "select_blocks",
     "select_keys",
     "select_topk",
     "sparse_attention",

@@ -27,6 +27,9 @@ SERVING = ("fastapi", "jinja2", "llguidance", "prometheus_client", "prompt_toolk
 
 MAX_LINE = 950  # characters of what is wrong with the input
 
+# Fields of the configuration that are chosen on loading, and not by the checkpoint.
+CHOSEN_ON_LOADING = ("dtype", "param_dtype", "index_fp8", "index_kl_target", "baseline", "block_size")
+
 # The group in which `info` counts a parameter, by the first of these parts that its path holds.
 GROUPS = {
     "indexer": "indexer",
@@ -74,7 +77,7 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
     """
     checkpoint = Checkpoint(directory)
     for field in dataclasses.fields(checkpoint.config):
-        if field.name not in ("dtype", "param_dtype", "index_fp8"):  # chosen on loading, not by the checkpoint
+        if field.name not in CHOSEN_ON_LOADING:
             print(f"{field.name} = {getattr(checkpoint.config, field.name)}")
     table = Table("group", "tensors", "parameters", "bytes", "dtypes")
     for column in table.columns[1:4]:

@@ -7,6 +7,7 @@ queries share, add up in float32.
 
 import math
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,10 @@ from dsa_jax.blockwise import accumulator, contract, map_queries, queries_per_bl
 from dsa_jax.pallas_kernels import Implementation, choose_implementation
 from dsa_jax.pallas_kernels import indexer_loss as loss_kernels
 from dsa_jax.pallas_kernels import sparse_attention as sparse_kernels
+
+Target = Literal["sum", "max"]  # how the indexer's target joins the heads
+
+NO_MAX_KERNEL = "target='max' is computed by XLA alone"
 
 
 def sparse_attention(
@@ -67,19 +72,27 @@ def attention_target(
     indices: Int[Array, "B T K"],
     *,
     scale: float,
+    target: Target = "sum",
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T K"]:
     """Computes the indexer's target: attention probabilities summed over heads, L1-normalised over the selection.
 
     p[t,k] = Σ_n exp(scale · q[t,n] · kv[indices[t,k]] - lse[t,n]) / Σ_k (the same);  0 where there is no key.
 
+    With the target "max", which is not the paper's, max_n stands in place of Σ_n: a key counts as much as it does for
+    the head that attends to it most, so that one head's needle is not outweighed by what all heads attend to a little.
+
     Args:
       q, kv, indices, scale: as `sparse_attention` took them, with all heads of the layer.
       lse: as it returned them for these very arguments.
-      implementation: None, "xla" or "pallas".
+      target: "sum" or "max", over heads.
+      implementation: None, "xla" or "pallas"; "max" has no kernel.
 
     Returns:
       float32 probabilities, a constant: no gradient flows through them.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, for another target, or "pallas" has no kernel for them.
 
     References:
       DeepSeek-V3.2-Exp, section 2.1, the target of Eqs. 3 and 4.
@@ -87,42 +100,47 @@ def attention_target(
     q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
     check_latents(q, kv, indices)
     check_lse(lse, q)
+    check_target(target)
     constants = jax.lax.stop_gradient((q, kv, lse, indices))
-    sums = attention_sums(*constants, scale=static_scale(scale), implementation=implementation)
-    return normalise_target(sums)
+    mass = attention_mass(*constants, scale=static_scale(scale), target=target, implementation=implementation)
+    return normalise_target(mass)
 
 
-def attention_sums(q, kv, lse, indices, *, scale, implementation=None):
-    """Sums the attention probabilities [B, T, K] of selected keys over heads; arguments are not checked."""
-    add_up = choose_implementation(
+def attention_mass(q, kv, lse, indices, *, scale, target="sum", implementation=None):
+    """Joins the attention probabilities [B, T, K] of selected keys over heads; arguments are not checked."""
+    join = choose_implementation(
         "attention_target",
         implementation,
-        loss_kernels.why_not_sums(q, kv, lse, indices),
-        xla=partial(_gathered_sums, scale=scale),
+        loss_kernels.why_not_sums(q, kv, lse, indices) if target == "sum" else NO_MAX_KERNEL,
+        xla=partial(_gathered_mass, scale=scale, target=target),
         pallas=partial(loss_kernels.head_sums, scale=scale),
     )
-    return add_up(q, kv, lse, indices)
+    return join(q, kv, lse, indices)
 
 
-def _gathered_sums(q, kv, lse, indices, *, scale):
+def _gathered_mass(q, kv, lse, indices, *, scale, target):
     def block(queries, kv, sums):
         q, lse, indices = queries
         rows, present = gather_rows(kv, indices)
-        return sum_heads(q, rows, lse, present, scale=scale, dims="tsh"), sums
+        return join_heads(q, rows, lse, present, scale=scale, dims="tsh", target=target), sums
 
     elements = indices.shape[2] * (kv.shape[2] + 2 * q.shape[2])
     return map_queries(block, (q, lse, indices), kv, block=queries_per_block(elements))[0]
 
 
-def sum_heads(q, k, lse, mask, *, scale, dims):
-    """Sums the attention probabilities [t, s] of one block over its heads; `dims` names the axes of `k`."""
+def join_heads(q, k, lse, mask, *, scale, dims, target):
+    """Joins the attention probabilities [t, s] of one block over its heads; `dims` names the axes of `k`."""
     logits = contract(f"tnh,{dims}->tns", q, k) * scale
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
-    return jnp.sum(jnp.where(mask[:, None], jnp.exp(logits - lse), 0.0), axis=1)
+    p = jnp.where(mask[:, None], jnp.exp(logits - lse), 0.0)
+    if target == "sum":
+        return jnp.sum(p, axis=1)
+    # XLA's maximum on a CPU may drop NaN.
+    return jnp.where(jnp.any(jnp.isnan(p), axis=1), jnp.nan, jnp.max(p, axis=1))
 
 
 def normalise_target(total):
-    """L1-normalises head sums over the last axis; what is 0 stays 0, in a row with NaN too."""
+    """L1-normalises what `join_heads` gives over the last axis; what is 0 stays 0, in a row with NaN too."""
     norm = jnp.sum(total, axis=-1, keepdims=True)
     return jnp.where(total == 0, 0.0, total / jnp.where(norm == 0, 1.0, norm))
 
@@ -312,6 +330,12 @@ def check_lse(lse, q):
     """Raises ValueError unless lse has one entry for each query and head of q."""
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse must be {list(q.shape[:3])} like q, got shape {lse.shape}")
+
+
+def check_target(target):
+    """Raises ValueError unless `target` says how to join heads."""
+    if target not in ("sum", "max"):
+        raise ValueError(f"target must be 'sum' or 'max', got {target!r}")
 
 
 def check_one_dtype(**arrays):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax import paged
 from dsa_jax.attention import sparse_attention
 from dsa_jax.config import Config
+from dsa_jax.indexer import index_scores
 from dsa_jax.key_range import KeyRange
 from dsa_jax.parallel.collectives import combine_attention, gather_candidates, num_shards, shard_index
 from dsa_jax.quantization import quantize
@@ -26,11 +27,15 @@ Layer = Array | int  # the number of a layer
 
 @runtime_checkable
 class KeyStore(Protocol):
-    """Holds the keys of one layer: selects of them, attends to them, and gives them whole."""
+    """Holds the keys of one layer: scores them, selects of them, attends to them, and gives them whole."""
 
     @property
     def size(self) -> int:
         """The number of positions of a row."""
+        ...
+
+    def score(self, q_index: Array, weights: Array, keys: KeyRange) -> Array:
+        """Scores as `index_scores` does."""
         ...
 
     def select(self, q_index: Array, weights: Array, keys: KeyRange, *, k: int) -> Array:
@@ -86,6 +91,10 @@ class LayerKeys:
     def size(self) -> int:
         """The number of positions of a row."""
         return self.kv.shape[1]
+
+    def score(self, q_index, weights, keys):
+        """Scores as `index_scores` does."""
+        return index_scores(q_index, self.k_index, weights, keys, k_scale=self.k_scale)
 
     def select(self, q_index, weights, keys, *, k):
         """Selects as `select_keys` does."""
@@ -259,6 +268,12 @@ class LayerPages:
     def size(self) -> int:
         """The number of positions of a row."""
         return self.table.shape[1] * paged.PAGE * num_shards("pages")
+
+    def score(self, q_index, weights, keys):
+        """Scores as `index_scores` does, where one shard has all keys."""
+        if num_shards("pages") > 1:
+            raise ValueError("where pages are sharded, no shard has all scores: baseline must be 'none'")
+        return paged.paged_index_scores(q_index, self.index_keys, weights, self.table, keys)
 
     def select(self, q_index, weights, keys, *, k):
         """Selects as `select_keys` does, of all shards' keys."""

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -67,6 +67,9 @@ class Config:
     tie_word_embeddings: bool = False
     index_rope_interleave: bool = False  # True in GLM-5, whose indexer pairs neighbouring columns
     index_fp8: bool = False  # Hadamard transform and e4m3 index queries and keys
+    index_kl_target: Literal["sum", "max"] = "sum"  # over heads, of the attention that the indexer learns to imitate
+    baseline: Literal["none", "blocks"] = "none"  # what selects in place of the paper's top-k: see `dsa_jax.baselines`
+    block_size: int = 64  # keys of a block, under "blocks"
     bos_token_id: int | None = None  # begins a text
     eos_token_id: tuple[int, ...] = ()  # any of them ends a text
     pad_token_id: int | None = None
@@ -80,9 +83,9 @@ class Config:
         self._check_experts()
 
     def _check_values(self):
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name} must be 'float32' or 'bfloat16', got {shown(getattr(self, name))}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(getattr(self, name))}")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}")
         if self.rope_theta <= 1:
@@ -99,6 +102,8 @@ class Config:
             )
         if self.index_fp8 and self.index_head_dim & (self.index_head_dim - 1):
             raise ValueError(f"index_fp8 needs index_head_dim a power of two, got {self.index_head_dim}")
+        if self.baseline == "blocks" and self.index_topk % self.block_size:
+            raise ValueError(f"block_size must divide index_topk {self.index_topk}, got {self.block_size}")
 
     def _check_experts(self):
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
@@ -161,7 +166,10 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers reads back to the same model.
 
-        `index_fp8` and the compute dtype have no key there; `torch_dtype` is the parameters'.
+        `index_fp8`, `index_kl_target` and the compute dtype have no key there; `torch_dtype` is the parameters'.
+
+        Raises:
+          ValueError: for a `baseline`, which has no key there and without which it would be another model.
         """
         return to_json(self)
 
@@ -204,6 +212,12 @@ class Config:
         return _replace_fields(config, overrides)
 
 
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "index_kl_target": ("sum", "max"),
+    "baseline": ("none", "blocks"),
+}
 _MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts")  # all other integers are at least 1
 _HINTS = {"n_routed_experts": "; for a model without MoE layers set first_k_dense_replace = num_hidden_layers"}
 

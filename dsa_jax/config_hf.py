@@ -24,8 +24,8 @@ _ARCHITECTURES = {
 
 # Fields that `config.json` lacks, or spells otherwise. All others it spells as we do.
 _OURS = frozenset(
-    "rope_theta rope_scaling index_rope_interleave index_fp8 bos_token_id eos_token_id pad_token_id dtype "
-    "param_dtype".split()
+    "rope_theta rope_scaling index_rope_interleave index_fp8 index_kl_target baseline block_size bos_token_id "
+    "eos_token_id pad_token_id dtype param_dtype".split()
 )
 
 # What transformers assumes for absent keys where it differs from DeepSeek-V3.2, whose values are Config's own.
@@ -135,7 +135,16 @@ def read_fields(source: str | Path | Mapping[str, Any], config: Any) -> dict[str
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Gives the contents of the `config.json` of a `Config`."""
+    """Gives the contents of the `config.json` of a `Config`.
+
+    Raises:
+      ValueError: for a baseline, which has no key there.
+    """
+    if config.baseline != "none":
+        raise ValueError(
+            f"config.json has no key for baseline={config.baseline!r}, without which it would be another model: "
+            "such a model is not saved in Hugging Face's layout"
+        )
     glm = config.index_rope_interleave
     model_type = "glm_moe_dsa" if glm else "deepseek_v32"
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}

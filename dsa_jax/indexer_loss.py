@@ -1,7 +1,7 @@
 """The indexer's losses (Eqs. 3 and 4): KL(p ‖ softmax(I)) a query, for a chunk of queries at a time.
 
-p is the attention's own distribution, summed over heads and L1-normalised, and a constant. The gradient of a query's KL
-by its scores is softmax(I) - p exactly, and is written so.
+p is the attention's own distribution, summed over heads (or their maximum) and L1-normalised, and a constant. The
+gradient of a query's KL by its scores is softmax(I) - p exactly, and is written so.
 
 Value and gradients come in one pass, since p costs far more than all the rest: the forward keeps the gradients for a
 cotangent of one, and the backward multiplies them by the cotangent that all queries share, as they do when the loss is
@@ -16,12 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax import attention
 from dsa_jax.attention import (
-    attention_sums,
+    NO_MAX_KERNEL,
+    Target,
+    attention_mass,
     gather_rows,
+    join_heads,
     no_gradient,
     normalise_target,
     scatter_rows,
-    sum_heads,
     zero_unreached,
 )
 from dsa_jax.blockwise import accumulator, contract, join_queries, map_queries, queries_per_block, split_queries
@@ -48,6 +50,7 @@ def sparse_indexer_kl(
     *,
     scale: float,
     k_scale: Float[Array, "B S"] | None = None,
+    target: Target = "sum",
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
     """Computes KL(p[t,S_t] ‖ softmax(I[t,S_t])) over each query's selection S_t  (Eq. 4); 0 where it is empty.
@@ -59,14 +62,15 @@ def sparse_indexer_kl(
       q, kv, indices: as `sparse_attention` took them, with all heads of the layer; constants here.
       lse: as it returned them for these very arguments; a constant here.
       scale: the softmax scale of the attention.
-      implementation: None, "xla" or "pallas".
+      target: "sum" over heads or, which is not the paper's, their "max", as in `attention_target`.
+      implementation: None, "xla" or "pallas"; "max" has no kernel.
 
     Returns:
       float32 divergences, float64 for float64 index queries, for the caller to average over valid queries and to sum
       over layers.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
+      ValueError: if shapes or dtypes do not fit together, for another target, or "pallas" has no kernel for them.
 
     References:
       DeepSeek-V3.2-Exp, section 2.1, Eq. 4.
@@ -74,11 +78,13 @@ def sparse_indexer_kl(
     q, kv, lse, indices = jnp.asarray(q), jnp.asarray(kv), jnp.asarray(lse), jnp.asarray(indices)
     attention.check_latents(q, kv, indices)
     attention.check_lse(lse, q)
+    attention.check_target(target)
     everywhere = KeyRange(jnp.zeros(q.shape[:2], jnp.int32), jnp.full(q.shape[:2], kv.shape[1], jnp.int32))
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, everywhere, k_scale)
     _check_same_keys(k_index, kv, "kv")
     constants = jax.lax.stop_gradient((q, kv, lse, indices, k_scale))
-    return _kl(_sparse_kl, (attention.static_scale(scale), implementation), (q_index, k_index, weights), constants)
+    static = attention.static_scale(scale), target, implementation
+    return _kl(_sparse_kl, static, (q_index, k_index, weights), constants)
 
 
 def dense_indexer_kl(
@@ -92,6 +98,7 @@ def dense_indexer_kl(
     *,
     scale: float,
     k_scale: Float[Array, "B S"] | None = None,
+    target: Target = "sum",
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T"]:
     """Computes KL(p[t,:] ‖ softmax(I[t,:])) over every key that a query reaches  (Eq. 3); 0 where there is none.
@@ -103,13 +110,14 @@ def dense_indexer_kl(
       lse: as it returned them for these very arguments; a constant here.
       keys: the keys that each query may reach.
       scale: the softmax scale of the attention.
-      implementation: None, "xla" or "pallas".
+      target: "sum" over heads or, which is not the paper's, their "max", as in `attention_target`.
+      implementation: None, "xla" or "pallas"; "max" has no kernel.
 
     Returns:
       float32 divergences, as `sparse_indexer_kl`.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
+      ValueError: if shapes or dtypes do not fit together, for another target, or "pallas" has no kernel for them.
 
     References:
       DeepSeek-V3.2-Exp, section 2.1, Eq. 3.
@@ -117,11 +125,13 @@ def dense_indexer_kl(
     q, k, lse = jnp.asarray(q), jnp.asarray(k), jnp.asarray(lse)
     check_heads(q, k)
     attention.check_lse(lse, q)
+    attention.check_target(target)
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
     _check_same_keys(k_index, k, "k")
     k_index, k_scale, k = (zero_unreached(x, keys) for x in (k_index, k_scale, k))
     constants = jax.lax.stop_gradient((q, k, lse, keys, k_scale))
-    return _kl(_dense_kl, (attention.static_scale(scale), implementation), (q_index, k_index, weights), constants)
+    static = attention.static_scale(scale), target, implementation
+    return _kl(_dense_kl, static, (q_index, k_index, weights), constants)
 
 
 def _check_same_keys(k_index, k, name):
@@ -169,15 +179,15 @@ def _has_keys(keys_or_indices, size):
 
 
 def _sparse_kl(static, index, constants, d_kl):
-    scale, implementation = static
+    scale, target, implementation = static
     (q_index, k_index, weights), (q, kv, lse, indices, k_scale) = index, constants
 
     def chunk(queries, keys, d_k):
         q_index, weights, q, lse, indices, d_kl = jax.tree.map(lambda x: x[None], queries)
         k_index, kv, k_scale = jax.tree.map(lambda x: x[None], keys)
-        sums = attention_sums(q, kv, lse, indices, scale=scale, implementation=implementation)
-        sums = sums.astype(accumulator(q_index))
-        arrays = sums, q_index, k_index, weights, indices, k_scale
+        mass = attention_mass(q, kv, lse, indices, scale=scale, target=target, implementation=implementation)
+        mass = mass.astype(accumulator(q_index))
+        arrays = mass, q_index, k_index, weights, indices, k_scale
         choose = partial(choose_implementation, "sparse_indexer_kl", implementation, loss_kernels.why_not_kl(*arrays))
         if d_kl is None:
             return choose(xla=_selected_kl, pallas=loss_kernels.indexer_kl)(*arrays)[0], d_k
@@ -190,7 +200,7 @@ def _sparse_kl(static, index, constants, d_kl):
 
 
 def _dense_kl(static, index, constants, d_kl):
-    scale, implementation = static
+    scale, target, implementation = static
     (q_index, k_index, weights), (q, k, lse, reach, k_scale) = index, constants
     size = k.shape[1]
 
@@ -198,12 +208,12 @@ def _dense_kl(static, index, constants, d_kl):
         q_index, weights, q, lse, start, stop, d_kl = jax.tree.map(lambda x: x[None], queries)
         k_index, k, k_scale = jax.tree.map(lambda x: x[None], keys)
         choose = partial(choose_implementation, "dense_indexer_kl", implementation)
-        sums = choose(
-            loss_kernels.why_not_dense_target(q, k, lse, start, stop),
-            xla=partial(_reached_sums, scale=scale),
+        join = choose(
+            loss_kernels.why_not_dense_target(q, k, lse, start, stop) if target == "sum" else NO_MAX_KERNEL,
+            xla=partial(_reached_mass, scale=scale, target=target),
             pallas=partial(loss_kernels.dense_target, scale=scale),
         )
-        target = normalise_target(sums(q, k, lse, start, stop)[0]).astype(accumulator(q_index))
+        p = normalise_target(join(q, k, lse, start, stop)[0]).astype(accumulator(q_index))
         arrays = q_index, k_index, weights, start, stop, k_scale
         scores = choose(
             scores_kernels.why_not(*arrays),
@@ -211,10 +221,10 @@ def _dense_kl(static, index, constants, d_kl):
             pallas=partial(scores_kernels.index_scores, fill=False),
         )(*arrays)[0]
         mask = KeyRange(start[0], stop[0]).contains(jnp.arange(size))
-        kl = _kl_terms(target, scores, mask)
+        kl = _kl_terms(p, scores, mask)
         if d_kl is None:
             return kl, d_k
-        d_scores = _score_gradient(target, scores, mask, d_kl[0])[None]
+        d_scores = _score_gradient(p, scores, mask, d_kl[0])[None]
         arrays = q_index, k_index, weights, d_scores, start, stop, k_scale, d_k[None]
         backward = choose(
             scores_kernels.why_not_backward(*arrays),
@@ -272,36 +282,36 @@ def _head_sum_gradient(q_index, k_index, weights, d_scores):
 # The parts over a selection in plain XLA.
 
 
-def _selected_rows(sums, q_index, k_index, weights, indices, k_scale):
+def _selected_rows(mass, q_index, k_index, weights, indices, k_scale):
     """Gathers a block of queries' targets, scores and mask, with their index keys and the scales of these."""
     rows, present = gather_rows(k_index, indices)
     row_scale = gather_rows(k_scale, indices)[0]
-    return normalise_target(sums), head_sum(q_index, rows, weights) * row_scale, present, rows, row_scale
+    return normalise_target(mass), head_sum(q_index, rows, weights) * row_scale, present, rows, row_scale
 
 
 def _selected_block(q_index, k_index, indices):
     return queries_per_block(indices.shape[2] * (k_index.shape[2] + 4 * q_index.shape[2]))
 
 
-def _selected_kl(sums, q_index, k_index, weights, indices, k_scale):
+def _selected_kl(mass, q_index, k_index, weights, indices, k_scale):
     def block(queries, keys, _):
-        (sums, q_index, weights, indices), (k_index, k_scale) = queries, keys
-        return _kl_terms(*_selected_rows(sums, q_index, k_index, weights, indices, k_scale)[:3]), _
+        (mass, q_index, weights, indices), (k_index, k_scale) = queries, keys
+        return _kl_terms(*_selected_rows(mass, q_index, k_index, weights, indices, k_scale)[:3]), _
 
-    queries, keys = (sums, q_index, weights, indices), (k_index, k_scale)
+    queries, keys = (mass, q_index, weights, indices), (k_index, k_scale)
     return map_queries(block, queries, keys, block=_selected_block(q_index, k_index, indices))[0]
 
 
-def _selected_gradients(sums, q_index, k_index, weights, indices, k_scale, d_kl, d_k):
+def _selected_gradients(mass, q_index, k_index, weights, indices, k_scale, d_kl, d_k):
     def block(queries, keys, d_k):
-        (sums, q_index, weights, indices, d_kl), (k_index, k_scale) = queries, keys
-        target, scores, mask, rows, row_scale = _selected_rows(sums, q_index, k_index, weights, indices, k_scale)
+        (mass, q_index, weights, indices, d_kl), (k_index, k_scale) = queries, keys
+        target, scores, mask, rows, row_scale = _selected_rows(mass, q_index, k_index, weights, indices, k_scale)
         d_scores = _score_gradient(target, scores, mask, d_kl) * row_scale
         d_q, d_rows, d_weights = _head_sum_gradient(q_index, rows, weights, d_scores)
         kl = _kl_terms(target, scores, mask)
         return (kl, _rounded(d_q, q_index), d_weights), scatter_rows(d_k, indices, d_rows)
 
-    queries, keys = (sums, q_index, weights, indices, d_kl), (k_index, k_scale)
+    queries, keys = (mass, q_index, weights, indices, d_kl), (k_index, k_scale)
     block_size = _selected_block(q_index, k_index, indices)
     (kl, d_q, d_weights), d_k = map_queries(block, queries, keys, d_k, block=block_size)
     return kl, d_q, d_weights, d_k
@@ -319,7 +329,7 @@ def _reached_block(k, heads):
     return queries_per_block(6 * k.shape[1] + min(KEY_TILE, k.shape[1]) * 2 * heads)
 
 
-def _reached_sums(q, k, lse, start, stop, *, scale):
+def _reached_mass(q, k, lse, start, stop, *, scale, target):
     size = k.shape[1]
 
     def block(queries, k, _):
@@ -327,7 +337,8 @@ def _reached_sums(q, k, lse, start, stop, *, scale):
 
         def tile(keys):
             k, position = keys
-            return sum_heads(q, k, lse, KeyRange(start, stop).contains(position), scale=scale, dims="snh")
+            mask = KeyRange(start, stop).contains(position)
+            return join_heads(q, k, lse, mask, scale=scale, dims="snh", target=target)
 
         return _join_tiles(jax.lax.map(tile, _key_tiles(k, jnp.arange(size)))), _
 

@@ -13,7 +13,7 @@ from dsa_jax.blockwise import contract
 from dsa_jax.cache import AnyCache, KeyStore, LayerKeys
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention, multihead_attention
-from dsa_jax.indexer import LightningIndexer, index_scores
+from dsa_jax.indexer import LightningIndexer
 from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.key_range import KeyRange
 from dsa_jax.nn import RMSNorm, new_weight, project, show_arguments
@@ -170,7 +170,7 @@ class SparseMLA(nnx.Module):
         if wants_kl:
             with jax.named_scope("sparse_indexer_kl"):
                 kv, index = shard.store.read(q.dtype)[0], self._trained_index(shard)
-                kl = sparse_indexer_kl(*index, q, kv, lse, selected, scale=scale)
+                kl = sparse_indexer_kl(*index, q, kv, lse, selected, scale=scale, target=self.config.index_kl_target)
         return self._from_shard(self._head_values(out, shard), kl, selected, shard.cache)
 
     def _dense(self, p: Projections, keys, cache, layer, wants_selected, wants_kl) -> LayerOutput:
@@ -196,13 +196,19 @@ class SparseMLA(nnx.Module):
             with jax.named_scope("dense_indexer_kl"):
                 lse = lse if cache is not None else heads_to_tokens(lse)
                 constants = jax.lax.stop_gradient((shard.q, self._keys_of_all_heads(kv, k), lse))
-                kl = dense_indexer_kl(*self._trained_index(shard), *constants, shard.keys, scale=scale)
+                options: dict[str, Any] = dict(scale=scale, target=self.config.index_kl_target)
+                kl = dense_indexer_kl(*self._trained_index(shard), *constants, shard.keys, **options)
         return self._from_shard(out, kl, selected, shard.cache)
 
+    def select(
+        self, store: KeyStore, q_index: Float[Array, "B T J E"], weights: Float[Array, "B T J"], keys: KeyRange
+    ) -> Int[Array, "B T K"]:
+        """Selects as many keys as the config says, or all that there are if these are fewer; baselines replace it."""
+        return store.select(q_index, weights, keys, k=min(self.config.index_topk, store.size))
+
     def _select(self, shard: _Shard) -> Int[Array, "B T K"]:
-        """Selects as many keys as the config says, or all that there are if these are fewer."""
         with jax.named_scope("select"):
-            return shard.store.select(*shard.index, shard.keys, k=min(self.config.index_topk, shard.store.size))
+            return self.select(shard.store, *shard.index, shard.keys)
 
     def _trained_index(self, shard: _Shard) -> tuple[Array, Array, Array]:
         """Gives what the indexer's loss scores; keys of a cache are as they were rounded."""
@@ -235,10 +241,7 @@ class SparseMLA(nnx.Module):
         logits = contract("btnh,bsnh->bnts", p.q, self.expand(p.kv)[0]) * self.config.softmax_scale
         logits = jnp.where(mask[:, None], logits, -jnp.inf)
         weights = jnp.where(mask.any(-1)[:, None, :, None], jax.nn.softmax(logits), 0.0)
-        q_index, index_weights = shard.index
-        _, k_index, k_scale = shard.store.read(x.dtype)
-        scores = index_scores(q_index, k_index, index_weights, keys, k_scale=k_scale)
-        return AttentionMaps(weights, scores, selected)
+        return AttentionMaps(weights, shard.store.score(*shard.index, keys), selected)
 
     def project(self, x: Float[Array, "B T D"], rotation: Rotation) -> Projections:
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""

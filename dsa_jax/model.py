@@ -13,6 +13,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.baselines import BlockMLA
 from dsa_jax.blockwise import contract
 from dsa_jax.cache import AnyCache, Cache, Pages, page_shapes
 from dsa_jax.config import Config
@@ -29,6 +30,8 @@ from dsa_jax.parallel.collectives import (
     sum_shards,
 )
 from dsa_jax.rope import rotation as rope_rotation
+
+ATTENTIONS: dict[str, type[SparseMLA]] = {"none": SparseMLA, "blocks": BlockMLA}  # by the config's `baseline`
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +63,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: Config, *, moe: bool, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
-        self.self_attn = SparseMLA(config, rngs=rngs)
+        self.self_attn = ATTENTIONS[config.baseline](config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
         self.mlp = MoE(config, rngs=rngs) if moe else MLP(config, config.intermediate_size, rngs=rngs)
 

@@ -43,7 +43,7 @@ def select_topk(
         raise ValueError(f"scores must be [B, T, S], got shape {scores.shape}")
     if scores.dtype not in (jnp.float32, np.float64):
         raise ValueError(f"scores must be float32 or float64, got {scores.dtype}")
-    _check_k(k)
+    check_k(k)
     batch, length, size = scores.shape
     if keys is None:
         keys = KeyRange(jnp.zeros((batch, length), jnp.int32), jnp.full((batch, length), size, jnp.int32))
@@ -97,7 +97,7 @@ def select_keys(
       DeepSeek-V3.2-Exp, section 1, Eqs. 1 and 2.
     """
     q_index, k_index, weights, k_scale = check_index_inputs(q_index, k_index, weights, keys, k_scale)
-    _check_k(k)
+    check_k(k)
     arrays = q_index, k_index, weights, keys.start, keys.stop, k_scale
     select = choose_implementation(
         "select_keys",
@@ -114,7 +114,8 @@ def _tiled_keys(q_index, k_index, weights, start, stop, k_scale, *, k):
     return map_score_tiles(lambda scores: _top_positions(scores, k), q_index, k_index, weights, keys, k_scale)
 
 
-def _check_k(k):
+def check_k(k):
+    """Raises ValueError unless k is a positive integer that is known when traced."""
     if not isinstance(k, int | np.integer) or isinstance(k, bool):
         raise ValueError(f"k must be an int that is known when traced, got {type(k).__name__}")
     if k < 1:

@@ -100,6 +100,21 @@ def select_topk(scores, k, rows):
     return out
 
 
+def select_blocks(scores, k, rows, block_size):
+    """All keys of a row in the k / block_size aligned blocks with the highest score of a key of the row."""
+    scores = np.asarray(scores)
+    out = np.full((*scores.shape[:2], k), -1, np.int32)
+    for b, t, row in _queries(rows):
+        best = {}
+        for s in row:
+            if scores[b, t, s] > -np.inf:  # false of NaN
+                best[s // block_size] = max(scores[b, t, s], best.get(s // block_size, -np.inf))
+        blocks = sorted(best, key=lambda block: (-best[block], block))[: k // block_size]
+        keys = [s for s in row if s // block_size in blocks]
+        out[b, t, : len(keys)] = keys
+    return out
+
+
 # Eq. 2: the attention
 
 
@@ -150,29 +165,29 @@ def latent_attention_vjp(q, kv, rows, value_dim, scale, d_out, d_lse):
 # Eqs. 3–4
 
 
-def row_target(q, k, lse, b, t, row, scale):
-    """Σ_n exp(scale · q·k − lse) over the row's keys, L1-normalised; q and k in multi-head form."""
+def row_target(q, k, lse, b, t, row, scale, target="sum"):
+    """Σ_n or max_n exp(scale · q·k − lse) over the row's keys, L1-normalised; q and k in multi-head form."""
     logits = scale * np.einsum("nd,snd->ns", f64(q)[b, t], f64(k)[b, row])
-    p = np.exp(logits - f64(lse)[b, t][:, None]).sum(0)
+    p = {"sum": np.sum, "max": np.max}[target](np.exp(logits - f64(lse)[b, t][:, None]), axis=0)
     return p / p.sum()
 
 
-def attention_target(q, kv, lse, indices, scale):
+def attention_target(q, kv, lse, indices, scale, target="sum"):
     """[B, T, K] for the multi-query form; 0 in absent slots."""
     size = np.shape(kv)[1]
     k = np.repeat(f64(kv)[:, :, None], np.shape(q)[2], 2)
     out = np.zeros(np.shape(indices))
     where = slots(indices, size)
     for b, t, row in _queries(listed(indices, size)):
-        out[b, t, where[b][t]] = row_target(q, k, lse, b, t, row, scale)
+        out[b, t, where[b][t]] = row_target(q, k, lse, b, t, row, scale, target)
     return out
 
 
-def indexer_kl(q_index, k_index, weights, q, k, lse, rows, scale, k_scale=None):
+def indexer_kl(q_index, k_index, weights, q, k, lse, rows, scale, k_scale=None, target="sum"):
     """KL(p[t] ‖ softmax(I[t])) over each row's keys; 0 for an empty row."""
     out = np.zeros(np.shape(q)[:2])
     for b, t, row in _queries(rows):
-        p = row_target(q, k, lse, b, t, row, scale)
+        p = row_target(q, k, lse, b, t, row, scale, target)
         scores = row_scores(q_index, k_index, weights, b, t, row, k_scale)[0]
         log_softmax = scores - _log_sum_exp(scores)
         some = p > 0
@@ -180,13 +195,14 @@ def indexer_kl(q_index, k_index, weights, q, k, lse, rows, scale, k_scale=None):
     return out
 
 
-def indexer_kl_vjp(q_index, k_index, weights, q, k, lse, rows, scale, cotangent, k_scale=None):
+def indexer_kl_vjp(q_index, k_index, weights, q, k, lse, rows, scale, cotangent, k_scale=None, target="sum"):
     """Gradients by q_index, k_index, weights of Σ cotangent · KL: by the scores it is softmax(I) − p."""
     cotangent = f64(cotangent)
 
     def d_scores(b, t, row):
         scores = row_scores(q_index, k_index, weights, b, t, row, k_scale)[0]
-        return cotangent[b, t] * (np.exp(scores - _log_sum_exp(scores)) - row_target(q, k, lse, b, t, row, scale))
+        p = row_target(q, k, lse, b, t, row, scale, target)
+        return cotangent[b, t] * (np.exp(scores - _log_sum_exp(scores)) - p)
 
     return _score_gradients(q_index, k_index, weights, rows, d_scores, k_scale)
 

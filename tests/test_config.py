@@ -70,6 +70,10 @@ def test_unknown_overrides_are_named_with_their_like(make):
         ("bos_token_id", "<s>", "bos_token_id must be an integer, got '<s>'"),
         ("param_dtype", None, "param_dtype must be 'float32' or 'bfloat16', got None"),
         ("dtype", jnp.float16, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ("baseline", "moba", "baseline must be 'none' or 'blocks', got 'moba'"),
+        ("baseline", None, "baseline must be 'none' or 'blocks', got None"),
+        ("block_size", 0, "block_size must be at least 1, got 0"),
+        ("index_kl_target", "mean", "index_kl_target must be 'sum' or 'max', got 'mean'"),
     ],
 )
 def test_values_that_do_not_fit_are_named(field, value, message):
@@ -259,6 +263,22 @@ def test_round_trip(config):
     data = json.loads(json.dumps(config.to_hf()))
     assert Config.from_hf(data) == dataclasses.replace(config, dtype="bfloat16", param_dtype="float32")
     assert data["model_type"] == ("glm_moe_dsa" if config.index_rope_interleave else "deepseek_v32")
+
+
+def test_blocks_must_divide_the_selection():
+    assert Config.tiny(baseline="blocks", block_size=8).block_size == 8
+    assert Config.tiny(block_size=64).baseline == "none"  # without blocks their size does not matter
+    with pytest.raises(ValueError, match="^block_size must divide index_topk 32, got 64$"):
+        Config.tiny(baseline="blocks")
+
+
+def test_a_baseline_is_not_lost_in_writing():
+    config = Config.tiny(index_kl_target="max")
+    assert Config.from_hf(config.to_hf()) == Config.from_hf(Config.tiny().to_hf())  # what trains is no part of a model
+    with pytest.raises(ValueError, match="^config.json has no key for baseline='blocks', .* not saved in [^\n]*$"):
+        Config.tiny(baseline="blocks", block_size=8).to_hf()
+    for key in ("baseline", "block_size", "index_kl_target"):
+        assert f"unknown key {key}" in refused(deepseek(**{key: "none"}))
 
 
 def test_layer_types_say_how_many_layers_are_dense():

@@ -19,6 +19,7 @@ from dsa_jax import (
     dense_indexer_kl,
     latent_attention,
     multihead_attention,
+    select_blocks,
     select_keys,
     sparse_attention,
     sparse_indexer_kl,
@@ -59,6 +60,10 @@ def select(q_index, k_index, weights, keys):
     return select_keys(q_index, k_index, weights, keys, k=K)
 
 
+def select_whole_blocks(q_index, k_index, weights, keys):
+    return select_blocks(q_index, k_index, weights, keys, k=K, block_size=64)
+
+
 def select_fp8(q_fp8, k_fp8, weights, keys, k_scale):
     return select_keys(q_fp8, k_fp8, weights, keys, k=K, k_scale=k_scale)
 
@@ -87,8 +92,16 @@ def dense_kl(q_index, k_index, weights, q_heads, k_heads, lse, keys):
     return dense_indexer_kl(q_index, k_index, weights, q_heads, k_heads, lse, keys, scale=SCALE)
 
 
+def dense_kl_max(q_index, k_index, weights, q_heads, k_heads, lse, keys):
+    return dense_indexer_kl(q_index, k_index, weights, q_heads, k_heads, lse, keys, scale=SCALE, target="max")
+
+
 def sparse_kl(q_index, k_index, weights, q, kv, lse, indices):
     return sparse_indexer_kl(q_index, k_index, weights, q, kv, lse, indices, scale=SCALE)
+
+
+def sparse_kl_max(q_index, k_index, weights, q, kv, lse, indices):
+    return sparse_indexer_kl(q_index, k_index, weights, q, kv, lse, indices, scale=SCALE, target="max")
 
 
 def inputs_of(function, given):
@@ -111,6 +124,7 @@ def gradient_of(function, names):
 INDEX = ("q_index", "k_index", "weights")
 BOUNDS = [
     (select, (), 2),
+    (select_whole_blocks, (), 2),
     (select_fp8, (), 3),  # CPU XLA widens all e4m3 queries to float16 first: 2 GiB; 2 is for bfloat16
     (attend, (), 3),
     (attend, ("q", "kv"), 3),
@@ -122,6 +136,8 @@ BOUNDS = [
     (dense_kl, (), 3),
     (dense_kl, INDEX, 3),
     (sparse_kl, INDEX, 3),
+    (dense_kl_max, INDEX, 3),
+    (sparse_kl_max, INDEX, 3),
 ]
 
 

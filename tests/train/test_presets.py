@@ -116,8 +116,9 @@ def test_a_preset_may_leave_the_model_to_the_weights(tmp_path, checkpoint):
 def test_what_no_weight_depends_on_may_be_chosen(tmp_path, checkpoint):
     rope = {"factor": 2.0, "original_max_position_embeddings": 64}
     asked = {"index_topk": 16, "index_fp8": True, "dtype": "float32", "rope_scaling": rope, "hidden_size": HIDDEN}
-    run = begun(tmp_path, checkpoint, model=asked, seed=7)
-    assert run.model == small_config(index_topk=16, index_fp8=True, rope_scaling=YaRN(2.0, 64))
+    variant = {"index_kl_target": "max", "baseline": "blocks", "block_size": 8}
+    run = begun(tmp_path, checkpoint, model=asked | variant, seed=7)
+    assert run.model == small_config(index_topk=16, index_fp8=True, rope_scaling=YaRN(2.0, 64), **variant)
     assert run.seed == 7
     chex.assert_trees_all_equal(InitialParams(checkpoint).params(run.model), small_params(small_config(index_topk=3)))
 

@@ -29,6 +29,8 @@ NAMES = {
     "multihead_attention": "attention",
     CUDNN_BACKWARD: "attention, backward",
     "select_keys": "selection",
+    "index_scores": "selection",
+    "select_topk": "selection",
     "attention_target": "indexer's loss",
     "sparse_indexer_kl": "indexer's loss",
     "dense_indexer_kl": "indexer's loss",

@@ -21,6 +21,7 @@ from train.state import abstract_params
 FREE_FIELDS = (
     *("index_topk", "index_fp8", "dtype", "rope_theta", "rope_scaling", "max_position_embeddings"),
     *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("index_kl_target", "baseline", "block_size"),
 )
 INDEXER_SIZES = ("index_n_heads", "index_head_dim")
 SAMPLED_PARTS, SAMPLED_BYTES = 16, 4096  # of each file, for the fingerprint of a checkpoint of any size
