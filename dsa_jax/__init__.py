@@ -12,7 +12,7 @@ from dsa_jax.config import Config, YaRN
 from dsa_jax.dense_attention import latent_attention, multihead_attention
 from dsa_jax.hf.convert import convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.indexer import LightningIndexer, index_scores
-from dsa_jax.indexer_loss import dense_indexer_kl, sparse_indexer_kl
+from dsa_jax.indexer_loss import dense_attention_target, dense_indexer_kl, sparse_indexer_kl
 from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.generate import Completions, complete, generate, stream
 from dsa_jax.inference.llm import LLM
@@ -62,6 +62,7 @@ __all__ = [
     "attention_target",
     "complete",
     "convert_hf",
+    "dense_attention_target",
     "dense_indexer_kl",
     "dequantize",
     "forward_on_mesh",

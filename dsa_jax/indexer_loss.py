@@ -29,7 +29,7 @@ from dsa_jax.attention import (
 from dsa_jax.blockwise import accumulator, contract, join_queries, map_queries, queries_per_block, split_queries
 from dsa_jax.dense_attention import check_heads
 from dsa_jax.indexer import check_index_inputs, head_sum, relu, widen
-from dsa_jax.key_range import KeyRange
+from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.pallas_kernels import Implementation, choose_implementation
 from dsa_jax.pallas_kernels import index_scores as scores_kernels
 from dsa_jax.pallas_kernels import indexer_loss as loss_kernels
@@ -134,6 +134,60 @@ def dense_indexer_kl(
     return _kl(_dense_kl, static, (q_index, k_index, weights), constants)
 
 
+def dense_attention_target(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    lse: Float[Array, "B T N"],
+    keys: KeyRange,
+    *,
+    scale: float,
+    target: Target = "sum",
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T S"]:
+    """Computes the indexer's target over all keys: attention probabilities summed over heads, L1-normalised.
+
+    p[t,s] = Σ_n exp(scale · q[t,n] · k[s,n] - lse[t,n]) / Σ_s (the same);  0 where a key is not reached.
+
+    The result is T × S: of long rows give a part of the queries at a time. `dense_indexer_kl` keeps no more of it.
+
+    Args:
+      q, k, keys, scale: as `multihead_attention` took them without a selection, with all heads of the layer.
+      lse: as it returned them for these very arguments.
+      target: "sum" or "max", over heads, as in `attention_target`.
+      implementation: None, "xla" or "pallas"; "max" has no kernel.
+
+    Returns:
+      float32 probabilities, a constant: no gradient flows through them.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, for another target, or "pallas" has no kernel for them.
+
+    References:
+      DeepSeek-V3.2-Exp, section 2.1, the target of Eq. 3.
+    """
+    q, k, lse = jnp.asarray(q), jnp.asarray(k), jnp.asarray(lse)
+    check_heads(q, k)
+    attention.check_lse(lse, q)
+    attention.check_target(target)
+    check_keys(keys, *q.shape[:2])
+    arrays = jax.lax.stop_gradient((q, zero_unreached(k, keys), lse, keys.start, keys.stop))
+    static = attention.static_scale(scale), target, implementation
+    return normalise_target(_reached_probabilities("dense_attention_target", static, *arrays))
+
+
+def _reached_probabilities(operation, static, q, k, lse, start, stop):
+    """Joins the attention probabilities [B, T, S] of reached keys over heads; arguments are not checked."""
+    scale, target, implementation = static
+    join = choose_implementation(
+        operation,
+        implementation,
+        loss_kernels.why_not_dense_target(q, k, lse, start, stop) if target == "sum" else NO_MAX_KERNEL,
+        xla=partial(_reached_mass, scale=scale, target=target),
+        pallas=partial(loss_kernels.dense_target, scale=scale),
+    )
+    return join(q, k, lse, start, stop)
+
+
 def _check_same_keys(k_index, k, name):
     if k_index.shape[:2] != k.shape[:2]:
         raise ValueError(f"k_index and {name} must hold the same keys, got {k_index.shape} and {k.shape}")
@@ -200,7 +254,7 @@ def _sparse_kl(static, index, constants, d_kl):
 
 
 def _dense_kl(static, index, constants, d_kl):
-    scale, target, implementation = static
+    implementation = static[-1]
     (q_index, k_index, weights), (q, k, lse, reach, k_scale) = index, constants
     size = k.shape[1]
 
@@ -208,12 +262,8 @@ def _dense_kl(static, index, constants, d_kl):
         q_index, weights, q, lse, start, stop, d_kl = jax.tree.map(lambda x: x[None], queries)
         k_index, k, k_scale = jax.tree.map(lambda x: x[None], keys)
         choose = partial(choose_implementation, "dense_indexer_kl", implementation)
-        join = choose(
-            loss_kernels.why_not_dense_target(q, k, lse, start, stop) if target == "sum" else NO_MAX_KERNEL,
-            xla=partial(_reached_mass, scale=scale, target=target),
-            pallas=partial(loss_kernels.dense_target, scale=scale),
-        )
-        p = normalise_target(join(q, k, lse, start, stop)[0]).astype(accumulator(q_index))
+        mass = _reached_probabilities("dense_indexer_kl", static, q, k, lse, start, stop)
+        p = normalise_target(mass[0]).astype(accumulator(q_index))
         arrays = q_index, k_index, weights, start, stop, k_scale
         scores = choose(
             scores_kernels.why_not(*arrays),

@@ -26,6 +26,7 @@ from cases import (
 
 from dsa_jax import (
     KeyRange,
+    dense_attention_target,
     dense_indexer_kl,
     latent_attention,
     multihead_attention,
@@ -104,6 +105,28 @@ def index_gradients(kl, inputs, cotangent, **options):
     """The KL and its gradients by q_index, k_index and weights."""
     rest = inputs[3:]
     return pulled(lambda *index: kl(*index, *rest, **options), *inputs[:3], cotangent=lambda _: cotangent)
+
+
+@pytest.mark.parametrize("target", ["sum", "max"])
+def test_the_target_over_all_keys_is_the_attention_of_norm_1(target):
+    _, _, _, q, k, lse, keys = dense_inputs((2, 9, 33, 3, 2, 0))
+    k = k.at[:, -1].set(jnp.where(reached_last(keys, 33)[:, None, None], k[:, -1], jnp.nan))  # where nobody reaches it
+    found = jax.jit(functools.partial(dense_attention_target, scale=SCALE, target=target))(q, k, lse, keys)
+    logits = np.einsum("btnh,bsnh->btns", *(np.nan_to_num(np.asarray(x, np.float64)) for x in (q, k))) * SCALE
+    mask = (np.arange(33) >= np.asarray(keys.start)[..., None]) & (np.arange(33) < np.asarray(keys.stop)[..., None])
+    lse = np.where(np.isneginf(lse), 0, np.asarray(lse, np.float64))
+    p = np.where(mask[:, :, None], np.exp(logits - lse[..., None]), 0)
+    p = p.sum(2) if target == "sum" else p.max(2)
+    norm = p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, np.where(norm > 0, p / np.where(norm > 0, norm, 1), 0), atol=1e-6)
+    assert found.dtype == jnp.float32 and (norm == 0).any() and (norm > 0).any()
+    with pytest.raises(ValueError, match="target must be 'sum' or 'max', got 'mean'"):
+        dense_attention_target(q, k, lse, keys, scale=SCALE, target="mean")
+
+
+def reached_last(keys, size):
+    """Whether any query of each row reaches the last key."""
+    return (keys.nonempty() & (keys.stop >= size)).any(1)
 
 
 def test_gradients_of_the_reference_are_central_differences():

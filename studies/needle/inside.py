@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from dsa_jax import KeyRange, Transformer, select_topk
-from dsa_jax.blockwise import map_queries, queries_per_block
+from dsa_jax import KeyRange, Transformer, dense_attention_target, multihead_attention, select_topk
+from dsa_jax.blockwise import map_queries
 from dsa_jax.model import DecoderLayer
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
-from train.evaluation.kept_mass import attention_mass
+from train.evaluation.kept_mass import MASS_ELEMENTS
 from train.phases import window_selection
 
 SELECTIONS = ("indexer", "oracle", "window")
@@ -113,16 +113,17 @@ def _mass_of_layer(
 ) -> tuple[Mapping[str, Float[Array, " ranges"]], Bool[Array, "n S"]]:
     """Measures one layer: the mean mass by name and range, and which keys its indexer selects for each query."""
     attention = layer.self_attn
-    k_of = attention.config.index_topk
+    k_of, scale = attention.config.index_topk, attention.config.softmax_scale
     q, k, reach = attention.queries_and_keys(attention.project(x, rotation), keys)
     selected = attention(x, rotation, keys, return_selected=True, return_indexer_kl=False).selected
     window = window_selection(keys, k_of)
     size = k.shape[1]
 
     def block(queries, k, sums):
-        q, start, stop, place, selected, window = queries
-        p = attention_mass(q, k, KeyRange(start, stop).contains(jnp.arange(size)), attention.config.softmax_scale)
-        oracle = select_topk(p[None], k_of, keys=KeyRange(start[None], stop[None]))[0]
+        q, lse, start, stop, place, selected, window = queries
+        reach = KeyRange(start[None], stop[None])
+        p = dense_attention_target(q[None], k[None], lse[None], reach, scale=scale)[0]
+        oracle = select_topk(p[None], k_of, keys=reach)[0]
         of = {"indexer": _mask(selected, size), "oracle": _mask(oracle, size), "window": _mask(window, size)}
         distance = place[:, None] - jnp.arange(size)
         within = [(distance >= low) & (distance < high) for low, high in zip((0, *ends), ends, strict=False)]
@@ -131,8 +132,10 @@ def _mass_of_layer(
         return (found, of["indexer"]), sums
 
     take = lambda array: array[:, places]  # noqa: E731
-    queries = take(q), take(reach.start), take(reach.stop), places[None], take(selected), take(window)
-    found, chosen = map_queries(block, queries, k, block=queries_per_block(4 * size * q.shape[2]))[0]
+    q, reach = take(q), KeyRange(take(reach.start), take(reach.stop))
+    lse = multihead_attention(q, k, k, reach, scale=scale)[1]
+    queries = q, lse, reach.start, reach.stop, places[None], take(selected), take(window)
+    found, chosen = map_queries(block, queries, k, block=max(1, MASS_ELEMENTS // size))[0]
     return {name: jnp.mean(each[0], axis=0) for name, each in found.items()}, chosen[0]
 
 

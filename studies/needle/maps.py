@@ -13,7 +13,8 @@ from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
 from dsa_jax import KeyRange, select_topk
-from studies.needle.questions import Attend, Cell, Questions, ask, attend_to_oracle, attending, draw_questions
+from studies.needle.oracle import attend_to_oracle
+from studies.needle.questions import Attend, Cell, Questions, ask, attending, draw_questions
 from studies.needle.rows import NeedleCorpus
 from train.experiment import control_run
 from train.phases import DENSE_CONTROL, WINDOW_CONTROL, Params, window_selection
@@ -134,10 +135,15 @@ def ask_subject(
     params, found = subject.read(), {}
     asked = [lengths[-1]] if subject.longest_alone else lengths
     for count, length in itertools.product(needles, asked):
-        if length >= 4 * count * corpus.needles.cell:
+        if has_room(corpus, length, count):
             drawn = questions_of(run, corpus, seq_len=length, a_row=count, questions=questions)
             found.setdefault(count, {})[length] = ask(run.graphdef, params, drawn, DEPTHS, attend=subject.attend)
     return found
+
+
+def has_room(corpus: NeedleCorpus, length: int, needles: int) -> bool:
+    """Says whether rows of a length have room for so many needles, and most of their text beside them."""
+    return length >= 4 * needles * corpus.needles.cell
 
 
 def questions_of(

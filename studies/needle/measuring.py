@@ -14,7 +14,7 @@ from studies.needle.agreement import Writer, agreement, likeliest
 from studies.needle.found import FOLDER, Found, Ledger, Selected
 from studies.needle.generated import ask_by_generation
 from studies.needle.inside import Inside, far_queries, look_inside
-from studies.needle.maps import DEPTHS, Maps, Subject, ask_subject, questions_of, subjects_of
+from studies.needle.maps import DEPTHS, Maps, Subject, ask_subject, has_room, questions_of, subjects_of
 from studies.needle.questions import Cell, ask, attending
 from studies.needle.rows import NeedleCorpus, draw_held_out
 from studies.needle.settings import Preset
@@ -188,10 +188,11 @@ def _answers(run: Run, subject: Subject, corpus: NeedleCorpus, preset: Preset) -
 
 def _generate(run: Run, corpus: NeedleCorpus, preset: Preset) -> dict[str, Any]:
     """Asks rows of the longest length for all their needles, by generation as it is served and by the forward pass."""
+    a_row = max(count for count in NEEDLES if has_room(corpus, preset.lengths[-1], count))
     params, length = run.params_after("SPARSE"), preset.lengths[-1]
     served = abstract_params(dataclasses.replace(run.config.model, index_fp8=True))[0]
     drawn = lambda: questions_of(  # noqa: E731
-        run, corpus, seq_len=length, a_row=NEEDLES[-1], questions=preset.generated_rows, batch_size=1
+        run, corpus, seq_len=length, a_row=a_row, questions=preset.generated_rows, batch_size=1
     )
     generated, _ = ask_by_generation(merge_groups(served, params), drawn())
     cells = ask(run.graphdef, params, drawn(), DEPTHS, attend=attending("sparse"))

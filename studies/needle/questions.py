@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 from studies.needle.needles import DIGITS, Needles, plant_at
 from studies.needle.rows import Windows, one_document
 from train.data import Batch, Documents
-from train.evaluation.kept_mass import measure_layers
 from train.phases import Params, Selection, merge_groups, run_model
 
 type Attend = Callable[[nnx.GraphDef, Params, Batch], Array]  # gives hidden [B, T, D]
@@ -124,7 +123,7 @@ def ask(
       params: its parameters.
       questions: as `draw_questions` gives them, all of one shape.
       depths: how many there are.
-      attend: runs the model: `attending`, or `attend_to_oracle`.
+      attend: runs the model: `attending`, or `oracle.attend_to_oracle`.
     """
     right, asked = np.zeros(depths, int), np.zeros(depths, int)
     for each in questions:
@@ -143,12 +142,6 @@ def attending(attention: Literal["dense", "sparse"], selection: Selection | None
       selection: makes what every layer selects, as in `train.phases.Phase`; without it the indexer does.
     """
     return partial(_run, attention=attention, selection=selection)
-
-
-def attend_to_oracle(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Float[Array, "B T D"]:
-    """Runs a model in which every layer selects the keys of the most attention in the model run dense."""
-    model = merge_groups(graphdef, params)
-    return measure_layers(model, {"indexer": model}, batch)[1]["oracle"]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "attention", "selection"))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dsa_jax import KeyRange, Transformer, select_topk
-from dsa_jax.blockwise import contract, map_queries, queries_per_block
+from dsa_jax import KeyRange, Transformer, dense_attention_target, multihead_attention, select_topk
+from dsa_jax.blockwise import map_queries
 from dsa_jax.model import DecoderLayer
 from dsa_jax.parallel.collectives import gather_parameters, gather_tokens, slice_tokens
 from dsa_jax.parallel.sharding import parameter_specs, place_batch, spec
@@ -26,6 +26,7 @@ from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
 from train.phases import group_of, window_selection
 
+MASS_ELEMENTS = 1 << 24  # queries × keys whose attention is alive at a time: 64 MiB for each array
 MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choose from
 
 IMPOSED = ("oracle", "window", "random")  # selections that no indexer makes
@@ -190,10 +191,10 @@ def kept_mass(
     size = k.shape[1]
 
     def block(queries, k, sums):
-        q, start, stop, selections, seed = queries
-        p = attention_mass(q, k, KeyRange(start, stop).contains(jnp.arange(size)), scale)
-        uniform = jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed), (size,)))(seed)
+        q, lse, start, stop, selections, seed = queries
         reach = KeyRange(start[None], stop[None])
+        p = dense_attention_target(q[None], k[None], lse[None], reach, scale=scale)[0]
+        uniform = jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed), (size,)))(seed)
         found = {
             name: select_topk(scores[None], top_k, keys=reach)[0]
             for name, scores in {"oracle": p, "random": uniform}.items()
@@ -201,18 +202,9 @@ def kept_mass(
         mass = {name: _mass_on(p, selected) for name, selected in (selections | found).items()}
         return (mass, found), sums
 
-    queries = (q, keys.start, keys.stop, dict(selections), seeds)
-    return map_queries(block, queries, k, block=queries_per_block(4 * size * q.shape[2]))[0]
-
-
-def attention_mass(
-    q: Float[Array, "T N H"], k: Float[Array, "S N H"], reach: Bool[Array, "T S"], scale: float
-) -> Float[Array, "T S"]:
-    """Averages dense attention probabilities over heads, which is their sum with L1 norm 1."""
-    logits = jnp.where(reach[:, None], contract("tnh,snh->tns", q, k) * scale, -jnp.inf)
-    peak = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)  # finite for a query without keys
-    weights = jnp.exp(logits - peak)
-    return jnp.mean(weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30), axis=1)
+    lse = multihead_attention(q, k, k, keys, scale=scale)[1]
+    queries = (q, lse, keys.start, keys.stop, dict(selections), seeds)
+    return map_queries(block, queries, k, block=max(1, MASS_ELEMENTS // size))[0]
 
 
 def _mass_on(p: Float[Array, "T S"], selected: Int[Array, "T K"]) -> Float[Array, " T"]:

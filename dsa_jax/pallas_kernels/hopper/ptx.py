@@ -127,7 +127,7 @@ def _name_dumps(name: str) -> None:
 
     @inline_mgpu()
     def mark(ctx):
-        op = ir.InsertionPoint.current.block.owner
+        op: Any = ir.InsertionPoint.current.block.owner
         while op.name != "builtin.module":
             op = op.parent
         op.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)

@@ -10,7 +10,8 @@ from needle_cases import make_tokenizer
 from train_cases import small_params
 
 from studies.needle.needles import Needles
-from studies.needle.questions import Cell, ask, attend_to_oracle, attending, draw_questions
+from studies.needle.oracle import attend_to_oracle
+from studies.needle.questions import Cell, ask, attending, draw_questions
 from train.data import MemoryDocuments
 from train.phases import merge_groups, window_selection
 from train.state import abstract_params
