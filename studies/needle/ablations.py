@@ -21,7 +21,7 @@ from studies.needle import settings
 from studies.needle.corpus import RECORD
 from studies.needle.found import Ledger
 from studies.needle.kept import restore
-from studies.needle.maps import DEPTHS, questions_of
+from studies.needle.maps import DEPTHS, NEEDLES, has_room, questions_of
 from studies.needle.questions import Cell, ask, attending
 from studies.needle.rows import NeedleConfig, NeedleCorpus, draw_held_out, load
 from train.commands.command import parse, run_command
@@ -218,7 +218,9 @@ class Bench:
 
     def _answers(self, run: Run, graphdef: Any, params: Params, attention: Any) -> dict[str, Any]:
         cells = {}
-        for needles in (1, 8):
+        for needles in NEEDLES:
+            if not has_room(self.corpus, self.size.length, needles):
+                continue
             drawn = questions_of(
                 run, self.corpus, seq_len=self.size.length, a_row=needles, questions=self.size.questions
             )
@@ -248,7 +250,7 @@ def table(found: Mapping[str, Mapping[str, Any]], k: int) -> list[str]:
             within,
             beyond,
             _number(row["losses"].get("answers")),
-            *(_cell(row["answers"][str(needles)]) for needles in (1, 8)),
+            *(_cell(row["answers"].get(str(needles))) for needles in NEEDLES),
             f"{_number(mass['indexer'])} ({_number(mass['oracle'])}, {_number(mass['window'])})" if mass else "",
             _number(row["kl"][0]) if row["kl"] else "",
             f"{row['train_seconds']:.0f}",
@@ -275,7 +277,9 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _cell(counts: Sequence[int]) -> str:
+def _cell(counts: Sequence[int] | None) -> str:
+    if counts is None:
+        return ""
     cell = Cell(*counts)
     low, high = cell.interval
     return f"{cell.right / cell.asked:.0%} ({low:.0%}–{high:.0%})"

@@ -21,6 +21,7 @@ from train.phases import DENSE_CONTROL, WINDOW_CONTROL, Params, window_selection
 from train.run import Run
 
 DEPTHS = 8  # ranges of equal size
+NEEDLES = (1, 8)  # of a row, in turn
 BATCH_TOKENS = 2**16
 MOST_ROWS = 16  # taken together
 RANDOM_QUERIES = 64  # whose random keys are drawn together

@@ -14,7 +14,7 @@ from studies.needle.agreement import Writer, agreement, likeliest
 from studies.needle.found import FOLDER, Found, Ledger, Selected
 from studies.needle.generated import ask_by_generation
 from studies.needle.inside import Inside, far_queries, look_inside
-from studies.needle.maps import DEPTHS, Maps, Subject, ask_subject, has_room, questions_of, subjects_of
+from studies.needle.maps import DEPTHS, NEEDLES, Maps, Subject, ask_subject, has_room, questions_of, subjects_of
 from studies.needle.questions import Cell, ask, attending
 from studies.needle.rows import NeedleCorpus, draw_held_out
 from studies.needle.settings import Preset
@@ -27,7 +27,6 @@ from train.processes.stopping import Stopping
 from train.run import Run
 from train.state import abstract_params
 
-NEEDLES = (1, 8)  # of a row, in turn
 QUERIES = 64  # of each row that is looked into
 CURVES = ("step", "lm_loss", "kl", "kl_layers", "grad_norm_backbone", "grad_norm_indexer")
 
