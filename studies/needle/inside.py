@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from dsa_jax import KeyRange, Transformer, dense_attention_target, multihead_attention, select_topk
+from dsa_jax import KeyRange, Transformer, dense_attention_target, select_topk
 from dsa_jax.blockwise import map_queries
 from dsa_jax.model import DecoderLayer
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
-from train.evaluation.kept_mass import MASS_ELEMENTS
+from train.evaluation.kept_mass import MASS_ELEMENTS, attention_lse
 from train.phases import window_selection
 
 SELECTIONS = ("indexer", "oracle", "window")
@@ -133,7 +133,7 @@ def _mass_of_layer(
 
     take = lambda array: array[:, places]  # noqa: E731
     q, reach = take(q), KeyRange(take(reach.start), take(reach.stop))
-    lse = multihead_attention(q, k, k, reach, scale=scale)[1]
+    lse = attention_lse(q, k, reach, scale=scale)
     queries = q, lse, reach.start, reach.stop, places[None], take(selected), take(window)
     found, chosen = map_queries(block, queries, k, block=max(1, MASS_ELEMENTS // size))[0]
     return {name: jnp.mean(each[0], axis=0) for name, each in found.items()}, chosen[0]

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsa_jax import KeyRange, dense_attention_target, multihead_attention, select_topk
+from dsa_jax import KeyRange, dense_attention_target, select_topk
 from dsa_jax.blockwise import map_queries
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
-from train.evaluation.kept_mass import MASS_ELEMENTS
+from train.evaluation.kept_mass import MASS_ELEMENTS, attention_lse
 from train.phases import Params, merge_groups
 
 
@@ -36,7 +36,7 @@ def _run_layer(graph, number, state, dense, sparse, rotation, keys: KeyRange):
     attention = layer.self_attn
     k_of, scale = attention.config.index_topk, attention.config.softmax_scale
     q, k, reach = attention.queries_and_keys(attention.project(layer.input_layernorm(dense), rotation), keys)
-    lse = multihead_attention(q, k, k, reach, scale=scale)[1]
+    lse = attention_lse(q, k, reach, scale=scale)
 
     def select(queries, k, sums):
         q, lse, start, stop = (each[None] for each in queries)

@@ -26,6 +26,7 @@ from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
 from train.phases import group_of, window_selection
 
+VALUE_COLUMNS = 64  # of values that nobody wants, the fewest that the attention's kernel takes
 MASS_ELEMENTS = 1 << 24  # queries × keys whose attention is alive at a time: 64 MiB for each array
 MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choose from
 
@@ -202,9 +203,16 @@ def kept_mass(
         mass = {name: _mass_on(p, selected) for name, selected in (selections | found).items()}
         return (mass, found), sums
 
-    lse = multihead_attention(q, k, k, keys, scale=scale)[1]
+    lse = attention_lse(q, k, keys, scale=scale)
     queries = (q, lse, keys.start, keys.stop, dict(selections), seeds)
     return map_queries(block, queries, k, block=max(1, MASS_ELEMENTS // size))[0]
+
+
+def attention_lse(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], keys: KeyRange, *, scale: float
+) -> Float[Array, "B T N"]:
+    """Computes the log-sum-exp of dense attention alone: of values it takes as few columns as the kernel does."""
+    return multihead_attention(q, k, k[..., :VALUE_COLUMNS], keys, scale=scale)[1]
 
 
 def _mass_on(p: Float[Array, "T S"], selected: Int[Array, "T K"]) -> Float[Array, " T"]:
