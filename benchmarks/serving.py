@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.decode_step import STEPS, Case, make_model, slice_of
-from dsa_jax import Config, Engine, NGram, PagedCache, Request, Runner, SamplingParams
+from dsa_jax import Config, Engine, NGram, PagedCache, Request, Runner, SamplingParams, load_hf
 
 OUT = measure.RESULTS / "serving.json"
 GPU_DOLLARS = 2.0  # an hour
@@ -231,9 +231,11 @@ def make_engine(arguments) -> Engine:
             num_hidden_layers=2, index_fp8=True, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128,
             max_position_embeddings=4096,
         )  # fmt: skip
+    elif arguments.model is not None:
+        config = dataclasses.replace(Config.from_hf(arguments.model), index_fp8=True)
     else:
         config = slice_of(arguments.layers, arguments.dense)
-    model = make_model(config)
+    model = make_model(config) if arguments.model is None else load_hf(arguments.model, config=config)
     longest = min(config.max_position_embeddings, arguments.max_length)
     pages = 2 * max(arguments.batch) * -(-longest // 64)
     cache = PagedCache(config, pages, format="fp8")
@@ -254,6 +256,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, nargs="+", default=[4.0, 16.0, 32.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=20.0, help="in which requests come")
     parser.add_argument("--drafts", action="store_true", help="verify n-gram drafts")
+    parser.add_argument("--model", type=pathlib.Path, help="a checkpoint's folder, in place of the slice")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program on a CPU")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
@@ -263,6 +266,8 @@ def main() -> int:
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     config = engine.runner.config
     name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
+    if arguments.model is not None:
+        name += f", of {arguments.model.name}"
     short = dict(prefix_tokens=256, own_tokens=64, answer_tokens=16) if arguments.tiny else {}
     traffic = Traffic(arguments.rate[0], arguments.seconds, **short)
     cases: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {

@@ -1,13 +1,16 @@
 """The load test on CPU: what it asks for, when it asks, and what it makes of the answers."""
 
+import argparse
 import dataclasses
 
+import jax
 import pytest
+from flax import nnx
 from model_cases import small_config, small_model
 
 from benchmarks import decode_step, serving
 from benchmarks.serving import Answer, Arrival, Traffic
-from dsa_jax import Engine, PagedCache, Request, Runner, SamplingParams
+from dsa_jax import Config, Engine, PagedCache, Request, Runner, SamplingParams, Transformer, save_hf
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
@@ -88,6 +91,20 @@ def test_a_summary_of_answers():
     assert found["between_tokens_ms"]["median"] == pytest.approx(100) and found["between_tokens_ms"]["p99"] > 1400
     assert found["dollars_per_million_tokens"] == pytest.approx(2 / 3600 / 2.75 * 1e6)
     assert serving.summary([], traffic)["first_token_ms"] is None
+
+
+def test_an_engine_runs_the_model_of_a_folder(tmp_path):
+    config = Config.tiny(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128, max_position_embeddings=256)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    save_hf(model, tmp_path / "study")
+    arguments = argparse.Namespace(
+        tiny=False, model=tmp_path / "study", max_length=16384, batch=[1, 2], chunk=64, drafts=False
+    )
+    engine = serving.make_engine(arguments)
+    assert engine.runner.config == dataclasses.replace(config, index_fp8=True, dtype="bfloat16")
+    assert engine.runner.max_length == 256 and engine.cache.free_pages == 2 * 2 * 4
+    found = jax.tree.leaves(nnx.split(model)[1])
+    assert all(bool((a == b).all()) for a, b in zip(engine.runner.parameters, found, strict=True))
 
 
 @pytest.mark.slow
