@@ -1,6 +1,7 @@
 """Checkpoints on a mesh: the bits of one device, each shard where it belongs, and little else in memory meanwhile."""
 
 import dataclasses
+import gc
 import math
 import os
 import socket
@@ -102,6 +103,7 @@ def test_a_checkpoint_on_a_mesh_and_back(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         alive = Alive(patch)
         model = load_hf(folder, mesh=mesh)
+        gc.collect()  # seldom in tests; a small part stood in a cycle of JAX's then and when
         assert alive.peak == 2 * largest_part(MOE, mesh, 2) and alive.now == 0
         assert alive.peak <= 2 * max(x.nbytes for x in tensors.values())
     placed = check_placed(model, expected, mesh)
