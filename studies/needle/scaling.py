@@ -121,9 +121,9 @@ def measure_lengths(
             row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         rows.append(row)
         say(str(row))
-    for attention in SIDES:
-        rows += _decode(config, merge_groups(graphdef, params), attention, lengths, say)
-    return rows
+    served = dataclasses.replace(config, index_fp8=True)
+    model = merge_groups(abstract_params(served)[0], params)
+    return rows + [row for attention in SIDES for row in _decode(served, model, attention, lengths, say)]
 
 
 def _forwards(run: Callable, params: Any, batch: Batch, calls: int) -> None:

@@ -6,7 +6,6 @@ import pytest
 
 from studies.needle import settings
 from studies.needle.ablations import CHANGES, CONTROL, SIZES, make_row, table
-from studies.needle.scaling import crossover
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -45,12 +44,3 @@ def test_the_table_tells_positions_within_k_from_those_beyond():
     lines = table({CONTROL: row | {"losses": losses}, "wrong_rope": row | {"losses": worse, "kl": [0.3]} | mass}, 8)
     assert len(lines) == 4 and "+1.00 % | +20.00 % | 1.500" in lines[3]
     assert "0.500 (0.750, 0.250) | 0.300" in lines[3] and "+0.00 %" in lines[2]
-
-
-def test_lines_that_do_not_cross_have_no_crossover():
-    rows = [
-        {"work": "step", "attention": side, "length": length, "seconds": 1.0 + (side == "sparse")}
-        for length in (1, 2)
-        for side in ("dense", "sparse")
-    ]
-    assert crossover(rows, "step") is None and crossover([], "decode") is None
