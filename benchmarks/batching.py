@@ -101,7 +101,7 @@ def main() -> int:
     model, prompts = make_model(config), make_prompts(config, arguments.rows, chunk)
     parts: dict[str, Any] = {}
     for invariant in (False, True):
-        cache = PagedCache(config, 64 * positions // 64, format="fp8")
+        cache = PagedCache(config, max(BATCHES) * positions // 64, format="fp8")
         cache.update(*fill(cache.latents, cache.index_keys))
         options = dict(batch_invariant=True) if invariant else dict(max_length=positions)
         runner = Runner(model, cache, prefill_chunk=chunk, **options)

@@ -226,16 +226,16 @@ def _window(engine) -> float:
 
 def make_engine(arguments) -> Engine:
     """Makes an engine whose pages hold the full batch of `steps`, and prefixes beside the rows of `load`."""
-    if arguments.tiny:
-        config = Config.tiny(
+    if arguments.model is not None:
+        config = dataclasses.replace(Config.from_hf(arguments.model), index_fp8=True)
+        model = load_hf(arguments.model, config=config)
+    else:
+        tiny = dict(
             num_hidden_layers=2, index_fp8=True, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128,
             max_position_embeddings=4096,
         )  # fmt: skip
-    elif arguments.model is not None:
-        config = dataclasses.replace(Config.from_hf(arguments.model), index_fp8=True)
-    else:
-        config = slice_of(arguments.layers, arguments.dense)
-    model = make_model(config) if arguments.model is None else load_hf(arguments.model, config=config)
+        config = Config.tiny(**tiny) if arguments.tiny else slice_of(arguments.layers, arguments.dense)
+        model = make_model(config)
     longest = min(config.max_position_embeddings, arguments.max_length)
     pages = 2 * max(arguments.batch) * -(-longest // 64)
     cache = PagedCache(config, pages, format="fp8")

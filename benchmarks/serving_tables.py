@@ -1,6 +1,5 @@
 """The sections on decode and serving of docs/performance.md, in Markdown; `python -m benchmarks.tables` writes them."""
 
-import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ import numpy as np
 
 from benchmarks import cost_by_position
 from benchmarks.serving import GPU_DOLLARS, dollars
+from train.reporting.results import first_rise
 
 LAYERS = 61  # of the 671B model; attention in each
 Rows = Sequence[Mapping[str, Any]]
@@ -226,11 +226,7 @@ def crossover(rows: Rows, sparse: Side, dense: Side) -> float | None:
     Returns:
       The position on straight lines between the rows', None where no two of them enclose one.
     """
-    places = [(token_position(row), dense(row) - sparse(row)) for row in rows]
-    for (left, before), (right, behind) in itertools.pairwise(places):
-        if before < 0 <= behind:
-            return left + (right - left) * before / (before - behind)
-    return None
+    return first_rise((token_position(row), dense(row) - sparse(row)) for row in rows)
 
 
 def crossing(rows: Rows, sparse: Side, dense: Side) -> str:

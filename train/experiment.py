@@ -24,7 +24,7 @@ from train.phases import CONTROLS, Params, Phase, merge_groups, window_selection
 from train.processes.stopping import Stopping
 from train.reporting.layout import PLAIN, Layout
 from train.reporting.report import summary, write_report
-from train.reporting.results import Results, SeedResult, max_rss, read_curves
+from train.reporting.results import Results, SeedResult, max_rss, read_curves, read_seconds
 from train.run import Run
 from train.saved.folder import check_unused
 from train.saved.initial import InitialParams
@@ -133,10 +133,7 @@ class Experiment:
         with console.status("evaluating"):
             evaluation = evaluate(run, final, controls, held_out)
         records = [record for each in (run, *controls) for record in each.records()]
-        seconds: dict[str, float] = {}
-        for record in records:
-            seconds[record["phase"]] = seconds.get(record["phase"], 0.0) + record["seconds"]
-        seconds["evaluation"] = time.monotonic() - begin
+        seconds = read_seconds(records) | {"evaluation": time.monotonic() - begin}
         return SeedResult(run.config.seed, evaluation, read_curves(records), seconds)
 
     def _held_out_text(self, config: RunConfig) -> HeldOut:

@@ -17,15 +17,14 @@ from studies.needle.found import Found
 from studies.needle.kept import keep
 from studies.needle.measuring import found_path, measure_seed
 from studies.needle.rows import NeedleConfig, NeedleCorpus, load
+from train.checks import check_integer
 from train.commands.command import parse, run_command
 from train.commands.describe import describe_run
 from train.compiling import keep_compiled
-from train.experiment import control_run
+from train.experiment import MAX_SEEDS, SEED_FOLDER, control_run, seed_runs
 from train.phases import CONTROLS, merge_groups
-from train.processes.stopping import Stopping, seconds_of
+from train.processes.stopping import Stopping
 from train.run import Run
-from train.saved.folder import check_unused
-from train.settings import RunConfig
 from train.watching.progress import RunProgress
 
 
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         chosen = parse(Arguments, given, "python -m studies.needle")
-        with Stopping(after=None if chosen.stop_after is None else seconds_of(chosen.stop_after)) as stopping:
+        with Stopping.within(chosen.stop_after) as stopping:
             study(chosen, Console(), stopping)
 
     return run_command(run)
@@ -76,8 +75,12 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
         keep_compiled(arguments.compile_cache or arguments.out / "compiled")
     preset = settings.PRESETS[arguments.preset]()
     folder = arguments.corpus or arguments.out / "corpus"
-    config = dataclasses.replace(settings.make_config(preset, folder), seed=arguments.seed)
-    runs = seed_runs(config, arguments.out, arguments.seeds, resume=arguments.resume)
+    config = settings.make_config(preset, folder)
+    check_integer("seeds", arguments.seeds, most=MAX_SEEDS)
+    runs: list[Run] = []
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):  # each in a folder of its own, also if alone
+        own, place = dataclasses.replace(config, seed=seed), arguments.out / SEED_FOLDER.format(seed)
+        runs += seed_runs(own, place, 1, resume=arguments.resume)
     made = CorpusConfig(arguments.data, vocab_size=preset.vocabulary, max_bytes=preset.text_bytes)
     begun = time.monotonic()
     record = make_corpus(made, folder, workers=arguments.workers, say=lambda text: console.print(f"corpus: {text}"))
@@ -97,21 +100,6 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
     for goal in report.verdicts(founds) if preset.learns else ():
         console.print(f"{'met' if goal.met else 'missed'}: {goal.text}", highlight=False, soft_wrap=True)
     console.print(f"Report: {path}", highlight=False)
-
-
-def seed_runs(config: RunConfig, folder: Path, seeds: int, *, resume: bool) -> list[Run]:
-    """Makes the run of each seed, the configuration's and those that follow.
-
-    Raises:
-      ValueError: if there is no seed, or a folder holds a run that `resume` does not continue.
-    """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
-    numbers = range(config.seed, config.seed + seeds)
-    runs = [Run(dataclasses.replace(config, seed=seed), folder / f"seed{seed}") for seed in numbers]
-    for run in () if resume else runs:
-        check_unused(run.folder)
-    return runs
 
 
 def _run_seed(

@@ -1,4 +1,4 @@
-"""What each choice is worth: rows of one change each, all from one dense model, at 16K tokens.
+"""Tells what each choice is worth: rows of one change each, all from one dense model, at 16K tokens.
 
     python -m studies.needle.ablations --base BASE --corpus CORPUS            # all rows; --only k512 blocks64 for some
 
@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from rich.console import Console
 
 from studies.needle import settings
 from studies.needle.corpus import RECORD
-from studies.needle.found import Ledger
+from studies.needle.found import Ledger, circumstances
 from studies.needle.kept import restore
 from studies.needle.maps import DEPTHS, NEEDLES, has_room, questions_of
 from studies.needle.questions import Cell, ask, attending
@@ -28,7 +27,8 @@ from train.commands.command import parse, run_command
 from train.evaluation.evaluate import held_out_losses, measure_selections
 from train.files import replace_text
 from train.phases import DENSE_CONTROL, Params
-from train.processes.stopping import Stopping, seconds_of
+from train.processes.stopping import Stopping
+from train.reporting.report import markdown_table
 from train.run import Run
 from train.saved.initial import InitialParams
 from train.settings import PhaseSettings, RunConfig, Stage
@@ -124,20 +124,19 @@ def make_row(size: Size, preset: settings.Preset, change: Change, corpus: Path, 
     sparse = dataclasses.replace(
         sparse,
         stages=stages,
-        backbone=_ramped(sparse.backbone, size.sparse),
-        indexer=_ramped(sparse.indexer, size.sparse),
+        backbone=_ramped(sparse.backbone, stages),
+        indexer=_ramped(sparse.indexer, stages),
     )
     if control:
         phases: tuple[PhaseSettings, ...] = (dataclasses.replace(sparse, phase=DENSE_CONTROL, indexer=None),)
     elif change.scratch:
-        steps = sum(stage.steps for stage in size.scratch)
         last = dataclasses.replace(size.scratch[-1], rates=(1.0, 0.03))
         phases = (
             dataclasses.replace(
                 sparse,
                 stages=(*size.scratch[:-1], last),
-                backbone=_ramped(base.backbone, steps),
-                indexer=_ramped(warmup.indexer, steps),
+                backbone=_ramped(base.backbone, size.scratch),
+                indexer=_ramped(warmup.indexer, size.scratch),
             ),
         )
     else:
@@ -147,9 +146,8 @@ def make_row(size: Size, preset: settings.Preset, change: Change, corpus: Path, 
     return dataclasses.replace(own, model=model, phases=phases)
 
 
-def _ramped(rates: Any, steps: int) -> Any:
-    """Shortens a ramp that would take more than a quarter of the steps."""
-    return dataclasses.replace(rates, warmup_steps=min(rates.warmup_steps, steps // 4))
+def _ramped(rates: Any, stages: tuple[Stage, ...]) -> Any:
+    return dataclasses.replace(rates, warmup_steps=settings.ramp(rates.warmup_steps, stages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,17 +175,19 @@ class Bench:
 
     def row(self, name: str) -> dict[str, Any]:
         """Trains the row, unless it is, and gives its numbers."""
-        ledger = Ledger(self.folder / "measured", 0, self.stopping, lambda text: self.console.print(text))
-        if name == CONTROL:
-            return ledger.once(name, lambda: self._measure(self._train(name, Change("", {}), control=True), dense=True))
-        change = CHANGES[name]
-        if change.read_with:
-            run = self._train("default", CHANGES["default"])
-            return ledger.once(name, lambda: self._measure(run, read_with=change.read_with))
-        return ledger.once(name, lambda: self._measure(self._train(name, change)))
+        ledger = Ledger(self.folder / "measured", 0, self.stopping, self.console.print)
+        return ledger.once(name, lambda: self._train_and_measure(name))
 
-    def _train(self, name: str, change: Change, *, control: bool = False) -> Run:
-        config = make_row(self.size, self.preset, change, self.corpus_folder, control=control)
+    def _train_and_measure(self, name: str) -> dict[str, Any]:
+        if name == CONTROL:
+            return self._measure(self._train(name), dense=True)
+        read_with = CHANGES[name].read_with
+        return self._measure(self._train("default" if read_with else name), read_with=read_with)
+
+    def _train(self, name: str) -> Run:
+        """Trains a row, unless it is; the dense control too."""
+        change = CHANGES["default" if name == CONTROL else name]
+        config = make_row(self.size, self.preset, change, self.corpus_folder, control=name == CONTROL)
         init = None if change.scratch else InitialParams(self.base, label="the kept dense model")
         run = Run(config, self.folder / "rows" / name, init)
         began = time.monotonic()
@@ -212,8 +212,7 @@ class Bench:
             "K": run.config.model.index_topk,
             "kl": [line["kl"] for line in lines if "kl" in line][-1:],
             "train_seconds": round(sum(line["seconds"] for line in lines), 1),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            **circumstances(),
         }
 
     def _answers(self, run: Run, graphdef: Any, params: Params, attention: Any) -> dict[str, Any]:
@@ -225,7 +224,7 @@ class Bench:
                 run, self.corpus, seq_len=self.size.length, a_row=needles, questions=self.size.questions
             )
             found = ask(graphdef, params, drawn, DEPTHS, attend=attending(attention))
-            cells[str(needles)] = [sum(cell.right for cell in found), sum(cell.asked for cell in found)]
+            cells[str(needles)] = dataclasses.astuple(Cell.sum(found))
         return cells
 
 
@@ -238,8 +237,7 @@ def table(found: Mapping[str, Mapping[str, Any]], k: int) -> list[str]:
     """
     header = "change", "loss, to the dense control's", f"within K ({k:,})", "beyond", "at answers, nats"
     header += "one needle", "eight", "mass kept: indexer (oracle, window)", "KL", "training, s"
-    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
-    control = found[CONTROL]
+    control, rows = found[CONTROL], []
     for name, row in found.items():
         says = "The dense model, continued." if name == CONTROL else CHANGES[name].says
         within, beyond = (_by_position(row, control, k, inside=inside) for inside in (True, False))
@@ -255,8 +253,8 @@ def table(found: Mapping[str, Mapping[str, Any]], k: int) -> list[str]:
             _number(row["kl"][0]) if row["kl"] else "",
             f"{row['train_seconds']:.0f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def _by_position(row, control, k: int, *, inside: bool) -> str:
@@ -282,7 +280,7 @@ def _cell(counts: Sequence[int] | None) -> str:
         return ""
     cell = Cell(*counts)
     low, high = cell.interval
-    return f"{cell.right / cell.asked:.0%} ({low:.0%}–{high:.0%})"
+    return f"{cell.share:.0%} ({low:.0%}–{high:.0%})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,14 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         chosen = parse(Arguments, given, "python -m studies.needle.ablations")
-        with Stopping(after=None if chosen.stop_after is None else seconds_of(chosen.stop_after)) as stopping:
+        with Stopping.within(chosen.stop_after) as stopping:
             ablate(chosen, Console(), stopping)
 
     return run_command(run)
 
 
 def ablate(arguments: Arguments, console: Console, stopping: Stopping | None = None) -> None:
-    """Runs the rows, and writes `ablations.json` and the table beside it after each."""
+    """Runs the rows, writes `ablations.json` after each, and prints the table."""
     if not (arguments.corpus / RECORD).exists():
         raise ValueError(f"corpus must be a folder that python -m studies.needle has made, got {arguments.corpus}")
     preset, size = settings.PRESETS[arguments.preset](), SIZES[arguments.preset]
@@ -333,10 +331,11 @@ def ablate(arguments: Arguments, console: Console, stopping: Stopping | None = N
         stopping,
     )
     names = dict.fromkeys([CONTROL, *(arguments.only or CHANGES)])
+    tokenizer = json.loads((arguments.corpus / RECORD).read_text())["tokenizer"]
     found: dict[str, Any] = {}
     for name in names:
         found[name] = bench.row(name)
-        write_rows(arguments.out, found, json.loads((arguments.corpus / RECORD).read_text())["tokenizer"])
+        write_rows(arguments.out, found, tokenizer)
     for line in table(found, config.model.index_topk):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

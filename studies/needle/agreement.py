@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +16,11 @@ from train.phases import Params, merge_groups
 CHUNK_TOKENS = 1024  # whose logits are alive at once
 
 
-class Writer(NamedTuple):
-    """Weights and how they attend."""
-
-    params: Params
-    attend: Attend
-
-
-def likeliest(graphdef: nnx.GraphDef, writer: Writer, batches: Sequence[Batch]) -> list[Int[np.ndarray, "B T"]]:
+def likeliest(
+    graphdef: nnx.GraphDef, params: Params, attend: Attend, batches: Sequence[Batch]
+) -> list[Int[np.ndarray, "B T"]]:
     """Finds the token that a model holds likeliest behind every token."""
-    return [
-        np.asarray(_argmax(graphdef, writer.params, writer.attend(graphdef, writer.params, batch))) for batch in batches
-    ]
+    return [np.asarray(_argmax(graphdef, params, attend(graphdef, params, batch))) for batch in batches]
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -1,11 +1,14 @@
 """Keeps what was measured of one seed: each measurement in a file of its own while it runs, all in one at the end."""
 
 import dataclasses
+import datetime
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
+
+import jax
 
 from studies.needle.inside import Inside
 from studies.needle.maps import Maps
@@ -108,7 +111,7 @@ class Found:
 
     @property
     def evaluation(self) -> Evaluation:
-        """What the general report shows of it."""
+        """The evaluation that the general report shows."""
         return Evaluation(self.losses, self.final.losses, self.final.kept)
 
     def save(self, path: Path) -> None:
@@ -138,6 +141,12 @@ class Found:
             raise ValueError(
                 f"{path} must hold what was measured of a seed: {type(error).__name__}: {error}"
             ) from error
+
+
+def circumstances() -> dict[str, str]:
+    """Says when and on what something is measured."""
+    today, device = datetime.date.today().isoformat(), jax.devices()[0].device_kind
+    return {"date": today, "device": device, "jax": jax.__version__}
 
 
 def gaps_by_position(found: Found, ours: str, theirs: str) -> dict[str, float]:

@@ -9,9 +9,7 @@ from studies.needle.needles import DIGITS
 from studies.needle.questions import Cell, Questions
 
 
-def ask_by_generation(
-    model: Transformer, questions: Iterator[Questions], *, cache_format: str = "fp8"
-) -> tuple[Cell, list[bool]]:
+def ask_by_generation(model: Transformer, questions: Iterator[Questions], *, cache_format: str = "fp8") -> Cell:
     """Generates the digits of every answer greedily behind all that stands before it.
 
     The prompts of a row share all but their last tokens, which the engine reads once.
@@ -22,7 +20,7 @@ def ask_by_generation(
       cache_format: of the pages.
 
     Returns:
-      how many answers are right in all their digits, and which, in the order of rows and needles.
+      how many answers are right in all their digits.
     """
     drawn = [
         (each.batch.tokens[row], each.batch.targets[row], each.answers[row])
@@ -38,4 +36,4 @@ def ask_by_generation(
             prompt = tokens[: answers[number, 0] + 1].tolist()
             [result] = llm.generate([prompt], params)
             right.append(result.outputs[0].tokens == targets[answers[number]].tolist())
-    return Cell(sum(right), len(right)), right
+    return Cell(sum(right), len(right))

@@ -65,10 +65,7 @@ class Maps:
 
         def added(_: object, name: str, needles: int, length: int) -> tuple[Cell, ...]:
             seeds = [each.cells[name][needles][length] for each in maps]
-            return tuple(
-                Cell(sum(cell.right for cell in cells), sum(cell.asked for cell in cells))
-                for cells in zip(*seeds, strict=True)
-            )
+            return tuple(Cell.sum(cells) for cells in zip(*seeds, strict=True))
 
         return cls(_map_rows(maps[0].cells, added))
 
@@ -175,7 +172,7 @@ def draw_maps(maps: Maps) -> Figure:
         if not rows:
             axes.set_axis_off()
             continue
-        shares = np.array([[cell.right / cell.asked for cell in cells] for cells in rows.values()]).T
+        shares = np.array([[cell.share for cell in cells] for cells in rows.values()]).T
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
         axes.set_xticks(range(len(rows)), [_short(length) for length in rows], fontsize=8)
         axes.set_yticks([-0.5, len(shares) - 0.5], ["start", "end"], fontsize=8)
@@ -202,9 +199,9 @@ def table_of(maps: Maps) -> list[str]:
 
 
 def _share(cells: Sequence[Cell]) -> str:
-    whole = Cell(sum(cell.right for cell in cells), sum(cell.asked for cell in cells))
+    whole = Cell.sum(cells)
     low, high = whole.interval
-    return f"{whole.right / whole.asked:.1%} ({low:.0%}–{high:.0%})"
+    return f"{whole.share:.1%} ({low:.0%}–{high:.0%})"
 
 
 def _short(length: int) -> str:

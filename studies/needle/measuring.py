@@ -1,29 +1,28 @@
 """Measures a seed of the study: losses, answers, what selections keep and why; each part once, in resumable pieces."""
 
 import dataclasses
-import datetime
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from studies.needle.agreement import Writer, agreement, likeliest
-from studies.needle.found import FOLDER, Found, Ledger, Selected
+from studies.needle.agreement import agreement, likeliest
+from studies.needle.found import FOLDER, Found, Ledger, Selected, circumstances
 from studies.needle.generated import ask_by_generation
 from studies.needle.inside import Inside, far_queries, look_inside
 from studies.needle.maps import DEPTHS, NEEDLES, Maps, Subject, ask_subject, has_room, questions_of, subjects_of
 from studies.needle.questions import Cell, ask, attending
 from studies.needle.rows import NeedleCorpus, draw_held_out
 from studies.needle.settings import Preset
-from train.evaluation.evaluate import held_out_losses, measure_selections
+from train.evaluation.evaluate import Weights, held_out_losses, measure_selections
 from train.evaluation.held_out import HeldOut
 from train.evaluation.kept_mass import MIN_REACH
 from train.experiment import control_run
-from train.phases import DENSE_CONTROL, WINDOW_CONTROL, Params, merge_groups, window_selection
+from train.phases import DENSE_CONTROL, WINDOW_CONTROL, merge_groups, window_selection
 from train.processes.stopping import Stopping
+from train.reporting.results import read_curves, read_seconds
 from train.run import Run
 from train.state import abstract_params
 
@@ -61,10 +60,12 @@ def measure_seed(
     many = _draw(run, corpus, preset.loss_rows)
     few = _draw(run, corpus, preset.mass_rows)
     weights = _weights(run, controls)
-    losses = {label: ledger.once(f"loss {label}", lambda own=own: own.losses(many)) for label, own in weights.items()}
+    losses = {
+        label: ledger.once(f"loss {label}", lambda own=own: _losses(run, own, many)) for label, own in weights.items()
+    }
     warmed = ledger.once("selections after WARMUP", lambda: _selections(run, "WARMUP", few))
     final = ledger.once("selections after SPARSE", lambda: _selections(run, "SPARSE", few))
-    agreed = ledger.once("agreement", lambda: _agreement(weights, many))
+    agreed = ledger.once("agreement", lambda: _agreement(run, weights, many))
     inside = ledger.once("inside", lambda: _inside(run, few))
     answers = {
         subject.name: ledger.once(f"answers of {subject.name}", lambda own=subject: _answers(run, own, corpus, preset))
@@ -72,18 +73,12 @@ def measure_seed(
     }
     generated = ledger.once("generated", lambda: _generate(run, corpus, preset))
     records = [line for each in (run, *_controls(run, controls)) for line in each.records()]
-    seconds: dict[str, float] = {}
-    for line in records:
-        seconds[line["phase"]] = round(seconds.get(line["phase"], 0.0) + line["seconds"], 2)
+    seconds = {phase: round(each, 2) for phase, each in read_seconds(records).items()}
     return Found(
         run.config.seed,
         dict(setup),
         dict(record),
-        {
-            "date": datetime.date.today().isoformat(),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        },
+        circumstances(),
         losses,
         Selected.of(warmed),
         Selected.of(final),
@@ -91,46 +86,33 @@ def measure_seed(
         {name: Inside.of(each) for name, each in inside.items()},
         Maps.from_json(answers),
         {name: Cell(**each) for name, each in generated.items()},
-        _curves(records),
+        read_curves(records, CURVES),
         seconds | {"measuring": round(ledger.seconds(), 2)},
         sum(line["data_seconds"] for line in records) / sum(line["seconds"] for line in records),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """Names weights and how they attend."""
-
-    run: Run
-    phase: str
-    attention: Any
-    selection: Any = None
-
-    def read(self) -> Params:
-        return self.run.params_after(self.phase)
-
-    def losses(self, held_out: HeldOut) -> dict[str, float | None]:
-        return held_out_losses(
-            self.run.graphdef, self.read(), held_out, attention=self.attention, selection=self.selection
-        )
-
-    def likeliest(self, held_out: HeldOut) -> list[np.ndarray]:
-        attend = attending(self.attention, self.selection)
-        return likeliest(self.run.graphdef, Writer(self.read(), attend), held_out.parts["text"])
-
-
-def _weights(run: Run, controls: bool) -> dict[str, _Weights]:
-    found = {
-        "BASE, dense": _Weights(run, "BASE", "dense"),
-        "WARMUP, sparse": _Weights(run, "WARMUP", "sparse"),
-        "SPARSE, sparse": _Weights(run, "SPARSE", "sparse"),
-        "SPARSE, dense": _Weights(run, "SPARSE", "dense"),
-    }
+def _weights(run: Run, controls: bool) -> dict[str, Weights]:
+    """Lists the weights whose losses are measured, by their labels."""
+    after = lambda run, phase: lambda: run.params_after(phase)  # noqa: E731
+    found = [
+        Weights("BASE, dense", after(run, "BASE"), "dense"),
+        Weights("WARMUP, sparse", after(run, "WARMUP"), "sparse"),
+        Weights("SPARSE, sparse", after(run, "SPARSE"), "sparse"),
+        Weights("SPARSE, dense", after(run, "SPARSE"), "dense"),
+    ]
     if controls:
         dense, window = _controls(run, controls)
-        found["DENSE_CONTROL, dense"] = _Weights(dense, "DENSE_CONTROL", "dense")
-        found["WINDOW_CONTROL, last K keys"] = _Weights(window, "WINDOW_CONTROL", "sparse", window_selection)
-    return found
+        found += [
+            Weights("DENSE_CONTROL, dense", after(dense, "DENSE_CONTROL"), "dense"),
+            Weights("WINDOW_CONTROL, last K keys", after(window, "WINDOW_CONTROL"), "sparse", window_selection),
+        ]
+    return {each.label: each for each in found}
+
+
+def _losses(run: Run, own: Weights, held_out: HeldOut) -> dict[str, float | None]:
+    options: dict[str, Any] = dict(attention=own.attention, selection=own.selection)
+    return held_out_losses(run.graphdef, own.read(), held_out, **options)
 
 
 def _controls(run: Run, controls: bool) -> list[Run]:
@@ -154,11 +136,14 @@ PAIRS = (  # whose likeliest tokens are compared
 )
 
 
-def _agreement(weights: Mapping[str, _Weights], held_out: HeldOut) -> dict[str, dict[str, float]]:
+def _agreement(run: Run, weights: Mapping[str, Weights], held_out: HeldOut) -> dict[str, dict[str, float]]:
     batches = held_out.parts["text"]
     masks = {"text": [np.ones(batch.tokens.shape, bool) for batch in batches], **held_out.subsets["text"]}
     wanted = [pair for pair in PAIRS if all(name in weights for name in pair)]
-    tokens = {name: weights[name].likeliest(held_out) for name in dict.fromkeys(itertools.chain(*wanted))}
+    tokens = {}
+    for name in dict.fromkeys(itertools.chain(*wanted)):
+        attend = attending(weights[name].attention, weights[name].selection)
+        tokens[name] = likeliest(run.graphdef, weights[name].read(), attend, batches)
     return {f"{ours} | {theirs}": agreement(tokens[ours], tokens[theirs], masks) for ours, theirs in wanted}
 
 
@@ -168,16 +153,13 @@ def _inside(run: Run, held_out: HeldOut) -> dict[str, Any]:
     text = [(batch, far_queries(batch.tokens.shape[1], reach, QUERIES)) for batch in held_out.parts["text"]]
     found = {"text": look_inside(model, text)}
     masks = held_out.subsets["needles"]["answers"]
-    places = [np.flatnonzero(mask[0] & (batch.stop[0] >= reach)) for batch, mask in _both(held_out, masks)]
+    pairs = zip(held_out.parts["needles"], masks, strict=True)
+    places = [np.flatnonzero(mask[0] & (batch.stop[0] >= reach)) for batch, mask in pairs]
     least = min(min(map(len, places)), QUERIES)
     if least:
         chosen = [each[np.linspace(0, len(each) - 1, least).astype(int)] for each in places]
         found["answers"] = look_inside(model, list(zip(held_out.parts["needles"], chosen, strict=True)))
     return {name: dataclasses.asdict(each) for name, each in found.items()}
-
-
-def _both(held_out: HeldOut, masks: Sequence[np.ndarray]):
-    return zip(held_out.parts["needles"], masks, strict=True)
 
 
 def _answers(run: Run, subject: Subject, corpus: NeedleCorpus, preset: Preset) -> Any:
@@ -193,19 +175,9 @@ def _generate(run: Run, corpus: NeedleCorpus, preset: Preset) -> dict[str, Any]:
     drawn = lambda: questions_of(  # noqa: E731
         run, corpus, seq_len=length, a_row=a_row, questions=preset.generated_rows, batch_size=1
     )
-    generated, _ = ask_by_generation(merge_groups(served, params), drawn())
+    generated = ask_by_generation(merge_groups(served, params), drawn())
     cells = ask(run.graphdef, params, drawn(), DEPTHS, attend=attending("sparse"))
-    forward = Cell(sum(cell.right for cell in cells), sum(cell.asked for cell in cells))
-    return {name: dataclasses.asdict(cell) for name, cell in (("generated", generated), ("forward", forward))}
-
-
-def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    curves: dict[str, dict[str, list[Any]]] = {}
-    for record in records:
-        for name in CURVES:
-            if name in record:
-                curves.setdefault(record["phase"], {}).setdefault(name, []).append(record[name])
-    return curves
+    return {"generated": dataclasses.asdict(generated), "forward": dataclasses.asdict(Cell.sum(cells))}
 
 
 def found_path(folder: Path, seed: int) -> Path:

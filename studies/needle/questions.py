@@ -6,9 +6,9 @@ what greedy generation would write.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,17 @@ class Cell:
     right: int
     asked: int
 
+    @classmethod
+    def sum(cls, cells: Iterable["Cell"]) -> Self:
+        """Adds up the counts of cells."""
+        counts = [(cell.right, cell.asked) for cell in cells]
+        return cls(sum(right for right, _ in counts), sum(asked for _, asked in counts))
+
+    @property
+    def share(self) -> float:
+        """The share that is right."""
+        return self.right / self.asked
+
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the share that is right, by Wilson.
@@ -40,7 +51,7 @@ class Cell:
           [0.929, 1.0]
         """
         z = 1.959964
-        share, n = self.right / self.asked, self.asked
+        share, n = self.share, self.asked
         middle, spread = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
         low, high = ((middle + sign * spread) / (1 + z**2 / n) for sign in (-1, 1))
         return max(min(low, share), 0.0), min(max(high, share), 1.0)  # but for rounding they are within

@@ -4,11 +4,10 @@ python -m studies.needle.report studies/needle/results/seed*.json --out studies/
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +21,15 @@ from studies.needle.questions import Cell
 from train.commands.command import parse, run_command
 from train.files import replace_text
 from train.reporting.layout import Goal, Layout
-from train.reporting.report import DPI, write_report
+from train.reporting.report import DPI, markdown_table, write_report
 from train.reporting.results import Results, SeedResult, as_text, max_rss
 
 PART_NAMES = {"text": "held-out text", "needles": "text with needles", "answers": "digits of answers"}
 SPARSE, CONTROL, BASE, WARMUP = "SPARSE, sparse", "DENSE_CONTROL, dense", "BASE, dense", "WARMUP, sparse"
 WITHIN, AIM = 0.01, 0.003  # of the control's loss, in every range of positions and seed
 POINT = 0.01  # of the share of right answers
+
+type Read = Callable[[Found], Mapping[str, Mapping[str, float | None]]]  # reads losses by name and part
 
 
 def write(founds: Sequence[Found], folder: Path, *, learns: bool = True) -> Path:
@@ -45,7 +46,7 @@ def write(founds: Sequence[Found], folder: Path, *, learns: bool = True) -> Path
     check_alike(founds)
     results = Results(
         "needle",
-        {name: value for name, value in founds[0].setup.items()},
+        dict(founds[0].setup),
         [SeedResult(f.seed, f.evaluation, f.curves, f.seconds) for f in founds],
         sum(sum(f.seconds.values()) for f in founds),
         max_rss(),
@@ -109,12 +110,7 @@ def verdicts(founds: Sequence[Found]) -> list[Goal]:
 def _whole(found: Found, name: str, needles: int) -> Cell:
     """The answers of one subject at the longest rows, over all depths."""
     rows = found.answers.cells[name][needles]
-    cells = rows[max(rows)]
-    return Cell(sum(cell.right for cell in cells), sum(cell.asked for cell in cells))
-
-
-def _share(cell: Cell) -> float:
-    return cell.right / cell.asked
+    return Cell.sum(rows[max(rows)])
 
 
 def _one_needle(founds: Sequence[Found]) -> Goal:
@@ -129,11 +125,11 @@ def _one_needle(founds: Sequence[Found]) -> Goal:
 
 def _eight_needles(founds: Sequence[Found]) -> Goal:
     pairs = [(_whole(found, SPARSE, 8), _whole(found, CONTROL, 8)) for found in founds]
-    shown = ", ".join(f"{_share(ours):.1%} and {_share(dense):.1%}" for ours, dense in pairs)
+    shown = ", ".join(f"{ours.share:.1%} and {dense.share:.1%}" for ours, dense in pairs)
     return Goal(
         f"eight needles are to be answered within one point of the dense control, in every seed: sparse and dense "
         f"{shown}",
-        all(_share(ours) >= _share(dense) - POINT for ours, dense in pairs),
+        all(ours.share >= dense.share - POINT for ours, dense in pairs),
     )
 
 
@@ -160,11 +156,7 @@ def _generated(founds: Sequence[Found]) -> Goal:
 
 
 def _answers(maps: Maps, founds: Sequence[Found]) -> list[str]:
-    generated = [found.generated for found in founds]
-    whole = {
-        name: Cell(sum(each[name].right for each in generated), sum(each[name].asked for each in generated))
-        for name in ("generated", "forward")
-    }
+    whole = {name: Cell.sum(found.generated[name] for found in founds) for name in ("generated", "forward")}
     return [
         "## Answers",
         "",
@@ -209,7 +201,7 @@ def _behind(founds: Sequence[Found]) -> list[str]:
         "tokens in the same order, in percent of it; of several seeds the mean, and each seed's own in brackets. What "
         "SPARSE recovers is the difference between the first two columns.",
         "",
-        *_table(header, rows + ratios),
+        *markdown_table(header, rows + ratios),
         "",
         "![Gap of the loss by position](gaps.png)",
     ]
@@ -222,45 +214,31 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
 def _sources(founds: Sequence[Found]) -> list[str]:
     """Where the loss comes from, in nats."""
 
-    def difference(read: Callable[[Found], tuple[float | None, float | None]]) -> str:
-        pairs = [read(found) for found in founds]
+    warmed: Read = lambda found: found.warmed.losses  # noqa: E731
+    final: Read = lambda found: found.final.losses  # noqa: E731
+    differences: list[tuple[str, Read, str, str]] = [
+        ("feasibility: oracle top-K to all keys, after WARMUP", warmed, "oracle", "dense"),
+        ("indexer error: indexer to oracle, after WARMUP", warmed, "indexer", "oracle"),
+        ("the same after SPARSE: oracle to all keys", final, "oracle", "dense"),
+        ("the same after SPARSE: indexer to oracle", final, "indexer", "oracle"),
+    ]
+    if all(CONTROL in found.losses for found in founds):
+        text = "what is left after adaptation: SPARSE to its dense control"
+        differences.append((text, lambda found: found.losses, SPARSE, CONTROL))
+
+    def mean_difference(read: Read, ours: str, theirs: str, part: str) -> str:
+        pairs = [(read(found)[ours][part], read(found)[theirs][part]) for found in founds]
         return as_text([None if a is None or b is None else a - b for a, b in pairs], digits=4)
 
     parts = [part for part in PART_NAMES if founds[0].warmed.losses["dense"].get(part) is not None]
-    of = {
-        "feasibility: oracle top-K to all keys, after WARMUP": lambda f, p: (
-            f.warmed.losses["oracle"][p],
-            f.warmed.losses["dense"][p],
-        ),
-        "indexer error: indexer to oracle, after WARMUP": lambda f, p: (
-            f.warmed.losses["indexer"][p],
-            f.warmed.losses["oracle"][p],
-        ),
-        "the same after SPARSE: oracle to all keys": lambda f, p: (
-            f.final.losses["oracle"][p],
-            f.final.losses["dense"][p],
-        ),
-        "the same after SPARSE: indexer to oracle": lambda f, p: (
-            f.final.losses["indexer"][p],
-            f.final.losses["oracle"][p],
-        ),
-    }
-    if all(CONTROL in found.losses for found in founds):
-        of["what is left after adaptation: SPARSE to its dense control"] = lambda f, p: (
-            f.losses[SPARSE][p],
-            f.losses[CONTROL][p],
-        )
-    rows = [
-        (name, *(difference(lambda f, part=part, read=read: read(f, part)) for part in parts))
-        for name, read in of.items()
-    ]
+    rows = [(name, *(mean_difference(read, a, b, part) for part in parts)) for name, read, a, b in differences]
     return [
         "## Where the loss comes from",
         "",
         "Differences of held-out losses in nats a token. Feasibility is what K keys cost at best, the indexer's error "
         "what its choice costs beyond that; adaptation is the training through the selection.",
         "",
-        *_table(("difference", *(PART_NAMES[part] for part in parts)), rows),
+        *markdown_table(("difference", *(PART_NAMES[part] for part in parts)), rows),
     ]
 
 
@@ -279,7 +257,7 @@ def _agreement(founds: Sequence[Found]) -> list[str]:
         "",
         "The share of places in held-out text at which two models hold the same token likeliest.",
         "",
-        *_table(("models", *(_positions(part) for part in parts)), rows),
+        *markdown_table(("models", *(_positions(part) for part in parts)), rows),
     ]
 
 
@@ -295,7 +273,12 @@ def _inside(founds: Sequence[Found]) -> list[str]:
     for kind, own in kinds.items():
         share = lambda a, b, own=own: as_text([each.overlap[a][b] for each in own])  # noqa: E731
         rows = [(f"layer {a}", *(share(a, b) for b in range(layers))) for a in range(layers)]
-        lines += ["", f"**{_kind(kind)}**", "", *_table(("selected by", *(f"layer {b}" for b in range(layers))), rows)]
+        lines += [
+            "",
+            f"**{_kind(kind)}**",
+            "",
+            *markdown_table(("selected by", *(f"layer {b}" for b in range(layers))), rows),
+        ]
     ends = founds[0].inside["text"].distances
     lines += [
         "",
@@ -315,7 +298,7 @@ def _inside(founds: Sequence[Found]) -> list[str]:
             ]
             rows.append((f"{low:,} to {high - 1:,}", as_text(whole), *kept))
         header = "distance", "mass", "indexer keeps", "oracle", "last K keys"
-        lines += ["", f"**{_kind(kind)}**", "", *_table(header, rows)]
+        lines += ["", f"**{_kind(kind)}**", "", *markdown_table(header, rows)]
     return [*lines, "", "![Attention mass by distance](distances.png)"]
 
 
@@ -406,11 +389,6 @@ def _positions(name: str) -> str:
 def _percent(values: Sequence[float | None]) -> str:
     text = as_text([None if value is None else 100 * value for value in values], digits=2)
     return text if text == "–" else f"{text} %"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in itertools.chain([header], rows)]
-    return [lines[0], "|" + " --- |" * len(header), *lines[1:]]
 
 
 @dataclasses.dataclass(frozen=True)

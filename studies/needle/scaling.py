@@ -6,7 +6,6 @@ Weights are random: no time depends on them. Every program is compiled before th
 """
 
 import dataclasses
-import datetime
 import json
 import statistics
 import sys
@@ -24,12 +23,15 @@ from matplotlib.figure import Figure
 
 from dsa_jax import Config, PagedCache, Runner
 from studies.needle import settings
+from studies.needle.found import circumstances
 from train.commands.command import parse, run_command
 from train.data import Batch
 from train.files import replace_text
 from train.optimizer import OptimizerSettings
 from train.phases import DENSE_CONTROL, SPARSE, merge_groups, run_model
 from train.reporting.figures import hide_frame
+from train.reporting.report import markdown_table
+from train.reporting.results import first_rise
 from train.saved.initial import random_params
 from train.settings import PhaseSettings, Stage
 from train.state import abstract_params, abstract_state, init_state
@@ -72,13 +74,12 @@ def forward(graphdef: Any, attention: Any) -> Callable:
     return run
 
 
-def step_of(graphdef: Any, config: Config, attention: str) -> tuple[Callable, PhaseSettings]:
-    """Makes a training step: SPARSE, or its dense control."""
+def phase_of(config: Config, attention: str) -> PhaseSettings:
+    """Makes the phase whose step is timed: SPARSE, or its dense control."""
     rates = OptimizerSettings(1e-4, muon_learning_rate=1e-3, weight_decay=0.0)
     phase = SPARSE if attention == "sparse" else DENSE_CONTROL
     options: dict[str, Any] = dict(indexer=OptimizerSettings(1e-4, weight_decay=0.0)) if attention == "sparse" else {}
-    made = PhaseSettings(phase, (Stage(1, 1, config.max_position_embeddings),), backbone=rates, **options)
-    return build_step(graphdef, made), made
+    return PhaseSettings(phase, (Stage(1, 1, config.max_position_embeddings),), backbone=rates, **options)
 
 
 def measure_lengths(
@@ -97,10 +98,10 @@ def measure_lengths(
         for length in lengths:
             batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(length, config.vocab_size))
             for attention in SIDES:
-                step, made = step_of(graphdef, config, attention)
+                phase = phase_of(config, attention)
                 lowered = forward(graphdef, attention).lower(like, batch)
                 programs["forward", attention, length] = threads.submit(lowered.compile).result
-                lowered = step.lower(abstract_state(config, made), batch)
+                lowered = build_step(graphdef, phase).lower(abstract_state(config, phase), batch)
                 programs["step", attention, length] = threads.submit(lowered.compile).result
     rows = []
     params = random_params(config, seed=0)
@@ -114,8 +115,8 @@ def measure_lengths(
             if work == "forward":
                 row["seconds"] = _median(lambda calls, run=compiled, batch=batch: _forwards(run, params, batch, calls))
             else:
-                made = step_of(graphdef, config, attention)[1]
-                state = init_state(jax.tree.map(jnp.copy, params), made, jax.random.key_data(jax.random.key(0)))
+                phase = phase_of(config, attention)
+                state = init_state(jax.tree.map(jnp.copy, params), phase, jax.random.key_data(jax.random.key(0)))
                 row["seconds"] = _median(_Steps(compiled, state, batch))
         except Exception as error:  # the next row runs all the same
             row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -195,11 +196,7 @@ def crossover(rows: Sequence[dict[str, Any]], work: str) -> float | None:
     """
     side = {name: _by_length(rows, work, name) for name in SIDES}
     lengths = sorted(side["dense"].keys() & side["sparse"].keys())
-    gaps = [side["dense"][length] - side["sparse"][length] for length in lengths]
-    for i in range(1, len(lengths)):
-        if gaps[i - 1] < 0 <= gaps[i]:
-            return lengths[i - 1] + (lengths[i] - lengths[i - 1]) * gaps[i - 1] / (gaps[i - 1] - gaps[i])
-    return None
+    return first_rise((length, side["dense"][length] - side["sparse"][length]) for length in lengths)
 
 
 def _by_length(rows, work: str, attention: str, value: str = "seconds") -> dict[int, float]:
@@ -231,16 +228,16 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Writes times and temporary memory as a table in Markdown."""
     lengths = sorted({row["length"] for row in rows})
     header = "work", "attention", *(f"{length:,}" for length in lengths)
-    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    cells = []
     for work, name in WORKS.items():
         for value, unit in (("seconds", "ms"), ("temporary_gib", "GiB")):
             for attention in SIDES:
                 found = _by_length(rows, work, attention, value)
                 if found:
                     factor = 1e3 if value == "seconds" else 1
-                    cells = [f"{factor * found[length]:.3g}" if length in found else "" for length in lengths]
-                    lines.append(f"| {' | '.join([f'{name}, {unit}', attention, *cells])} |")
-    return lines
+                    row = [f"{factor * found[length]:.3g}" if length in found else "" for length in lengths]
+                    cells.append((f"{name}, {unit}", attention, *row))
+    return markdown_table(header, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,12 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes: dict[str, Any] = preset.model | {"max_position_embeddings": max(lengths)}
         config = Config(vocab_size=preset.vocabulary, **sizes)
         rows = measure_lengths(config, lengths, partial(print, flush=True))
-        where = {
-            "date": datetime.date.today().isoformat(),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        }
-        replace_text(chosen.out, json.dumps({"circumstances": where, "rows": rows}, indent=1) + "\n")
+        replace_text(chosen.out, json.dumps({"circumstances": circumstances(), "rows": rows}, indent=1) + "\n")
         print("\n".join(table(rows)))
 
     return run_command(run)

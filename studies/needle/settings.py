@@ -168,15 +168,15 @@ def make_config(preset: Preset, corpus: Path) -> RunConfig:
             PhaseSettings(
                 BASE,
                 preset.base,
-                backbone=_rates(4e-3, muon=0.02, ramp=_ramp(20, preset.base)),
+                backbone=_rates(4e-3, muon=0.02, ramp=ramp(20, preset.base)),
                 bias_rate=1e-2,
             ),
             PhaseSettings(WARMUP, preset.warmup, indexer=_rates(5e-3, muon=0.1)),
             PhaseSettings(
                 SPARSE,
                 preset.sparse,
-                backbone=_rates(8e-4, muon=4e-3, ramp=_ramp(5, preset.sparse)),
-                indexer=_rates(3e-3, ramp=_ramp(5, preset.sparse)),
+                backbone=_rates(8e-4, muon=4e-3, ramp=ramp(5, preset.sparse)),
+                indexer=_rates(3e-3, ramp=ramp(5, preset.sparse)),
                 bias_rate=1e-2,
             ),
         ),
@@ -185,7 +185,7 @@ def make_config(preset: Preset, corpus: Path) -> RunConfig:
     )
 
 
-def _ramp(steps: int, stages: tuple[Stage, ...]) -> int:
+def ramp(steps: int, stages: tuple[Stage, ...]) -> int:
     """Gives the steps in which a rate rises: fewer where a phase is short."""
     return min(steps, sum(stage.steps for stage in stages) // 4)
 

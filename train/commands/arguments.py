@@ -20,7 +20,7 @@ from train.data import load
 from train.experiment import SEED_FOLDER, Experiment, seed_runs
 from train.presets import PRESETS, load_preset
 from train.processes import cluster, ending
-from train.processes.stopping import Stopping, seconds_of
+from train.processes.stopping import Stopping
 from train.run import Run
 from train.saved.folder import (
     RUN_FILE,
@@ -272,9 +272,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def train(arguments: Arguments) -> None:
     """Trains all seeds and their controls, and reports."""
-    began, after = time.monotonic(), None if arguments.stop_after is None else seconds_of(arguments.stop_after)
+    began, stops = time.monotonic(), Stopping.within(arguments.stop_after)
     ending.resume_with(arguments.resume_command())
-    with Stopping(after=after) as stopping:
+    with stops as stopping:
         arguments.join()
         keep_compiled(arguments.compile_cache)
         console = Console(quiet=jax.process_index() > 0)

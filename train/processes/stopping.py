@@ -58,6 +58,15 @@ class Stopping:
         self._end = None if after is None else time.monotonic() + after
         self._stepping, self._came, self._before = False, 0, {}
 
+    @classmethod
+    def within(cls, text: str | None) -> Self:
+        """Makes one that stops after a time as `seconds_of` reads it, without one at signals alone.
+
+        Raises:
+          ValueError: if it is no such time.
+        """
+        return cls(after=None if text is None else seconds_of(text))
+
     @property
     def due(self) -> int | None:
         """Gives the exit status with which to stop, None while there is no reason to."""

@@ -43,7 +43,7 @@ def markdown(results: Results, figures: Iterable[str] = (), layout: Layout = PLA
         seeds = ", ".join(str(seed.seed) for seed in results.seeds)
         lines = _paragraph(lines, f"Numbers are means over the seeds {seeds}, then each seed's own in brackets.")
     lines = _paragraph(
-        lines, *_table(("setting", "value"), [(key, str(value)) for key, value in results.setup.items()])
+        lines, *markdown_table(("setting", "value"), [(key, str(value)) for key, value in results.setup.items()])
     )
     drawn = set(figures)
     lines += _kept_section(results, drawn, layout) + _loss_section(results, drawn, layout)
@@ -116,11 +116,11 @@ def _kept_section(results: Results, figures: set[str], layout: Layout) -> list[s
         if names:
             queries = ", ".join(f"{kept.queries[part]:,}" for kept in kepts)
             lines += ["", f"**{layout.part_name(part).capitalize()}** ({queries} queries)", ""]
-            lines += _kept_table(kepts, part, names)
+            lines += _keptmarkdown_table(kepts, part, names)
     return lines
 
 
-def _kept_table(kepts: Sequence[KeptMass], part: str, names: Sequence[str]) -> list[str]:
+def _keptmarkdown_table(kepts: Sequence[KeptMass], part: str, names: Sequence[str]) -> list[str]:
     layers = len(kepts[0].mass[part]["window"])
     rows = []
     for name in names:
@@ -129,7 +129,7 @@ def _kept_table(kepts: Sequence[KeptMass], part: str, names: Sequence[str]) -> l
     gaps = [kept.gap_closed(part=part) for kept in kepts]
     cells = [as_text([gap[layer] for gap in gaps]) for layer in range(layers)]
     rows.append(("**gap closed**", *cells, as_text([kept.mean_gap_closed(part=part) for kept in kepts])))
-    return _table(("selection", *(f"layer {layer}" for layer in range(layers)), "mean"), rows)
+    return markdown_table(("selection", *(f"layer {layer}" for layer in range(layers)), "mean"), rows)
 
 
 def _loss_section(results: Results, figures: set[str], layout: Layout) -> list[str]:
@@ -143,13 +143,13 @@ def _loss_section(results: Results, figures: set[str], layout: Layout) -> list[s
     rows = [(name, *(as_text(_losses(results, name, part)) for part in parts)) for name in weights]
     lines = ["", "## Held-out loss", "", "Cross-entropy in nats a token, over files that were never trained on."]
     lines += [note for part, note in layout.loss_notes.items() if part in parts]
-    lines += ["", *_table(("weights, attention", *header), rows)]
+    lines += ["", *markdown_table(("weights, attention", *header), rows)]
     lines += ["", "The final weights over other selections, imposed on every layer; the oracle is the dense run's.", ""]
     rows = []
     for name in measured_selections(results, lambda evaluation: evaluation.selections):
         found = [seed.evaluation.selections[name] for seed in results.seeds]
         rows.append((SELECTIONS[name][0], *(as_text([losses[part] for losses in found]) for part in parts)))
-    lines += _table(("selection", *header), rows)
+    lines += markdown_table(("selection", *header), rows)
     for figure in layout.figures:
         lines += ["", f"![{figure.title}]({figure.stem}.png)"] if figure.stem in figures else []
     return lines
@@ -165,11 +165,11 @@ def _training_section(results: Results, figures: set[str]) -> list[str]:
         "Last is the mean of the last tenth of the steps.",
         "",
     ]
-    lines += _table(("phase", "first step", "last"), rows)
+    lines += markdown_table(("phase", "first step", "last"), rows)
     names = _names(seed.seconds for seed in results.seeds)
     rows = [(name, as_text([seed.seconds.get(name) for seed in results.seeds], digits=1)) for name in names]
     rows += [("everything", f"{results.seconds:.1f}")]
-    lines += ["", *_table(("part", "seconds"), rows), "", f"Memory peaked at {gib(results.max_rss)}."]
+    lines += ["", *markdown_table(("part", "seconds"), rows), "", f"Memory peaked at {gib(results.max_rss)}."]
     return lines
 
 
@@ -203,7 +203,8 @@ def _names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Writes a table as lines of Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return [lines[0], "|" + " --- |" * len(header), *lines[1:]]
 

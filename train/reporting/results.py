@@ -1,6 +1,7 @@
 """Keeps a run's findings: everything that a report says, and its file `results.json`."""
 
 import dataclasses
+import itertools
 import json
 import resource
 import sys
@@ -85,15 +86,41 @@ def _seed_result(values: dict[str, Any]) -> SeedResult:
     return SeedResult(evaluation=Evaluation(kept=kept, **evaluation), **values)
 
 
-def read_curves(records: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Gathers the curves of each phase from the lines of `metrics.jsonl`."""
-    curves: dict[str, Curve] = {}
+def read_curves(
+    records: Iterable[Mapping[str, Any]], names: Sequence[str] = ("step", "lm_loss", "kl")
+) -> dict[str, dict[str, list[Any]]]:
+    """Gathers the curves of these names of each phase from the lines of `metrics.jsonl`."""
+    curves: dict[str, dict[str, list[Any]]] = {}
     for record in records:
         curve = curves.setdefault(record["phase"], {})
-        for name in ("step", "lm_loss", "kl"):
+        for name in names:
             if name in record:
                 curve.setdefault(name, []).append(record[name])
     return curves
+
+
+def read_seconds(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Adds up what the steps of each phase took, from the lines of `metrics.jsonl`."""
+    seconds: dict[str, float] = {}
+    for record in records:
+        seconds[record["phase"]] = seconds.get(record["phase"], 0.0) + record["seconds"]
+    return seconds
+
+
+def first_rise(points: Iterable[tuple[float, float]]) -> float | None:
+    """Interpolates where values first rise from below 0 to it or beyond, on straight lines; None where they do not.
+
+    Args:
+      points: places and values, by rising place.
+
+    Examples:
+      >>> first_rise([(0.0, 1.0), (1.0, -1.0), (3.0, 3.0)])
+      1.5
+    """
+    for (left, before), (right, behind) in itertools.pairwise(points):
+        if before < 0 <= behind:
+            return left + (right - left) * before / (before - behind)
+    return None
 
 
 def max_rss() -> int:

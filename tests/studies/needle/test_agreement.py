@@ -6,7 +6,7 @@ import pytest
 from model_cases import small_config
 from train_cases import small_params
 
-from studies.needle.agreement import Writer, agreement, likeliest
+from studies.needle.agreement import agreement, likeliest
 from studies.needle.questions import attending
 from train.data import Batch
 from train.phases import merge_groups
@@ -21,7 +21,7 @@ def test_the_likeliest_are_those_of_the_logits(monkeypatch):
     graphdef, params = abstract_params(config)[0], small_params(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, size=(2, 24)).astype(np.int32)
     batch = Batch.from_tokens(tokens)
-    [found] = likeliest(graphdef, Writer(params, attending("dense")), [batch])
+    [found] = likeliest(graphdef, params, attending("dense"), [batch])
     model = merge_groups(graphdef, params)
     logits = model.unembed(model(jnp.asarray(tokens), keys=batch.keys, attention="dense").hidden)
     np.testing.assert_array_equal(found, np.argmax(logits, -1))

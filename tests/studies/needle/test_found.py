@@ -1,4 +1,4 @@
-"""What was measured comes back from its file; a measurement is made once, and none begins when the time is over."""
+"""Found measurements come back from their file; each is made once, and none begins when the time is over."""
 
 import dataclasses
 import json

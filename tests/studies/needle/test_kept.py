@@ -1,4 +1,4 @@
-"""What is kept in 8 bits becomes the dense checkpoint that it was, up to the rounding of a row."""
+"""A model kept in 8 bits becomes the dense checkpoint that it was, up to the rounding of a row."""
 
 import jax
 import numpy as np
