@@ -6,10 +6,12 @@ weights. `jax.lax.ragged_dot` would run every expert on every row: 8, 64 and 258
 with 8, 64 and 256 experts. Blocks run a chunk at a time, since each reads a copy of its expert's weights.
 
 `expert_ffn` is the layer, with gradients; `rows_ffn` and `rows_gradients` are its two halves for rows that another
-shard has sent (`dsa_jax.parallel.expert_parallel`).
+shard has sent (`dsa_jax.parallel.expert_parallel`). On Hopper's tensor cores grouped products in kernels do the same,
+if they are asked for (`dsa_jax.pallas_kernels.grouped_product`).
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from dsa_jax.blockwise import contract, scan
+from dsa_jax.pallas_kernels import Implementation, choose_implementation, resolve
+from dsa_jax.pallas_kernels import grouped_product as kernels
 
 # Rows of a block that fills a matrix unit. Shapes are static, so every expert is allotted a block's worth of padding: a
 # quarter more work at 512 rows an expert. Smaller blocks would pad less and read weights more often.
@@ -44,11 +48,14 @@ def expert_ffn(
     gate_proj: Float[Array, "X D F"],
     up_proj: Float[Array, "X D F"],
     down_proj: Float[Array, "X F D"],
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "M D"]:
     """Computes y_m = sum_k gates_mk · down_e(silu(gate_e x_m) · (up_e x_m)), e = experts_mk; no token is dropped.
 
     Products are in the dtype of `x`, accumulated in float32; gradients by the weights accumulate in float32 over all
-    rows, in a fixed order, so bits repeat. Memory grows with rows and weights, never with rows × weights.
+    rows, in a fixed order, so bits repeat. The backward pass computes the products with gate and up again. Memory grows
+    with rows and weights, never with rows × weights.
 
     Args:
       x: the tokens.
@@ -58,12 +65,13 @@ def expert_ffn(
       gate_proj: the experts' weights, as are the next two; cast to the dtype of `x`.
       up_proj: see `gate_proj`.
       down_proj: see `gate_proj`.
+      implementation: "xla", "pallas", or None for XLA unless a block of code is told otherwise.
 
     Returns:
       y in the dtype of `x`, with gradients by everything but `experts`.
 
     Raises:
-      ValueError: if an array's shape does not fit the others.
+      ValueError: if an array's shape does not fit the others, or for "pallas" where kernels cannot take them.
 
     Examples:
       >>> x, weight = jnp.ones((3, 4)), jnp.ones((2, 4, 8))
@@ -72,12 +80,16 @@ def expert_ffn(
       (3, 4)
     """
     check_shapes(x, experts, gates, gate_proj, up_proj, down_proj)
-    layout = _lay_out(experts, gate_proj.shape[0], chunk_blocks(*gate_proj.shape[1:]))
-    return _grouped_ffn(x, gates.astype(jnp.float32), (gate_proj, up_proj, down_proj), layout)
+    return _expert_ffn(implementation, x, gates.astype(jnp.float32), (gate_proj, up_proj, down_proj), experts)
 
 
 def rows_ffn(
-    x: Float[Array, "R D"], experts: Int[Array, " R"], gates: Float32[Array, " R"], weights: tuple[Array, Array, Array]
+    x: Float[Array, "R D"],
+    experts: Int[Array, " R"],
+    gates: Float32[Array, " R"],
+    weights: tuple[Array, Array, Array],
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "R D"]:
     """Computes `expert_ffn` of rows with one expert each, for buffers that are seldom full; without a gradient.
 
@@ -87,13 +99,12 @@ def rows_ffn(
         product.
       gates: one gate a row.
       weights: gate_proj, up_proj [X, D, F] and down_proj [X, F, D].
+      implementation: as in `expert_ffn`.
 
     Returns:
       The rows' results in the dtype of `x`.
     """
-    layout = _lay_out_rows(experts, weights)
-    out, _ = _run_chunks(x, gates[:, None], weights, layout, keep=False)
-    return sum_slots(out, layout.row).astype(x.dtype)
+    return _run(implementation, x, experts[:, None], gates[:, None], weights, partial=True)
 
 
 def rows_gradients(
@@ -103,6 +114,8 @@ def rows_gradients(
     gates: Float32[Array, " R"],
     weights: tuple[Array, Array, Array],
     dweights: tuple[Array, Array, Array],
+    *,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "R D"], Float32[Array, " R"], tuple[Array, Array, Array]]:
     """Computes the gradients of `rows_ffn` by x, gates and weights, from its arguments alone.
 
@@ -113,13 +126,13 @@ def rows_gradients(
       gates: see `x`.
       weights: see `x`.
       dweights: float32 sums of the weights' shapes, to which the weights' gradients are added.
+      implementation: as in `expert_ffn`.
 
     Returns:
       Gradients by `x` (in its dtype) and by `gates`, and the new sums.
     """
-    layout = _lay_out_rows(experts, weights)
-    dx, dgates, dweights = _pull_chunks(dy, x, gates[:, None], weights, layout, None, dweights)
-    return dx, dgates[:, 0], dweights
+    dx, dgates, added = _pull(implementation, dy, x, experts[:, None], gates[:, None], weights, partial=True)
+    return dx, dgates[:, 0], jax.tree.map(jnp.add, dweights, added)
 
 
 def block_rows(slots: int, num_experts: int) -> int:
@@ -150,12 +163,6 @@ class _Layout:
     expert: Array  # int32 [chunks, blocks]: whose weights a block multiplies, ascending
     row: Array  # int32 [M, k]: the row of each slot, past the end where the slot's expert is outside [0, X)
     busy_chunks: Array | None  # int32: how many chunks, the first ones, hold a slot and run; None if all run
-
-
-def _lay_out_rows(experts: Array, weights: tuple[Array, Array, Array]) -> _Layout:
-    """Lays out rows with one expert each, of which many may have none."""
-    num_experts, *dims = weights[0].shape
-    return _lay_out(experts[:, None], num_experts, chunk_blocks(*dims), skip=True)
 
 
 def _lay_out(experts: Array, num_experts: int, max_chunk_blocks: int, *, skip: bool = False) -> _Layout:
@@ -224,28 +231,53 @@ def take(array: Array, indices: Array) -> Array:
     return array.at[indices].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def _grouped_ffn(x, gates, weights, layout):
-    return _grouped_ffn_fwd(x, gates, weights, layout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_ffn(implementation, x, gates, weights, experts):
+    return _run(implementation, x, experts, gates, weights, partial=False)
 
 
-def _grouped_ffn_fwd(x, gates, weights, layout):
-    out, hidden = _run_chunks(x, gates, weights, layout, keep=True)
-    return sum_slots(out, layout.row).astype(x.dtype), (x, gates, weights, layout, hidden)
-
-
-def _grouped_ffn_bwd(residuals, dy):
-    x, gates, weights, layout, hidden = residuals
-    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    dx, dgates, dweights = _pull_chunks(dy, x, gates, weights, layout, hidden, zeros)
+def _expert_ffn_bwd(implementation, residuals, dy):
+    x, gates, weights, experts = residuals
+    dx, dgates, dweights = _pull(implementation, dy, x, experts, gates, weights, partial=False)
     return dx, dgates, tuple(d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True)), None
 
 
-_grouped_ffn.defvjp(_grouped_ffn_fwd, _grouped_ffn_bwd)
+_expert_ffn.defvjp(lambda *args: (_expert_ffn(*args), args[1:]), _expert_ffn_bwd)
 
 
-def _run_chunks(x, gates, weights, layout, *, keep):
-    """Computes the results of all blocks' rows and, to `keep` for the gradients, their products with gate and up."""
+def _run(implementation, x, experts, gates, weights, *, partial: bool):
+    """Computes the results; `partial` says that many slots may have no expert."""
+    choose = functools.partial(choose_implementation, "expert_ffn", resolve(implementation) or "xla")
+    why_not = kernels.why_not(x, experts, gates, *weights)
+    xla = functools.partial(_blocks_ffn, partial=partial)
+    return choose(why_not, xla=xla, pallas=kernels.expert_ffn)(x, experts, gates, *weights)
+
+
+def _pull(implementation, dy, x, experts, gates, weights, *, partial: bool):
+    """Computes the gradients by x, gates and weights."""
+    choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation) or "xla")
+    why_not = kernels.why_not(x, experts, gates, *weights)
+    xla = functools.partial(_blocks_gradients, partial=partial)
+    function = choose(why_not, xla=xla, pallas=kernels.expert_ffn_gradients)
+    dx, dgates, *dweights = function(dy, x, experts, gates, *weights)
+    return dx, dgates, tuple(dweights)
+
+
+def _blocks_ffn(x, experts, gates, *weights, partial):
+    """Computes the results block by block."""
+    layout = _lay_out(experts, len(weights[0]), chunk_blocks(*weights[0].shape[1:]), skip=partial)
+    return sum_slots(_run_chunks(x, gates, weights, layout), layout.row).astype(x.dtype)
+
+
+def _blocks_gradients(dy, x, experts, gates, *weights, partial):
+    """Computes the gradients block by block."""
+    layout = _lay_out(experts, len(weights[0]), chunk_blocks(*weights[0].shape[1:]), skip=partial)
+    dx, dgates, dweights = _pull_chunks(dy, x, gates, weights, layout)
+    return dx, dgates, *dweights
+
+
+def _run_chunks(x, gates, weights, layout):
+    """Computes the results of all blocks' rows."""
     slots_per_token = gates.shape[1]
 
     def forward(_, chunk):
@@ -254,23 +286,19 @@ def _run_chunks(x, gates, weights, layout, *, keep):
         rows = take(x, slot // slots_per_token)
         gate, up = _project(rows, gate_proj, up_proj)
         hidden = _activation(gate, up) * take(gates.reshape(-1), slot)[..., None]
-        out = contract("nbf,nfd->nbd", hidden.astype(x.dtype), down_proj).astype(x.dtype)
-        return None, (out, (gate, up) if keep else None)
+        return None, contract("nbf,nfd->nbd", hidden.astype(x.dtype), down_proj).astype(x.dtype)
 
     return _over_chunks(forward, None, (layout.slot, layout.expert), layout)[1]
 
 
-def _pull_chunks(dy, x, gates, weights, layout, hidden, dweights):
-    """Computes gradients by x and gates, and adds those by the weights to `dweights`.
-
-    `hidden` is what `_run_chunks` kept, or None: then it is computed again.
-    """
+def _pull_chunks(dy, x, gates, weights, layout):
+    """Computes gradients by x, gates and weights."""
 
     def backward(dweights, chunk):
-        slot, expert, hidden = chunk
+        slot, expert = chunk
         gate_proj, up_proj, down_proj = (w[expert].astype(x.dtype) for w in weights)
         rows, dout = (take(array, slot // gates.shape[1]) for array in (x, dy))
-        gate, up = _project(rows, gate_proj, up_proj) if hidden is None else hidden
+        gate, up = _project(rows, gate_proj, up_proj)
         row_gate = take(gates.reshape(-1), slot)[..., None]
         activation, pull = jax.vjp(_activation, gate, up)
         dhidden = contract("nbd,nfd->nbf", dout, down_proj)
@@ -284,8 +312,8 @@ def _pull_chunks(dy, x, gates, weights, layout, hidden, dweights):
         dweights = _add_by_expert(dweights, products, expert)
         return dweights, (drows.astype(x.dtype), jnp.sum(dhidden * activation, -1))
 
-    chunks = (layout.slot, layout.expert, hidden)
-    dweights, (drows, dgates) = _over_chunks(backward, dweights, chunks, layout)
+    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
+    dweights, (drows, dgates) = _over_chunks(backward, zeros, (layout.slot, layout.expert), layout)
     dx = sum_slots(drows, layout.row).astype(x.dtype)
     return dx, take(dgates.reshape(-1), layout.row), dweights
 

@@ -1,0 +1,139 @@
+"""Runs the pipeline that all kernels of grouped products are made of: one warpgroup copies, two multiply.
+
+Operands come by TMA into a ring of stages, each with 64 of the inner dimension. A compute warpgroup starts the products
+of a stage while those of the stage before still run, and frees a stage when its products are done.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsa_jax.pallas_kernels.hopper import ptx
+from dsa_jax.pallas_kernels.hopper.constants import SWIZZLED_COLUMNS, WGMMA_ROWS
+
+BLOCK_ROWS = WGMMA_ROWS  # of one product of a warpgroup
+DEPTH = SWIZZLED_COLUMNS  # of the inner dimension in a stage
+COMPUTE_WARPGROUPS = 2
+MAX_PRODUCTS = 2  # of a compute warpgroup at a time, 64 × 128 each at most
+COMPUTE_REGISTERS = 232  # of a thread: 128 hold the sums
+COPY_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
+
+
+def ring(stages: int, a_tile: tuple[int, ...], b_tile: tuple[int, ...], copies: int) -> dict:
+    """Gives the shared memory of a ring of stages of two operands, and its barriers.
+
+    Args:
+      stages: how many there are.
+      a_tile: shape of the left operand of a stage.
+      b_tile: shape of the right one.
+      copies: how many copies bring a stage.
+    """
+    swizzled = ptx.swizzled(jnp.bfloat16)
+    return dict(
+        a_smem=plgpu.SMEM((stages, *a_tile), jnp.bfloat16, transforms=swizzled),
+        b_smem=plgpu.SMEM((stages, *b_tile), jnp.bfloat16, transforms=swizzled),
+        # A stage has landed: an arrival of each copy. Both compute warpgroups wait.
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        # A stage may be refilled: an arrival of each compute warpgroup, at first and when it is done with it.
+        empty=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+    )
+
+
+def run(
+    for_each_item: Callable,
+    *,
+    copy: Callable,
+    products: Callable,
+    operands: Callable,
+    finish: Callable,
+    columns: int,
+    unit: int = 1,
+    full,
+    empty,
+    interpret: bool,
+) -> None:
+    """Runs one thread block.
+
+    Args:
+      for_each_item: `for_each_item(work)` calls `work(item, before, steps)` for every item of this thread block, which
+        has `steps` stages, `before` of all items ahead of it.
+      copy: `copy(item, step, stage, full)` starts the copies of a stage.
+      products: `products(item, warpgroup)` says how many products [64, columns] a warpgroup has, 0 to 2, an int where
+        that is known.
+      operands: `operands(item, warpgroup, stage, i)` gives the operands of product i.
+      finish: `finish(item, warpgroup, sums)` takes the sums.
+      columns: of a product.
+      unit: the number of products is a multiple of it.
+      full: barriers of the stages.
+      empty: barriers of the stages.
+      interpret: whether the interpreter runs this.
+    """
+    warpgroup, stages = lax.axis_index("warpgroup"), full.shape[0]
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def _():
+        if not interpret:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+
+        def bring(item, before, steps):
+            @pl.loop(0, steps)
+            def _(step):
+                stage = lax.rem(before + step, stages)
+                plgpu.barrier_wait(empty.at[stage])
+                copy(item, step, stage, full.at[stage])
+
+        for_each_item(bring)
+        if interpret:  # which insists that every phase of a barrier is waited for
+            for stage in range(stages):
+                plgpu.barrier_wait(empty.at[stage])
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _():
+        if not interpret:
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        for stage in range(stages):
+            plgpu.barrier_arrive(empty.at[stage])
+
+        def free(position):
+            plgpu.barrier_arrive(empty.at[lax.rem(position, stages)])
+
+        def multiply(item, before, steps, count: int):
+            def sums_of(*sums):
+                def add(step, _):
+                    stage = lax.rem(before + step, stages)
+                    plgpu.barrier_wait(full.at[stage])
+                    for i, ref in enumerate(sums):
+                        plgpu.wgmma(ref, *operands(item, warpgroup, stage, i))
+                    plgpu.wgmma_wait(count)  # those of the stage before are done
+                    pl.when(step > 0)(lambda: free(before + step - 1))
+                    return 0
+
+                lax.fori_loop(0, steps, add, 0)
+                results = [ref[...] for ref in sums]
+                pl.when(steps > 0)(lambda: free(before + steps - 1))
+                return results
+
+            accumulators = [ptx.ACC((BLOCK_ROWS, columns), jnp.float32)] * count
+            finish(item, warpgroup, pl.run_scoped(sums_of, *accumulators))
+
+        def pass_by(before, steps):
+            @pl.loop(0, steps)
+            def _(step):
+                plgpu.barrier_wait(full.at[lax.rem(before + step, stages)])
+                free(before + step)
+
+        def compute(item, before, steps):
+            count = products(item, warpgroup)
+            if isinstance(count, int):
+                multiply(item, before, steps, count)
+                return
+            for each in range(unit, MAX_PRODUCTS + 1, unit):
+                pl.when(count == each)(functools.partial(multiply, item, before, steps, each))
+            pl.when(count == 0)(functools.partial(pass_by, before, steps))
+
+        for_each_item(compute)
+        plgpu.wait_smem_to_gmem(0)
