@@ -109,7 +109,7 @@ def layer() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
             labels = {"rows": count, "implementation": implementation}
 
             def run(forward=forward, arguments=arguments, flops=flops, problem=problem):
-                return timed(forward, arguments, 3 * flops) | {"error": forward_error(forward(*arguments), problem)}
+                return timed(forward, arguments, 3 * flops) | {"deviation": forward_error(forward(*arguments), problem)}
 
             yield {"name": "forward"} | labels, run
 
@@ -154,7 +154,7 @@ def decode() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
             def run(forward=forward, arguments=arguments, touched=touched, part=part):
                 seconds = measure.seconds_per_call(forward, [arguments])["seconds"]
                 rates = {"milliseconds": 1e3 * seconds, "tb_per_s": touched / seconds / 1e12}
-                return rates | {"error": forward_error(forward(*arguments), part)}
+                return rates | {"deviation": forward_error(forward(*arguments), part)}
 
             yield (
                 {"name": "decode", "tokens": tokens, "touched_gb": touched / 1e9, "implementation": implementation},
