@@ -9,6 +9,7 @@ import textwrap
 
 from benchmarks import serving_tables
 from benchmarks.measure import RESULTS
+from studies.needle import summary
 from train import planner
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
@@ -251,6 +252,7 @@ DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands i
     "data": "data.md",
     "plan": "many_devices.md",
     "serving": "many_devices.md",
+    "needle": "studies.md",
 }
 
 
@@ -289,6 +291,8 @@ def section(name: str) -> str:
     """The section of that name, from what is recorded."""
     if name == "serving":
         return serving()
+    if name == "needle":
+        return summary.summary(summary.recorded())
     files = FILES.get(name, (name,))
     return SECTIONS[name](*(json.loads((RESULTS / f"{file}.json").read_text()) for file in files))
 

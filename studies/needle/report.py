@@ -107,14 +107,14 @@ def verdicts(founds: Sequence[Found]) -> list[Goal]:
     return goals
 
 
-def _whole(found: Found, name: str, needles: int) -> Cell:
+def whole(found: Found, name: str, needles: int) -> Cell:
     """The answers of one subject at the longest rows, over all depths."""
     rows = found.answers.cells[name][needles]
     return Cell.sum(rows[max(rows)])
 
 
 def _one_needle(founds: Sequence[Found]) -> Goal:
-    cells = [_whole(found, SPARSE, 1) for found in founds]
+    cells = [whole(found, SPARSE, 1) for found in founds]
     shown = ", ".join(f"{cell.right} of {cell.asked}" for cell in cells)
     length = max(founds[0].answers.cells[SPARSE][1])
     return Goal(
@@ -124,7 +124,7 @@ def _one_needle(founds: Sequence[Found]) -> Goal:
 
 
 def _eight_needles(founds: Sequence[Found]) -> Goal:
-    pairs = [(_whole(found, SPARSE, 8), _whole(found, CONTROL, 8)) for found in founds]
+    pairs = [(whole(found, SPARSE, 8), whole(found, CONTROL, 8)) for found in founds]
     shown = ", ".join(f"{ours.share:.1%} and {dense.share:.1%}" for ours, dense in pairs)
     return Goal(
         f"eight needles are to be answered within one point of the dense control, in every seed: sparse and dense "
@@ -173,8 +173,8 @@ def _answers(maps: Maps, founds: Sequence[Found]) -> list[str]:
     ]
 
 
-def _behind(founds: Sequence[Found]) -> list[str]:
-    """Losses by position beside the dense model's."""
+def gap_table(founds: Sequence[Found]) -> list[str]:
+    """The table of losses by position beside the dense model's."""
     pairs = [("before", WARMUP, BASE), ("after", SPARSE, CONTROL), ("window", "WINDOW_CONTROL, last K keys", CONTROL)]
     pairs = [(name, a, b) for name, a, b in pairs if all(a in f.losses and b in f.losses for f in founds)]
     names = {"before": "after WARMUP, to BASE", "after": "after SPARSE, to its control"}
@@ -194,6 +194,11 @@ def _behind(founds: Sequence[Found]) -> list[str]:
             ),
         )
     ]
+    return markdown_table(header, rows + ratios)
+
+
+def _behind(founds: Sequence[Found]) -> list[str]:
+    """Losses by position beside the dense model's."""
     return [
         "## Loss by position",
         "",
@@ -201,7 +206,7 @@ def _behind(founds: Sequence[Found]) -> list[str]:
         "tokens in the same order, in percent of it; of several seeds the mean, and each seed's own in brackets. What "
         "SPARSE recovers is the difference between the first two columns.",
         "",
-        *markdown_table(header, rows + ratios),
+        *gap_table(founds),
         "",
         "![Gap of the loss by position](gaps.png)",
     ]
@@ -355,6 +360,13 @@ def _ablations(folder: Path, founds: Sequence[Found]) -> list[str]:
     ]
 
 
+def ran_on(founds: Sequence[Found]) -> str:
+    """Names the devices, the version of jax and the days."""
+    devices = {(found.circumstances["device"], found.circumstances["jax"]) for found in founds}
+    where = "; ".join(f"{device}, jax {version}" for device, version in sorted(devices))
+    return f"{where}; {', '.join(sorted({found.circumstances['date'] for found in founds}))}"
+
+
 def _corpus(founds: Sequence[Found]) -> list[str]:
     corpus = founds[0].corpus
     sizes = {
@@ -365,14 +377,11 @@ def _corpus(founds: Sequence[Found]) -> list[str]:
         for split in ("train", "held_out")
     }
     left_out = ", ".join(f"{each['files']:,} files {name}" for name, each in corpus["left_out"].items())
-    devices = {(found.circumstances["device"], found.circumstances["jax"]) for found in founds}
-    where = "; ".join(f"{device}, jax {version}" for device, version in sorted(devices))
-    days = sorted({found.circumstances["date"] for found in founds})
     waited = as_text([100 * found.waited for found in founds], digits=2)
     return [
         "## What it ran on",
         "",
-        f"{where}; {', '.join(days)}. Of the time of training, the device waited {waited} % for data.",
+        f"{ran_on(founds)}. Of the time of training, the device waited {waited} % for data.",
         "",
         f"The text is that of {sizes['train'][0]} packages ({sizes['train'][1] / 1e6:.0f} MB, "
         f"{corpus['tokens']['train']:,} tokens); {sizes['held_out'][0]} whole packages are held out "
