@@ -1,7 +1,7 @@
 """Counts the bytes that each instruction of a compiled program must read and write, from its text.
 
-XLA's own count takes a loop's stacked arrays as read whole in each of its steps. Here an operand of which a fusion takes
-a slice counts as the slice, and an update in place as what is written.
+XLA's own count takes a loop's stacked arrays as read whole in each of its steps. Here an operand of which a fusion
+takes a slice counts as the slice, and an update in place as what is written.
 """
 
 import dataclasses
@@ -29,6 +29,9 @@ class Instruction:
     calls: str | None  # the computation of a fusion
     op_name: str
     number: int | None  # of a parameter
+    shape: str  # of the result
+    target: str  # of a custom call
+    flops: float = 0.0  # of a product by a library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     arguments, attributes = after[:end], after[end:]
     calls = re.search(r"calls=%?([\w.\-]+)", attributes)
     op_name = re.search(r'op_name="([^"]*)"', attributes)
+    target = re.search(r'custom_call_target="([^"]*)"', attributes)
     return Instruction(
         name,
         opcode,
@@ -69,6 +73,8 @@ def _instruction(name: str, rest: str) -> Instruction:
         calls[1] if calls else None,
         op_name[1] if op_name else "",
         int(arguments) if opcode == "parameter" else None,
+        rest[:shape_end],
+        target[1] if target else "",
     )
 
 
@@ -89,7 +95,12 @@ def array_bytes(shape: str) -> float:
       >>> array_bytes("(bf16[2,3]{1,0}, f32[], pred[5]{0})")
       21.0
     """
-    return float(sum(_item_bytes(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _SHAPE.findall(shape)))
+    return float(
+        sum(
+            _item_bytes(kind) * math.prod(map(int, filter(None, dims.split(","))))
+            for kind, dims in _SHAPE.findall(shape)
+        )
+    )
 
 
 def _item_bytes(kind: str) -> float:
@@ -104,11 +115,31 @@ def traffic(program: Mapping[str, Computation]) -> Iterator[tuple[Instruction, f
             continue
         for each in computation.instructions.values():
             if each.opcode not in NO_TRAFFIC:
-                yield each, _bytes(program, computation, each)
+                counted = dataclasses.replace(each, flops=_flops(computation, each))
+                yield counted, _bytes(program, computation, each)
+
+
+def _flops(computation: Computation, each: Instruction) -> float:
+    """Counts 2 · batch · M · N · K of a library's product, from the elements of its three arrays."""
+    operands = [computation.instructions[name] for name in each.operands if name in computation.instructions]
+    if "gemm" not in each.target or len(operands) < 2:
+        return 0.0
+    shapes = [_dims(x.shape) for x in (operands[0], operands[1], each)]
+    batch = shapes[2][0] if all(len(dims) > 2 and dims[0] == shapes[2][0] for dims in shapes) else 1
+    # The elements are B·M·K, B·K·N and B·M·N.
+    return 2 * math.sqrt(math.prod(map(math.prod, shapes)) / batch)
+
+
+def _dims(shape: str) -> list[int]:
+    """Reads the dimensions of a shape's first array."""
+    found = _SHAPE.search(shape)
+    return [int(size) for size in found[2].split(",") if size] if found else []
 
 
 def _bytes(program, computation, each: Instruction) -> float:
-    sizes = [computation.instructions[operand].bytes for operand in each.operands if operand in computation.instructions]
+    sizes = [
+        computation.instructions[operand].bytes for operand in each.operands if operand in computation.instructions
+    ]
     if each.opcode == "fusion" and each.calls in program:
         return _fusion_bytes(program[each.calls], sizes)
     if each.opcode in SLICING:

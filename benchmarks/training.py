@@ -280,6 +280,20 @@ def step_row(phase: str, length: int, implementation: str) -> dict[str, Any]:
 
 def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh | None = None) -> Any:
     """Takes optimizer steps on one sequence of `length` tokens; returns figures of compiling, seconds and metrics."""
+    row, state, batch, compiled = prepare(config, phase, length, steps=steps, mesh=mesh)
+    print(row, flush=True)
+    times, metrics = [], []
+    while len(times) < steps and not (times and times[-1] > SLOW):
+        began = time.perf_counter()
+        state, numbers = compiled(state, batch)
+        metrics.append({name: float(value) for name, value in numbers.items()})
+        times.append(time.perf_counter() - began)
+        print(f"{times[-1]:.3f} s", metrics[-1], flush=True)
+    return row, times, metrics
+
+
+def prepare(config: Config, phase: str, length: int, *, steps: int = 1, mesh: Mesh | None = None) -> Any:
+    """Compiles an optimizer step on one sequence; returns figures of compiling, the state, a batch and the step."""
     settings = measured_settings(phase, length, steps=steps)
     graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     begin = functools.partial(initial_state, config, settings)
@@ -296,15 +310,7 @@ def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh
         "first_call": time.perf_counter() - began,
         "peak_gib": measure.peak_gib(compiled),
     }
-    print(row, flush=True)
-    times, metrics = [], []
-    while len(times) < steps and not (times and times[-1] > SLOW):
-        began = time.perf_counter()
-        state, numbers = compiled(state, batch)
-        metrics.append({name: float(value) for name, value in numbers.items()})
-        times.append(time.perf_counter() - began)
-        print(f"{times[-1]:.3f} s", metrics[-1], flush=True)
-    return row, times, metrics
+    return row, state, batch, compiled
 
 
 def initial_state(config, settings, key):
