@@ -23,7 +23,7 @@ COMPUTE_REGISTERS = 232  # of a thread: 128 hold the sums
 COPY_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
 
-def ring(stages: int, a_tile: tuple[int, ...], b_tile: tuple[int, ...], copies: int) -> dict:
+def ring(stages: int, a_tile: tuple[int, ...], b_tile: tuple[int, ...], copies: int, b_dtype=jnp.bfloat16) -> dict:
     """Gives the shared memory of a ring of stages of two operands, and its barriers.
 
     Args:
@@ -31,11 +31,11 @@ def ring(stages: int, a_tile: tuple[int, ...], b_tile: tuple[int, ...], copies: 
       a_tile: shape of the left operand of a stage.
       b_tile: shape of the right one.
       copies: how many copies bring a stage.
+      b_dtype: of the right operand.
     """
-    swizzled = ptx.swizzled(jnp.bfloat16)
     return dict(
-        a_smem=plgpu.SMEM((stages, *a_tile), jnp.bfloat16, transforms=swizzled),
-        b_smem=plgpu.SMEM((stages, *b_tile), jnp.bfloat16, transforms=swizzled),
+        a_smem=plgpu.SMEM((stages, *a_tile), jnp.bfloat16, transforms=ptx.swizzled(jnp.bfloat16)),
+        b_smem=plgpu.SMEM((stages, *b_tile), b_dtype, transforms=ptx.swizzled(b_dtype)),
         # A stage has landed: an arrival of each copy. Both compute warpgroups wait.
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         # A stage may be refilled: an arrival of each compute warpgroup, at first and when it is done with it.
@@ -50,6 +50,7 @@ def run(
     products: Callable,
     operands: Callable,
     finish: Callable,
+    prepare: Callable | None = None,
     columns: int,
     unit: int = 1,
     full,
@@ -64,8 +65,11 @@ def run(
       copy: `copy(item, step, stage, full)` starts the copies of a stage.
       products: `products(item, warpgroup)` says how many products [64, columns] a warpgroup has, 0 to 2, an int where
         that is known.
-      operands: `operands(item, warpgroup, stage, i)` gives the operands of product i.
+      operands: `operands(item, warpgroup, step, stage, i)` gives the operands of product i.
       finish: `finish(item, warpgroup, sums)` takes the sums.
+      prepare: `prepare(item, warpgroup, step)` starts what needs no stage yet, and returns a function of the stage,
+        which makes an operand ready; products of the two steps before may still read theirs until it is called, and
+        those of the step before afterwards too.
       columns: of a product.
       unit: the number of products is a multiple of it.
       full: barriers of the stages.
@@ -105,9 +109,12 @@ def run(
             def sums_of(*sums):
                 def add(step, _):
                     stage = lax.rem(before + step, stages)
+                    ready = prepare(item, warpgroup, step) if prepare else None
                     plgpu.barrier_wait(full.at[stage])
+                    if ready:
+                        ready(stage)
                     for i, ref in enumerate(sums):
-                        plgpu.wgmma(ref, *operands(item, warpgroup, stage, i))
+                        plgpu.wgmma(ref, *operands(item, warpgroup, step, stage, i))
                     plgpu.wgmma_wait(count)  # those of the stage before are done
                     pl.when(step > 0)(lambda: free(before + step - 1))
                     return 0

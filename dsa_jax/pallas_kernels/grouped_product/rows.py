@@ -14,6 +14,7 @@ which each warpgroup sums half of the columns, and up to eight stages are in fli
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsa_jax.pallas_kernels.grouped_product import pipeline
+from dsa_jax.pallas_kernels.grouped_product import fp8_tiles, pipeline
 from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS, DEPTH
 from dsa_jax.pallas_kernels.grouped_product.tiles import item_at
 from dsa_jax.pallas_kernels.hopper import ptx
@@ -48,6 +49,7 @@ class Shape(NamedTuple):
     inner: int  # columns of the rows
     outer: int  # columns of the result
     few: bool  # whether a tile has a single block of rows
+    fp8: bool  # whether weights are e4m3, with a scale for each block of 128 × 128
     blocks: int  # thread blocks that share the work
     interpret: bool
 
@@ -60,7 +62,8 @@ class Shape(NamedTuple):
     def of(cls, x, weight, tiles, outer: int, few: bool, blocks: int | None, interpret: bool) -> "Shape":
         """Takes the sizes from the operands."""
         blocks = blocks or (2 if interpret else ptx.multiprocessors())
-        return cls(x.shape[0], len(tiles) - 1, weight.shape[0], x.shape[1], outer, few, blocks, interpret)
+        fp8 = weight.dtype == jnp.float8_e4m3fn
+        return cls(x.shape[0], len(tiles) - 1, weight.shape[0], x.shape[1], outer, few, fp8, blocks, interpret)
 
 
 def gate_up(
@@ -70,8 +73,9 @@ def gate_up(
     row_gates,
     tiles,
     *,
-    keep=False,
-    few=False,
+    scales: tuple = (),
+    keep: bool = False,
+    few: bool = False,
     blocks: int | None = None,
     interpret: bool = False,
 ):
@@ -81,9 +85,10 @@ def gate_up(
 
     Args:
       x: [P, D] bfloat16, rows laid out by expert.
-      gate_proj: [X, D, F] bfloat16.
-      up_proj: [X, D, F] bfloat16.
+      gate_proj: [X, D, F] bfloat16 or, of few rows, e4m3.
+      up_proj: see `gate_proj`.
       row_gates: float32 [P].
+      scales: of e4m3 weights, those of both, float32 [X, D / 128, F / 128].
       tiles: of `make_tiles`, of as many blocks as `tile_blocks` says.
       keep: whether the products themselves are wanted, for the gradients.
       few: whether tiles have a single block of rows, so that weights are read as fast as memory gives them.
@@ -94,13 +99,22 @@ def gate_up(
       hidden [P, F] bfloat16 and, to `keep`, both products likewise. Rows of no tile hold anything.
     """
     shape = Shape.of(x, gate_proj, tiles, gate_proj.shape[2], few, blocks, interpret)
-    return _gate_up_kernel(shape, keep)(x, gate_proj, up_proj, row_gates, tiles)
+    return _gate_up_kernel(shape, keep)(x, gate_proj, up_proj, row_gates, tiles, *map(fp8_tiles.scale_bits, scales))
 
 
-def multiply(x, weight, tiles, *, few=False, blocks: int | None = None, interpret: bool = False):
-    """Computes x · weight_e: x [P, K] and weight [X, K, N] to [P, N], all bfloat16; the rest is as in `gate_up`."""
+def multiply(
+    x,
+    weight,
+    tiles,
+    *,
+    scales: tuple = (),
+    few: bool = False,
+    blocks: int | None = None,
+    interpret: bool = False,
+):
+    """Computes x · weight_e: x [P, K] and weight [X, K, N] to [P, N]; dtypes and the rest as in `gate_up`."""
     shape = Shape.of(x, weight, tiles, weight.shape[2], few, blocks, interpret)
-    return _multiply_kernel(shape)(x, weight, tiles)
+    return _multiply_kernel(shape)(x, weight, tiles, *map(fp8_tiles.scale_bits, scales))
 
 
 def d_hidden(dy, down_proj, gate, up, row_gates, tiles, *, blocks: int | None = None, interpret: bool = False):
@@ -146,7 +160,9 @@ class Item(NamedTuple):
 def _gate_up_kernel(shape: Shape, keep: bool) -> Any:
     columns = shape.outer // TILE_COLUMNS
 
-    def body(x, gate_proj, up_proj, row_gates, tiles, hidden, *kept, **scratch):
+    def body(x, gate_proj, up_proj, row_gates, tiles, *refs, **scratch):
+        scales, (hidden, *kept) = refs[: 2 * shape.fp8], refs[2 * shape.fp8 :]
+
         def copy(item, step, a_smem, b_smems, full):
             inner, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(item.column * TILE_COLUMNS, TILE_COLUMNS)
             plgpu.copy_gmem_to_smem(x.at[pl.ds(item.row, a_smem.shape[0]), inner], a_smem, full)
@@ -161,14 +177,16 @@ def _gate_up_kernel(shape: Shape, keep: bool) -> Any:
             for ref, value in zip((*kept, hidden), (*products[: len(kept)], weighted), strict=True):
                 _store(value, ref.at[pl.ds(row, BLOCK_ROWS), columns], out_smem)
 
-        _run(shape, columns, shape.inner // DEPTH, tiles, copy, finish, **scratch)
+        _run(shape, columns, shape.inner // DEPTH, tiles, copy, finish, scales=scales, **scratch)
 
     return _make(body, shape, [shape.result] * (3 if keep else 1), weights=2, transposed=False)
 
 
 @functools.cache
 def _multiply_kernel(shape: Shape) -> Any:
-    def body(x, weight, tiles, out, **scratch):
+    def body(x, weight, tiles, *refs, **scratch):
+        scales, out = refs[:-1], refs[-1]
+
         def copy(item, step, a_smem, b_smems, full):
             inner, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(item.column * TILE_COLUMNS, TILE_COLUMNS)
             plgpu.copy_gmem_to_smem(x.at[pl.ds(item.row, a_smem.shape[0]), inner], a_smem, full)
@@ -176,7 +194,7 @@ def _multiply_kernel(shape: Shape) -> Any:
 
         finish = functools.partial(_store_sums, out)
         columns = shape.outer // TILE_COLUMNS
-        _run(shape, columns, shape.inner // DEPTH, tiles, copy, finish, **scratch)
+        _run(shape, columns, shape.inner // DEPTH, tiles, copy, finish, scales=scales, **scratch)
 
     return _make(body, shape, shape.result, weights=1, transposed=False)
 
@@ -273,14 +291,22 @@ def _make(body, shape: Shape, results, *, weights: int, transposed: bool) -> Any
     """Makes a kernel of products with one weight or two; `transposed` weights lie [columns of the result, inner]."""
     tile = (TILE_COLUMNS, DEPTH) if transposed else (DEPTH, TILE_COLUMNS)
     tile_rows = tile_blocks(weights, shape.few) * BLOCK_ROWS
-    stages = STAGE_BYTES // ((tile_rows + weights * TILE_COLUMNS) * DEPTH * 2)  # 4; of few rows 8, or 4 of two weights
+    dtype = jnp.float8_e4m3fn if shape.fp8 else jnp.bfloat16
+    # Tiles of two steps, of the half of the columns that a warpgroup multiplies.
+    converted = (pipeline.COMPUTE_WARPGROUPS, 2, weights, fp8_tiles.ROWS, fp8_tiles.COLUMNS)
+    converted_bytes = math.prod(converted) * 2 if shape.fp8 else 0
+    stage_bytes = tile_rows * DEPTH * 2 + weights * TILE_COLUMNS * DEPTH * jnp.dtype(dtype).itemsize
+    stages = (STAGE_BYTES - converted_bytes) // stage_bytes  # 4 at least, 10 at most
     slots = (pipeline.COMPUTE_WARPGROUPS, 2, BLOCK_ROWS, HALF_COLUMNS)
+    swizzled = ptx.swizzled(jnp.bfloat16)
+    extra = {"converted_smem": plgpu.SMEM(converted, jnp.bfloat16, transforms=swizzled)} if shape.fp8 else {}
     return ptx.persistent_kernel(
         body,
         results,
         dict(
-            out_smem=plgpu.SMEM(slots, jnp.bfloat16, transforms=ptx.swizzled(jnp.bfloat16)),
-            **pipeline.ring(stages, (tile_rows, DEPTH), (weights, *tile), copies=1 + weights),
+            out_smem=plgpu.SMEM(slots, jnp.bfloat16, transforms=swizzled),
+            **extra,
+            **pipeline.ring(stages, (tile_rows, DEPTH), (weights, *tile), copies=1 + weights, b_dtype=dtype),
         ),
         blocks=shape.blocks,
         interpret=shape.interpret,
@@ -288,7 +314,21 @@ def _make(body, shape: Shape, results, *, weights: int, transposed: bool) -> Any
     )
 
 
-def _run(shape: Shape, columns: int, steps: int, tiles, copy, finish, *, a_smem, b_smem, out_smem, **barriers):
+def _run(
+    shape: Shape,
+    columns: int,
+    steps: int,
+    tiles,
+    copy,
+    finish,
+    *,
+    a_smem,
+    b_smem,
+    out_smem,
+    converted_smem: Any = None,
+    scales=(),
+    **barriers,
+):
     """Runs one thread block.
 
     Args:
@@ -302,6 +342,8 @@ def _run(shape: Shape, columns: int, steps: int, tiles, copy, finish, *, a_smem,
       a_smem: [stages, rows of a tile, 64].
       b_smem: [stages, weights, 64, 128], or transposed [stages, weights, 128, 64].
       out_smem: [2, 2, 64, 64], two slots for each compute warpgroup.
+      converted_smem: [2, 2, weights, 64, 64], likewise, of weights that come in FP8.
+      scales: of these, references to their bits [X, inner / 128, columns / 128].
       barriers: of the stages.
 
     Each compute warpgroup has a half of a tile's blocks of rows; of few rows, which are one block, of its columns.
@@ -328,12 +370,27 @@ def _run(shape: Shape, columns: int, steps: int, tiles, copy, finish, *, a_smem,
     def products(item, warpgroup):
         return weights if shape.few else weights * lax.div(item.blocks + 1 - warpgroup, 2)
 
-    def operands(item, warpgroup, stage, i):
+    def operands(item, warpgroup, step, stage, i):
         row_block, columns = place(item, warpgroup, i)
         a = a_smem.at[stage, pl.ds(row_block * BLOCK_ROWS, BLOCK_ROWS)]
+        if converted_smem is not None:
+            return a, converted_smem.at[warpgroup, lax.rem(step, 2), i]
         if transposed:
             return a, b_smem.at[stage, i % weights].transpose((1, 0))
         return a, b_smem.at[stage, i % weights, :, columns]
+
+    def prepare(item, warpgroup, step):
+        """Loads the scales of a step's tiles; then converts these."""
+        at = item.expert, lax.div(step * DEPTH, fp8_tiles.BLOCK), item.column
+        bits = [ref[at] for ref in scales]
+
+        def ready(stage):
+            for i, scale in enumerate(bits):
+                to = converted_smem.at[warpgroup, lax.rem(step, 2), i]
+                fp8_tiles.convert(b_smem.at[stage, i], warpgroup * HALF_COLUMNS, scale, to, shape.interpret)
+            plgpu.commit_smem()
+
+        return ready
 
     def copy_stage(item, step, stage, full):
         copy(item, step, a_smem.at[stage], [b_smem.at[stage, i] for i in range(weights)], full)
@@ -350,6 +407,7 @@ def _run(shape: Shape, columns: int, steps: int, tiles, copy, finish, *, a_smem,
         copy=copy_stage,
         products=products,
         operands=operands,
+        prepare=prepare if shape.fp8 else None,
         finish=finish_all,
         columns=HALF_COLUMNS if shape.few else TILE_COLUMNS,
         unit=weights,

@@ -111,7 +111,7 @@ def _block(x, d, plan, out, *, a_smem, b_smem, shape: Shape, **barriers):
     def place(warpgroup, i):
         return pl.ds((warpgroup * shape.products + i) * BLOCK_ROWS, BLOCK_ROWS)
 
-    def operands(item, warpgroup, stage, i):
+    def operands(item, warpgroup, step, stage, i):
         return a_smem.at[stage, :, place(warpgroup, i)].transpose((1, 0)), b_smem.at[stage]
 
     def finish(item, warpgroup, sums):

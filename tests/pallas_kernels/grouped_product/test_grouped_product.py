@@ -154,8 +154,8 @@ def problem(seed, tokens, slots, num_experts, dim, width, dtype=jnp.float32):
 
 
 def test_the_layer_and_its_gradients_equal_those_of_xla():
-    dy, x, experts, gates, *of_weights = problem(0, 130, 2, 3, 128, 128)
-    assert experts.size > FEW_ROWS * 3
+    dy, x, experts, gates, *of_weights = problem(0, 90, 1, 2, 128, 128)
+    assert experts.size > FEW_ROWS * 2
     found = grouped_product.expert_ffn(x, experts, gates, *of_weights, interpret=True)
     rounded = [w.astype(jnp.bfloat16).astype(jnp.float32) for w in of_weights]
     want, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, gates, *rounded)
@@ -167,7 +167,7 @@ def test_the_layer_and_its_gradients_equal_those_of_xla():
 
 
 def test_few_tokens_equal_those_of_xla():
-    _, x, experts, gates, *of_weights = problem(1, 9, 2, 6, 128, 128, jnp.bfloat16)
+    _, x, experts, gates, *of_weights = problem(1, 5, 2, 3, 128, 128, jnp.bfloat16)
     found = grouped_product.expert_ffn(x, experts, gates, *of_weights, interpret=True)
     want = f64(expert_ffn(x, experts, gates, *of_weights))
     np.testing.assert_allclose(f64(found), want, atol=2**-8 * np.abs(want).max())
