@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dsa_jax.chat.options import SamplingOptions
-from dsa_jax.hf import MAX_SHARD_BYTES, Checkpoint, convert_hf
+from dsa_jax.hf import MAX_SHARD_BYTES, SCALE_SUFFIX, Checkpoint, convert_hf
 from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.strict_json import shorten
 
@@ -28,7 +29,7 @@ SERVING = ("fastapi", "jinja2", "llguidance", "prometheus_client", "prompt_toolk
 MAX_LINE = 950  # characters of what is wrong with the input
 
 # Fields of the configuration that are chosen on loading, and not by the checkpoint.
-CHOSEN_ON_LOADING = ("dtype", "param_dtype", "index_fp8", "index_kl_target", "baseline", "block_size")
+CHOSEN_ON_LOADING = ("dtype", "param_dtype", "index_fp8", "index_kl_target", "baseline", "block_size", "expert_dtype")
 
 # The group in which `info` counts a parameter, by the first of these parts that its path holds.
 GROUPS = {
@@ -49,6 +50,7 @@ def convert(
     dst: tyro.conf.Positional[Path],
     *,
     dtype: Literal["bfloat16", "float32"] | None = None,
+    expert_dtype: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to another dtype if wanted.
@@ -57,6 +59,7 @@ def convert(
         src: Folder with config.json and safetensors files.
         dst: Folder to write, which must be empty or not exist.
         dtype: Dtype to cast to; without it every tensor keeps its own, FP8 excepted.
+        expert_dtype: Dtype of the routed experts; fp8 leaves them in FP8, or rounds them to it.
         max_shard_bytes: Most bytes in one file.
     """
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
@@ -66,7 +69,9 @@ def convert(
             """Shows the progress once the checkpoint has proved sound: an error before that is a line by itself."""
             return stack.enter_context(Progress(*columns, console=Console(stderr=True))).track(names)
 
-        convert_hf(src, dst, dtype=dtype, max_shard_bytes=max_shard_bytes, track=track)
+        convert_hf(
+            src, dst, dtype=dtype, expert_dtype=expert_dtype, max_shard_bytes=max_shard_bytes, track=track
+        )  # fmt: skip
 
 
 def info(directory: tyro.conf.Positional[Path]) -> None:
@@ -95,6 +100,11 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
         f"{sum(row.nbytes for row in rows.values()):,}",
     )
     Console().print(table)
+    held = f"in memory: {_held_bytes(checkpoint):,} bytes"
+    experts = [name for name, entry in checkpoint.expected.items() if entry.experts]
+    if experts and all(map(checkpoint.is_fp8, experts)):
+        held += f"; with --expert-dtype fp8 {_held_bytes(checkpoint, fp8=True):,}"
+    print(held)
 
 
 class _Row(NamedTuple):
@@ -117,6 +127,20 @@ def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
         parameters = row.parameters + math.prod(stored.shape)
         rows[group] = _Row(row.tensors + 1, parameters, nbytes, row.dtypes | {stored.dtype})
     return rows
+
+
+def _held_bytes(checkpoint: Checkpoint, *, fp8: bool = False) -> int:
+    """Counts the bytes of the parameters once they are loaded, experts that are stored in FP8 so or as all others."""
+    total, most = 0, np.dtype(checkpoint.most_common_dtype)
+    for name, entry in checkpoint.expected.items():
+        count, dtype = math.prod(checkpoint.stored[name].shape), most
+        if entry.always_float32 or entry.keeps_float32:
+            dtype = np.dtype(np.float32) if entry.always_float32 else np.result_type(most, checkpoint.dtype(name))
+        if fp8 and entry.experts:
+            total += count + 4 * math.prod(checkpoint.stored[name + SCALE_SUFFIX].shape)
+        else:
+            total += count * dtype.itemsize
+    return total
 
 
 def export(
@@ -152,6 +176,7 @@ def generate(
     input: Path | None = None,
     output: Path | None = None,
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(),  # noqa: B008
+    expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
     drafts: bool = False,
@@ -165,6 +190,7 @@ def generate(
         input: File of JSON lines, each with a prompt, and an id and options of its own if wanted; - for standard input.
         output: File of JSON lines to which results are added; what it holds already is not generated again.
         sampling: How to continue.
+        expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
@@ -173,7 +199,7 @@ def generate(
 
     return commands.generate(
         folder, prompt=prompt, prompt_file=prompt_file, input=input, output=output, options=sampling,
-        max_length=max_length, pages=pages, drafts=drafts,
+        expert_dtype=expert_dtype, max_length=max_length, pages=pages, drafts=drafts,
     )  # fmt: skip
 
 
@@ -184,6 +210,7 @@ def chat(
     thinking: bool = False,
     tools: Path | None = None,
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_tokens=1024),  # noqa: B008
+    expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
     drafts: bool = False,
@@ -196,6 +223,7 @@ def chat(
         thinking: Whether the model thinks before it answers.
         tools: File with a JSON list of functions that the model may call.
         sampling: How to sample answers.
+        expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
@@ -203,8 +231,8 @@ def chat(
     from dsa_jax.chat import commands
 
     return commands.chat(
-        folder, system=system, thinking=thinking, tools=tools, options=sampling, max_length=max_length, pages=pages,
-        drafts=drafts,
+        folder, system=system, thinking=thinking, tools=tools, options=sampling, expert_dtype=expert_dtype,
+        max_length=max_length, pages=pages, drafts=drafts,
     )  # fmt: skip
 
 
@@ -223,6 +251,7 @@ def serve(
     max_body: int = 2**23,
     drain_seconds: float = 30.0,
     rows: int = 64,
+    expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
     cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
@@ -246,6 +275,7 @@ def serve(
         max_body: Bytes of a request's body.
         drain_seconds: Time for requests to end in after SIGTERM.
         rows: Continuations that run at a time.
+        expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         cache_format: Format of the cache; the model's dtype if not given.
@@ -261,8 +291,8 @@ def serve(
         max_requests=max_requests, max_sequences=max_sequences, max_output=max_output, drain_seconds=drain_seconds,
     )  # fmt: skip
     server.serve(
-        folder, settings, warm=warm, rows=rows, max_length=max_length, pages=pages, cache_format=cache_format,
-        batch_invariant=batch_invariant, drafts=drafts,
+        folder, settings, warm=warm, rows=rows, expert_dtype=expert_dtype, max_length=max_length, pages=pages,
+        cache_format=cache_format, batch_invariant=batch_invariant, drafts=drafts,
     )  # fmt: skip
 
 

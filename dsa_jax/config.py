@@ -75,6 +75,7 @@ class Config:
     pad_token_id: int | None = None
     dtype: str = "bfloat16"  # of the computation
     param_dtype: str = "float32"  # of the parameters
+    expert_dtype: Literal["fp8"] | None = None  # of the routed experts' weights, for inference; None is `param_dtype`
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -148,7 +149,7 @@ class Config:
 
         Absent keys take the defaults that transformers gives the `model_type`: "deepseek_v32", "glm_moe_dsa", or
         "deepseek_v3", a dense model whose indexer is sized as DeepSeek-V3.2's unless the index keys are there. The
-        compute and parameter dtypes are not read: `load_hf` sets them.
+        compute, parameter and expert dtypes are not read: `load_hf` sets them.
 
         Args:
           source: a folder with a `config.json`, that file, or its contents.
@@ -166,7 +167,8 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers reads back to the same model.
 
-        `index_fp8`, `index_kl_target` and the compute dtype have no key there; `torch_dtype` is the parameters'.
+        `index_fp8`, `index_kl_target` and the compute dtype have no key there; `torch_dtype` is the parameters', and
+        experts in FP8 are a `quantization_config`.
 
         Raises:
           ValueError: for a `baseline`, which has no key there and without which it would be another model.
@@ -217,6 +219,7 @@ _CHOICES = {
     "param_dtype": ("float32", "bfloat16"),
     "index_kl_target": ("sum", "max"),
     "baseline": ("none", "blocks"),
+    "expert_dtype": (None, "fp8"),
 }
 _MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts")  # all other integers are at least 1
 _HINTS = {"n_routed_experts": "; for a model without MoE layers set first_k_dense_replace = num_hidden_layers"}

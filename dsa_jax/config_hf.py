@@ -25,8 +25,11 @@ _ARCHITECTURES = {
 # Fields that `config.json` lacks, or spells otherwise. All others it spells as we do.
 _OURS = frozenset(
     "rope_theta rope_scaling index_rope_interleave index_fp8 index_kl_target baseline block_size bos_token_id "
-    "eos_token_id pad_token_id dtype param_dtype".split()
+    "eos_token_id pad_token_id dtype param_dtype expert_dtype".split()
 )
+
+# What a `quantization_config` must say: e4m3 weights with one scale for each block of 128 × 128.
+FP8_FORMAT = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
 
 # What transformers assumes for absent keys where it differs from DeepSeek-V3.2, whose values are Config's own.
 _DEFAULTS = {
@@ -168,7 +171,21 @@ def to_json(config: Any) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,
         "torch_dtype": config.param_dtype,
         "use_cache": True,
+        **({"quantization_config": fp8_experts(config)} if config.expert_dtype == "fp8" else {}),
     }
+
+
+def fp8_experts(config: Any) -> dict[str, Any]:
+    """Gives the `quantization_config` of a checkpoint with routed experts alone in FP8: it names all other modules.
+
+    A name stands for all modules whose names begin with it.
+    """
+    others = ["lm_head"]
+    for layer in range(config.num_hidden_layers):
+        is_dense = layer < config.num_dense_layers
+        parts = ("self_attn", "mlp") if is_dense else ("self_attn", "mlp.gate", "mlp.shared_experts")
+        others += [f"model.layers.{layer}.{part}" for part in parts]
+    return {**FP8_FORMAT, "activation_scheme": "dynamic", "modules_to_not_convert": others}
 
 
 def _kinds(config: Any) -> dict[str, Any]:
@@ -391,8 +408,7 @@ def _check_heads_and_blocks(data: dict[str, Any], fields: dict[str, Any]) -> lis
     if data.get("indexer_rope_interleave") not in (None, interleave):
         problems.append(f"indexer_rope_interleave must be {interleave} for {data['model_type']}")
     quantization = data.get("quantization_config") or {}
-    expected = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
-    for key, value in expected.items():
+    for key, value in FP8_FORMAT.items():
         given = quantization.get(key, value if key == "fmt" else None)
         if quantization and given != value:
             problems.append(f"quantization_config {key} must be {value!r}, got {shown(given)}")

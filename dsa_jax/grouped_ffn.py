@@ -21,6 +21,9 @@ from jaxtyping import Array, Float, Float32, Int
 from dsa_jax.blockwise import contract, scan
 from dsa_jax.pallas_kernels import Implementation, choose_implementation, resolve
 from dsa_jax.pallas_kernels import grouped_product as kernels
+from dsa_jax.quantization import BlockScaled, block_counts, cast_weight
+
+type Weights = tuple[Array | BlockScaled, Array | BlockScaled, Array | BlockScaled]  # gate_proj, up_proj, down_proj
 
 # Rows of a block that fills a matrix unit. Shapes are static, so every expert is allotted a block's worth of padding: a
 # quarter more work at 512 rows an expert. Smaller blocks would pad less and read weights more often.
@@ -45,9 +48,9 @@ def expert_ffn(
     x: Float[Array, "M D"],
     experts: Int[Array, "M k"],
     gates: Float[Array, "M k"],
-    gate_proj: Float[Array, "X D F"],
-    up_proj: Float[Array, "X D F"],
-    down_proj: Float[Array, "X F D"],
+    gate_proj: Float[Array, "X D F"] | BlockScaled,
+    up_proj: Float[Array, "X D F"] | BlockScaled,
+    down_proj: Float[Array, "X F D"] | BlockScaled,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M D"]:
@@ -62,7 +65,8 @@ def expert_ffn(
       experts: the experts of each token. A slot outside [0, X) contributes nothing, so a shard that holds a part of the
         experts may pass the numbers of all.
       gates: what each expert's result is multiplied by.
-      gate_proj: the experts' weights, as are the next two; cast to the dtype of `x`.
+      gate_proj: the experts' weights, as are the next two; cast to the dtype of `x`, or multiplied out if in FP8, which
+        has no gradients.
       up_proj: see `gate_proj`.
       down_proj: see `gate_proj`.
       implementation: "xla", "pallas", or None for XLA unless a block of code is told otherwise.
@@ -87,7 +91,7 @@ def rows_ffn(
     x: Float[Array, "R D"],
     experts: Int[Array, " R"],
     gates: Float32[Array, " R"],
-    weights: tuple[Array, Array, Array],
+    weights: Weights,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R D"]:
@@ -98,7 +102,7 @@ def rows_ffn(
       experts: one expert a row. Rows outside [0, X) come out zero and, as far as they fill chunks of blocks, cost no
         product.
       gates: one gate a row.
-      weights: gate_proj, up_proj [X, D, F] and down_proj [X, F, D].
+      weights: gate_proj, up_proj [X, D, F] and down_proj [X, F, D], as `expert_ffn` takes them.
       implementation: as in `expert_ffn`.
 
     Returns:
@@ -152,6 +156,17 @@ def block_rows(slots: int, num_experts: int) -> int:
 def chunk_blocks(model_dim: int, width: int) -> int:
     """Computes how many blocks run at a time, each with its own float32 copy of an expert's three weights."""
     return max(1, CHUNK_BYTES // (3 * 4 * model_dim * width))
+
+
+def check_gradients(weights: Weights) -> None:
+    """Raises ValueError unless the experts' weights may have gradients, which those in FP8 have not."""
+    if any(isinstance(w, BlockScaled) for w in weights):
+        raise ValueError("experts in FP8 have no gradients: to train, load the checkpoint with expert_dtype=None")
+
+
+def _chunk_weights(weights: Weights, expert: Array, dtype) -> tuple[Array, ...]:
+    """Takes the weights of a chunk's blocks, in the dtype of the products; of FP8 these alone are multiplied out."""
+    return tuple(cast_weight(jax.tree.map(lambda a: a[expert], w), dtype) for w in weights)
 
 
 @jax.tree_util.register_dataclass
@@ -238,6 +253,7 @@ def _expert_ffn(implementation, x, gates, weights, experts):
 
 def _expert_ffn_bwd(implementation, residuals, dy):
     x, gates, weights, experts = residuals
+    check_gradients(weights)
     dx, dgates, dweights = _pull(implementation, dy, x, experts, gates, weights, partial=False)
     return dx, dgates, tuple(d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True)), None
 
@@ -265,13 +281,13 @@ def _pull(implementation, dy, x, experts, gates, weights, *, partial: bool):
 
 def _blocks_ffn(x, experts, gates, *weights, partial):
     """Computes the results block by block."""
-    layout = _lay_out(experts, len(weights[0]), chunk_blocks(*weights[0].shape[1:]), skip=partial)
+    layout = _lay_out(experts, weights[0].shape[0], chunk_blocks(*weights[0].shape[1:]), skip=partial)
     return sum_slots(_run_chunks(x, gates, weights, layout), layout.row).astype(x.dtype)
 
 
 def _blocks_gradients(dy, x, experts, gates, *weights, partial):
     """Computes the gradients block by block."""
-    layout = _lay_out(experts, len(weights[0]), chunk_blocks(*weights[0].shape[1:]), skip=partial)
+    layout = _lay_out(experts, weights[0].shape[0], chunk_blocks(*weights[0].shape[1:]), skip=partial)
     dx, dgates, dweights = _pull_chunks(dy, x, gates, weights, layout)
     return dx, dgates, *dweights
 
@@ -282,7 +298,7 @@ def _run_chunks(x, gates, weights, layout):
 
     def forward(_, chunk):
         slot, expert = chunk
-        gate_proj, up_proj, down_proj = (w[expert].astype(x.dtype) for w in weights)
+        gate_proj, up_proj, down_proj = _chunk_weights(weights, expert, x.dtype)
         rows = take(x, slot // slots_per_token)
         gate, up = _project(rows, gate_proj, up_proj)
         hidden = _activation(gate, up) * take(gates.reshape(-1), slot)[..., None]
@@ -296,7 +312,7 @@ def _pull_chunks(dy, x, gates, weights, layout):
 
     def backward(dweights, chunk):
         slot, expert = chunk
-        gate_proj, up_proj, down_proj = (w[expert].astype(x.dtype) for w in weights)
+        gate_proj, up_proj, down_proj = _chunk_weights(weights, expert, x.dtype)
         rows, dout = (take(array, slot // gates.shape[1]) for array in (x, dy))
         gate, up = _project(rows, gate_proj, up_proj)
         row_gate = take(gates.reshape(-1), slot)[..., None]
@@ -384,6 +400,11 @@ def check_shapes(x, experts, gates, gate_proj, up_proj, down_proj):
         ("gates", gates.shape, experts.shape),
         ("up_proj", up_proj.shape, gate_proj.shape),
         ("down_proj", down_proj.shape, (num_experts, width, model_dim)),
+        *(
+            (f"the scale of {name}", w.scale.shape, (num_experts, *block_counts(*w.shape[1:])))
+            for name, w in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj))
+            if isinstance(w, BlockScaled)
+        ),
     ):
         if shape != expected:
             raise ValueError(f"{name} must be of shape {expected}, got {shape}")

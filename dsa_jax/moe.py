@@ -19,6 +19,7 @@ from dsa_jax.layers import MLP
 from dsa_jax.nn import new_weight, show_arguments
 from dsa_jax.parallel.collectives import mesh_axes, sum_gradients, sum_shards, sum_statistics
 from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, has_ragged_exchange
+from dsa_jax.quantization import BlockScaled, quantize_blocks
 
 
 def route(
@@ -116,25 +117,48 @@ class Router(nnx.Module):
 
 @show_arguments
 class Experts(nnx.Module):
-    """The routed experts: their weights, stacked; on a mesh, this shard's experts and its part of their width."""
+    """The routed experts: their weights, stacked; on a mesh, this shard's experts and its part of their width.
+
+    With `expert_dtype="fp8"` the weights are e4m3, and each has float32 scales of its blocks of 128 × 128 beside it, in
+    the order of its dimensions: `gate_proj` [X, D, F] has `gate_proj_scale` [X, D / 128, F / 128]. Values and scales
+    are parameters of their own, so that they are stacked, scanned, sharded, saved and counted as all others are.
+    """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         experts, model_dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_proj = new_weight(config, rngs, experts, model_dim, width)
-        self.up_proj = new_weight(config, rngs, experts, model_dim, width)
-        self.down_proj = new_weight(config, rngs, experts, width, model_dim)
+        self.gate_proj, self.gate_proj_scale = _new_expert_weight(config, rngs, experts, model_dim, width)
+        self.up_proj, self.up_proj_scale = _new_expert_weight(config, rngs, experts, model_dim, width)
+        self.down_proj, self.down_proj_scale = _new_expert_weight(config, rngs, experts, width, model_dim)
 
     def __call__(
         self, x: Float[Array, "M D"], experts: Int[Array, "M k"], gates: Float[Array, "M k"]
     ) -> Float[Array, "M D"]:
         """Runs every token on its own experts, which may be on other devices."""
-        weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        weights = (
+            _as_held(self.gate_proj, self.gate_proj_scale),
+            _as_held(self.up_proj, self.up_proj_scale),
+            _as_held(self.down_proj, self.down_proj_scale),
+        )
         x, gates, axis = sum_gradients(x, "width"), sum_gradients(gates, "width"), mesh_axes("experts")
         if axis:
             y = expert_parallel_ffn(x, experts, gates, *weights, axis=axis[0], ragged=has_ragged_exchange())
         else:
             y = expert_ffn(x, experts, gates, *weights)
         return sum_shards(y, "width")
+
+
+def _new_expert_weight(config: Config, rngs: nnx.Rngs, *shape: int) -> tuple[nnx.Param[Array], nnx.Param[Array] | None]:
+    """Draws a weight as `new_weight` does, in FP8 with its scale if the config says so."""
+    weight = new_weight(config, rngs, *shape)
+    if config.expert_dtype is None:
+        return weight, None
+    rounded = quantize_blocks(weight[...])
+    return nnx.Param(rounded.values), nnx.Param(rounded.scale)
+
+
+def _as_held(weight: nnx.Param[Array], scale: nnx.Param[Array] | None) -> Array | BlockScaled:
+    """Joins a weight in FP8 and its scale."""
+    return weight[...] if scale is None else BlockScaled(weight[...], scale[...])
 
 
 @show_arguments

@@ -1,5 +1,9 @@
-"""The indexer's FP8: e4m3 rows with one power-of-two scale each, and the Hadamard transform that precedes them."""
+"""FP8: the indexer's e4m3 rows with one power-of-two scale each, and weights with one float32 scale a block.
 
+The Hadamard transform precedes the rounding of rows. Blocks of weights are 128 × 128, as FP8 checkpoints have them.
+"""
+
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,6 +15,7 @@ from dsa_jax.pallas_kernels import Implementation, choose_implementation
 from dsa_jax.pallas_kernels import quantization as kernels
 
 E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
 WEIGHT_BLOCK = 128  # rows and columns of one scale in FP8 checkpoints
 
 
@@ -135,20 +140,99 @@ def _butterfly(x):
     return (out.reshape(x.shape) * size**-0.5).astype(x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockScaled:
+    """Holds matrices in FP8: weight = value · scale of its block of 128 × 128; blocks at the edges may be smaller.
+
+    Attributes:
+      values: e4m3 [..., rows, columns].
+      scale: float32 [..., ceil(rows / 128), ceil(columns / 128)].
+    """
+
+    values: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Gives the shape of the matrices, that of their values."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Gives the dtype of their values, e4m3."""
+        return self.values.dtype
+
+
+def block_counts(rows: int, columns: int) -> tuple[int, int]:
+    """Counts the blocks of a matrix, down and across.
+
+    Examples:
+      >>> block_counts(256, 130)
+      (2, 2)
+    """
+    return -(-rows // WEIGHT_BLOCK), -(-columns // WEIGHT_BLOCK)
+
+
+@jax.jit
+def quantize_blocks(weight: Float[Array, "*stack rows columns"]) -> BlockScaled:
+    """Rounds matrices to FP8, to the nearest e4m3: scale = max |weight| / 448 of each block, 1 for a block of zeros.
+
+    NaN stays NaN, and infinities become it: callers that want numbers check before.
+    """
+    *stack, rows, columns = weight.shape
+    wide = weight.astype(jnp.float32)
+    down, across = block_counts(rows, columns)
+    missing = (0, down * WEIGHT_BLOCK - rows), (0, across * WEIGHT_BLOCK - columns)
+    blocks = jnp.pad(wide, [(0, 0)] * len(stack) + [*missing])
+    amax = jnp.abs(blocks.reshape(*stack, down, WEIGHT_BLOCK, across, WEIGHT_BLOCK)).max((-3, -1))
+    # Of a division by a constant XLA makes a product with its inverse, which rounds otherwise: this is none.
+    quotient = amax / jnp.where(jnp.isnan(amax), amax, E4M3_MAX)
+    # Division by a scale below the normal numbers, which XLA may take for 0, would give infinities.
+    scale = jnp.where(amax == 0, 1.0, jnp.maximum(quotient, jnp.finfo(jnp.float32).tiny))
+    return BlockScaled((wide / _over_blocks(scale, rows, columns)).astype(E4M3), scale)
+
+
 @jax.jit
 def dequantize_blocks(
-    weight: Float[Array, "rows columns"], scale_inv: Float[Array, "A B"]
-) -> Float32[Array, "rows columns"]:
-    """Computes the float32 weight of an FP8 checkpoint, whose `scale_inv` multiplies each block of 128 × 128 values.
+    weight: Float[Array, "*stack rows columns"], scale_inv: Float[Array, "*stack A B"]
+) -> Float32[Array, "*stack rows columns"]:
+    """Computes the float32 weights of an FP8 checkpoint, whose `scale_inv` multiplies each block of 128 × 128 values.
 
     Raises:
-      ValueError: unless the weight is a matrix with one scale a block.
+      ValueError: unless the weights are matrices with one scale a block.
     """
-    if weight.ndim != 2:
+    if weight.ndim < 2:
         raise ValueError(f"an FP8 weight must have two dimensions, got shape {weight.shape}")
-    rows, columns = weight.shape
-    expected = (-(-rows // WEIGHT_BLOCK), -(-columns // WEIGHT_BLOCK))
+    rows, columns = weight.shape[-2:]
+    expected = (*weight.shape[:-2], *block_counts(rows, columns))
     if scale_inv.shape != expected:
         raise ValueError(f"an FP8 weight {weight.shape} needs scales of shape {expected}, got {scale_inv.shape}")
-    scale = jnp.repeat(scale_inv.astype(jnp.float32), WEIGHT_BLOCK, axis=0)[:rows]
-    return weight.astype(jnp.float32) * jnp.repeat(scale, WEIGHT_BLOCK, axis=1)[:, :columns]
+    return weight.astype(jnp.float32) * _over_blocks(scale_inv.astype(jnp.float32), rows, columns)
+
+
+def _over_blocks(scale: Array, rows: int, columns: int) -> Array:
+    """Repeats each scale over its block."""
+    scale = jnp.repeat(scale, WEIGHT_BLOCK, axis=-2)[..., :rows, :]
+    return jnp.repeat(scale, WEIGHT_BLOCK, axis=-1)[..., :columns]
+
+
+def cast_weight(weight: Float[Array, "..."] | BlockScaled, dtype: DTypeLike) -> Float[Array, "..."]:
+    """Gives a weight in the dtype of the product that it enters: a plain one cast, one in FP8 multiplied out.
+
+    FP8 is multiplied out in float32 and rounded to bfloat16, whatever `dtype`: so it is when a checkpoint is loaded
+    into bfloat16, and both have the same bits.
+    """
+    if not isinstance(weight, BlockScaled):
+        return weight.astype(dtype)
+    return round_to_bfloat16(dequantize_blocks(weight.values, weight.scale)).astype(dtype)
+
+
+def round_to_bfloat16(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Rounds to what bfloat16 can hold, in float32; XLA may leave out a mere cast where float32 is wanted in the end.
+
+    Examples:
+      >>> round_to_bfloat16(jnp.float32(1.001)).item()
+      1.0
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -140,6 +140,8 @@ class RunConfig:
             raise ValueError(f"model must be a Config and data a DataConfig, got {shown((self.model, self.data))}")
         if self.model.param_dtype != "float32":
             raise ValueError(f"training keeps its parameters in float32, got param_dtype {self.model.param_dtype!r}")
+        if self.model.expert_dtype is not None:
+            raise ValueError(f"training needs expert_dtype None, got {self.model.expert_dtype!r}: it has no gradients")
         check_integer("seed", self.seed, least=0, most=MAX_SEED)
         for name in ("checkpoint_every", "keep_checkpoints", "evaluation_batches"):
             check_integer(name, getattr(self, name))

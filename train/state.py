@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array
 
 from dsa_jax import Config, Transformer
-from dsa_jax.parallel.sharding import AXES, check_batch, parameter_shardings, shards, spec
+from dsa_jax.parallel.sharding import AXES, check_batch, parameter_shardings, path_names, shards, spec
 from train.data import Batch
 from train.optimizer import make_optimizer
 from train.phases import Params, split_groups
@@ -55,8 +55,21 @@ def init_state(params: Params, settings: PhaseSettings, random: Any) -> TrainSta
 
 def fresh_state(params: Params, random: Array, settings: PhaseSettings) -> TrainState:
     """Makes the state of `init_state` from parameters and key data that it takes over."""
+    check_trainable(params)
     opt_state = {group: optimizer.init(params[group]) for group, optimizer in make_optimizers(settings).items()}
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, random)
+
+
+def check_trainable(params: Params) -> None:
+    """Checks that parameters may be trained.
+
+    Raises:
+      ValueError: naming one in FP8, which has no gradients.
+    """
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if x.dtype.itemsize == 1:
+            name = ".".join(path_names(path)[1:])
+            raise ValueError(f"training needs float32 parameters, got {name} in {x.dtype}: load with expert_dtype=None")
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:

@@ -9,10 +9,11 @@ on a mesh, and `files` knows safetensors, their index, and how a folder appears 
 
 from dsa_jax.hf.checkpoint import Checkpoint
 from dsa_jax.hf.convert import MAX_SHARD_BYTES, convert_hf, load_hf, save_hf, to_hf
-from dsa_jax.hf.table import TABLE, leaves
+from dsa_jax.hf.table import SCALE_SUFFIX, TABLE, leaves
 
 __all__ = [
     "MAX_SHARD_BYTES",
+    "SCALE_SUFFIX",
     "TABLE",
     "Checkpoint",
     "convert_hf",

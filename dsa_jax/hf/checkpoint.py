@@ -14,13 +14,12 @@ import numpy as np
 from dsa_jax.config import Config
 from dsa_jax.config_hf import read_json
 from dsa_jax.hf.complaints import grouped, likely_cause
-from dsa_jax.hf.files import BFLOAT16, DTYPES, FP8, read_headers
+from dsa_jax.hf.files import BFLOAT16, DTYPES, FLOAT32, FP8, read_headers
 from dsa_jax.hf.stacked import Part, Piece
-from dsa_jax.hf.table import Entry, leaves
-from dsa_jax.quantization import dequantize_blocks
+from dsa_jax.hf.table import SCALE_SUFFIX, Entry, leaves
+from dsa_jax.quantization import WEIGHT_BLOCK, block_counts, dequantize_blocks
 from dsa_jax.strict_json import one_line, shown, shown_path
 
-FP8_BLOCK_SIZE = 128  # rows and columns of a block of e4m3 weights that has one scale
 MAX_TENSORS = 2_000_000  # of a model; DeepSeek-V3.2 has 46,000
 COMPARED_BYTES = 1 << 26  # of two tensors at a time
 
@@ -101,6 +100,10 @@ class Checkpoint:
             counts[self.dtype(name).name] += math.prod(self.stored[name].shape)
         return counts
 
+    def is_fp8(self, name: str) -> bool:
+        """Tells whether a tensor is stored in FP8."""
+        return self.stored[name].dtype == "F8_E4M3"
+
     def dtype(self, name: str) -> np.dtype:
         """Gives the dtype in which `read` returns a tensor: its own, bfloat16 for FP8."""
         dtype = DTYPES[self.stored[name].dtype]
@@ -111,8 +114,11 @@ class Checkpoint:
         stored = self.stored[name]
         if DTYPES[stored.dtype] != FP8:
             return stored.read()
-        scale = self.stored[name + "_scale_inv"].read().astype(np.float32)
-        return np.asarray(_dequantize(stored.read(), scale))
+        return np.asarray(_dequantize(stored.read(), self.read_scale(name)))
+
+    def read_scale(self, name: str) -> np.ndarray:
+        """Reads the scales of an FP8 weight, in float32."""
+        return self.stored[name + SCALE_SUFFIX].read().astype(np.float32)
 
     def read_part(self, name: str, part: Part) -> Piece:
         """Reads a part of a tensor, given by slices of the parameter's dimensions; FP8 stays FP8, beside its scales."""
@@ -121,9 +127,37 @@ class Checkpoint:
         values = stored.read(sizes, part)
         if values.dtype != FP8:
             return Piece(values)
-        rows = len(sizes) - (entry.inputs or 1)
-        scale = self.stored[name + "_scale_inv"].read().astype(np.float32)
+        rows, scale = len(sizes) - (entry.inputs or 1), self.read_scale(name)
         return Piece(values, scale, _blocks(sizes[:rows], part[:rows]), _blocks(sizes[rows:], part[rows:]))
+
+    def read_as_stored(self, name: str, part: Part, *, entry: Entry) -> Piece:
+        """Reads a part of a tensor as the file has it; `entry` is its row of the table. Scales come in float32."""
+        values = self.stored[name].read(entry.in_file(entry.shape(self.config)), entry.in_file(part))
+        return Piece(values.astype(FLOAT32) if entry.scale else values)
+
+    def check_scales(self) -> None:
+        """Reads all scales of FP8 weights.
+
+        Raises:
+          ValueError: one line that names those that hold NaN or an infinity.
+        """
+        wrong = [name for name in self.expected if self.is_fp8(name) and not np.isfinite(self.read_scale(name)).all()]
+        if wrong:
+            problems = grouped((name + SCALE_SUFFIX, "must be finite, got NaN or infinity") for name in wrong)
+            raise ValueError(one_line(f"{shown_path(self.directory)} holds scales that are no numbers", problems))
+
+    def check_experts_in_fp8(self) -> None:
+        """Checks that the routed experts are stored in FP8.
+
+        Raises:
+          ValueError: one line that names those that are not.
+        """
+        experts = [name for name, entry in self.expected.items() if entry.experts]
+        wrong = [(name, f"is {self.stored[name].dtype}") for name in experts if not self.is_fp8(name)]
+        if wrong:
+            head = f"expert_dtype 'fp8' needs all routed experts in FP8, got {shown_path(self.directory)}"
+            way = "`dsa-jax convert --expert-dtype fp8` writes them so"
+            raise ValueError(one_line(head, [*grouped(wrong), way]))
 
     def _check(self, name: str) -> Iterator[tuple[str, str]]:
         """Names what is wrong with a stored tensor."""
@@ -135,20 +169,16 @@ class Checkpoint:
             if stored.dtype not in ("F32", "BF16"):
                 yield name, f"must be F32, BF16 or block-scaled F8_E4M3, got {shown(stored.dtype)[1:-1]}"
             return
-        scale, expected = self.stored.get(name + "_scale_inv"), [-(-size // FP8_BLOCK_SIZE) for size in shape]
+        scale, expected = self.stored.get(name + SCALE_SUFFIX), list(block_counts(*shape))
         if scale is None:
-            yield name + "_scale_inv", "is missing, the scales of an F8_E4M3 weight"
+            yield name + SCALE_SUFFIX, "is missing, the scales of an F8_E4M3 weight"
         elif list(scale.shape) != expected or scale.dtype not in ("F32", "BF16", "F8_E8M0"):
-            yield name + "_scale_inv", f"must be F32 {expected}, got {scale.dtype[:20]} {shown(list(scale.shape))}"
+            yield name + SCALE_SUFFIX, f"must be F32 {expected}, got {scale.dtype[:20]} {shown(list(scale.shape))}"
 
     def _has_place(self, name: str) -> bool:
         """Tells whether the model needs a stored tensor: it is a parameter, or the scales of one."""
-        weight = name.removesuffix("_scale_inv")
-        return name in self.expected or (weight in self.expected and weight in self.stored and self._is_fp8(weight))
-
-    def _is_fp8(self, name: str) -> bool:
-        """Tells whether a tensor is stored in FP8."""
-        return self.stored[name].dtype == "F8_E4M3"
+        weight = name.removesuffix(SCALE_SUFFIX)
+        return name in self.expected or (weight in self.expected and weight in self.stored and self.is_fp8(weight))
 
     def _is_past(self, name: str) -> bool:
         """Tells whether a tensor is of a layer past the last."""
@@ -199,7 +229,7 @@ def _is_derived(name: str) -> bool:
 
 def _blocks(sizes: tuple[int, ...], part: Part) -> np.ndarray:
     """Finds the FP8 block of each row, or column, of a part; `sizes` are the dimensions that make up the rows."""
-    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)[part].reshape(-1) // FP8_BLOCK_SIZE
+    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)[part].reshape(-1) // WEIGHT_BLOCK
 
 
 @jax.jit

@@ -13,20 +13,22 @@ import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
 from dsa_jax.config import Config
+from dsa_jax.config_hf import fp8_experts
 from dsa_jax.hf.checkpoint import Checkpoint, layer_of
-from dsa_jax.hf.files import BFLOAT16, FLOAT32, copy_companions, new_folder, write_json, write_shards
+from dsa_jax.hf.files import BFLOAT16, FLOAT32, FP8, copy_companions, new_folder, write_json, write_shards
 from dsa_jax.hf.stacked import Part, Piece, Stack, is_sharded, tensor_at
-from dsa_jax.hf.table import ALWAYS_FLOAT32, FLOAT32_IF_STORED, ROWS, Leaf, leaves
+from dsa_jax.hf.table import ALWAYS_FLOAT32, EXPERTS, FLOAT32_IF_STORED, ROWS, SCALE_SUFFIX, Leaf, leaves
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, path_names
+from dsa_jax.quantization import quantize_blocks
 from dsa_jax.strict_json import shown_path
 
 MAX_SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
@@ -101,6 +103,7 @@ def load_hf(
     *,
     dtype: Any = None,
     param_dtype: Any = None,
+    expert_dtype: Literal["fp8"] | None = None,
     config: Config | None = None,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
@@ -117,6 +120,8 @@ def load_hf(
         counted as bfloat16. A warning is logged if that rounds others.
       param_dtype: of the parameters, `dtype` if None. The router's selection bias is float32 always; the router, the
         index weights and the index key's norm are float32 if the file has them so.
+      expert_dtype: of the routed experts' weights, for inference: "fp8" keeps them in memory as an FP8 checkpoint has
+        them, with their scales, and results have the same bits. If None, `config` says, or it is `param_dtype`.
       config: what to use instead of the checkpoint's configuration, dtypes among it. All tensors that the files hold
         must have the same shapes in both; another K, another scaling of RoPE, or another size of the indexer that a
         dense checkpoint lacks may be chosen.
@@ -141,7 +146,10 @@ def load_hf(
         dtype = checkpoint.most_common_dtype
         if np.dtype(dtype if param_dtype is None else param_dtype) == BFLOAT16:
             _warn_of_rounding(checkpoint)
-    config = _choose_config(checkpoint, config, dtype, param_dtype)
+    config = _choose_config(checkpoint, config, dtype, param_dtype, expert_dtype)
+    if config.expert_dtype == "fp8":
+        checkpoint.check_experts_in_fp8()
+    checkpoint.check_scales()
     if mesh is not None:
         check_model(mesh, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
@@ -163,7 +171,9 @@ def load_hf(
     return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, parameters))
 
 
-def _choose_config(checkpoint: Checkpoint, config: Config | None, dtype: Any, param_dtype: Any) -> Config:
+def _choose_config(
+    checkpoint: Checkpoint, config: Config | None, dtype: Any, param_dtype: Any, expert_dtype: Any
+) -> Config:
     """Takes a checkpoint's configuration, or the one given if the files' tensors have the same shapes in it.
 
     Raises:
@@ -181,12 +191,13 @@ def _choose_config(checkpoint: Checkpoint, config: Config | None, dtype: Any, pa
     compute = chosen.dtype if dtype is None else dtype
     if param_dtype is None:
         param_dtype = compute if config is None else config.param_dtype
-    return dataclasses.replace(chosen, dtype=compute, param_dtype=param_dtype)
+    experts = chosen.expert_dtype if expert_dtype is None else expert_dtype
+    return dataclasses.replace(chosen, dtype=compute, param_dtype=param_dtype, expert_dtype=experts)
 
 
 def _file_shapes(config: Config, *, indexer: bool) -> dict[str, tuple[int, ...]]:
-    """Lists the shapes of a model's tensors by name, those of its indexer among them or not."""
-    kept = [leaf for leaf in leaves(config) if indexer or not leaf.entry.indexer]
+    """Lists the shapes of a model's weights by name, those of its indexer among them or not."""
+    kept = [leaf for leaf in leaves(config) if not leaf.entry.scale and (indexer or not leaf.entry.indexer)]
     return {name: leaf.entry.file_shape(config) for leaf in kept for _, name in leaf.tensors()}
 
 
@@ -230,14 +241,16 @@ def _warn_of_rounding(checkpoint: Checkpoint) -> None:
 
 def _fill(leaf: Leaf, checkpoint: Checkpoint, config: Config, sharding: Any) -> jax.Array:
     """Reads the tensors of one parameter into place."""
-    dtype = np.dtype(config.param_dtype)
+    dtype, read = np.dtype(config.param_dtype), checkpoint.read_part
+    if leaf.entry.experts and config.expert_dtype == "fp8":
+        dtype, read = FP8, functools.partial(checkpoint.read_as_stored, entry=leaf.entry)
     if leaf.entry.always_float32:
         dtype = FLOAT32
     elif leaf.entry.keeps_float32:
         dtype = np.result_type(dtype, *(checkpoint.dtype(name) for _, name in leaf.tensors()))
     stack = Stack(leaf.shape(config), dtype, sharding)
     for index, name in leaf.tensors():
-        stack.place(index, functools.partial(checkpoint.read_part, name), inputs=leaf.entry.inputs or 0)
+        stack.place(index, functools.partial(read, name), inputs=leaf.entry.inputs or 0)
     return stack.array()
 
 
@@ -246,6 +259,7 @@ def save_hf(
     directory: str | Path,
     *,
     dtype: Any = None,
+    expert_dtype: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     companions: str | Path | None = None,
 ) -> None:
@@ -259,12 +273,15 @@ def save_hf(
       model: the model.
       directory: a folder that does not exist, or is empty.
       dtype: of the written tensors, that of each parameter if None. The router and its selection bias are never
-        rounded, nor are the index weights and the index key's norm.
+        rounded, nor are the index weights and the index key's norm; experts that the model holds in FP8 stay in FP8.
+      expert_dtype: "fp8" rounds the routed experts to FP8, scale = max |weight| / 448 of each block of 128 × 128; if
+        None they are written as the model holds them.
       max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
       companions: a checkpoint's folder, whose tokenizer and generation settings are copied.
 
     Raises:
-      ValueError: if there is something at `directory`, or `companions` is no folder.
+      ValueError: if there is something at `directory`, `companions` is no folder, or an expert to be rounded to FP8
+        holds NaN or an infinity.
       OSError: if the disk is full or may not be written.
     """
     if companions is not None and not Path(companions).is_dir():
@@ -272,11 +289,18 @@ def save_hf(
     with new_folder(Path(directory)) as folder:
         if companions is not None:
             copy_companions(Path(companions), folder)
-        write_checkpoint(folder, model, model.config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        options: dict[str, Any] = dict(dtype=dtype, expert_dtype=expert_dtype, max_shard_bytes=max_shard_bytes)
+        write_checkpoint(folder, model, model.config, **options)
 
 
 def write_checkpoint(
-    folder: Path, state: Any, config: Config, *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    state: Any,
+    config: Config,
+    *,
+    dtype: Any = None,
+    expert_dtype: Literal["fp8"] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes the configuration and the tensors of a model's whole state into a folder.
 
@@ -285,10 +309,11 @@ def write_checkpoint(
       state: a module, an `nnx.State` or a nested dict of parameters.
       config: the model's.
       dtype: of the written tensors, as for `save_hf`.
+      expert_dtype: of the routed experts, as for `save_hf`.
       max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
 
     Raises:
-      ValueError: naming a tensor that the state lacks, or has too many, or in another shape.
+      ValueError: naming a tensor that the state lacks, or has too many, or in another shape, or as `save_hf` does.
       OSError: as `save_hf` does.
     """
     config = config if dtype is None else dataclasses.replace(config, param_dtype=dtype)
@@ -300,8 +325,10 @@ def write_checkpoint(
             f"the state must be the whole of its configuration's model, got {'.'.join(wrong[0])} of shape "
             f"{shapes.get(wrong[0])} instead of {expected.get(wrong[0])}, one of {len(wrong)} parameters"
         )
-    write_json(folder / "config.json", config.to_hf())
+    written = config if expert_dtype is None else dataclasses.replace(config, expert_dtype=expert_dtype)
+    write_json(folder / "config.json", written.to_hf())
     tensors = ((name, np.asarray(x)) for name, x in to_hf(state, config=config))
+    tensors = tensors if expert_dtype is None else _round_experts(tensors)
     tensors = ((name, _cast(x, None if dtype is None else config.param_dtype, name)) for name, x in tensors)
     write_shards(folder, tensors, max_shard_bytes)
 
@@ -311,10 +338,11 @@ def convert_hf(
     target: str | Path,
     *,
     dtype: Any = None,
+    expert_dtype: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> None:
-    """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to `dtype` if given.
+    """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16 or the experts as FP8, cast to `dtype` if given.
 
     One file is in memory at a time. The files of the tokenizer and of generation are copied, and `config.json` keeps
     every key that still holds; code that a checkpoint names (`auto_map`) is never run nor carried along. A dense
@@ -324,6 +352,8 @@ def convert_hf(
       source: the folder to read.
       target: the folder to write, which does not exist or is empty.
       dtype: of the written tensors, as for `save_hf`; their own if None, bfloat16 for FP8.
+      expert_dtype: "fp8" writes the routed experts in FP8: as they are where they are stored so, else rounded as by
+        `save_hf`.
       max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
       track: wraps the list of names, to show progress.
 
@@ -332,23 +362,54 @@ def convert_hf(
       OSError: as `save_hf` does.
     """
     name_of_dtype = None if dtype is None else Config(dtype=dtype).dtype
+    Config(expert_dtype=expert_dtype)
     checkpoint = Checkpoint(source)
+    checkpoint.check_scales()
     dropped = ("quantization_config", "auto_map")
     data = {key: value for key, value in checkpoint.config_json.items() if key not in dropped}
     data["dtype" if "dtype" in data else "torch_dtype"] = name_of_dtype or checkpoint.most_common_dtype
     if "num_nextn_predict_layers" in data:
         data["num_nextn_predict_layers"] = 0
+    if expert_dtype == "fp8":
+        data["quantization_config"] = fp8_experts(checkpoint.config)
     names = sorted(checkpoint.expected, key=layer_of)
     with new_folder(Path(target)) as folder:
         write_json(folder / "config.json", data)
-        tensors = ((name, _cast(checkpoint.read(name), name_of_dtype, name)) for name in track(names))
+        tensors = _read_tensors(checkpoint, track(names), keep_experts=expert_dtype == "fp8")
+        tensors = tensors if expert_dtype is None else _round_experts(tensors)
+        tensors = ((name, _cast(x, name_of_dtype, name)) for name, x in tensors)
         write_shards(folder, tensors, max_shard_bytes)
         copy_companions(checkpoint.directory, folder)
 
 
+def _read_tensors(
+    checkpoint: Checkpoint, names: Iterable[str], *, keep_experts: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads tensors, FP8 as bfloat16; experts that are stored in FP8 may stay so, each with its scales behind it."""
+    for name in names:
+        if keep_experts and checkpoint.expected[name].experts and checkpoint.is_fp8(name):
+            yield name, checkpoint.stored[name].read()
+            yield name + SCALE_SUFFIX, checkpoint.read_scale(name)
+        else:
+            yield name, checkpoint.read(name)
+
+
+def _round_experts(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Rounds the routed experts among tensors to FP8, each with its scales behind it; those in FP8 pass."""
+    for name, x in tensors:
+        if EXPERTS not in name or name.endswith(SCALE_SUFFIX) or x.dtype == FP8:
+            yield name, x
+            continue
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} must be finite to be written in FP8, got NaN or infinity")
+        rounded = quantize_blocks(x)
+        yield name, np.asarray(rounded.values)
+        yield name + SCALE_SUFFIX, np.asarray(rounded.scale)
+
+
 def _cast(x: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
-    """Casts a tensor to the dtype in which it is written, but for those that are never rounded."""
-    if dtype is None:
+    """Casts a tensor to the dtype in which it is written, but for FP8, and for those that are never rounded."""
+    if dtype is None or x.dtype == FP8 or name.endswith(SCALE_SUFFIX):
         return x
     keep = dtype == "bfloat16" and any(part in name for part in (*FLOAT32_IF_STORED, ALWAYS_FLOAT32))
     return x if keep else x.astype(np.dtype(dtype))

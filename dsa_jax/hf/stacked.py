@@ -14,6 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding
 
+from dsa_jax.quantization import round_to_bfloat16
+
 type Part = tuple[slice, ...]  # of an array, a slice a dimension
 
 
@@ -115,9 +117,7 @@ def _place(x, piece, index, *, inputs):
     if piece.scale is not None:
         wide = values.reshape(len(piece.row_blocks), -1).astype(jnp.float32)
         wide = wide * piece.scale[piece.row_blocks[:, None], piece.column_blocks]
-        # A mere cast to bfloat16 may be left out where float32 is wanted in the end.
-        wide = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
-        values = wide.astype(jnp.bfloat16).reshape(values.shape)
+        values = round_to_bfloat16(wide).astype(jnp.bfloat16).reshape(values.shape)
     outputs = values.ndim - inputs
     values = values.transpose(*range(outputs, values.ndim), *range(outputs))
     block = values.reshape((1,) * len(index) + values.shape).astype(x.dtype)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsa_jax.config import Config
+from dsa_jax.quantization import WEIGHT_BLOCK
 
 # Parts of paths and names alike. The first parameters are float32 if the file has them so, the second always; none of
 # them is ever rounded.
 FLOAT32_IF_STORED = (".indexer.weights_proj", ".indexer.k_norm", ".mlp.gate.weight")
 ALWAYS_FLOAT32 = ".e_score_correction_bias"
+EXPERTS = ".mlp.experts."  # in the names of the routed experts' tensors
+SCALE_SUFFIX = "_scale_inv"  # of the name of an FP8 weight's scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Entry:
     path: str  # in the model's state; "layers." at its beginning stands for both stacks of layers
     name: str  # of the tensors in the files, with places for layer and expert
     # The parameter's dimensions, without layers and experts. "Q -> N P+R" is a matrix of Q inputs, which the file holds
-    # transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what the parameter does.
+    # transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what the parameter does. D/128 counts
+    # the FP8 blocks of D.
     dims: str
 
     @property
@@ -48,14 +52,19 @@ class Entry:
         return ".indexer." in self.path
 
     @property
+    def scale(self) -> bool:
+        """Tells whether it is the scales of a weight in FP8."""
+        return self.path.endswith("_scale")
+
+    @property
     def keeps_float32(self) -> bool:
         """Tells whether it stays float32 if the file has it so: the router, the index weights, the index key's norm."""
         return any(part in self.path for part in FLOAT32_IF_STORED)
 
     @property
     def always_float32(self) -> bool:
-        """Tells whether it is float32 whatever `param_dtype` says: the router's selection bias."""
-        return ALWAYS_FLOAT32 in self.path
+        """Tells whether it is float32 whatever `param_dtype` says: the router's selection bias, and scales of FP8."""
+        return ALWAYS_FLOAT32 in self.path or self.scale
 
     def shape(self, config: Config) -> tuple[int, ...]:
         """Computes the shape that the parameter gives one tensor."""
@@ -114,6 +123,18 @@ TABLE = (
             ("down_proj", f"{width} -> D"),
         )
     ),
+    *(
+        Entry(
+            f"moe_layers.mlp.experts.{proj}_scale",
+            f"model.layers.{{layer}}.mlp.experts.{{expert}}.{proj}.weight{SCALE_SUFFIX}",
+            dims,
+        )
+        for proj, dims in (
+            ("gate_proj", "D/128 -> Fx/128"),
+            ("up_proj", "D/128 -> Fx/128"),
+            ("down_proj", "Fx/128 -> D/128"),
+        )
+    ),
 )
 
 
@@ -135,6 +156,8 @@ def _size(dim: str, config: Config) -> int:
         "Fx": config.moe_intermediate_size,
         "Fs": config.moe_intermediate_size * config.n_shared_experts,
     }
+    if dim.endswith("/128"):
+        return -(-sizes[dim.removesuffix("/128")] // WEIGHT_BLOCK)
     return sum(sizes[letter] for letter in dim.split("+"))
 
 
@@ -173,6 +196,7 @@ def leaves(config: Config) -> list[Leaf]:
     for entry in TABLE:
         absent = entry.path == "lm_head" and config.tie_word_embeddings
         absent |= ".shared_experts." in entry.path and config.n_shared_experts == 0
+        absent |= entry.scale and config.expert_dtype is None
         for stack in entry.stacks:
             if absent or counts[stack] == 0:
                 continue

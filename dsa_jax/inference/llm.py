@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
@@ -71,6 +71,7 @@ class LLM:
     Args:
       model: the transformer, or a folder with a checkpoint, and its `tokenizer.json` if text is wanted.
       tokenizer: of the model; that of the folder if None.
+      expert_dtype: of the routed experts of a folder's checkpoint, as `load_hf` takes it.
       max_length: the longest sequence, prompt and continuation; the model's positions if None.
       pages: of the cache; as many as free memory has room for if None.
       rows: how many sequences run at a time.
@@ -94,6 +95,7 @@ class LLM:
         model: Transformer | str | Path,
         *,
         tokenizer: Any = None,
+        expert_dtype: Literal["fp8"] | None = None,
         max_length: int | None = None,
         pages: int | None = None,
         rows: int = ROWS,
@@ -109,10 +111,12 @@ class LLM:
         if not isinstance(model, Transformer):
             folder = Path(model)
             end_tokens = read_end_tokens(folder)
-            model = load_hf(folder)
+            model = load_hf(folder, expert_dtype=expert_dtype)
             if tokenizer is None:
                 tokenizer = find_tokenizer(folder, model.config.vocab_size)
         config = model.config
+        if expert_dtype not in (None, config.expert_dtype):
+            raise ValueError(f"expert_dtype must be None for a model that is loaded already, got {expert_dtype!r}")
         length = config.max_position_embeddings if max_length is None or batch_invariant else max_length
         format = cache_format or config.dtype
         if pages is None:

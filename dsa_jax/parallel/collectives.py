@@ -41,7 +41,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.parallel.sharding import RULES, parameter_axes, path_names
 
 # Parameters whose products are float32 whatever the compute dtype, by the end of their path: they travel unrounded.
-FLOAT32_PRODUCTS = ("gate.weight", "indexer.weights_proj")
+FLOAT32_PRODUCTS = ("gate.weight", "indexer.weights_proj", "_proj_scale")
 
 
 # Who and how many.

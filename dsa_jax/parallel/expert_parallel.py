@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.grouped_ffn import check_shapes, expert_ffn, rows_ffn, rows_gradients, sum_slots, take
+from dsa_jax.grouped_ffn import check_gradients, check_shapes, expert_ffn, rows_ffn, rows_gradients, sum_slots, take
 from dsa_jax.pallas_kernels import dispatch as pallas_kernels
 from dsa_jax.parallel.collectives import max_statistics
+from dsa_jax.quantization import BlockScaled
 
 # A pair's quota over what even routing gives it. The half on top is five standard deviations of chance where that is
 # a hundred slots.
@@ -39,9 +40,9 @@ def expert_parallel_ffn(
     x: Float[Array, "M D"],
     experts: Int[Array, "M k"],
     gates: Float[Array, "M k"],
-    gate_proj: Float[Array, "X D F"],
-    up_proj: Float[Array, "X D F"],
-    down_proj: Float[Array, "X F D"],
+    gate_proj: Float[Array, "X D F"] | BlockScaled,
+    up_proj: Float[Array, "X D F"] | BlockScaled,
+    down_proj: Float[Array, "X F D"] | BlockScaled,
     *,
     axis: str,
     ragged: bool,
@@ -237,6 +238,7 @@ def _exchanged_ffn_fwd(axis, ragged, x, gates, weights, experts):
 
 def _exchanged_ffn_bwd(axis, ragged, residuals, dy):
     x, gates, weights, plan = residuals
+    check_gradients(weights)
 
     def run_round(index, sums):
         dx, dgates, dweights = sums

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int
 
 from dsa_jax.config import Config
+from dsa_jax.quantization import WEIGHT_BLOCK
 
 # The mesh axes, in the order of the devices. `tensor` is last: its neighbours talk most, and so stand in one host.
 AXES = ("data", "context", "expert", "tensor")
@@ -58,6 +59,9 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "experts.gate_proj": ("experts", "fsdp", "width"),
     "experts.up_proj": ("experts", "fsdp", "width"),
     "experts.down_proj": ("experts", "width", "fsdp"),
+    "experts.gate_proj_scale": ("experts", "fsdp", "width"),  # of FP8, one a block: shards have whole blocks
+    "experts.up_proj_scale": ("experts", "fsdp", "width"),
+    "experts.down_proj_scale": ("experts", "width", "fsdp"),
 }
 
 
@@ -193,6 +197,11 @@ def _split_dimensions(config: Config) -> Iterable[tuple[str, str, int]]:
     if config.num_moe_layers:
         sizes["width", "moe_intermediate_size"] = config.moe_intermediate_size
         sizes["experts", "n_routed_experts"] = config.n_routed_experts
+    if config.num_moe_layers and config.expert_dtype == "fp8":
+        for name, field in (("width", "moe_intermediate_size"), ("fsdp", "hidden_size")):
+            size = getattr(config, field)
+            blocks = size // WEIGHT_BLOCK if size % WEIGHT_BLOCK == 0 else 1  # a broken block is not split off
+            sizes[name, f"{field} {size} in whole FP8 blocks of {WEIGHT_BLOCK}:"] = blocks
     return ((name, field, size) for (name, field), size in sizes.items())
 
 

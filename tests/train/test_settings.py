@@ -35,6 +35,10 @@ def test_runs_come_back_from_json(run):
         (lambda v: v.update(batch=3), r"run has unknown fields \['batch'\]"),
         (lambda v: v["model"].update(index_topk=0), "index_topk must be at least 1, got 0"),
         (lambda v: v["model"].update(param_dtype="bfloat16"), "parameters in float32"),
+        (
+            lambda v: v["model"].update(expert_dtype="fp8"),
+            "training needs expert_dtype None, got 'fp8'",
+        ),
         (lambda v: v["phases"][0]["stages"][0].update(seq_len=65), "seq_len must be at most .* 64, got 65"),
         (lambda v: v["phases"][0]["stages"][0].update(rates=[1.0]), r"rates must be two factors.* got \(1.0,\)"),
         (lambda v: v["phases"][0]["stages"][0].update(rates=[1.0, -0.5]), "rates must be .* at least 0 .*got -0.5"),

@@ -15,7 +15,7 @@ from train_cases import compiled, small_batch, small_config, small_params, small
 from train.losses import LM_LOSS
 from train.phases import GROUPS, PHASES, SPARSE, Phase, group_of, merge_groups, split_groups, window_selection
 from train.settings import PhaseSettings
-from train.state import abstract_params, init_state
+from train.state import abstract_params, abstract_state, init_state
 from train.step import MAX_STEPS, make_step
 
 
@@ -63,6 +63,12 @@ def test_groups_partition_the_state_and_merge_back():
     assert not any("indexer" in str(path) for path, _ in jax.tree_util.tree_flatten_with_path(params["backbone"])[0])
     assert graphdef == abstract_params(config)[0]
     chex.assert_trees_all_equal(nnx.state(merge_groups(graphdef, params)), nnx.state(model))
+
+
+def test_parameters_in_fp8_are_not_trained():
+    words = r"training needs float32 parameters, got moe_layers\.mlp\.experts\.\w+ in float8_e4m3fn: load with"
+    with pytest.raises(ValueError, match=words):
+        abstract_state(small_config(expert_dtype="fp8"), settings_of("SPARSE"))
 
 
 @pytest.mark.parametrize("name", the_first(1, ["SPARSE", "BASE", "WARMUP"]))

@@ -32,7 +32,7 @@ from train.state import abstract_mesh, abstract_params
 type Shape = Mapping[str, int]
 
 WEIGHTS = ("fp8", "bfloat16")
-FP8_BLOCK = 128  # rows and columns of a block of e4m3 weights, and columns of a latent, that share a float32 scale
+LATENT_BLOCK = 128  # columns of a latent in FP8 that share a float32 scale
 BFLOAT16, FLOAT32, INT32 = 2, 4, 4  # bytes
 
 # The meshes of so many GPUs that differ in kind. With all on `expert`, no cache is kept twice; `tensor` answers a
@@ -56,10 +56,10 @@ TIMED_INDEX_WIDTH, TIMED_INDEX_BYTES = 64 * 128, 132
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Describes what is served: a model, its weights and cache in "fp8" or "bfloat16", on a mesh.
+    """Describes what is served: a model, its routed experts and cache in "fp8" or "bfloat16", on a mesh.
 
     Raises:
-      ValueError: if the model's sizes cannot be split over the mesh, or there are no such weights.
+      ValueError: if the model's sizes cannot be split over the mesh, FP8 in whole blocks, or there are no such weights.
     """
 
     config: Config
@@ -70,7 +70,7 @@ class Job:
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights must be {' or '.join(WEIGHTS)}, got {self.weights!r}")
         copy = dict(self.shape) | dict.fromkeys(RULES["fsdp"], 1)  # each copy has whole parameters
-        check_model(abstract_mesh(copy), self.config)
+        check_model(abstract_mesh(copy), held_config(self.config, self.weights))
 
     @property
     def gpus(self) -> int:
@@ -125,33 +125,26 @@ ATTENTION, EXPERTS, FEED_FORWARD, VOCABULARY = "attention", "routed experts", "o
 PARTS = (ATTENTION, FEED_FORWARD, EXPERTS, VOCABULARY)
 
 
+def held_config(config: Config, weights: str) -> Config:
+    """Gives the configuration of the model as it is loaded to be served: its parameters are what a GPU holds."""
+    return dataclasses.replace(config, param_dtype="bfloat16", expert_dtype="fp8" if weights == "fp8" else None)
+
+
 @functools.lru_cache(maxsize=32)
 def _weights(config: Config, weights: str, shape: tuple[tuple[str, int], ...]) -> tuple[Weight, ...]:
-    entries = {leaf.path: leaf.entry for leaf in leaves(config)}
-    _, params = abstract_params(config)
+    held = held_config(config, weights)
+    entries = {leaf.path: leaf.entry for leaf in leaves(held)}
+    _, params = abstract_params(held)
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = path_names(path)[1:]  # without the group that trains it
         entry, axes = entries[names], parameter_axes(names, leaf.ndim)
         counts = [shards(dict(shape), axis) for axis in axes]
-        local = [size // count for size, count in zip(leaf.shape, counts, strict=True)]
-        stacked = leaf.ndim - len(entry.shape(config))
-        elements = math.prod(local)
-        is_float32 = entry.keeps_float32 or entry.always_float32
-        if weights == "fp8" and entry.inputs is not None and not is_float32 and names != ("lm_head",):
-            inputs = stacked + entry.inputs
-            sides = (slice(stacked, inputs), slice(inputs, None))
-            blocks = math.prod(_blocks(math.prod(local[side]), math.prod(counts[side])) for side in sides)
-            nbytes = elements + FLOAT32 * blocks * math.prod(local[:stacked])
-        else:
-            nbytes = elements * (FLOAT32 if is_float32 else BFLOAT16)
-        found.append(Weight(_part(names), names[-1], elements, nbytes, entry.inputs is not None))
+        elements = math.prod(size // count for size, count in zip(leaf.shape, counts, strict=True))
+        nbytes = elements * (FLOAT32 if entry.keeps_float32 else leaf.dtype.itemsize)
+        is_product = entry.inputs is not None and not entry.scale
+        found.append(Weight(_part(names), names[-1], elements, nbytes, is_product))
     return tuple(found)
-
-
-def _blocks(size: int, count: int) -> int:
-    """Counts the blocks that a shard of `size` rows or columns touches, of `count` shards the most."""
-    return max((i * size + size - 1) // FP8_BLOCK - i * size // FP8_BLOCK + 1 for i in range(count))
 
 
 def _part(names: Sequence[str]) -> str:
@@ -165,9 +158,9 @@ def _part(names: Sequence[str]) -> str:
 def weights_of(job: Job) -> tuple[Weight, ...]:
     """Counts what a GPU holds of each parameter.
 
-    In "fp8" they are as FP8 checkpoints store them: matrices of the layers in e4m3 with a float32 scale for each block
-    of 128 × 128, of which a shard keeps those that it touches. Router, index weights and the index key's norm are
-    float32, all others bfloat16.
+    They are the parameters that `load_hf(expert_dtype=…)` leaves on a mesh. In "fp8" the routed experts are as FP8
+    checkpoints store them, e4m3 with a float32 scale for each block of 128 × 128. Router, index weights and the index
+    key's norm are float32, all others bfloat16.
     """
     return _weights(job.config, job.weights, tuple(job.shape.items()))
 
@@ -184,7 +177,7 @@ def latent_bytes(config: Config, weights: str) -> int:
     """Counts bytes of a token's latent in a layer; rotary columns are bfloat16 in FP8 too."""
     if weights == "bfloat16":
         return BFLOAT16 * config.latent_dim
-    scales = math.ceil(config.kv_lora_rank / FP8_BLOCK)
+    scales = math.ceil(config.kv_lora_rank / LATENT_BLOCK)
     return config.kv_lora_rank + FLOAT32 * scales + BFLOAT16 * config.qk_rope_head_dim
 
 
@@ -313,13 +306,14 @@ def expert_seconds(job: Job, batch: int) -> float:
     tokens = batch * shards(job.shape, "experts")  # of the groups that share the experts
     share = config.num_experts_per_tok / config.n_routed_experts
     read = (1 - (1 - share) ** tokens) * sum(weight.bytes for weight in experts)
-    return product_seconds(read, 2 * tokens * share * sum(weight.elements for weight in experts))
+    return product_seconds(read, 2 * tokens * share * sum(weight.elements for weight in experts if weight.is_product))
 
 
 def product_seconds(nbytes: float, flops: float) -> float:
     """Computes the seconds of products by weights: the longer of reading these and of computing.
 
-    FP8 weights are read as they are and multiplied in bfloat16, into which a kernel takes them in registers.
+    FP8 weights are taken to be read as they are and multiplied in bfloat16, into which a kernel takes them in
+    registers. XLA by itself writes a copy of a chunk's experts in bfloat16 and reads that: 5 bytes a weight, not 1.
     """
     return max(nbytes / rate("memory_bytes"), flops / rate("product_flops"))
 

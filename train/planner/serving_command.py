@@ -30,7 +30,7 @@ class Arguments:
     serve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Plan serving, not a training step."""
     weights: str = "fp8"
-    """fp8 or bfloat16, of weights and cache."""
+    """fp8 or bfloat16, of the routed experts and the cache; other weights are bfloat16."""
     gpus: tuple[int, ...] = tuple(serving.MESHES)
     """How many GPUs: 8, 16 or both."""
     position: tuple[int, ...] | None = None
@@ -213,8 +213,8 @@ def notes(job: Job) -> list[str]:
         "largest batch for which it has. A sequence gets a token a step.",
         "Nothing overlaps, which makes speeds too low; launches, latency of exchanges, norms and sampling are left "
         "out, which makes them too high, most at small batches.",
-        f"Assumed: {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly; FP8 "
-        f"weights read as they are; {serving.rate('memory_bytes') / 1e12:.1f} TB/s from memory, "
+        f"Assumed: {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly; "
+        f"experts in FP8 read as they are; {serving.rate('memory_bytes') / 1e12:.1f} TB/s from memory, "
         f"{serving.rate('product_flops') / 1e12:.0f} TFLOP/s. Selection and attention: {'; '.join(kernels)}.",
     ]
 

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 
+import jax
 import pytest
+from flax import nnx
 from train_cases import small_config, small_phases, write_preset
 
-from dsa_jax import Config
+from dsa_jax import Config, Transformer
 from dsa_jax.pallas_kernels.selection.select_keys import Config as SelectConfig
 from dsa_jax.parallel.sharding import parse_mesh
 from train.__main__ import main
@@ -28,23 +30,19 @@ def job(mesh="data=1", *, config=LARGE, weights="fp8"):
 
 
 def test_bytes_of_a_small_model_by_hand():
-    """Counts one dense and one MoE layer; no matrix is larger than a block, so each has one scale of 4 bytes."""
+    """Counts one dense and one MoE layer; no expert's matrix is larger than a block, so each has a scale of 4 bytes."""
     attention = 16 * 16 + 16 * 2 * 12 + 16 * 12 + 8 * 2 * 16 + 2 * 8 * 16 + 16 * 4 * 8 + 16 * 8  # of 7 matrices
     norms, wide = 2 * 16 + 16 + 8, 16 * 4 + 8 + 8  # norms; index weights, the index key's weight and bias
     router = 4 * (16 * 4 + 4)
     vocabulary = 2 * (2 * 256 * 16 + 16)
-    assert serving.weight_bytes(job(config=SMALL)) == {
-        "attention": 2 * (attention + 7 * 4 + 2 * norms + 4 * wide),
-        "other feed-forward": 3 * (16 * 16 + 4) + router + 3 * (16 * 8 + 4),
-        "routed experts": 4 * 3 * (16 * 8 + 4),
-        "vocabulary": vocabulary,
-    }
-    assert serving.weight_bytes(job(config=SMALL, weights="bfloat16")) == {
+    found = {
         "attention": 2 * (2 * attention + 2 * norms + 4 * wide),
         "other feed-forward": 2 * 3 * 16 * 16 + router + 2 * 3 * 16 * 8,
         "routed experts": 2 * 4 * 3 * 16 * 8,
         "vocabulary": vocabulary,
     }
+    assert serving.weight_bytes(job(config=SMALL, weights="bfloat16")) == found
+    assert serving.weight_bytes(job(config=SMALL)) == found | {"routed experts": 4 * 3 * (16 * 8 + 4)}
 
 
 def by_name(planned):
@@ -55,27 +53,34 @@ def by_name(planned):
     return found
 
 
-def test_scales_are_of_the_blocks_that_a_shard_touches():
-    """Two shards of 80 rows: the second begins in one block and ends in the next, which makes 3 of the whole's 2."""
-    config = small_config(qk_nope_head_dim=40, qk_rope_head_dim=40, index_head_dim=40, first_k_dense_replace=2)
-    assert by_name(job(config=config))["q_b_proj"] == 2 * (160 * 16 + 2 * 4)
-    assert by_name(job("tensor=2", config=config))["q_b_proj"] == 2 * (80 * 16 + 2 * 4)
-    wide = small_config(hidden_size=129, first_k_dense_replace=2)  # two blocks for one column more than a block
-    assert by_name(job(config=wide))["q_a_proj"] == 2 * (129 * 16 + 2 * 4)
+def test_a_shard_has_whole_blocks():
+    """A width of two blocks is halved; one of a block and a half is not, and has two scales where it is whole."""
+    two = small_config(moe_intermediate_size=256)
+    assert by_name(job(config=two))["gate_proj_scale"] == 4 * 2 * 4
+    assert by_name(job("tensor=2", config=two))["gate_proj_scale"] == 4 * 4
+    broken = small_config(moe_intermediate_size=192)
+    assert by_name(job(config=broken))["down_proj_scale"] == 4 * 2 * 4
+    with pytest.raises(ValueError, match="tensor=2 must divide moe_intermediate_size 192 in whole FP8 blocks of 128"):
+        job("tensor=2", config=broken)
+    assert by_name(job("tensor=2", config=broken, weights="bfloat16"))["wk"] > 0
+
+
+def test_planned_bytes_are_those_of_the_model():
+    """What the engine holds, but for router, index weights and norm, which it takes as the file has them."""
+    config = Config.tiny(param_dtype="bfloat16", expert_dtype="fp8")
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))).moe_layers.mlp.experts)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert serving.weight_bytes(job(config=Config.tiny()))["routed experts"] == held
 
 
 def test_bytes_of_the_published_model():
-    """671,877,944,064 parameters: e4m3 but for embedding, head, norms, router and index weights."""
+    """671,877,944,064 parameters: routed experts in e4m3, router and index weights in float32, others in bfloat16."""
     layers, moe, dim = 61, 58, 7168
-    vocabulary = 2 * 129280 * dim
-    norms = layers * (2 * dim + 1536 + 512) + dim
     wide = layers * (dim * 64 + 2 * 128) + moe * (dim * 256 + 256)
-    matrices = 671_877_944_064 - vocabulary - norms - wide
-    # Blocks of 128 × 128; 576 rows of the latents' matrix are four and a half.
-    attention = 12 * 56 + 192 * 12 + 5 * 56 + 256 * 4 + 56 * 128 + 64 * 12 + 1 * 56
-    blocks = layers * attention + 3 * 3 * 144 * 56 + moe * 257 * 3 * 16 * 56
+    experts = moe * 256 * 3 * dim * 2048
     total = sum(serving.weight_bytes(job()).values())
-    assert total == matrices + 4 * blocks + 2 * (vocabulary + norms) + 4 * wide == 674_299_197_120
+    assert total == experts + 4 * experts // 128**2 + 2 * (671_877_944_064 - experts - wide) + 4 * wide
+    assert total == 690_275_652_608
     half = sum(serving.weight_bytes(job(weights="bfloat16")).values())
     assert half == 2 * (671_877_944_064 - wide) + 4 * wide
 
@@ -259,7 +264,7 @@ def test_the_tables(capsys):
     assert max(map(len, shown.splitlines())) <= serving_command.WIDTH
     planned = job("expert=8")
     tokens = serving.tokens_that_fit(planned, 131072)
-    step = serving.decode_step(planned, 16, 32768)
+    step = serving.decode_step(planned, 1, 32768)
     of_all = step.tokens_per_second
     figures = (f"{tokens:,}", f"{8 * tokens:,}", f"{1e3 * step.seconds:.1f}", f"{of_all:,.0f}", f"{of_all / 8:,.0f}")
     source = serving.recorded_rates()["attention"][0]["source"].split(":")[0]
@@ -289,7 +294,8 @@ def test_json(capsys):
 def test_the_largest_batch_that_fits(capsys):
     found = json.loads(printed(capsys, "--config", "deepseek_v32", "--gpus", "8", "--position", "4096", "--json"))
     for plan in found["plans"]:
-        assert [step["batch_a_group"] for step in plan["steps"]] == [1, 16, 64, 128]
+        most = plan["tokens_a_group"] // 4096
+        assert [step["batch_a_group"] for step in plan["steps"]] == [1, 16, 64, min(most, 128)]
     found = json.loads(printed(capsys, "--config", "deepseek_v32", "--gpus", "8", "--position", "131072", "--json"))
     batches = [step["batch_a_group"] for step in found["plans"][0]["steps"]]
     assert batches == [1, found["plans"][0]["tokens_a_group"] // 131072]
@@ -304,7 +310,7 @@ def test_a_small_model_of_a_run_and_of_a_folder(capsys, tmp_path):
     folder.mkdir()
     (tmp_path / "config.json").rename(folder / "config.json")
     for source in (run, folder):
-        found = json.loads(printed(capsys, "--config", str(source), "--json"))
+        found = json.loads(printed(capsys, "--config", str(source), "--weights", "bfloat16", "--json"))
         meshes = {plan["mesh"] for plan in found["plans"]}
         assert meshes == {
             f"data={data},context=1,expert={expert},tensor={tensor}"
