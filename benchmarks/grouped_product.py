@@ -21,6 +21,7 @@ from benchmarks import measure
 from dsa_jax.grouped_ffn import expert_ffn
 from dsa_jax.pallas_kernels.grouped_product import rows, tiles, weights
 from dsa_jax.pallas_kernels.grouped_product.expert_ffn import lay_out
+from dsa_jax.quantization import cast_weight, quantize_blocks
 
 OUT = measure.RESULTS / "grouped_product.json"
 DIM, WIDTH, LOCAL_EXPERTS = 7168, 2048, 16
@@ -134,7 +135,8 @@ def forward_error(y, problem: Problem) -> float:
         want = np.zeros(DIM)
         x = np.asarray(problem.x[row], np.float64)
         for expert, gate in zip(np.asarray(problem.experts[row]), np.asarray(problem.gates[row]), strict=True):
-            g, u, d = (np.asarray(w[expert], np.float64) for w in problem.weights)
+            of_expert = [jax.tree.map(lambda a, e=expert: a[e], w) for w in problem.weights]
+            g, u, d = (np.asarray(cast_weight(w, jnp.bfloat16), np.float64) for w in of_expert)
             pre = x @ g
             want += (pre / (1 + np.exp(-pre)) * (x @ u) * gate) @ d
         worst = max(worst, float(np.abs(np.asarray(y[row], np.float64) - want).max() / np.sqrt(np.mean(want**2))))
@@ -144,22 +146,24 @@ def forward_error(y, problem: Problem) -> float:
 def decode() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Times few tokens on 256 experts: the bytes of the weights that are touched, over the time."""
     problem = draw(1, max(DECODE_TOKENS), DECODE_EXPERTS, DECODE_SLOTS)
+    in_fp8 = [jax.jit(functools.partial(jax.lax.map, quantize_blocks))(weight) for weight in problem.weights]
     for tokens in DECODE_TOKENS:
-        part = problem._replace(x=problem.x[:tokens], experts=problem.experts[:tokens], gates=problem.gates[:tokens])
-        arguments = (part.x, part.experts, part.gates, *part.weights)
-        touched = len(np.unique(np.asarray(part.experts))) * 3 * DIM * WIDTH * 2
-        for implementation in IMPLEMENTATIONS:
+        experts = problem.experts[:tokens]
+        used = len(np.unique(np.asarray(experts)))
+        for implementation, fp8 in [*((each, False) for each in IMPLEMENTATIONS), (IMPLEMENTATIONS[0], True)]:
+            held: Any = tuple(in_fp8) if fp8 else problem.weights
+            part = Problem(problem.x[:tokens], problem.dy[:tokens], experts, problem.gates[:tokens], held)
+            touched = used * 3 * DIM * WIDTH * (1 if fp8 else 2)
             forward = jax.jit(functools.partial(expert_ffn, implementation=implementation))
 
-            def run(forward=forward, arguments=arguments, touched=touched, part=part):
+            def run(forward=forward, part=part, touched=touched):
+                arguments = part.x, part.experts, part.gates, *part.weights
                 seconds = measure.seconds_per_call(forward, [arguments])["seconds"]
                 rates = {"milliseconds": 1e3 * seconds, "tb_per_s": touched / seconds / 1e12}
                 return rates | {"deviation": forward_error(forward(*arguments), part)}
 
-            yield (
-                {"name": "decode", "tokens": tokens, "touched_gb": touched / 1e9, "implementation": implementation},
-                run,
-            )
+            labels = {"name": "decode", "tokens": tokens, "weights": "e4m3" if fp8 else "bfloat16"}
+            yield labels | {"touched_gb": touched / 1e9, "implementation": implementation}, run
 
 
 def peers() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:

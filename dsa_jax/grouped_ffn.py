@@ -13,6 +13,7 @@ if they are asked for (`dsa_jax.pallas_kernels.grouped_product`).
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -264,13 +265,13 @@ _expert_ffn.defvjp(lambda *args: (_expert_ffn(*args), args[1:]), _expert_ffn_bwd
 def _run(implementation, x, experts, gates, weights, *, partial: bool):
     """Computes the results; `partial` says that many slots may have no expert."""
     choose = functools.partial(choose_implementation, "expert_ffn", resolve(implementation) or "xla")
-    why_not = kernels.why_not(x, experts, gates, *weights)
+    arrays = x, experts, gates, *_arrays(weights)
     xla = functools.partial(_blocks_ffn, partial=partial)
-    return choose(why_not, xla=xla, pallas=kernels.expert_ffn)(x, experts, gates, *weights)
+    return choose(kernels.why_not(*arrays), xla=xla, pallas=kernels.expert_ffn)(*arrays)
 
 
 def _pull(implementation, dy, x, experts, gates, weights, *, partial: bool):
-    """Computes the gradients by x, gates and weights."""
+    """Computes the gradients by x, gates and weights, which are not in FP8."""
     choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation) or "xla")
     why_not = kernels.why_not(x, experts, gates, *weights)
     xla = functools.partial(_blocks_gradients, partial=partial)
@@ -279,8 +280,16 @@ def _pull(implementation, dy, x, experts, gates, weights, *, partial: bool):
     return dx, dgates, tuple(dweights)
 
 
-def _blocks_ffn(x, experts, gates, *weights, partial):
-    """Computes the results block by block."""
+def _arrays(weights: Weights) -> list[Array]:
+    """Lists the arrays of the weights: the three, and behind them their scales if they are in FP8."""
+    held = [w if isinstance(w, BlockScaled) else BlockScaled(w, w) for w in weights]
+    scales = [w.scale for w in weights if isinstance(w, BlockScaled)]
+    return [*(w.values for w in held), *scales]
+
+
+def _blocks_ffn(x, experts, gates, *arrays, partial):
+    """Computes the results block by block; the arrays are those of `_arrays`."""
+    weights: Any = arrays if len(arrays) == 3 else tuple(map(BlockScaled, arrays[:3], arrays[3:]))
     layout = _lay_out(experts, weights[0].shape[0], chunk_blocks(*weights[0].shape[1:]), skip=partial)
     return sum_slots(_run_chunks(x, gates, weights, layout), layout.row).astype(x.dtype)
 

@@ -128,7 +128,10 @@ def test_a_new_model_has_fp8_experts():
     assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(state))
 
 
-def test_kernels_say_that_they_take_no_fp8():
+def test_kernels_take_fp8_of_whole_blocks_and_say_what_else_they_do_not():
     arrays, narrow, _ = fp8_problem(5, 256, 128, "bfloat16")
-    with pytest.raises(ValueError, match="gate_proj must be bfloat16 or float32, got float8_e4m3fn"):
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU"):  # and nothing else
+        expert_ffn(*arrays, *narrow, implementation="pallas")
+    arrays, narrow, _ = fp8_problem(5, 200, 136, "bfloat16")
+    with pytest.raises(ValueError, match="D and F must be multiples of 128, got 200 and 136"):
         expert_ffn(*arrays, *narrow, implementation="pallas")

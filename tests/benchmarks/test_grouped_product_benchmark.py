@@ -23,8 +23,9 @@ def test_layer_and_decode_run_and_are_held_against_float64(small):
     assert "failed" not in layer | decode
     assert [row["name"] for row in layer["timings"]] == ["forward", "backward"]
     assert all(0 < row["deviation"] < 0.05 for row in (layer["timings"][0], *decode["timings"]))
-    touched = [round(row["touched_gb"] * 1e9 / (3 * 64 * 32 * 2)) for row in decode["timings"]]
-    assert touched[0] == 2 and 2 <= touched[1] <= 6
+    items = {"bfloat16": 2, "e4m3": 1}
+    touched = [round(row["touched_gb"] * 1e9 / (3 * 64 * 32 * items[row["weights"]])) for row in decode["timings"]]
+    assert touched[:2] == [2, 2] and touched[2] == touched[3] and 2 <= touched[2] <= 6
 
 
 def test_a_wrong_row_shows(small):

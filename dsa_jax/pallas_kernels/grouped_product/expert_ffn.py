@@ -29,13 +29,14 @@ FEW_ROWS = 32
 MAX_ELEMENTS = 2**31 - 1  # of a row's number times the columns: coordinates are int32
 
 
-def why_not(x, experts, gates, gate_proj, up_proj, down_proj) -> str | None:
+def why_not(x, experts, gates, gate_proj, up_proj, down_proj, *scales) -> str | None:
     """Says why the kernels cannot take these arguments, or None when they can."""
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
     for name, weight in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj)):
-        if weight.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"{name} must be bfloat16 or float32, got {weight.dtype}"
+        wanted = (jnp.float8_e4m3fn,) if scales else (jnp.bfloat16, jnp.float32)
+        if weight.dtype not in wanted:
+            return f"{name} must be {' or '.join(jnp.dtype(each).name for each in wanted)}, got {weight.dtype}"
     num_experts, dim, width = gate_proj.shape
     if dim % COLUMNS or width % COLUMNS:
         return f"D and F must be multiples of {COLUMNS}, got {dim} and {width}"
@@ -74,16 +75,17 @@ def lay_out(experts, num_experts: int) -> Layout:
     )
 
 
-def expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj, *, interpret: bool = False):
+def expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj, *scales, interpret: bool = False):
     """Computes y_m = sum_k gates_mk · down_e(silu(gate_e x_m) · (up_e x_m)), e = experts_mk.
 
     Args:
       x: [M, D] bfloat16.
       experts: int [M, k]; a slot outside [0, X) contributes nothing.
       gates: float32 [M, k].
-      gate_proj: [X, D, F], rounded to bfloat16 as are the next two.
+      gate_proj: [X, D, F], rounded to bfloat16 as are the next two; or all three e4m3.
       up_proj: see `gate_proj`.
       down_proj: [X, F, D].
+      scales: of e4m3 weights, those of the three, float32, one for each block of 128 × 128.
       interpret: run in Pallas' interpreter, on a CPU.
 
     Returns:
@@ -92,15 +94,19 @@ def expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj, *, interpret: b
     Raises:
       ValueError: if `why_not` has a reason.
     """
-    _check(x, experts, gates, gate_proj, up_proj, down_proj)
+    _check(x, experts, gates, gate_proj, up_proj, down_proj, *scales)
     num_experts, slots = gate_proj.shape[0], experts.size
-    few = slots <= FEW_ROWS * num_experts
+    few = bool(scales) or slots <= FEW_ROWS * num_experts  # only tiles of few rows convert FP8
     layout = lay_out(experts, num_experts)
     tiles, pairs = (make_tiles(layout.blocks, slots, rows_kernels.tile_blocks(n, few)) for n in (1, 2))
-    gate_proj, up_proj, down_proj = (w.astype(jnp.bfloat16) for w in (gate_proj, up_proj, down_proj))
+    if not scales:
+        gate_proj, up_proj, down_proj = (w.astype(jnp.bfloat16) for w in (gate_proj, up_proj, down_proj))
     rows, row_gates = _rows(x, layout), _row_gates(gates, layout)
-    (hidden,) = rows_kernels.gate_up(rows, gate_proj, up_proj, row_gates, pairs, few=few, interpret=interpret)
-    out = rows_kernels.multiply(hidden, down_proj, tiles, few=few, interpret=interpret)
+    of_first, of_second = scales[:2], scales[2:]
+    (hidden,) = rows_kernels.gate_up(
+        rows, gate_proj, up_proj, row_gates, pairs, scales=of_first, few=few, interpret=interpret
+    )
+    out = rows_kernels.multiply(hidden, down_proj, tiles, scales=of_second, few=few, interpret=interpret)
     return _sum_slots(out, layout)
 
 

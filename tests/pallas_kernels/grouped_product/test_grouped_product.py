@@ -17,6 +17,7 @@ from dsa_jax.pallas_kernels.grouped_product import rows, tiles, weights
 from dsa_jax.pallas_kernels.grouped_product.expert_ffn import FEW_ROWS, lay_out
 from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS, COMPUTE_REGISTERS, COPY_REGISTERS
 from dsa_jax.pallas_kernels.hopper.constants import REGISTERS_PER_MULTIPROCESSOR, SMEM_BYTES, WARPGROUP_THREADS
+from dsa_jax.quantization import quantize_blocks
 
 # Plans.
 
@@ -166,10 +167,13 @@ def test_the_layer_and_its_gradients_equal_those_of_xla():
         np.testing.assert_allclose(f64(ours), f64(theirs), atol=2**-8 * np.abs(f64(theirs)).max())
 
 
-def test_few_tokens_equal_those_of_xla():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_few_tokens_equal_those_of_xla(fp8):
     _, x, experts, gates, *of_weights = problem(1, 5, 2, 3, 128, 128, jnp.bfloat16)
-    found = grouped_product.expert_ffn(x, experts, gates, *of_weights, interpret=True)
-    want = f64(expert_ffn(x, experts, gates, *of_weights))
+    held: Any = [quantize_blocks(w) for w in of_weights] if fp8 else of_weights
+    arrays = [*(w.values for w in held), *(w.scale for w in held)] if fp8 else held
+    found = grouped_product.expert_ffn(x, experts, gates, *arrays, interpret=True)
+    want = f64(expert_ffn(x, experts, gates, *held))
     np.testing.assert_allclose(f64(found), want, atol=2**-8 * np.abs(want).max())
 
 
