@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import statistics
 import textwrap
 
 from benchmarks import serving_tables
@@ -235,8 +236,33 @@ def data(results: dict) -> str:
     return "\n".join(lines)
 
 
+def moments(results: dict) -> str:
+    """The section on how moments are stored, in Markdown."""
+    first, rows = next(iter(results.values())), [row for part in results.values() for row in part["rows"]]
+    most = max(abs(row["difference"]) for row in rows)
+    seeds = max(statistics.stdev(run["held_out"] for run in row["runs"]) for row in rows)
+    text = (
+        f"{first['parameters']:,} parameters, {first['steps']} steps of {first['batch_size']} × {first['seq_len']} "
+        f"bytes of source code, {first['seeds']} seeds; {first['circumstances']['date']}, `python -m "
+        "benchmarks.moments`. Differences are from float32 with the same seed, with the standard error of their mean. "
+        f"The largest is {most:.4f}; by their seeds alone runs differ with a standard deviation of up to {seeds:.4f}."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| `b2` | moments stored in | held-out loss | difference |",
+        "|---|---|---|---|",
+    ]
+    for part in results.values():
+        for row in part["rows"]:
+            apart = f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" if row["stored"] != "float32" else ""
+            lines.append(f"| {part['b2']} | {row['stored']} | {row['held_out']:.4f} | {apart} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
     "data": data,
+    "moments": moments,
     "decode": serving_tables.decode,
     "decode_step": serving_tables.decode_step,
     "cost": serving_tables.cost,
@@ -250,6 +276,7 @@ FILES = {  # of benchmarks/results, of the sections whose name is not that of th
 }
 DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands in docs/
     "data": "data.md",
+    "moments": "training.md",
     "plan": "many_devices.md",
     "serving": "many_devices.md",
     "needle": "studies.md",

@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from train.checks import check_integer, check_number, shown
+from train.moments import store_rounded
 
 # Axes (reduction, output) of the matrices that Muon orthogonalises, counted from the end: leading axes (layers,
 # experts) are batches of matrices, and a head axis is folded into the side it stands on. The router is left to AdamW.
@@ -32,6 +33,8 @@ MATRICES = {
 class OptimizerSettings:
     """Holds the settings of AdamW at `learning_rate`; `muon_learning_rate` hands the layers' matrices to Muon.
 
+    With `moment_dtype="bfloat16"` the moments of both take half the memory. They are rounded stochastically.
+
     Examples:
       >>> settings = OptimizerSettings(learning_rate=4e-3, muon_learning_rate=0.02, schedule="cosine")
 
@@ -47,10 +50,13 @@ class OptimizerSettings:
     b2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got {shown(self.schedule)}")
+        if self.moment_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"moment_dtype must be 'float32' or 'bfloat16', got {shown(self.moment_dtype)}")
         for name in ("learning_rate", "clip"):
             check_number(name, getattr(self, name), above=0)
         if self.muon_learning_rate is not None:
@@ -111,8 +117,13 @@ def learning_rates(
 
 def make_optimizer(
     settings: OptimizerSettings, steps: int, scale: optax.Schedule | None = None
-) -> optax.GradientTransformation:
-    """Makes the chain of one parameter group over a phase of `steps` steps, with a factor on its rates."""
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the chain of one parameter group over a phase of `steps` steps, with a factor on its rates.
+
+    Returns:
+      the optimizer. Where its moments are bfloat16 its `update` needs `random` and `step`, as `moments.store_rounded`
+      says; elsewhere they are ignored.
+    """
     rates = learning_rates(settings, steps, scale)
     adam_rate, muon_rate = rates["learning_rate"], rates.get("muon_learning_rate")
     if muon_rate is None:
@@ -130,7 +141,8 @@ def make_optimizer(
             muon_weight_dimension_numbers=muon_dimensions,
         )
         inner = _spare_normalisations(muon)
-    return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+    chain = optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+    return optax.with_extra_args_support(chain) if settings.moment_dtype == "float32" else store_rounded(chain)
 
 
 def _spare_normalisations(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -28,10 +28,10 @@ class TrainState:
     step: Array  # int32, steps done within the phase
     params: Params  # group -> parameters, float32
     opt_state: dict[str, Any]  # group -> optax state, of the groups that the phase trains alone
-    random: Array  # uint32 [2], key data for what is drawn in and after training
+    random: Array  # uint32 [2], key data for what is drawn in and after training, and for how moments are rounded
 
 
-def make_optimizers(settings: PhaseSettings) -> dict[str, optax.GradientTransformation]:
+def make_optimizers(settings: PhaseSettings) -> dict[str, optax.GradientTransformationExtraArgs]:
     """Makes the optimizer of each group that the phase trains."""
     scale = settings.rate_scale
     return {group: make_optimizer(getattr(settings, group), settings.steps, scale) for group in settings.phase.trains}

@@ -97,7 +97,9 @@ def build_step(
         params, opt_state = dict(state.params), {}
         for group, optimizer in optimizers.items():
             with jax.named_scope(f"update_{group}"):
-                updates, opt_state[group] = optimizer.update(grads[group], state.opt_state[group], params[group])
+                updates, opt_state[group] = optimizer.update(
+                    grads[group], state.opt_state[group], params[group], random=state.random, step=state.step
+                )
                 params[group] = optax.apply_updates(params[group], updates)
             metrics[f"grad_norm_{group}"] = optax.tree.norm(grads[group])
             for name, rate in learning_rates(getattr(settings, group), settings.steps, settings.rate_scale).items():

@@ -70,6 +70,7 @@ BAD = {
     "b2": (1.0, 2, -0.1, 1 - 1e-12, *NO_NUMBERS),
     "weight_decay": (-1.0, *NO_NUMBERS),
     "clip": (0, -1.0, *NO_NUMBERS),
+    "moment_dtype": ("float16", None, 16, []),
 }
 
 

@@ -12,6 +12,7 @@ FIXED = {"model": "the model of a run stays", "seed": "the seed of a run stays"}
 FREE_MODEL_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # they decide no number
 OPTIMIZERS = ("backbone", "indexer")
 MUON = "muon_learning_rate"
+MOMENT_DTYPE = "moment_dtype"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _with_reason(
     elif name in OPTIMIZERS:
         other = not rest or (rest[0] == MUON and None in (difference.before, difference.after))
         reason = "the kind of an optimizer stays while its phase runs" if other else None
+        reason = "the dtype of moments stays while their phase runs" if rest == [MOMENT_DTYPE] else reason
     else:
         reason = None if name == "bias_rate" else "it stays while its phase runs"
     return dataclasses.replace(difference, reason=reason)

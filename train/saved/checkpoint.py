@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
+from train.moments import MOMENTS
 from train.phases import Params
 from train.saved.changes import Position
 from train.saved.folder import checkpoint_steps, last_checkpoint
@@ -44,7 +45,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        arrays = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
+        handlers = {**arrays, "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +84,12 @@ class Checkpoints:
             self._manager.save(position.step, args=items, force=True)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Reads the state of a checkpoint; `like` gives shapes, dtypes and shardings."""
+        """Reads the state of a checkpoint; `like` gives shapes, dtypes and shardings.
+
+        Raises:
+          ValueError: if it holds moments of another dtype, to which Orbax would round them to the nearest.
+        """
+        self._check_moments(step, like)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
             step,
@@ -91,6 +99,15 @@ class Checkpoints:
             ),
         )
         return TrainState(params=restored["params"], **restored["optimizer"])
+
+    def _check_moments(self, step: int, like: TrainState) -> None:
+        saved = _moment_dtypes(self._manager.item_metadata(step)["optimizer"].tree["opt_state"])
+        for group, dtype in _moment_dtypes(like.opt_state).items():
+            if (found := saved.get(group, dtype)) != dtype:
+                raise ValueError(
+                    f"the checkpoint of step {step} in {self.folder} holds {found} moments of the {group}, the run's "
+                    f"moment_dtype is {dtype}: the dtype of moments stays while their phase runs"
+                )
 
     def wait(self) -> None:
         """Waits until every checkpoint under way is written.
@@ -116,6 +133,16 @@ def _without_paths(error: Exception, folder: Path) -> str:
     """Writes an error without the folder, which tensorstore repeats until no room is left for the reason."""
     text = str(error).replace(f"{folder}/", "")
     return text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
+
+
+def _moment_dtypes(opt_state: Any) -> dict[str, str]:
+    """Finds the dtype of each group's moments, of a state or of what Orbax says of one."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if set(MOMENTS).intersection(names):
+            found[names[0]] = str(leaf.dtype)
+    return found
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:

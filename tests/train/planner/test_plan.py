@@ -71,6 +71,15 @@ def test_state_is_what_placed_arrays_take(phase):
     assert planned["parameters"]["MoE"] > planned["parameters"]["dense"] > 0
 
 
+def test_moments_in_bfloat16_take_half_the_state():
+    wide = job()
+    rounded = dataclasses.replace(wide.settings.backbone, moment_dtype="bfloat16")
+    narrow = dataclasses.replace(wide, settings=dataclasses.replace(wide.settings, backbone=rounded, indexer=rounded))
+    moments, half = (estimate.state_bytes(each, EIGHT)["optimizer"] for each in (wide, narrow))
+    for kind in ("dense", "MoE"):  # elsewhere the state has its counts of steps
+        assert half[kind] == moments[kind] / 2 > 0
+
+
 def sent_by_hlo(text):
     """Bytes that a device sends by kind of collective in a compiled program, loops unrolled."""
     computations, entry, name = defaultdict(list), None, None

@@ -56,6 +56,7 @@ def changes(*assignments, done: Position | None = IN_STAGE_TWO, before: RunConfi
         ("phases.BASE.stages.2.seq_len", 32, 64),
         ("phases.WARMUP.stages.0.batch_size", 4, 2),
         ("phases.WARMUP.indexer.muon_learning_rate", None, 0.1),
+        ("phases.WARMUP.indexer.moment_dtype", "float32", "bfloat16"),
     ],
 )
 def test_what_may_change(field, before, after):
@@ -69,6 +70,7 @@ def test_what_may_change(field, before, after):
         ("model.dtype", '"bfloat16"', "the model of a run stays"),
         ("seed", 3, "seed 0, here 3 (the seed of a run stays)"),
         ("phases.BASE.backbone.muon_learning_rate", "null", "the kind of an optimizer stays while its phase runs"),
+        ("phases.BASE.backbone.moment_dtype", "bfloat16", "the dtype of moments stays while their phase runs"),
         ("phases.BASE.stages.0.steps", 5, "stages that are done stay"),
         ("phases.BASE.stages.0.micro_batches", 2, "stages that are done stay"),
         ("phases.BASE.stages.0.rates", [1.0, 0.5], "stages that are done stay"),
