@@ -18,15 +18,19 @@ from train.planner import (
     Plan,
     best_plan,
     calibration,
+    choose_keep,
     least_state_bytes,
     make_plan,
     measured_settings,
+    nearest_plan,
     usable_memory,
+    with_moments,
 )
 from train.presets import load_preset
 
 OUT = measure.RESULTS / "plan.json"
 GPUS = (64, 256, 1024)
+MEMORY_GPUS = (128, 256)  # half of what is enough with float32 moments, and that
 LENGTH = 131072
 PRESET = "deepseek_v32"
 
@@ -60,6 +64,19 @@ def figures(plan: Plan) -> dict[str, Any]:
     }
 
 
+def memory_row(gpus: int) -> dict[str, Any]:
+    """Plans SPARSE with bfloat16 moments on the best mesh of `gpus`, and then with what is best kept there."""
+    job = with_moments(Job.of(load_preset(PRESET), "SPARSE", LENGTH, PUBLISHED_BATCH_SIZES["SPARSE"]), "bfloat16")
+    plan = nearest_plan(job, gpus)
+    if plan is None or not plan.fits:
+        state = least_state_bytes(job, gpus) / GIB
+        needed = {"needed_gib": state} if plan is None else figures(plan)
+        return {"gpus": gpus, "fits": False, "least_state_gib": state, **needed}
+    chosen = choose_keep(job, plan.shape)
+    kept = {"keep": list(chosen.job.settings.keep), "keeping": figures(chosen)}
+    return {"gpus": gpus, "fits": True, **figures(plan), **kept}
+
+
 def run_rows() -> list[dict[str, Any]]:
     """Computes how far plans of the steps that `benchmarks.sharded` measured are from what they took."""
     rows = []
@@ -78,11 +95,13 @@ def run_rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Records the errors on measured steps, the calibration and all rows."""
-    names, out = measure.command_line(__doc__, ("runs", "plans"), OUT, on_gpu=False)
+    names, out = measure.command_line(__doc__, ("runs", "plans", "memory"), OUT, on_gpu=False)
     if "runs" in names:
         measure.record(out, {"runs": {"rows": run_rows()}})
     if "plans" in names:
         record_plans(out)
+    if "memory" in names:
+        measure.record(out, {"memory": {"usable_gib": usable_memory() / GIB, "rows": [*map(memory_row, MEMORY_GPUS)]}})
 
 
 def record_plans(out: pathlib.Path) -> None:

@@ -194,6 +194,36 @@ def plan(results: dict) -> str:
     return "\n".join(lines)
 
 
+def memory(results: dict) -> str:
+    """The section on what bfloat16 moments and a choice of what is kept make of the SPARSE step, in Markdown."""
+    part = results["memory"]
+    circumstances = part["circumstances"]
+    text = (
+        f"`python -m benchmarks.plan --only memory`, jax {circumstances['versions']['jax']}, {circumstances['date']}: "
+        f"the step of SPARSE above, of 480 sequences, with moments in bfloat16. {part['usable_gib']:.0f} GiB of a card "
+        "are taken to be usable. The mesh is the fastest with nothing more kept; what is kept there is chosen by the "
+        "planner."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| GPUs | mesh | kept for the backward pass | needed a GPU | compute + network a step | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in part["rows"]:
+        mesh = row.get("mesh", "").replace(",", ", ")
+        if not row["fits"]:
+            lines.append(
+                f"| {row['gpus']} | none fits; least bytes found: {mesh} | | {row['needed_gib']:.0f} GiB | | |"
+            )
+            continue
+        for kept, found in (("", row), (", ".join(row["keep"]), row["keeping"])):
+            seconds = f"{found['compute_seconds']:.0f} + {found['network_seconds']:.0f} s"
+            cells = mesh, kept, f"{found['needed_gib']:.0f} GiB", seconds, f"{found['tokens_per_second']:,.0f}"
+            lines.append(f"| {row['gpus']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _planned(row):
     """The cells of a row of the plan after its GPUs."""
     if row["planned_gpus"] > row["gpus"]:
@@ -263,6 +293,7 @@ def moments(results: dict) -> str:
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
     "data": data,
     "moments": moments,
+    "memory": memory,
     "decode": serving_tables.decode,
     "decode_step": serving_tables.decode_step,
     "cost": serving_tables.cost,
@@ -272,12 +303,14 @@ SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded":
 FILES = {  # of benchmarks/results, of the sections whose name is not that of their only file
     "decode": ("decode_attention", "decode_selection"),
     "cost": ("cost_by_position",),
+    "memory": ("plan",),
     "engine": ("serving",),
 }
 DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands in docs/
     "data": "data.md",
     "moments": "training.md",
     "plan": "many_devices.md",
+    "memory": "many_devices.md",
     "serving": "many_devices.md",
     "needle": "studies.md",
 }

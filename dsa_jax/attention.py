@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -233,7 +234,7 @@ def _sparse_block(q, kv, indices):
 
 
 def _sparse_forward(value_dim, scale, implementation, q, kv, indices):
-    out, lse = _sparse_attention(value_dim, scale, implementation, q, kv, indices)
+    out, lse = checkpoint_name(_sparse_attention(value_dim, scale, implementation, q, kv, indices), "attention")
     return (out, lse), (q, kv, indices, out, lse)
 
 

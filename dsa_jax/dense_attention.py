@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.attention import (
@@ -151,7 +152,7 @@ def _reach(start, stop, indices, k):
 
 
 def _dense_forward(scale, dims, implementation, q, k, v, keys, indices):
-    out, lse = _dense_attention(scale, dims, implementation, q, k, v, keys, indices)
+    out, lse = checkpoint_name(_dense_attention(scale, dims, implementation, q, k, v, keys, indices), "attention")
     return (out, lse), (q, k, v, keys, indices, lse)
 
 

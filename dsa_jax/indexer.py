@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsa_jax.blockwise import accumulator, contract, join_queries, map_rows, split_queries
@@ -199,11 +200,12 @@ class LightningIndexer(nnx.Module):
         """
         with jax.named_scope("indexer"):
             q_index = project("btq,qje->btje", q_latent, self.wq_b[...])
-            k_index = self.k_norm(project("btd,de->bte", x, self.wk[...]))
+            k_index = self.k_norm(checkpoint_name(project("btd,de->bte", x, self.wk[...]), "latents"))
             q_index, k_index = self._rotate(q_index, rotation), self._rotate(k_index, rotation)
             if self.config.index_fp8:
                 q_index, k_index = hadamard(q_index), hadamard(k_index)
-            weights = project("btd,dj->btj", x.astype(jnp.float32), self.weights_proj[...])
+            q_index = checkpoint_name(q_index, "queries")
+            weights = checkpoint_name(project("btd,dj->btj", x.astype(jnp.float32), self.weights_proj[...]), "latents")
             return q_index, k_index, weights * (self.config.index_n_heads * self.config.index_head_dim) ** -0.5
 
     def _rotate(self, x, rotation):

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax import attention
@@ -205,7 +206,7 @@ def _kl(evaluate, static, index, constants):
 def _kl_forward(evaluate, static, index, constants):
     q_index = index[0]
     kl, gradients = evaluate(static, index, constants, jnp.ones(q_index.shape[:2], accumulator(q_index)))
-    return kl, (index, constants, gradients)
+    return kl, (index, constants, checkpoint_name(gradients, "indexer_kl"))
 
 
 def _kl_backward(evaluate, static, residuals, d_kl):

@@ -246,11 +246,13 @@ class SparseMLA(nnx.Module):
     def project(self, x: Float[Array, "B T D"], rotation: Rotation) -> Projections:
         """Projects to queries, latents and the indexer's inputs; the indexer sees `x` and the query latent detached."""
         with jax.named_scope("project"):
-            q_latent = self.q_a_layernorm(project("btd,dq->btq", x, self.q_a_proj[...]))
+            # Named before the norms, whose gradients need what they normalise.
+            q_latent = self.q_a_layernorm(checkpoint_name(project("btd,dq->btq", x, self.q_a_proj[...]), "latents"))
             q = project("btq,qnh->btnh", sum_gradients(q_latent, "heads"), self.q_b_proj[...])
+            q = checkpoint_name(q, "queries")
             q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
             q = jnp.concatenate([q_nope, rotate_interleaved(q_rope, *rotation)], axis=-1)
-            kv = project("btd,dh->bth", x, self.kv_a_proj_with_mqa[...])
+            kv = checkpoint_name(project("btd,dh->bth", x, self.kv_a_proj_with_mqa[...]), "latents")
             c_kv, k_rope = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
             kv = jnp.concatenate([self.kv_a_layernorm(c_kv), rotate_interleaved(k_rope, *rotation)], axis=-1)
         q_index, k_index, weights = self.indexer(jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent), rotation)
@@ -332,6 +334,7 @@ class SparseMLA(nnx.Module):
         """Projects this shard's heads to the output, summed over shards, and joins what it found for its queries."""
         with jax.named_scope("project_output"):
             x = sum_shards(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
+            x = checkpoint_name(x, "attention_output")
         if cache is None:
             kl, selected = jax.tree.map(lambda x: gather_tokens(x, "heads"), (kl, selected))
         return LayerOutput(x, kl, selected, cache)
@@ -361,5 +364,6 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to every token."""
         x = sum_gradients(x, "width")
-        gate, up = (project("...d,df->...f", x, weight[...]) for weight in (self.gate_proj, self.up_proj))
+        products = (project("...d,df->...f", x, weight[...]) for weight in (self.gate_proj, self.up_proj))
+        gate, up = (checkpoint_name(product, "feed_forward") for product in products)
         return sum_shards(project("...f,fd->...d", jax.nn.silu(gate) * up, self.down_proj[...]), "width")

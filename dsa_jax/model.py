@@ -29,6 +29,7 @@ from dsa_jax.parallel.collectives import (
     sum_gradients,
     sum_shards,
 )
+from dsa_jax.remat import check_keep, remat_policy
 from dsa_jax.rope import rotation as rope_rotation
 
 ATTENTIONS: dict[str, type[SparseMLA]] = {"none": SparseMLA, "blocks": BlockMLA}  # by the config's `baseline`
@@ -121,6 +122,7 @@ class Transformer(nnx.Module):
         return_routed: bool = False,
         return_indexer_kl: bool = True,
         cache: AnyCache | None = None,
+        keep: tuple[str, ...] = (),
     ) -> Output:
         """Runs the model over T tokens a row.
 
@@ -138,11 +140,13 @@ class Transformer(nnx.Module):
           return_indexer_kl: whether `Output.indexer_kl` is wanted; without it nothing of it is computed.
           cache: keys of earlier tokens, a `Cache` or `Pages`; the new ones are written to it. Of `Pages`, which count
             nothing, keys and positions must be given.
+          keep: names of `remat.KEEPABLE`: results that are kept for the backward pass, not computed again.
 
         Raises:
           ValueError: if shapes, options or, outside `jit`, token ids are wrong, or the tokens do not fit.
         """
         tokens = self.check_inputs(tokens, keys, positions, attention, selected, routed, cache)
+        check_keep(keep)
         batch, length = tokens.shape
         before = jnp.zeros(batch, jnp.int32) if cache is None or cache.lengths is None else cache.lengths
         keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
@@ -150,7 +154,7 @@ class Transformer(nnx.Module):
         self._check_values(tokens, keys, cache)
         inputs = tokens, keys, positions, selected, routed, cache
         wanted = dict(return_selected=return_selected, return_indexer_kl=return_indexer_kl)
-        options = dict(attention=attention, return_routed=return_routed, **wanted)
+        options = dict(attention=attention, return_routed=return_routed, keep=keep, **wanted)
         if isinstance(tokens, Tracer):
             return self._run(*inputs, options)
         # Outside `jit` the whole forward is compiled, once a shape: a scan by itself would be compiled at every call.
@@ -403,13 +407,12 @@ def _scan_layers(stack, first, carry, imposed, rotation, keys, options):
         routed = out.routed if options["return_routed"] else None
         return (out.x, out.cache, keys), (out.indexer_kl, out.expert_load, chosen, routed)
 
-    # A selection is kept, not found again: a second indexer pass costs time and could choose otherwise.
-    keep = jax.checkpoint_policies.save_only_these_names("indices", "lse")
+    body = jax.checkpoint(body, policy=remat_policy(options["keep"]))
     count = jax.tree.leaves(state)[0].shape[0]
     scanned = (first + jnp.arange(count), state, imposed)
     # The key range is carried though it never changes: of a constant, differentiation would compute and keep all masks,
     # T × S of them, ahead of the loop.
-    (x, cache, _), ys = jax.lax.scan(jax.checkpoint(body, policy=keep), (*carry, keys), scanned)
+    (x, cache, _), ys = jax.lax.scan(body, (*carry, keys), scanned)
     return (x, cache), ys
 
 

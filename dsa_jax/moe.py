@@ -10,6 +10,7 @@ References:
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dsa_jax.blockwise import contract
@@ -55,7 +56,8 @@ def route(
       >>> experts.tolist(), gates.tolist()
       ([7, 6], [1.25, 1.25])
     """
-    scores = jax.nn.sigmoid(contract("...d,dx->...x", x.astype(jnp.float32), weight.astype(jnp.float32)))
+    logits = contract("...d,dx->...x", x.astype(jnp.float32), weight.astype(jnp.float32))
+    scores = jax.nn.sigmoid(checkpoint_name(logits, "router"))
     experts = _choose(scores + bias, config) if experts is None else experts
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:

@@ -120,11 +120,25 @@ def _is_group(group: str):
 
 
 def run_model(
-    model: Transformer, batch: Batch, *, attention: Literal["dense", "sparse"], selection: Selection | None = None
+    model: Transformer,
+    batch: Batch,
+    *,
+    attention: Literal["dense", "sparse"],
+    selection: Selection | None = None,
+    keep: tuple[str, ...] = (),
 ) -> Output:
-    """Runs the model over a batch; `selection` makes what every layer selects, instead of its indexer."""
+    """Runs the model over a batch.
+
+    Args:
+      model: the model.
+      batch: the batch.
+      attention: as the model takes it.
+      selection: makes what every layer selects, instead of its indexer.
+      keep: what is kept for the backward pass, as the model takes it.
+    """
     selected = None
     if selection is not None:
         selected = selection(batch.keys, model.config.index_topk)
         selected = jnp.broadcast_to(selected, (model.config.num_hidden_layers, *selected.shape))
-    return model(batch.tokens, keys=batch.keys, positions=batch.positions, attention=attention, selected=selected)
+    options: dict[str, Any] = dict(attention=attention, selected=selected, keep=keep)
+    return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options)

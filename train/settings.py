@@ -13,6 +13,7 @@ from typing import Any, Self
 import optax
 
 from dsa_jax import Config
+from dsa_jax.remat import check_keep
 from train.checks import check_integer, check_number, shown
 from train.data import DataConfig
 from train.optimizer import OptimizerSettings, stage_scale
@@ -80,6 +81,7 @@ class PhaseSettings:
     backbone: OptimizerSettings | None = None
     indexer: OptimizerSettings | None = None
     bias_rate: float = 0.0  # the step of the router's bias against the expert load
+    keep: tuple[str, ...] = ()  # results kept for the backward pass, names of `dsa_jax.remat.KEEPABLE`
 
     def __post_init__(self):
         if not isinstance(self.phase, Phase):
@@ -91,6 +93,7 @@ class PhaseSettings:
         for group in TRAINABLE:
             self._check_optimizer(group)
         check_number("bias_rate", self.bias_rate, least=0)
+        check_keep(self.keep)
 
     def _check_optimizer(self, group: str) -> None:
         settings = getattr(self, group)

@@ -90,7 +90,7 @@ def build_step(
     """Makes the jitted step of `make_step` anew, so that nothing of it stays when it is no longer used."""
     check_integer("micro_batches", micro_batches)
     phase, optimizers = settings.phase, make_optimizers(settings)
-    gradients = functools.partial(_gradients, graphdef, phase, micro_batches)
+    gradients = functools.partial(_gradients, graphdef, phase, settings.keep, micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics, load = (gradients if mesh is None else _on_mesh(gradients, phase, mesh))(state.params, batch)
@@ -133,7 +133,7 @@ def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh | AbstractMesh) -> Ca
 
 
 def _gradients(
-    graphdef: nnx.GraphDef, phase: Phase, micro_batches: int, params: Params, batch: Batch
+    graphdef: nnx.GraphDef, phase: Phase, keep: tuple[str, ...], micro_batches: int, params: Params, batch: Batch
 ) -> tuple[Params, Metrics, Array]:
     """Computes gradients of the trainable groups, metrics, and the expert load of the whole batch.
 
@@ -147,7 +147,7 @@ def _gradients(
     trainable = {group: params[group] for group in phase.trains}
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
-        totals, layers, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, micro)
+        totals, layers, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, keep, micro)
         losses = {name: total / counts[name] for name, total in totals.items()}
         of_layers = {f"{name}_layers": each / counts[name] for name, each in layers.items()}
         whole = sum(losses.values(), jnp.zeros(()))
@@ -170,9 +170,11 @@ def _whole_count(count: Array) -> Array:
     return jnp.maximum(sum_statistics(count, "tokens"), 1).astype(jnp.float32)
 
 
-def _loss_totals(model: Transformer, phase: Phase, batch: Batch) -> tuple[Metrics, Metrics, Array]:
+def _loss_totals(
+    model: Transformer, phase: Phase, keep: tuple[str, ...], batch: Batch
+) -> tuple[Metrics, Metrics, Array]:
     """Sums the phase's losses over a micro-batch, also by layer where they say how, and counts its expert load."""
-    output = run_model(model, batch, attention=phase.attention, selection=phase.selection)
+    output = run_model(model, batch, attention=phase.attention, selection=phase.selection, keep=keep)
     factor = _nan_outside(batch, model.config.vocab_size)
     totals = {name: factor * loss.total(model, output, batch) for name, loss in phase.losses}
     layers = {name: loss.layers(model, output, batch) for name, loss in phase.losses if loss.layers is not None}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,13 @@ from dsa_jax import Config
 from dsa_jax.parallel.sharding import AXES, RULES, describe, parse_mesh
 from train.planner.estimate import ELSEWHERE, GIB, ByPart, Job, Plan, Shape, calibration, make_plan, state_bytes
 from train.planner.hardware import NETWORK_BYTES_PER_SECOND, recorded_rates, usable_memory
+from train.planner.keeping import choose_keep, keep_plans, with_keep
 from train.planner.trace import lower_step
 from train.presets import PRESETS, load_preset, read_preset
 from train.settings import PhaseSettings, RunConfig
 
 MAX_DEVICES = 1 << 15
+AUTO = "auto"  # what is kept is chosen
 MESHES_TRIED = 4  # of one size, where several axes must grow
 
 
@@ -42,6 +45,13 @@ class Arguments:
     """Sequences of a step; without it those of the phase's own recipe."""
     micro_batches: int | None = None
     """In how many parts a data shard takes its sequences; without it, one by one."""
+    moment_dtype: Literal["float32", "bfloat16"] | None = None
+    """How the optimizers' moments are stored; without it as the recipe says."""
+    keep: tuple[str, ...] | None = None
+    """Results kept for the backward pass, names of a phase's `keep`, or auto for those that fit and save most; without
+    it as the recipe says."""
+    budget: float | None = None
+    """GiB of a device within which auto chooses; without it what an H200 gives."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,11 +67,29 @@ def main(arguments: Sequence[str]) -> int:
         if (value := getattr(parsed, name)) is not None and value < 1:
             raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
     job = Job.of(load_run(parsed.config), parsed.phase, parsed.seq_len, parsed.batch, parsed.micro_batches)
-    shape = parse_mesh(parsed.mesh)
+    if parsed.moment_dtype is not None:
+        job = with_moments(job, parsed.moment_dtype)
+    if parsed.budget is not None and parsed.keep != (AUTO,):
+        raise ValueError("budget needs --keep auto, which chooses within it")
+    if parsed.keep is not None:
+        job = with_keep(job, () if parsed.keep == (AUTO,) else parsed.keep)
+    shape, console = parse_mesh(parsed.mesh), Console()
     job.check(shape)
     planned = fitting_plan(job, shape)
-    show(planned, parsed.config, lower_step(job.trace(shape)), Console())
+    if parsed.keep == (AUTO,):
+        alone = keep_plans(job, shape)
+        budget = usable_memory() if parsed.budget is None else parsed.budget * GIB
+        planned, nothing = choose_keep(job, shape, budget=budget, alone=alone), planned
+        show_keep(nothing, alone, planned, budget, console)
+    show(planned, parsed.config, lower_step(planned.job.trace(shape)), console)
     return 0
+
+
+def with_moments(job: Job, dtype: Literal["float32", "bfloat16"]) -> Job:
+    """Makes the job whose optimizers store their moments so."""
+    trained = {group: getattr(job.settings, group) for group in job.settings.phase.trains}
+    stored = {group: dataclasses.replace(settings, moment_dtype=dtype) for group, settings in trained.items()}
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, **stored))
 
 
 def load_run(config: str) -> RunConfig:
@@ -160,7 +188,13 @@ def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def best_plan(job: Job, devices: int) -> Plan | None:
-    """Plans the mesh of `devices`, a power of two, with the most tokens a second; None if none fits.
+    """Plans the mesh of `devices`, a power of two, with the most tokens a second; None if none fits."""
+    plan = nearest_plan(job, devices)
+    return plan if plan and plan.fits else None
+
+
+def nearest_plan(job: Job, devices: int) -> Plan | None:
+    """Plans the mesh of `best_plan` or, where none fits, one of few bytes; None if the state alone fits on none.
 
     It is found by descent from the most even mesh: a step moves a factor of two or four from one axis to another.
     Meshes that do not fit are ordered by the bytes they need.
@@ -183,8 +217,7 @@ def best_plan(job: Job, devices: int) -> Plan | None:
         if badness(nearest) >= badness(best):
             break
         best = nearest
-    plan = plans[describe(best)]
-    return plan if plan and plan.fits else None
+    return plans[describe(best)]
 
 
 def least_state_bytes(job: Job, devices: int) -> float:
@@ -238,6 +271,8 @@ def show(plan: Plan, name: str, lowered: str, console: Console) -> None:
         f"Time: compute {plan.compute_seconds:.1f} s, network {plan.network_seconds:.1f} s a step where nothing "
         f"overlaps: {plan.binds} binds; {plan.tokens_per_second:,.0f} tokens/s, "
         f"{plan.tokens_per_second / plan.devices:,.0f} a GPU.",
+        f"Kept for the backward pass, besides selections: {', '.join(job.settings.keep) or 'nothing'}; moments in "
+        f"{_moment_dtypes(job)}.",
         f"The busiest sequence shard has {plan.imbalance:.2%} more than the mean to do.",
         f"Assumed: {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly, one "
         "round an exchange; one document a sequence; conditions as in training; kernels, products and exchanges within "
@@ -245,6 +280,29 @@ def show(plan: Plan, name: str, lowered: str, console: Console) -> None:
         f"Lowered for CUDA: {len(lowered) / 2**20:.1f} MiB of StableHLO with {lowered.count('@mosaic_gpu')} kernels.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_keep(nothing: Plan, alone: Mapping[str, Plan], chosen: Plan, budget: float, console: Console) -> None:
+    """Prints what each result would take and save if it were kept for the backward pass, and what is chosen."""
+    room = (budget - nothing.bytes_needed) / GIB
+    table = Table(title=f"Kept for the backward pass, within {room:.1f} GiB")
+    table.add_column("result")
+    for column in ("GiB more", "s saved", "chosen"):
+        table.add_column(column, justify="right")
+    keep = chosen.job.settings.keep
+    for name, plan in [*alone.items(), ("all that are chosen", chosen)]:
+        more, saved = (plan.bytes_needed - nothing.bytes_needed) / GIB, nothing.seconds - plan.seconds
+        if plan is chosen:
+            table.add_section()
+        table.add_row(name, f"{more:,.1f}", f"{saved:,.1f}", "yes" if name in keep else "")
+    console.print(table)
+    names = json.dumps(list(keep))
+    console.print(f"To train so: --set 'phases.{chosen.job.settings.name}.keep={names}'", highlight=False, markup=False)
+
+
+def _moment_dtypes(job: Job) -> str:
+    trained = (getattr(job.settings, group) for group in job.settings.phase.trains)
+    return " and ".join(sorted({settings.moment_dtype for settings in trained}))
 
 
 def _sections(plan: Plan) -> Iterator[tuple[str, float, int, list[tuple[str, ByPart, float]]]]:

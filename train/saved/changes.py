@@ -10,6 +10,7 @@ from train.settings import listed
 
 FIXED = {"model": "the model of a run stays", "seed": "the seed of a run stays"}
 FREE_MODEL_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # they decide no number
+FREE_PHASE_FIELDS = ("bias_rate", "keep")
 OPTIMIZERS = ("backbone", "indexer")
 MUON = "muon_learning_rate"
 MOMENT_DTYPE = "moment_dtype"
@@ -159,7 +160,7 @@ def _with_reason(
         reason = "the kind of an optimizer stays while its phase runs" if other else None
         reason = "the dtype of moments stays while their phase runs" if rest == [MOMENT_DTYPE] else reason
     else:
-        reason = None if name == "bias_rate" else "it stays while its phase runs"
+        reason = None if name in FREE_PHASE_FIELDS else "it stays while its phase runs"
     return dataclasses.replace(difference, reason=reason)
 
 
