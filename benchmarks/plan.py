@@ -59,6 +59,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "sent_gib": {kind: gib(part) for kind, part in plan.sent.items()},
         "compute_seconds": plan.compute_seconds,
         "network_seconds": plan.network_seconds,
+        "exposed_seconds": plan.exposed_seconds,
         "tokens_per_second": plan.tokens_per_second,
         "binds": plan.binds,
     }

@@ -268,8 +268,8 @@ def show(plan: Plan, name: str, lowered: str, console: Console) -> None:
     for line in (
         f"Memory: {plan.bytes_needed / GIB:.1f} GiB of the {limit / GIB:.1f} that an H200 gives, "
         f"{plan.bytes_needed / limit:.0%}; {calibration()}.",
-        f"Time: compute {plan.compute_seconds:.1f} s, network {plan.network_seconds:.1f} s a step where nothing "
-        f"overlaps: {plan.binds} binds; {plan.tokens_per_second:,.0f} tokens/s, "
+        f"Time: compute {plan.compute_seconds:.1f} s and network {plan.network_seconds:.1f} s a step, of which no "
+        f"compute hides {plan.exposed_seconds:.1f} s: {plan.binds} binds; {plan.tokens_per_second:,.0f} tokens/s, "
         f"{plan.tokens_per_second / plan.devices:,.0f} a GPU.",
         f"Kept for the backward pass, besides selections: {', '.join(job.settings.keep) or 'nothing'}; moments in "
         f"{_moment_dtypes(job)}.",

@@ -155,11 +155,21 @@ def executed(program: Program, loops: Mapping[str, list[Op]]) -> Iterator[Done]:
     return _executed(program.block, 1, None, kinds)
 
 
+def written_values(block: Block) -> frozenset[int]:
+    """Finds the values that a block writes to memory; of a loop's or a choice's own blocks, none."""
+    return frozenset(_written(block))
+
+
+def fewest_products(choice: Op) -> Block:
+    """Gives the branch of a choice that is counted: see `executed`."""
+    return min(choice.blocks, key=_products)
+
+
 def _executed(block: Block, times: float, layers: str | None, kinds: Mapping[int, str]) -> Iterator[Done]:
-    written = frozenset(_written(block))
+    written = written_values(block)
     for op in block.ops:
         if op.name == "cond":
-            yield from _executed(min(op.blocks, key=_products), times, layers, kinds)
+            yield from _executed(fewest_products(op), times, layers, kinds)
         elif op.blocks:
             yield from _executed(op.blocks[0], times * op.trips, kinds.get(id(op), layers), kinds)
         else:

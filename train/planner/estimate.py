@@ -22,6 +22,7 @@ from train.optimizer import OptimizerSettings
 from train.phases import PHASES
 from train.planner.costs import collective, executed, kept_bytes, layer_loops, peak_bytes
 from train.planner.hardware import measured_rates, measured_step, network_seconds, usable_memory, work
+from train.planner.overlap import exposed_seconds
 from train.planner.trace import step_program, trace_step
 from train.settings import PhaseSettings, RunConfig, Stage
 from train.state import abstract_mesh, abstract_state, check_stage
@@ -101,6 +102,7 @@ class Plan:
     flops: Mapping[str, ByPart]  # by kind of work
     compute_seconds: float
     network_seconds: float
+    exposed_seconds: float  # of the network's, those in which nothing can be computed
     imbalance: float
 
     @property
@@ -121,8 +123,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """The seconds of a step in which nothing is sent while something is computed."""
-        return self.compute_seconds + self.network_seconds
+        """The seconds of a step: those of compute, and those in which it waits for the network."""
+        return self.compute_seconds + self.exposed_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -197,6 +199,7 @@ def traced_plan(job: Job, shape: Shape) -> Plan:
         flops={name: dict(parts) for name, parts in flops.items() if sum(parts.values())},
         compute_seconds=computing + updated / measured_rates().copy,
         network_seconds=networking,
+        exposed_seconds=exposed_seconds(program),
         imbalance=_imbalance(job.seq_len, shards(abstract_mesh(shape), "sequence")),
     )
 

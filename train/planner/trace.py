@@ -202,7 +202,8 @@ class _Builder:
             before = eqn.params["cond_nconsts"]
             op.inputs, op.consts = inputs[before:], eqn.params["body_nconsts"]
             op.carries = len(outputs)
-            op.trips = expected_trips(body)
+            begins = eqn.invars[before + op.consts]
+            op.trips = expected_trips(body, is_rest=isinstance(begins, Literal) and begins.val > 0)
         else:
             body = eqn.params["jaxpr"].jaxpr
             # What is scanned over, or stacked, has one dimension more outside.
@@ -248,13 +249,13 @@ def _is_view(eqn: JaxprEqn) -> bool:
     return name in VIEWS or (name in SAME_SIZE and same)
 
 
-def expected_trips(body: Jaxpr) -> float:
+def expected_trips(body: Jaxpr, *, is_rest: bool = False) -> float:
     """Expects how often a loop runs whose end depends on the data: with experts chosen evenly.
 
-    Rounds of an exchange between shards of experts: one. Chunks of the rows that arrived, in a buffer `CAPACITY_FACTOR`
-    times what even routing fills: those.
+    Rounds of an exchange between shards of experts: one, or none in the rest behind pieces that no loop sends. Chunks
+    of the rows that arrived, in a buffer `CAPACITY_FACTOR` times what even routing fills: those.
     """
     if any(True for name in ("all_to_all", "ragged_all_to_all") for _ in _equations(body, name)):
-        return 1
+        return 0 if is_rest else 1
     sliced: list[Any] = [e.invars[0].aval for e in _equations(body, "dynamic_slice") if e.params["slice_sizes"][0] == 1]
     return math.ceil(max((aval.shape[0] for aval in sliced), default=1) / CAPACITY_FACTOR)

@@ -331,7 +331,7 @@ def pretended(monkeypatch):
 
     def make(work, shape):
         needed = 4096 // (shape["data"] * shape["expert"] ** 2)
-        return estimate.Plan(work, shape, {}, {}, {}, needed, {}, {}, {}, 1 / shape["tensor"], 0, 0)
+        return estimate.Plan(work, shape, {}, {}, {}, needed, {}, {}, {}, 1 / shape["tensor"], 0, 0, 0)
 
     monkeypatch.setattr(plan, "make_plan", make)
 
