@@ -244,6 +244,31 @@ def _planned(row):
     )
 
 
+def overlap(results: dict) -> str:
+    """The section on what is sent beside compute, in Markdown."""
+    first = next(iter(results.values()))
+    circumstances = first["circumstances"]
+    text = (
+        f"`python -m benchmarks.overlap`, jax {circumstances['versions']['jax']}, {circumstances['date']}: SPARSE "
+        f"steps, {first['shape']}, compiled for two {first['compiled_for']}s, and not run. What is sent takes its time "
+        "at the recorded rates of one host, and so do products; other work counts by the bytes that it moves, which is "
+        "less than kernels take. A GPU waits where what stands between a collective's start and its end is shorter."
+    )
+    lines = [
+        textwrap.fill(text, 120, break_on_hyphens=False),
+        "",
+        "| mesh | sent a GPU and step | takes | a GPU waits | of it | most of it for |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mesh, row in results.items():
+        kind, most = max(row["kinds"].items(), key=lambda item: item[1]["exposed_seconds"])
+        lines.append(
+            f"| {mesh} | {row['gb_sent']:.1f} GB | {_time(row)} | {_time({'seconds': row['exposed_seconds']})} | "
+            f"{row['exposed_share']:.0%} | {kind}, {_time({'seconds': most['exposed_seconds']})} |"
+        )
+    return "\n".join(lines)
+
+
 def data(results: dict) -> str:
     """The section on the data of training, in Markdown."""
     opening, circumstances = results["opening"], results["opening"]["circumstances"]
@@ -291,6 +316,7 @@ def moments(results: dict) -> str:
 
 
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
+    "overlap": overlap,
     "data": data,
     "moments": moments,
     "memory": memory,
@@ -311,6 +337,7 @@ DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands i
     "moments": "training.md",
     "plan": "many_devices.md",
     "memory": "many_devices.md",
+    "overlap": "many_devices.md",
     "serving": "many_devices.md",
     "needle": "studies.md",
 }

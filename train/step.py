@@ -25,6 +25,9 @@ from train.state import TrainState, fresh_state, make_optimizers
 
 MAX_STEPS = 16  # that are kept compiled: those of a run and of its controls, and a few more
 
+# XLA starts collectives early and waits for them late of its own accord, but not where a ragged exchange is among them.
+MESH_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
 type Metrics = dict[str, Array]
 type Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -115,7 +118,14 @@ def build_step(
             state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(mesh))
+
+
+def _compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, Any] | None:
+    """Gives XLA's options for a step on a mesh of GPUs, None elsewhere."""
+    if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return None
+    return MESH_OPTIONS if mesh.size > 1 else None
 
 
 def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh | AbstractMesh) -> Callable:

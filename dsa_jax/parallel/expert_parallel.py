@@ -4,11 +4,15 @@ One round sends at most a quota of slots (pairs of a token and one of its expert
 quota is near what even routing needs. What exceeds it goes in further rounds, as many as the fullest pair of shards
 needs. So no token is dropped, and no buffer is made for the worst case, in which one shard gets everything.
 
+A large round goes in pieces that do not wait for each other: while the experts' products of one are computed, the rows
+of the next are on their way here, and the results of the one before on their way back.
+
 `expert_parallel_ffn` is the layer; `has_ragged_exchange` says which of two collectives this machine can have.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -31,6 +35,13 @@ MIN_SLOTS_PER_PAIR = 32
 # Slices into which a pair's rows are cut, at most. XLA copies each slice with a thread block of its own, and one block
 # alone copies 8 GB/s.
 MAX_SLICES_PER_PAIR = 1024
+
+# Pieces into which the first round is cut, at most. Even routing fills 1 / CAPACITY_FACTOR of a round, four of six: a
+# quarter of the rows travels before the first product, a quarter of the results after the last one.
+PIECES_PER_ROUND = 6
+
+# Rows of a shard's buffer for a piece, at least: fewer are sent, and multiplied, in little more than the latency of it.
+MIN_ROWS_PER_PIECE = 8192
 
 # GPUs that NVLink joins. XLA's ragged exchange is a kernel that writes to its neighbours' memory, so it ends there.
 GPUS_PER_HOST = 8
@@ -63,7 +74,9 @@ def expert_parallel_ffn(
       down_proj: see `gate_proj`.
       axis: the mesh axis; if its size is 1, this is `expert_ffn`.
       ragged: whether to send only the rows that there are, by `jax.lax.ragged_all_to_all`, where `has_ragged_exchange`
-        says so, or the whole quota. The result has the same bits.
+        says so, or the whole quota. The result has the same bits. Rounds in pieces send the whole quota all the same:
+        XLA takes a ragged exchange to cost nothing, and puts no work beside it. Its rate on two GPUs is 0.7 of the
+        other's, so that both take as long.
 
     Returns:
       The results for this shard's tokens.
@@ -85,7 +98,7 @@ def has_ragged_exchange() -> bool:
 
 
 def pair_quota(tokens: int, slots: int, local_experts: int, shards: int) -> int:
-    """Computes how many slots a shard may send to another in a round.
+    """Computes how many slots a shard may send to another in a round, in all of its pieces.
 
     Never more than a pair can have, since a token's experts are distinct.
 
@@ -103,19 +116,33 @@ def pair_quota(tokens: int, slots: int, local_experts: int, shards: int) -> int:
     return max(1, min(max(even, MIN_SLOTS_PER_PAIR), tokens * min(slots, local_experts)))
 
 
+def round_pieces(quota: int, shards: int) -> int:
+    """Computes into how many pieces a round is cut.
+
+    Args:
+      quota: slots of a pair of shards in the round.
+      shards: shards of experts.
+
+    Examples:
+      >>> [round_pieces(quota, 16) for quota in (512, 1536, 6144)]
+      [1, 3, 6]
+    """
+    return max(1, min(PIECES_PER_ROUND, quota * shards // MIN_ROWS_PER_PIECE))
+
+
 def ragged_slices(
     sent: Int[Array, " n"], received: Int[Array, " n"], *, index: Array | int, shard: Array | int, quota: int
 ) -> tuple[Int[Array, " slices"], Int[Array, " slices"], Int[Array, " slices"], Int[Array, " slices"]]:
-    """Computes the arguments of `jax.lax.ragged_all_to_all` for one shard and round, all buffers being [n · quota].
+    """Computes the arguments of `jax.lax.ragged_all_to_all` for one shard and piece, all buffers being [n · quota].
 
     A pair's rows are cut into up to `MAX_SLICES_PER_PAIR` slices, those of one pair next to each other.
 
     Args:
-      sent: slots that this shard has for each shard, in all rounds.
-      received: slots that each shard has for this one, in all rounds.
-      index: the round's number.
+      sent: slots that this shard has for each shard, in all pieces.
+      received: slots that each shard has for this one, in all pieces.
+      index: the piece's number.
       shard: this shard's number.
-      quota: slots of a pair in a round, at most.
+      quota: slots of a pair in a piece, at most.
 
     Returns:
       input_offsets, send_sizes, output_offsets (in the receivers' buffers) and recv_sizes, int32.
@@ -143,7 +170,7 @@ def ragged_slices(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Holds which slots go where: those of a pair of shards by expert and then by number, `quota` of them a round."""
+    """Holds which slots go where: those of a pair of shards by expert and then by number, `quota` of them a piece."""
 
     order: Array  # int32 [M · k]: the slots by expert, those without one last
     first: Array  # int32 [n]: where in `order` the slots for each shard begin
@@ -151,14 +178,17 @@ class _Plan:
     received: Array  # int32 [n, X]: how many slots come from each shard for each of this shard's experts
     shard: Array  # int32 [M, k]: where each slot goes, n for nowhere
     rank: Array  # int32 [M, k]: the slot's number among those that go to the same shard
-    rounds: Array  # int32: how many rounds all shards go through
+    pieces: Array  # int32: how many pieces all shards send
     quota: int = dataclasses.field(metadata={"static": True})
+    first_pieces: int = dataclasses.field(metadata={"static": True})  # those of the first round, which no loop sends
 
 
 def _make_plan(experts, local_experts, axis):
     """Sorts this shard's slots by expert, and tells every shard how many come to it."""
     shards, slots = jax.lax.axis_size(axis), experts.size
     quota = pair_quota(experts.shape[0], experts.shape[1], local_experts, shards)
+    round_of = round_pieces(quota, shards)
+    quota = -(-quota // round_of)
     num_experts = shards * local_experts
     flat = experts.reshape(-1).astype(jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -176,30 +206,31 @@ def _make_plan(experts, local_experts, axis):
         received=jax.lax.all_to_all(counts, axis, 0, 0, tiled=True),
         shard=shard.reshape(experts.shape),
         rank=(place - first.at[shard].get(mode="fill", fill_value=0)).reshape(experts.shape),
-        # Shards of `axis` alone must agree on the rounds; but those of other axes share collectives with them later,
+        # Shards of `axis` alone must agree on the pieces; but those of other axes share collectives with them later,
         # and a loop of another length would leave these waiting in different ones.
-        rounds=max_statistics(jax.lax.pmax(-(-sent.max() // quota), axis), "tokens"),
+        pieces=max_statistics(jax.lax.pmax(-(-sent.max() // quota), axis), "tokens"),
         quota=quota,
+        first_pieces=round_of if round_of > 1 else 0,
     )
 
 
 def _leaving_slots(plan, index):
-    """Lists the slots [n · quota] that leave in a round; past a pair's last one any, since no expert awaits them."""
+    """Lists the slots [n · quota] that leave in a piece; past a pair's last one any, since no expert awaits them."""
     rank = index * plan.quota + jnp.arange(plan.quota, dtype=jnp.int32)
     return take(plan.order, plan.first[:, None] + rank).reshape(-1)
 
 
 def _arriving_experts(plan, index):
-    """Lists the experts [n · quota] of the rows that arrive in a round, X where no row arrives."""
+    """Lists the experts [n · quota] of the rows that arrive in a piece, X where no row arrives."""
     rank = index * plan.quota + jnp.arange(plan.quota, dtype=jnp.int32)
     ends = jnp.cumsum(plan.received, axis=1)
     return jax.vmap(lambda ends: jnp.searchsorted(ends, rank, side="right"))(ends).reshape(-1).astype(jnp.int32)
 
 
 def _returned_rows(plan, index):
-    """Finds the row of a round's buffer [n · quota] where each slot's result [M, k] comes back.
+    """Finds the row of a piece's buffer [n · quota] where each slot's result [M, k] comes back.
 
-    It is past the end where the slot goes in another round, or nowhere.
+    It is past the end where the slot goes in another piece, or nowhere.
     """
     rank = plan.rank - index * plan.quota
     return jnp.where((rank >= 0) & (rank < plan.quota), plan.shard * plan.quota + rank, len(plan.sent) * plan.quota)
@@ -215,6 +246,46 @@ def _exchange(rows, plan, index, axis, *, ragged, back=False):
     return jax.lax.ragged_all_to_all(rows, unset, *slices, axis_name=axis)
 
 
+def _exchange_together(arrays, axis):
+    """Sends arrays [n · quota, D] side by side: each shard's part of them to that shard."""
+    if not arrays:
+        return []
+    joined = jax.lax.all_to_all(jnp.concatenate(arrays, axis=1), axis, 0, 0, tiled=True)
+    return jnp.split(joined, list(itertools.accumulate(each.shape[1] for each in arrays[:-1])), axis=1)
+
+
+def _exchange_pieces(numbers, axis):
+    """Sends one number a slot [n · quota] of each piece, of all pieces at once."""
+    joined = jnp.stack(numbers, axis=1)
+    return jnp.unstack(jax.lax.all_to_all(joined, axis, 0, 0, tiled=True), axis=1)
+
+
+def _first_round(plan, axis, leave, run, arrive, sums):
+    """Sends the pieces of the first round, and adds up what comes back.
+
+    What one piece brings back and what another takes there go in one exchange, which waits for nothing but the products
+    of the piece before: it lasts while the next ones run. XLA has one exchange at a time beside work, and of two would
+    leave one without.
+
+    Args:
+      plan: the round's.
+      axis: the mesh axis.
+      leave: gives the rows that leave in a piece, a list of arrays [n · quota, D].
+      run: of a piece, what came of it, and the sums gives the sums and a list of arrays to send back.
+      arrive: of a piece, what came back of it, and the sums gives the sums.
+      sums: what is added to.
+    """
+    here, made = _exchange_together(leave(0), axis), []
+    for index in range(plan.first_pieces):
+        leaving = leave(index + 1) if index + 1 < plan.first_pieces else []
+        travelled = _exchange_together([*leaving, *made], axis)
+        sums, results = run(index, here, sums)
+        if made:
+            sums = arrive(index - 1, travelled[len(leaving) :], sums)
+        here, made = travelled[: len(leaving)], results
+    return arrive(plan.first_pieces - 1, _exchange_together(made, axis), sums)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _exchanged_ffn(axis, ragged, x, gates, weights, experts):
     return _exchanged_ffn_fwd(axis, ragged, x, gates, weights, experts)[0]
@@ -222,29 +293,44 @@ def _exchanged_ffn(axis, ragged, x, gates, weights, experts):
 
 def _exchanged_ffn_fwd(axis, ragged, x, gates, weights, experts):
     plan = _make_plan(experts, weights[0].shape[0], axis)
+    ragged = ragged and not plan.first_pieces
+    token, gate = lambda slot: slot // gates.shape[1], lambda slot: take(gates.reshape(-1), slot)
 
-    def run_round(index, y):
+    def run_piece(index, y):
         slot = _leaving_slots(plan, index)
-        rows = _exchange(take(x, slot // gates.shape[1]), plan, index, axis, ragged=ragged)
+        rows = _exchange(take(x, token(slot)), plan, index, axis, ragged=ragged)
         # One number a row is too little to be worth a ragged exchange.
-        row_gates = _exchange(take(gates.reshape(-1), slot), plan, index, axis, ragged=False)
+        row_gates = _exchange(gate(slot), plan, index, axis, ragged=False)
         out = rows_ffn(rows, _arriving_experts(plan, index), row_gates, weights)
         out = _exchange(out, plan, index, axis, ragged=ragged, back=True)
-        return y + sum_slots(out, _returned_rows(plan, index))
+        return arrive(index, [out], y)
 
-    y = jax.lax.fori_loop(0, plan.rounds, run_round, jnp.zeros(x.shape, jnp.float32))
+    def run(index, rows, y):
+        return y, [rows_ffn(rows[0], _arriving_experts(plan, index), row_gates[index], weights)]
+
+    def arrive(index, out, y):
+        return y + sum_slots(out[0], _returned_rows(plan, index))
+
+    y = jnp.zeros(x.shape, jnp.float32)
+    if plan.first_pieces:
+        slots = [_leaving_slots(plan, index) for index in range(plan.first_pieces)]
+        row_gates = _exchange_pieces([gate(slot) for slot in slots], axis)
+        y = _first_round(plan, axis, lambda index: [take(x, token(slots[index]))], run, arrive, y)
+    y = jax.lax.fori_loop(plan.first_pieces, plan.pieces, run_piece, y)
     return y.astype(x.dtype), (x, gates, weights, plan)
 
 
 def _exchanged_ffn_bwd(axis, ragged, residuals, dy):
     x, gates, weights, plan = residuals
     check_gradients(weights)
+    ragged = ragged and not plan.first_pieces
+    token, gate = lambda slot: slot // gates.shape[1], lambda slot: take(gates.reshape(-1), slot)
 
-    def run_round(index, sums):
+    def run_piece(index, sums):
         dx, dgates, dweights = sums
         slot = _leaving_slots(plan, index)
-        rows, drows = (_exchange(take(a, slot // gates.shape[1]), plan, index, axis, ragged=ragged) for a in (x, dy))
-        row_gates = _exchange(take(gates.reshape(-1), slot), plan, index, axis, ragged=False)
+        rows, drows = (_exchange(take(a, token(slot)), plan, index, axis, ragged=ragged) for a in (x, dy))
+        row_gates = _exchange(gate(slot), plan, index, axis, ragged=False)
         row_experts = _arriving_experts(plan, index)
         drows, drow_gates, dweights = rows_gradients(drows, rows, row_experts, row_gates, weights, dweights)
         drows = _exchange(drows, plan, index, axis, ragged=ragged, back=True)
@@ -252,8 +338,25 @@ def _exchanged_ffn_bwd(axis, ragged, residuals, dy):
         returned = _returned_rows(plan, index)
         return dx + sum_slots(drows, returned), dgates + take(drow_gates, returned), dweights
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (x, gates, weights))
-    dx, dgates, dweights = jax.lax.fori_loop(0, plan.rounds, run_round, zeros)
+    def run(index, came, sums):
+        (rows, drows), (dx, dweights) = came, sums
+        row_experts = _arriving_experts(plan, index)
+        drows, each, dweights = rows_gradients(drows, rows, row_experts, row_gates[index], weights, dweights)
+        drow_gates.append(each)
+        return (dx, dweights), [drows]
+
+    def arrive(index, drows, sums):
+        return sums[0] + sum_slots(drows[0], _returned_rows(plan, index)), sums[1]
+
+    dx, dgates, dweights = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (x, gates, weights))
+    if plan.first_pieces:
+        slots = [_leaving_slots(plan, index) for index in range(plan.first_pieces)]
+        row_gates, drow_gates = _exchange_pieces([gate(slot) for slot in slots], axis), []
+        leave = lambda index: [take(a, token(slots[index])) for a in (x, dy)]  # noqa: E731
+        dx, dweights = _first_round(plan, axis, leave, run, arrive, (dx, dweights))
+        for index, each in enumerate(_exchange_pieces(drow_gates, axis)):
+            dgates += take(each, _returned_rows(plan, index))
+    dx, dgates, dweights = jax.lax.fori_loop(plan.first_pieces, plan.pieces, run_piece, (dx, dgates, dweights))
     dweights = tuple(d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True))
     return dx.astype(x.dtype), dgates, dweights, None
 

@@ -1,6 +1,7 @@
 """What a schedule says: bytes, times and waits of a few instructions whose figures can be worked out by hand."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -104,6 +105,13 @@ def test_totals_are_by_kind():
 def test_only_schedules_are_read():
     with pytest.raises(ValueError, match="is_scheduled=true"):
         schedule.read_sent("HloModule step", 2)
+
+
+@pytest.mark.parametrize("mesh", overlap.MESHES)
+def test_less_than_a_fifth_of_what_two_gpus_send_is_exposed(mesh):
+    row = json.loads(overlap.OUT.read_text())[mesh]
+    assert row["mesh"] == mesh and row["seconds"] > 0
+    assert row["exposed_seconds"] < row["seconds"] / 5
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from moe_cases import problem
 from dsa_jax import grouped_ffn
 from dsa_jax.grouped_ffn import expert_ffn, rows_ffn
 from dsa_jax.parallel import expert_parallel
-from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, pair_quota, ragged_slices
+from dsa_jax.parallel.expert_parallel import expert_parallel_ffn, pair_quota, ragged_slices, round_pieces
 
 TOKENS, SLOTS, EXPERTS = 96, 3, 16
 BY_TOKEN, BY_EXPERT = PartitionSpec(("data", "expert")), PartitionSpec("expert")
@@ -75,10 +75,11 @@ def one_device(dtype=jnp.float32):
 
 
 @functools.cache
-def compiled(shards, ragged=False, dtype=jnp.float32):
+def compiled(shards, ragged=False, dtype=jnp.float32, pieces=1):
     """Compiles the layer over `shards` of experts, with small quotas, which make the rounds many."""
     arrays = routed("even", dtype)
     with (
+        mock.patch.multiple(expert_parallel, MIN_ROWS_PER_PIECE=1, PIECES_PER_ROUND=pieces),
         mock.patch.object(expert_parallel, "MIN_SLOTS_PER_PAIR", 1),
         mock.patch.object(expert_parallel, "MAX_SLICES_PER_PAIR", 3),
         mock.patch.object(jax.lax, "ragged_all_to_all", emulated),
@@ -124,6 +125,16 @@ def test_shards_equal_one_device(shards):
         arrays = routed(routing, seed=seed)
         for actual, expected in zip(many(*arrays), one(*arrays), strict=True):
             assert error(actual, expected) < 1e-6, routing
+
+
+def test_a_round_in_pieces_equals_one_device():
+    """Pieces that no shard fills, and pieces after those of the first round, are among them."""
+    one, many = one_device(), compiled(4, pieces=3)
+    for seed, routing in enumerate(ROUTINGS):
+        arrays = routed(routing, seed=seed)
+        for actual, expected in zip(many(*arrays), one(*arrays), strict=True):
+            assert error(actual, expected) < 1e-6, routing
+    jax.tree.map(same_bits, many(*arrays), many(*arrays))
 
 
 def test_bfloat16_is_rounded_where_one_device_rounds():
@@ -208,7 +219,7 @@ def test_every_slot_is_sent_once_to_a_place_of_its_own(seed, shards, quota, piec
 
 def test_rounds_are_those_of_the_fullest_pair():
     def rounds(experts, weight):
-        return expert_parallel._make_plan(experts, weight.shape[0], "expert").rounds[None]
+        return expert_parallel._make_plan(experts, weight.shape[0], "expert").pieces[None]
 
     weight = jnp.zeros((EXPERTS, 1, 1))
     even = jnp.tile(jnp.arange(EXPERTS, dtype=jnp.int32), 256).reshape(-1, 2)  # 64 slots of each pair of 8 shards
@@ -224,6 +235,10 @@ def test_quotas_stay_between_even_routing_and_all_that_a_pair_can_have():
     assert pair_quota(4096, 8, 2, 64) == 768
     assert pair_quota(4, 8, 32, 8) == 32  # all of them, in one round
     assert pair_quota(1, 8, 2, 64) == 2
+
+
+def test_large_rounds_are_cut():
+    assert [round_pieces(quota, shards=8) for quota in (1, 1024, 2048, 6144, 1 << 20)] == [1, 1, 2, 6, 6]
 
 
 def test_rows_that_did_not_come_cost_no_product(monkeypatch):
@@ -272,7 +287,35 @@ def test_no_buffer_is_of_the_worst_case():
     jaxpr = jax.make_jaxpr(sharded(8, arrays))(*arrays).jaxpr
     body = next(e for e in inner(jaxpr) if e.primitive.name == "shard_map").params["jaxpr"]
     sizes = [np.prod(variable.aval.shape) for equation in inner(body) for variable in equation.outvars]
-    assert tokens * slots * dim < max(sizes) < 2 * tokens * slots * dim  # the worst case is 8 times the slots
+    assert tokens * slots * dim <= max(sizes) < 2 * tokens * slots * dim  # the worst case is 8 times the slots
+
+
+def test_rows_travel_during_the_products_of_another_piece():
+    """What is sent beside a piece's products waits for those before it, and for them alone."""
+    arrays, pieces = abstract(8 * 64, 2, 16, 64, 32), 4
+    with mock.patch.multiple(expert_parallel, MIN_ROWS_PER_PIECE=1, PIECES_PER_ROUND=pieces):
+        jaxpr = jax.make_jaxpr(sharded(8, arrays))(*arrays).jaxpr
+    body = next(e for e in inner(jaxpr) if e.primitive.name == "shard_map").params["jaxpr"]
+    expected = [0, 0, 0]  # loops of products before the exchanges: of counts and, there and in the backward, of gates
+    # Of these loops each waits for the last but one, which sent for its rows; in the backward for all, which add to the
+    # same sums of gradients by weights.
+    expected += [0] + [(piece + 1) // 2 for piece in range(pieces)] + [pieces // 2]
+    expected += [0] + list(range(pieces)) + [pieces]
+    expected += [pieces]  # the gradients by gates
+    assert sorted(products_before(body, "all_to_all")) == sorted(expected)
+
+
+def products_before(jaxpr, name):
+    """Counts the loops of products that each equation of a name waits for, those outside of any loop alone."""
+    before, found = {}, []
+    for equation in jaxpr.eqns:
+        waits = frozenset().union(*(before.get(v, frozenset()) for v in equation.invars if not hasattr(v, "val")))
+        if equation.primitive.name == name:
+            found.append(len(waits))
+        if equation.primitive.name == "while" and "dot_general" in str(equation.params["body_jaxpr"]):
+            waits |= {id(equation)}
+        before.update(dict.fromkeys(equation.outvars, waits))
+    return found
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -283,6 +326,13 @@ def test_gpus_get_the_exchange_that_was_asked_for(ragged):
     assert text.count("@ragged_all_to_all") == (5 if ragged else 0)
     assert text.count('"stablehlo.all_to_all"') == (4 if ragged else 9)
     assert "stablehlo.while" in text
+
+
+def test_pieces_are_sent_by_the_exchange_that_xla_overlaps():
+    arrays = abstract(64, 2, 8, 16, 8)
+    with mock.patch.multiple(expert_parallel, MIN_ROWS_PER_PIECE=1, PIECES_PER_ROUND=3):
+        text = sharded(4, arrays, ragged=True).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@ragged_all_to_all" not in text
 
 
 @pytest.mark.parametrize(
