@@ -68,7 +68,7 @@ def pretended(monkeypatch):
         keep = job.settings.keep
         needed = 100 + sum(COSTS[name][0] for name in keep) + 5 * (len(keep) == 2)
         seconds = 100 - sum(COSTS[name][1] for name in keep)
-        return estimate.Plan(job, shape, {}, {}, {}, needed, {}, {}, {}, seconds, 0, 0)
+        return estimate.Plan(job, shape, {}, {}, {}, needed, {}, {}, {}, seconds, 0, 0, 0)
 
     monkeypatch.setattr(keeping, "make_plan", make)
 
