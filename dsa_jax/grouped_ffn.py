@@ -136,8 +136,10 @@ def rows_gradients(
     Returns:
       Gradients by `x` (in its dtype) and by `gates`, and the new sums.
     """
-    dx, dgates, added = _pull(implementation, dy, x, experts[:, None], gates[:, None], weights, partial=True)
-    return dx, dgates[:, 0], jax.tree.map(jnp.add, dweights, added)
+    dx, dgates, dweights = _pull(
+        implementation, dy, x, experts[:, None], gates[:, None], weights, dweights, partial=True
+    )
+    return dx, dgates[:, 0], dweights
 
 
 def block_rows(slots: int, num_experts: int) -> int:
@@ -255,7 +257,8 @@ def _expert_ffn(implementation, x, gates, weights, experts):
 def _expert_ffn_bwd(implementation, residuals, dy):
     x, gates, weights, experts = residuals
     check_gradients(weights)
-    dx, dgates, dweights = _pull(implementation, dy, x, experts, gates, weights, partial=False)
+    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
+    dx, dgates, dweights = _pull(implementation, dy, x, experts, gates, weights, zeros, partial=False)
     return dx, dgates, tuple(d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True)), None
 
 
@@ -270,13 +273,13 @@ def _run(implementation, x, experts, gates, weights, *, partial: bool):
     return choose(kernels.why_not(*arrays), xla=xla, pallas=kernels.expert_ffn)(*arrays)
 
 
-def _pull(implementation, dy, x, experts, gates, weights, *, partial: bool):
-    """Computes the gradients by x, gates and weights, which are not in FP8."""
+def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: bool):
+    """Computes the gradients by x and gates, and adds those by the weights, which are not in FP8, to `dweights`."""
     choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation) or "xla")
     why_not = kernels.why_not(x, experts, gates, *weights)
     xla = functools.partial(_blocks_gradients, partial=partial)
     function = choose(why_not, xla=xla, pallas=kernels.expert_ffn_gradients)
-    dx, dgates, *dweights = function(dy, x, experts, gates, *weights)
+    dx, dgates, *dweights = function(dy, x, experts, gates, *weights, *dweights)
     return dx, dgates, tuple(dweights)
 
 
@@ -294,10 +297,11 @@ def _blocks_ffn(x, experts, gates, *arrays, partial):
     return sum_slots(_run_chunks(x, gates, weights, layout), layout.row).astype(x.dtype)
 
 
-def _blocks_gradients(dy, x, experts, gates, *weights, partial):
-    """Computes the gradients block by block."""
+def _blocks_gradients(dy, x, experts, gates, *arrays, partial):
+    """Computes the gradients block by block; the arrays are the weights, and the sums to which theirs are added."""
+    weights, dweights = arrays[:3], arrays[3:]
     layout = _lay_out(experts, weights[0].shape[0], chunk_blocks(*weights[0].shape[1:]), skip=partial)
-    dx, dgates, dweights = _pull_chunks(dy, x, gates, weights, layout)
+    dx, dgates, dweights = _pull_chunks(dy, x, gates, weights, layout, dweights)
     return dx, dgates, *dweights
 
 
@@ -316,8 +320,8 @@ def _run_chunks(x, gates, weights, layout):
     return _over_chunks(forward, None, (layout.slot, layout.expert), layout)[1]
 
 
-def _pull_chunks(dy, x, gates, weights, layout):
-    """Computes gradients by x, gates and weights."""
+def _pull_chunks(dy, x, gates, weights, layout, dweights):
+    """Computes gradients by x and gates, and adds those by the weights to `dweights`."""
 
     def backward(dweights, chunk):
         slot, expert = chunk
@@ -337,8 +341,7 @@ def _pull_chunks(dy, x, gates, weights, layout):
         dweights = _add_by_expert(dweights, products, expert)
         return dweights, (drows.astype(x.dtype), jnp.sum(dhidden * activation, -1))
 
-    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    dweights, (drows, dgates) = _over_chunks(backward, zeros, (layout.slot, layout.expert), layout)
+    dweights, (drows, dgates) = _over_chunks(backward, dweights, (layout.slot, layout.expert), layout)
     dx = sum_slots(drows, layout.row).astype(x.dtype)
     return dx, take(dgates.reshape(-1), layout.row), dweights
 

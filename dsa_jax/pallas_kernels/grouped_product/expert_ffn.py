@@ -110,14 +110,15 @@ def expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj, *scales, interp
     return _sum_slots(out, layout)
 
 
-def expert_ffn_gradients(dy, x, experts, gates, gate_proj, up_proj, down_proj, *, interpret: bool = False):
+def expert_ffn_gradients(dy, x, experts, gates, gate_proj, up_proj, down_proj, *sums, interpret: bool = False):
     """Computes the gradients of `expert_ffn` by x, gates and weights, from its arguments alone.
 
     Args:
-      dy: [M, D] bfloat16, the gradient by y; the rest as in `expert_ffn`.
+      dy: [M, D] bfloat16, the gradient by y; the next six as in `expert_ffn`.
+      sums: float32 arrays of the weights' shapes, to which their gradients are added, or none.
 
     Returns:
-      Gradients by x, bfloat16, by gates, float32, and by the three weights, float32.
+      Gradients by x, bfloat16, by gates, float32, and by the three weights, float32, or the new sums.
 
     Raises:
       ValueError: if `why_not` has a reason.
@@ -133,12 +134,11 @@ def expert_ffn_gradients(dy, x, experts, gates, gate_proj, up_proj, down_proj, *
         d_out, down_proj, gate, up, row_gates, tiles, interpret=interpret
     )
     d_rows = rows_kernels.d_rows(d_gate, d_up, gate_proj, up_proj, tiles, interpret=interpret)
-    of_weights = [(rows, d_gate), (rows, d_up), (hidden, d_out)]
-    return (
-        _sum_slots(d_rows, layout),
-        _take(d_row_gates.sum(0), layout.row),
-        *(d_weights(left, right, layout.blocks, interpret=interpret) for left, right in of_weights),
-    )
+    operands = (rows, d_gate), (rows, d_up), (hidden, d_out)
+    of_weights = [d_weights(left, right, layout.blocks, interpret=interpret) for left, right in operands]
+    if sums:
+        of_weights = [total + added for total, added in zip(sums, of_weights, strict=True)]
+    return _sum_slots(d_rows, layout), _take(d_row_gates.sum(0), layout.row), *of_weights
 
 
 def _check(*arguments):

@@ -56,6 +56,7 @@ def weight(seed, experts, inner, outer):
     return values, scales, (values.astype(jnp.float32) * spread).astype(jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_products_have_the_bits_of_converted_weights():
     sizes = (7, 0, 60)
     blocks = -(-np.asarray(sizes) // BLOCK_ROWS)
