@@ -31,7 +31,6 @@ DECODE_EXPERTS, DECODE_SLOTS = 256, 8  # of the layer, and of a token
 DECODE_TOKENS = (1, 4, 16, 64)
 IMPLEMENTATIONS = ("pallas", "xla")
 CHECKED_SLOTS = 6  # whose experts' weights come to the host
-NOT_BELOW = {"forward": 600, "gradient": 550, "decode": 0.8}  # TFLOP/s, and the share of a copy's bandwidth
 
 
 class Problem(NamedTuple):

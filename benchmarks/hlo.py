@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # the others have their bits in names
 SLICING = ("dynamic-slice", "slice", "gather")
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place, and which operand is written
 NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 
 _INSTRUCTION = re.compile(r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -19,27 +20,72 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 
 
 @dataclasses.dataclass(frozen=True)
+class Array:
+    """Describes an array: the bytes of a number, and its dimensions."""
+
+    itemsize: float
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of its numbers."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        """The bytes that it takes."""
+        return self.size * self.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
 class Instruction:
-    """Holds an instruction: what it is called and does, its result's arrays, its operands, where it was traced."""
+    """Holds an instruction: what it is called and does, its results, the names of what it reads, and all else as text.
+
+    The text between its parentheses is `arguments`: of a parameter its number, of a constant its value.
+    """
 
     name: str
     opcode: str
-    bytes: float  # of the result
+    results: tuple[Array, ...]
     operands: tuple[str, ...]
-    calls: str | None  # the computation of a fusion
-    op_name: str
-    number: int | None  # of a parameter
-    shape: str  # of the result
-    target: str  # of a custom call
+    arguments: str
+    attributes: str
     flops: float = 0.0  # of a product by a library
+
+    @property
+    def bytes(self) -> float:
+        """The bytes of its results."""
+        return sum(array.bytes for array in self.results)
+
+    @property
+    def op_name(self) -> str:
+        """The place where it was traced, empty if it is not said."""
+        return self._quoted("op_name")
+
+    @property
+    def target(self) -> str:
+        """The function of a custom call, else empty."""
+        return self._quoted("custom_call_target")
+
+    def called(self, *names: str) -> list[str]:
+        """Lists the computations that it names as `calls=`, `body=` and so on."""
+        found = re.findall(rf"\b(?:{'|'.join(names)})=(?:%?([\w.-]+)|\{{([^}}]*)\}})", self.attributes)
+        return [name.strip().lstrip("%") for one, many in found for name in ([one] if one else many.split(","))]
+
+    def _quoted(self, name: str) -> str:
+        found = re.search(rf'\b{name}="([^"]*)"', self.attributes)
+        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Holds a computation's instructions by name, and its root."""
+    """Holds a computation's instructions by name, in their order, and its root."""
 
     instructions: Mapping[str, Instruction]
     root: str
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self.instructions.values())
 
 
 def parse(text: str) -> dict[str, Computation]:
@@ -62,20 +108,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     opcode, _, after = rest[shape_end:].lstrip().partition("(")
     end = _closing("(" + after, 0) - 1
     arguments, attributes = after[:end], after[end:]
-    calls = re.search(r"calls=%?([\w.\-]+)", attributes)
-    op_name = re.search(r'op_name="([^"]*)"', attributes)
-    target = re.search(r'custom_call_target="([^"]*)"', attributes)
-    return Instruction(
-        name,
-        opcode,
-        array_bytes(rest[:shape_end]),
-        tuple(re.findall(r"%([\w.\-]+)", arguments)),
-        calls[1] if calls else None,
-        op_name[1] if op_name else "",
-        int(arguments) if opcode == "parameter" else None,
-        rest[:shape_end],
-        target[1] if target else "",
-    )
+    names = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    return Instruction(name, opcode, _arrays(rest[:shape_end]), names, arguments, attributes)
 
 
 def _closing(text: str, start: int) -> int:
@@ -95,12 +129,12 @@ def array_bytes(shape: str) -> float:
       >>> array_bytes("(bf16[2,3]{1,0}, f32[], pred[5]{0})")
       21.0
     """
-    return float(
-        sum(
-            _item_bytes(kind) * math.prod(map(int, filter(None, dims.split(","))))
-            for kind, dims in _SHAPE.findall(shape)
-        )
-    )
+    return float(sum(array.bytes for array in _arrays(shape)))
+
+
+def _arrays(shape: str) -> tuple[Array, ...]:
+    found = _SHAPE.findall(shape)
+    return tuple(Array(_item_bytes(kind), tuple(map(int, filter(None, dims.split(","))))) for kind, dims in found)
 
 
 def _item_bytes(kind: str) -> float:
@@ -109,14 +143,15 @@ def _item_bytes(kind: str) -> float:
 
 def traffic(program: Mapping[str, Computation]) -> Iterator[tuple[Instruction, float]]:
     """Yields the instructions that a device runs, each with the bytes that it must read and write once."""
-    fused = {each.calls for c in program.values() for each in c.instructions.values() if each.opcode == "fusion"}
+    every = [each for computation in program.values() for each in computation]
+    fused = {name for each in every if each.opcode == "fusion" for name in each.called("calls")}
     for name, computation in program.items():
         if name in fused:
             continue
-        for each in computation.instructions.values():
+        for each in computation:
             if each.opcode not in NO_TRAFFIC:
                 counted = dataclasses.replace(each, flops=_flops(computation, each))
-                yield counted, _bytes(program, computation, each)
+                yield counted, moved_bytes(program, computation, each)
 
 
 def _flops(computation: Computation, each: Instruction) -> float:
@@ -124,40 +159,35 @@ def _flops(computation: Computation, each: Instruction) -> float:
     operands = [computation.instructions[name] for name in each.operands if name in computation.instructions]
     if "gemm" not in each.target or len(operands) < 2:
         return 0.0
-    shapes = [_dims(x.shape) for x in (operands[0], operands[1], each)]
+    shapes = [x.results[0].dims for x in (operands[0], operands[1], each)]
     batch = shapes[2][0] if all(len(dims) > 2 and dims[0] == shapes[2][0] for dims in shapes) else 1
     # The elements are B·M·K, B·K·N and B·M·N.
     return 2 * math.sqrt(math.prod(map(math.prod, shapes)) / batch)
 
 
-def _dims(shape: str) -> list[int]:
-    """Reads the dimensions of a shape's first array."""
-    found = _SHAPE.search(shape)
-    return [int(size) for size in found[2].split(",") if size] if found else []
-
-
-def _bytes(program, computation, each: Instruction) -> float:
-    sizes = [
-        computation.instructions[operand].bytes for operand in each.operands if operand in computation.instructions
-    ]
-    if each.opcode == "fusion" and each.calls in program:
-        return _fusion_bytes(program[each.calls], sizes)
+def moved_bytes(program: Mapping[str, Computation], computation: Computation, each: Instruction) -> float:
+    """Counts bytes that an instruction reads and writes, of what is sliced or updated in place only that part."""
+    inside = [name for name in each.called("calls") if name in program]
+    if inside:
+        return _fusion_bytes(program[inside[0]])
+    made = computation.instructions
+    sizes = [made[operand].bytes for operand in each.operands if operand in made]
     if each.opcode in SLICING:
         return 2 * each.bytes
-    if each.opcode == "dynamic-update-slice":
-        return 2 * sizes[1]
+    if each.opcode in UPDATES:
+        return 2 * sizes[UPDATES[each.opcode]]
     return each.bytes + sum(sizes)
 
 
-def _fusion_bytes(fused: Computation, sizes: list[float]) -> float:
+def _fusion_bytes(fused: Computation) -> float:
     users: dict[str, list[Instruction]] = {}
-    for each in fused.instructions.values():
+    for each in fused:
         for operand in each.operands:
             users.setdefault(operand, []).append(each)
     read = 0.0
-    for each in fused.instructions.values():
-        if each.number is not None:
-            read += min(_read(each.name, users), sizes[each.number] if each.number < len(sizes) else math.inf)
+    for each in fused:
+        if each.opcode == "parameter":
+            read += min(_read(each.name, users), each.bytes)
     return read + _written(fused, fused.root)
 
 
@@ -182,6 +212,6 @@ def _written(fused: Computation, name: str) -> float:
         return sum(_written(fused, operand) for operand in each.operands)
     if each.opcode == "bitcast":
         return _written(fused, each.operands[0])
-    if each.opcode == "dynamic-update-slice":
-        return fused.instructions[each.operands[1]].bytes
+    if each.opcode in UPDATES:
+        return fused.instructions[each.operands[UPDATES[each.opcode]]].bytes
     return each.bytes

@@ -13,10 +13,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from benchmarks.hlo import Computation, Instruction, moved_bytes, parse
 from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR
 from train.planner.hardware import FLOAT32_FLOPS, measured_rates, nvlink_rates
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{kind}{bits}": bits // 8 for kind in "sufc" for bits in (8, 16, 32, 64)}
 COLLECTIVES = {
     "all-gather": "all-gather",
     "reduce-scatter": "reduce-scatter",
@@ -28,47 +28,6 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
 START, DONE = "-start", "-done"
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """Describes an array: the bytes of a number, and its dimensions."""
-
-    itemsize: int
-    dims: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """The number of its numbers."""
-        return math.prod(self.dims)
-
-    @property
-    def bytes(self) -> int:
-        """The bytes that it takes."""
-        return self.size * self.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """Describes an instruction: its operation, its results, the names of what it reads, and all else as text."""
-
-    name: str
-    operation: str
-    results: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of its results."""
-        return sum(array.bytes for array in self.results)
-
-    def called(self, *names: str) -> list[str]:
-        """Lists the computations that it names as `calls=`, `body=` and so on."""
-        found = re.findall(rf"\b(?:{'|'.join(names)})=(?:%([\w.-]+)|\{{([^}}]*)\}})", self.attributes)
-        return [name.strip().lstrip("%") for one, many in found for name in ([one] if one else many.split(","))]
-
-
-type Computation = Sequence[Instruction]
 type Module = Mapping[str, Computation]
 
 
@@ -91,56 +50,17 @@ def read_module(text: str) -> tuple[Module, str]:
     """Reads the text of a compiled program, as `compiled.as_text()` gives it.
 
     Returns:
-      Its computations by name, each a list of instructions in their order, and the name of the first that runs.
+      Its computations by name, and the name of the first that runs.
 
     Raises:
-      ValueError: if it is not scheduled, so that the order of its lines says nothing.
+      ValueError: if it is not scheduled, so that the order of its lines says nothing, or none runs first.
     """
     if "is_scheduled=true" not in text[:2000]:
         raise ValueError("the program must be scheduled (is_scheduled=true): take the text of a compiled executable")
-    module: dict[str, list[Instruction]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if (head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)) is not None:
-            name = head[2]
-            module[name] = []
-            entry = name if head[1] else entry
-        elif (found := _instruction(line)) is not None:
-            module[name].append(found)
-    return module, entry
-
-
-def _instruction(line: str) -> Instruction | None:
-    head = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
-    if head is None:
-        return None
-    results, rest = _cut(line[head.end() :])
-    operation = re.match(r"\s*([\w-]+)", rest)
-    if operation is None:
-        return None
-    operands, attributes = _cut(rest[operation.end() :])
-    names = tuple(re.findall(r"%([\w.-]+)", operands))
-    if operation[1] == "constant":  # its value
-        attributes = operands + attributes
-    return Instruction(head[2], operation[1], _arrays(results), names, attributes, bool(head[1]))
-
-
-def _cut(text: str) -> tuple[str, str]:
-    """Cuts text after its first word, or after the parenthesis that closes the first one."""
-    if not text.startswith("("):
-        word, _, rest = text.partition(" ")
-        return word, rest
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[: i + 1], text[i + 1 :]
-    return text, ""
-
-
-def _arrays(text: str) -> tuple[Array, ...]:
-    found = re.findall(r"\b(pred|bf16|[sufc]\d+|f8\w+)\[([\d,]*)\]", text)
-    return tuple(Array(BYTES.get(kind, 1), tuple(map(int, filter(None, dims.split(","))))) for kind, dims in found)
+    entry = re.search(r"^ENTRY %?([\w.-]+) ", text, re.M)
+    if entry is None:
+        raise ValueError("the program must say which computation runs first (ENTRY)")
+    return parse(text), entry[1]
 
 
 # The time of computation
@@ -148,9 +68,9 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 def _flops(module: Module, block: Computation, one: Instruction) -> float:
     """Counts seconds times rate of the products of an instruction, and of what it calls."""
-    if one.operation == "fusion" or one.operation == f"fusion{START}":
+    if one.opcode == "fusion" or one.opcode == f"fusion{START}":
         return sum(_flops(module, module[name], each) for name in one.called("calls") for each in module[name])
-    is_product = one.operation == "dot" or (one.operation == "custom-call" and "matmul" in one.attributes)
+    is_product = one.opcode == "dot" or (one.opcode == "custom-call" and "matmul" in one.attributes)
     if not is_product:
         return 0.0
     shapes = {each.name: each.results for each in block}
@@ -159,42 +79,6 @@ def _flops(module: Module, block: Computation, one: Instruction) -> float:
     dims = [int(dim) for dim in re.findall(r"\d+", contracted[1])] if contracted else []
     flops = 2.0 * one.results[0].size * math.prod(left.dims[dim] for dim in dims)
     return flops / (FLOAT32_FLOPS if left.itemsize == 4 else measured_rates().product)
-
-
-def _traffic(module: Module, block: Computation, one: Instruction) -> int:
-    """Counts bytes that an instruction reads and writes, of what is sliced or updated in place only that part."""
-    inside = [name for name in one.called("calls") if name in module]
-    if inside:
-        block = module[inside[0]]
-        root = next(each for each in block if each.is_root)
-        shapes = {each.name: each for each in block}
-        roots = [shapes[name] for name in root.operands] if root.operation == "tuple" else [root]
-        read = sum(_read(block, each) for each in block if each.operation == "parameter")
-        return read + sum(_written(shapes, each) for each in roots)
-    shapes = {each.name: each for each in block}
-    if one.operation in ("dynamic-slice", "gather", "dynamic-update-slice", "scatter"):
-        return 2 * min(_written(shapes, one), one.bytes)
-    return one.bytes + sum(shapes[name].bytes for name in one.operands if name in shapes)
-
-
-def _read(block: Computation, parameter: Instruction) -> int:
-    """Counts the bytes that a fusion reads of a parameter."""
-    total = 0
-    for each in block:
-        if parameter.name in each.operands:
-            if each.operation in ("dynamic-slice", "gather", "slice"):
-                total += each.bytes
-            elif each.operation != "dynamic-update-slice" or each.operands[0] != parameter.name:
-                return parameter.bytes
-    return min(total, parameter.bytes)
-
-
-def _written(shapes: Mapping[str, Instruction], one: Instruction) -> int:
-    """Counts the bytes that an instruction writes."""
-    while one.operation == "bitcast" and one.operands[0] in shapes:
-        one = shapes[one.operands[0]]
-    update = {"dynamic-update-slice": 1, "scatter": 2}.get(one.operation)
-    return shapes[one.operands[update]].bytes if update is not None else one.bytes
 
 
 def _trips(module: Module, block: Computation, loop: Instruction, sends: bool) -> int:
@@ -216,10 +100,10 @@ def _begins(block: Computation, loop: Instruction) -> Iterator[int]:
     made = {each.name: each for each in block}
     for name in made[loop.operands[0]].operands:
         one = made[name]
-        while one.operation in ("copy", "bitcast"):
+        while one.opcode in ("copy", "bitcast"):
             one = made[one.operands[0]]
-        value = re.match(r"\((\d+)\)", one.attributes)
-        if one.operation == "constant" and value is not None and not one.results[0].dims:
+        value = re.fullmatch(r"(\d+)", one.arguments)
+        if one.opcode == "constant" and value is not None and not one.results[0].dims:
             yield int(value[1])
 
 
@@ -227,7 +111,7 @@ def _sliced(module: Module, name: str) -> Iterator[int]:
     """Yields the lengths of the arrays of which a computation, or one that it calls, takes one part at a time."""
     shapes = {each.name: each.results for each in module[name]}
     for each in module[name]:
-        if each.operation == "dynamic-slice" and "dynamic_slice_sizes={1," in each.attributes:
+        if each.opcode == "dynamic-slice" and "dynamic_slice_sizes={1," in each.attributes:
             yield shapes[each.operands[0]][0].dims[0]
         for inner in each.called("calls"):
             yield from _sliced(module, inner)
@@ -286,9 +170,9 @@ class _Clock:
             message = self._message(block, one)
             if message is not None:
                 started[one.name] = sent.add(message, now)
-                if not one.operation.endswith(START):
+                if not one.opcode.endswith(START):
                     now = sent.wait(started[one.name], now)
-            elif one.operation.endswith(DONE) and one.operands[0] in started:
+            elif one.opcode.endswith(DONE) and one.operands[0] in started:
                 now = sent.wait(started[one.operands[0]], now)
             else:
                 seconds, inner = self._work(block, one)
@@ -298,22 +182,22 @@ class _Clock:
         return now, found + sent.messages()
 
     def _work(self, block: Computation, one: Instruction) -> tuple[float, list[Sent]]:
-        if one.operation == "while":
+        if one.opcode == "while":
             seconds, inner = self.run(one.called("body")[0])
             times = _trips(self.module, block, one, bool(inner))
             return times * seconds, [dataclasses.replace(each, times=each.times * times) for each in inner]
-        if one.operation == "conditional":
+        if one.opcode == "conditional":
             branches = one.called("branch_computations", "true_computation", "false_computation")
             return min((self.run(name) for name in branches), key=lambda run: run[0])
-        if one.operation == "call":
+        if one.opcode == "call":
             return self.run(one.called("to_apply")[0])
-        if one.operation in FREE or one.operation.endswith(DONE):
+        if one.opcode in FREE or one.opcode.endswith(DONE):
             return 0.0, []
-        moved = _traffic(self.module, block, one) / measured_rates().copy
+        moved = moved_bytes(self.module, block, one) / measured_rates().copy
         return max(_flops(self.module, block, one), moved), []
 
     def _message(self, block: Computation, one: Instruction) -> Sent | None:
-        kind = COLLECTIVES.get(one.operation.removesuffix(START))
+        kind = COLLECTIVES.get(one.opcode.removesuffix(START))
         if kind is None:
             return None
         shapes = {each.name: each.bytes for each in block}
@@ -321,9 +205,8 @@ class _Clock:
         total = given[0] / CAPACITY_FACTOR if kind.startswith("ragged") else sum(given)
         share = (self.gpus - 1) / self.gpus
         sent = total * {"all-gather": self.gpus - 1, "all-reduce": 2 * share}.get(kind, share)
-        place = re.search(r'op_name="([^"]*)"', one.attributes)
         seconds = sent / nvlink_rates()[kind]
-        return Sent(kind, place[1] if place else one.name, 1.0, sent, seconds, seconds)
+        return Sent(kind, one.op_name or one.name, 1.0, sent, seconds, seconds)
 
 
 def read_sent(text: str, gpus: int) -> list[Sent]:

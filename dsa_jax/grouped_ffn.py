@@ -285,9 +285,8 @@ def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: 
 
 def _arrays(weights: Weights) -> list[Array]:
     """Lists the arrays of the weights: the three, and behind them their scales if they are in FP8."""
-    held = [w if isinstance(w, BlockScaled) else BlockScaled(w, w) for w in weights]
-    scales = [w.scale for w in weights if isinstance(w, BlockScaled)]
-    return [*(w.values for w in held), *scales]
+    values = [w.values if isinstance(w, BlockScaled) else w for w in weights]
+    return [*values, *(w.scale for w in weights if isinstance(w, BlockScaled))]
 
 
 def _blocks_ffn(x, experts, gates, *arrays, partial):

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass: no number depends on it, and each name spares what it says."""
+"""Tests what a layer keeps for its backward pass: no number depends on it, and each name spares what it says."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What a schedule says: bytes, times and waits of a few instructions whose figures can be worked out by hand."""
+"""Tests the reading of schedules: bytes, times and waits of a few instructions, worked out by hand."""
 
 import importlib.util
 import json

@@ -291,7 +291,7 @@ def test_no_buffer_is_of_the_worst_case():
 
 
 def test_rows_travel_during_the_products_of_another_piece():
-    """What is sent beside a piece's products waits for those before it, and for them alone."""
+    """Checks that an exchange beside a piece's products waits for those before it, and for them alone."""
     arrays, pieces = abstract(8 * 64, 2, 16, 64, 32), 4
     with mock.patch.multiple(expert_parallel, MIN_ROWS_PER_PIECE=1, PIECES_PER_ROUND=pieces):
         jaxpr = jax.make_jaxpr(sharded(8, arrays))(*arrays).jaxpr

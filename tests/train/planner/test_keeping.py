@@ -1,4 +1,4 @@
-"""What a step keeps: the products that each name spares, by the formulas, and the choice within a budget."""
+"""Tests the choice of what a step keeps: products that each name spares, by the formulas, and a budget."""
 
 import dataclasses
 

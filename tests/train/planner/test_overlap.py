@@ -1,4 +1,4 @@
-"""What of a step's network its work hides: blocks of a few operations, and the step on two GPUs."""
+"""Tests how much of a step's network its work hides: blocks of a few operations, and the step on two GPUs."""
 
 import pytest
 from train_cases import small_config, small_phases

@@ -66,7 +66,7 @@ def test_a_shard_has_whole_blocks():
 
 
 def test_planned_bytes_are_those_of_the_model():
-    """What the engine holds, but for router, index weights and norm, which it takes as the file has them."""
+    """The engine holds as much, but for router, index weights and norm, which it takes as the file has them."""
     config = Config.tiny(param_dtype="bfloat16", expert_dtype="fp8")
     state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))).moe_layers.mlp.experts)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
