@@ -78,21 +78,21 @@ def kernels() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     for count in ROWS:
         problem = draw(0, count, LOCAL_EXPERTS)
         layout = jax.jit(functools.partial(lay_out, num_experts=LOCAL_EXPERTS))(problem.experts)
-        one, two = (tiles.make_tiles(layout.blocks, count, rows.tile_blocks(number, few=False)) for number in (1, 2))
+        plan = tiles.make_tiles(layout.blocks, count, rows.tile_blocks(few=False))
         x, dy = (a.at[layout.slot].get(mode="fill", fill_value=0) for a in (problem.x, problem.dy))
         gates = problem.gates.reshape(-1).at[layout.slot].get(mode="fill", fill_value=0)
         gate, up, down = problem.weights
         product = 2 * count * DIM * WIDTH
         labels = {"rows": count, "rows_with_padding": int(layout.blocks.sum()) * 64}
         keep = jax.jit(functools.partial(rows.gate_up, keep=True))
-        hidden, *kept = keep(x, gate, up, gates, two)
-        d_gate, d_up, *_ = jax.jit(rows.d_hidden)(dy, down, *kept, gates, one)
+        hidden, *kept = keep(x, gate, up, gates, plan)
+        d_gate, d_up, *_ = jax.jit(rows.d_hidden)(dy, down, *kept, gates, plan)
         for name, fn, arguments, products in (
-            ("gate_up", rows.gate_up, (x, gate, up, gates, two), 2),
-            ("gate_up, products kept", keep, (x, gate, up, gates, two), 2),
-            ("multiply", rows.multiply, (hidden, down, one), 1),
-            ("d_hidden", rows.d_hidden, (dy, down, *kept, gates, one), 1),
-            ("d_rows", rows.d_rows, (d_gate, d_up, gate, up, one), 2),
+            ("gate_up", rows.gate_up, (x, gate, up, gates, plan), 2),
+            ("gate_up, products kept", keep, (x, gate, up, gates, plan), 2),
+            ("multiply", rows.multiply, (hidden, down, plan), 1),
+            ("d_hidden", rows.d_hidden, (dy, down, *kept, gates, plan), 1),
+            ("d_rows", rows.d_rows, (d_gate, d_up, gate, up, plan), 2),
             ("d_weights", weights.d_weights, (x, d_gate, layout.blocks), 1),
         ):
             yield {"name": name} | labels, functools.partial(timed, jax.jit(fn), arguments, products * product)

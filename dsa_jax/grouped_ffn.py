@@ -257,8 +257,7 @@ def _expert_ffn(implementation, x, gates, weights, experts):
 def _expert_ffn_bwd(implementation, residuals, dy):
     x, gates, weights, experts = residuals
     check_gradients(weights)
-    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    dx, dgates, dweights = _pull(implementation, dy, x, experts, gates, weights, zeros, partial=False)
+    dx, dgates, dweights = _pull(implementation, dy, x, experts, gates, weights, (), partial=False)
     return dx, dgates, tuple(d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True)), None
 
 
@@ -274,7 +273,7 @@ def _run(implementation, x, experts, gates, weights, *, partial: bool):
 
 
 def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: bool):
-    """Computes the gradients by x and gates, and adds those by the weights, which are not in FP8, to `dweights`."""
+    """Computes the gradients by x, gates and the weights, added to `dweights` if any; they are not in FP8."""
     choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation) or "xla")
     why_not = kernels.why_not(x, experts, gates, *weights)
     xla = functools.partial(_blocks_gradients, partial=partial)
@@ -297,8 +296,9 @@ def _blocks_ffn(x, experts, gates, *arrays, partial):
 
 
 def _blocks_gradients(dy, x, experts, gates, *arrays, partial):
-    """Computes the gradients block by block; the arrays are the weights, and the sums to which theirs are added."""
-    weights, dweights = arrays[:3], arrays[3:]
+    """Computes the gradients block by block; the arrays are the weights, and sums to which theirs are added, if any."""
+    weights = arrays[:3]
+    dweights = arrays[3:] or tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
     layout = _lay_out(experts, weights[0].shape[0], chunk_blocks(*weights[0].shape[1:]), skip=partial)
     dx, dgates, dweights = _pull_chunks(dy, x, gates, weights, layout, dweights)
     return dx, dgates, *dweights

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 
 from dsa_jax.pallas_kernels.grouped_product import rows as rows_kernels
 from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS
-from dsa_jax.pallas_kernels.grouped_product.tiles import make_tiles, padded_rows
+from dsa_jax.pallas_kernels.grouped_product.tiles import make_tiles, padded_rows, running_sums
 from dsa_jax.pallas_kernels.grouped_product.weights import d_weights
 
 COLUMNS = 128  # whose multiples D and F must be
 # Up to so many rows an expert on average, tiles have one block of rows: reading weights takes longer than multiplying.
 FEW_ROWS = 32
+COMPARED_SLOTS = 1024  # up to so many are laid out by comparing all pairs
 MAX_ELEMENTS = 2**31 - 1  # of a row's number times the columns: coordinates are int32
 
 
@@ -57,22 +58,37 @@ class Layout(NamedTuple):
 
 def lay_out(experts, num_experts: int) -> Layout:
     """Gives every slot a row: by expert, each beginning with a new block, and then by their number."""
-    slots = experts.size
+    slots, shape = experts.size, experts.shape
     end = padded_rows(slots, num_experts)
-    flat = experts.reshape(-1).astype(jnp.int32)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    ranked = flat[order]
-    first_slot = jnp.searchsorted(ranked, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
-    blocks = -(-jnp.diff(first_slot) // BLOCK_ROWS)
-    first_row = jnp.append(0, jnp.cumsum(blocks)).astype(jnp.int32) * BLOCK_ROWS
-    row = first_row[ranked] + jnp.arange(slots, dtype=jnp.int32) - first_slot[ranked]
-    row = jnp.where(ranked < num_experts, row, end)
+    experts = experts.reshape(-1).astype(jnp.int32)
+    there = (experts >= 0) & (experts < num_experts)
+    experts = jnp.where(there, experts, num_experts)
+    count = jnp.sum(experts[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    blocks = -(-count // BLOCK_ROWS)
+    first_row = (running_sums(blocks) - blocks) * BLOCK_ROWS
+    row = _take(first_row, experts) + _ranks(experts, count)
+    row = jnp.where(there, row, end)
+    slot = jnp.arange(slots, dtype=jnp.int32)
     return Layout(
-        row=jnp.zeros(slots, jnp.int32).at[order].set(row, unique_indices=True).reshape(experts.shape),
-        slot=jnp.full(end, slots, jnp.int32).at[row].set(order, mode="drop", unique_indices=True),
+        row=row.reshape(shape),
+        slot=jnp.full(end, slots, jnp.int32).at[row].set(slot, mode="drop"),
         blocks=blocks,
     )
+
+
+def _ranks(experts, count):
+    """Counts, for each slot, the slots ahead of it with the same expert, of which there are `count` slots each.
+
+    Few slots are compared with each other: a sort takes several kernels, each longer than that.
+    """
+    slots = len(experts)
+    number = jnp.arange(slots, dtype=jnp.int32)
+    if slots <= COMPARED_SLOTS:
+        ahead = (number < number[:, None]) & (experts == experts[:, None])
+        return jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(experts, stable=True)
+    place = jnp.zeros(slots, jnp.int32).at[order].set(number, unique_indices=True)
+    return place - _take(running_sums(count) - count, experts)
 
 
 def expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj, *scales, interpret: bool = False):
@@ -98,13 +114,13 @@ def expert_ffn(x, experts, gates, gate_proj, up_proj, down_proj, *scales, interp
     num_experts, slots = gate_proj.shape[0], experts.size
     few = bool(scales) or slots <= FEW_ROWS * num_experts  # only tiles of few rows convert FP8
     layout = lay_out(experts, num_experts)
-    tiles, pairs = (make_tiles(layout.blocks, slots, rows_kernels.tile_blocks(n, few)) for n in (1, 2))
+    tiles = make_tiles(layout.blocks, slots, rows_kernels.tile_blocks(few))
     if not scales:
         gate_proj, up_proj, down_proj = (w.astype(jnp.bfloat16) for w in (gate_proj, up_proj, down_proj))
     rows, row_gates = _rows(x, layout), _row_gates(gates, layout)
     of_first, of_second = scales[:2], scales[2:]
     (hidden,) = rows_kernels.gate_up(
-        rows, gate_proj, up_proj, row_gates, pairs, scales=of_first, few=few, interpret=interpret
+        rows, gate_proj, up_proj, row_gates, tiles, scales=of_first, few=few, interpret=interpret
     )
     out = rows_kernels.multiply(hidden, down_proj, tiles, scales=of_second, few=few, interpret=interpret)
     return _sum_slots(out, layout)
@@ -118,7 +134,7 @@ def expert_ffn_gradients(dy, x, experts, gates, gate_proj, up_proj, down_proj, *
       sums: float32 arrays of the weights' shapes, to which their gradients are added, or none.
 
     Returns:
-      Gradients by x, bfloat16, by gates, float32, and by the three weights, float32, or the new sums.
+      Gradients by x, bfloat16, by gates, float32, and by the three weights, in their dtypes, or the new sums.
 
     Raises:
       ValueError: if `why_not` has a reason.
@@ -126,16 +142,20 @@ def expert_ffn_gradients(dy, x, experts, gates, gate_proj, up_proj, down_proj, *
     _check(x, experts, gates, gate_proj, up_proj, down_proj)
     slots = experts.size
     layout = lay_out(experts, gate_proj.shape[0])
-    tiles, pairs = (make_tiles(layout.blocks, slots, rows_kernels.tile_blocks(n, few=False)) for n in (1, 2))
+    tiles = make_tiles(layout.blocks, slots, rows_kernels.tile_blocks(few=False))
+    dtypes = [jnp.float32 if sums else w.dtype for w in (gate_proj, up_proj, down_proj)]
     gate_proj, up_proj, down_proj = (w.astype(jnp.bfloat16) for w in (gate_proj, up_proj, down_proj))
     rows, d_out, row_gates = _rows(x, layout), _rows(dy.astype(x.dtype), layout), _row_gates(gates, layout)
-    _, gate, up = rows_kernels.gate_up(rows, gate_proj, up_proj, row_gates, pairs, keep=True, interpret=interpret)
+    _, gate, up = rows_kernels.gate_up(rows, gate_proj, up_proj, row_gates, tiles, keep=True, interpret=interpret)
     d_gate, d_up, hidden, d_row_gates = rows_kernels.d_hidden(
         d_out, down_proj, gate, up, row_gates, tiles, interpret=interpret
     )
     d_rows = rows_kernels.d_rows(d_gate, d_up, gate_proj, up_proj, tiles, interpret=interpret)
     operands = (rows, d_gate), (rows, d_up), (hidden, d_out)
-    of_weights = [d_weights(left, right, layout.blocks, interpret=interpret) for left, right in operands]
+    of_weights = [
+        d_weights(*pair, layout.blocks, dtype=dtype, interpret=interpret)
+        for pair, dtype in zip(operands, dtypes, strict=True)
+    ]
     if sums:
         of_weights = [total + added for total, added in zip(sums, of_weights, strict=True)]
     return _sum_slots(d_rows, layout), _take(d_row_gates.sum(0), layout.row), *of_weights

@@ -18,7 +18,7 @@ from dsa_jax.pallas_kernels.hopper.constants import SWIZZLED_COLUMNS, WGMMA_ROWS
 BLOCK_ROWS = WGMMA_ROWS  # of one product of a warpgroup
 DEPTH = SWIZZLED_COLUMNS  # of the inner dimension in a stage
 COMPUTE_WARPGROUPS = 2
-MAX_PRODUCTS = 2  # of a compute warpgroup at a time, 64 × 128 each at most
+SUM_COLUMNS = 256  # of a compute warpgroup's products [64, …] together, at most
 COMPUTE_REGISTERS = 232  # of a thread: 128 hold the sums
 COPY_REGISTERS = ptx.registers_left(COMPUTE_REGISTERS)
 
@@ -47,12 +47,13 @@ def run(
     for_each_item: Callable,
     *,
     copy: Callable,
-    products: Callable,
     operands: Callable,
     finish: Callable,
-    prepare: Callable | None = None,
+    products: int,
     columns: int,
-    unit: int = 1,
+    has_products: Callable | None = None,
+    load: Callable | None = None,
+    prepare: Callable | None = None,
     full,
     empty,
     interpret: bool,
@@ -63,15 +64,15 @@ def run(
       for_each_item: `for_each_item(work)` calls `work(item, before, steps)` for every item of this thread block, which
         has `steps` stages, `before` of all items ahead of it.
       copy: `copy(item, step, stage, full)` starts the copies of a stage.
-      products: `products(item, warpgroup)` says how many products [64, columns] a warpgroup has, 0 to 2, an int where
-        that is known.
       operands: `operands(item, warpgroup, step, stage, i)` gives the operands of product i.
       finish: `finish(item, warpgroup, sums)` takes the sums.
-      prepare: `prepare(item, warpgroup, step)` starts what needs no stage yet, and returns a function of the stage,
-        which makes an operand ready; products of the two steps before may still read theirs until it is called, and
-        those of the step before afterwards too.
+      products: how many products [64, columns] a compute warpgroup has.
       columns: of a product.
-      unit: the number of products is a multiple of it.
+      has_products: `has_products(item, warpgroup)` says whether a warpgroup has them, or only lets stages pass; None if
+        it always has.
+      load: `load(item, step)` loads values that `prepare` wants, one step ahead.
+      prepare: `prepare(values, warpgroup, step, stage)` makes an operand ready of a stage that has landed; products of
+        the step before may still read theirs.
       full: barriers of the stages.
       empty: barriers of the stages.
       interpret: whether the interpreter runs this.
@@ -105,26 +106,26 @@ def run(
         def free(position):
             plgpu.barrier_arrive(empty.at[lax.rem(position, stages)])
 
-        def multiply(item, before, steps, count: int):
+        def multiply(item, before, steps):
             def sums_of(*sums):
-                def add(step, _):
+                def add(step, values):
                     stage = lax.rem(before + step, stages)
-                    ready = prepare(item, warpgroup, step) if prepare else None
+                    following = load(item, jnp.minimum(step + 1, steps - 1)) if load else ()
                     plgpu.barrier_wait(full.at[stage])
-                    if ready:
-                        ready(stage)
+                    if prepare:
+                        prepare(values, warpgroup, step, stage)
                     for i, ref in enumerate(sums):
                         plgpu.wgmma(ref, *operands(item, warpgroup, step, stage, i))
-                    plgpu.wgmma_wait(count)  # those of the stage before are done
+                    plgpu.wgmma_wait(products)  # those of the stage before are done
                     pl.when(step > 0)(lambda: free(before + step - 1))
-                    return 0
+                    return following
 
-                lax.fori_loop(0, steps, add, 0)
+                lax.fori_loop(0, steps, add, load(item, 0) if load else ())
                 results = [ref[...] for ref in sums]
                 pl.when(steps > 0)(lambda: free(before + steps - 1))
                 return results
 
-            accumulators = [ptx.ACC((BLOCK_ROWS, columns), jnp.float32)] * count
+            accumulators = [ptx.ACC((BLOCK_ROWS, columns), jnp.float32)] * products
             finish(item, warpgroup, pl.run_scoped(sums_of, *accumulators))
 
         def pass_by(before, steps):
@@ -134,13 +135,12 @@ def run(
                 free(before + step)
 
         def compute(item, before, steps):
-            count = products(item, warpgroup)
-            if isinstance(count, int):
-                multiply(item, before, steps, count)
+            if has_products is None:
+                multiply(item, before, steps)
                 return
-            for each in range(unit, MAX_PRODUCTS + 1, unit):
-                pl.when(count == each)(functools.partial(multiply, item, before, steps, each))
-            pl.when(count == 0)(functools.partial(pass_by, before, steps))
+            has = has_products(item, warpgroup)
+            pl.when(has)(functools.partial(multiply, item, before, steps))
+            pl.when(jnp.logical_not(has))(functools.partial(pass_by, before, steps))
 
         for_each_item(compute)
         plgpu.wait_smem_to_gmem(0)

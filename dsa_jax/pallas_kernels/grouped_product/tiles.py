@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS
+from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS, COMPUTE_WARPGROUPS
 
 # Every expert's rows begin at a multiple of `BLOCK_ROWS`, and are filled up with rows of zeros.
-MAX_BLOCKS = 4  # of a tile
+MAX_BLOCKS = COMPUTE_WARPGROUPS  # of a tile: one for each warpgroup that multiplies
 
 
 def padded_rows(slots: int, num_experts: int) -> int:
@@ -23,6 +23,12 @@ def max_tiles(slots: int, num_experts: int, tile_blocks: int) -> int:
     return (blocks + used * (tile_blocks - 1)) // tile_blocks
 
 
+def running_sums(counts):
+    """Sums int32 counts [X] up to each, itself included, in one kernel; X is small."""
+    expert = jnp.arange(len(counts))
+    return jnp.sum(jnp.where(expert <= expert[:, None], counts, 0), axis=1, dtype=jnp.int32)
+
+
 def make_tiles(blocks, slots: int, tile_blocks: int):
     """Cuts the blocks of each expert into as few tiles as can be, of about equal size.
 
@@ -36,9 +42,10 @@ def make_tiles(blocks, slots: int, tile_blocks: int):
       other; in the last row, first, how many tiles there are.
     """
     tiles = pl.cdiv(blocks, tile_blocks)
-    last_tile, last_block = jnp.cumsum(tiles), jnp.cumsum(blocks)
+    last_tile, last_block = running_sums(tiles), running_sums(blocks)
     tile = jnp.arange(max_tiles(slots, len(blocks), tile_blocks), dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(last_tile, tile, side="right"), len(blocks) - 1)
+    # Counted by comparing with all experts at once: a binary search is a loop of kernels.
+    expert = jnp.minimum(jnp.sum(tile[:, None] >= last_tile, axis=1, dtype=jnp.int32), len(blocks) - 1)
     rank = tile - (last_tile - tiles)[expert]
     count = jnp.maximum(tiles[expert], 1)
     bound = lambda i: i * blocks[expert] // count  # noqa: E731
