@@ -266,7 +266,7 @@ _expert_ffn.defvjp(lambda *args: (_expert_ffn(*args), args[1:]), _expert_ffn_bwd
 
 def _run(implementation, x, experts, gates, weights, *, partial: bool):
     """Computes the results; `partial` says that many slots may have no expert."""
-    choose = functools.partial(choose_implementation, "expert_ffn", resolve(implementation) or "xla")
+    choose = functools.partial(choose_implementation, "expert_ffn", resolve(implementation))
     arrays = x, experts, gates, *_arrays(weights)
     xla = functools.partial(_blocks_ffn, partial=partial)
     return choose(kernels.why_not(*arrays), xla=xla, pallas=kernels.expert_ffn)(*arrays)
@@ -274,7 +274,7 @@ def _run(implementation, x, experts, gates, weights, *, partial: bool):
 
 def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: bool):
     """Computes the gradients by x, gates and the weights, added to `dweights` if any; they are not in FP8."""
-    choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation) or "xla")
+    choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation))
     why_not = kernels.why_not(x, experts, gates, *weights)
     xla = functools.partial(_blocks_gradients, partial=partial)
     function = choose(why_not, xla=xla, pallas=kernels.expert_ffn_gradients)

@@ -68,12 +68,16 @@ def lay_out(experts, num_experts: int) -> Layout:
     first_row = (running_sums(blocks) - blocks) * BLOCK_ROWS
     row = _take(first_row, experts) + _ranks(experts, count)
     row = jnp.where(there, row, end)
-    slot = jnp.arange(slots, dtype=jnp.int32)
-    return Layout(
-        row=row.reshape(shape),
-        slot=jnp.full(end, slots, jnp.int32).at[row].set(slot, mode="drop"),
-        blocks=blocks,
-    )
+    return Layout(row=row.reshape(shape), slot=_slot_of_row(row, end), blocks=blocks)
+
+
+def _slot_of_row(row, end: int):
+    """Inverts `row` [slots]: the slot in each of `end` rows, or the number of slots where there is none."""
+    slots = len(row)
+    number = jnp.arange(slots, dtype=jnp.int32)
+    if slots <= COMPARED_SLOTS:
+        return jnp.min(jnp.where(row == jnp.arange(end)[:, None], number, slots), axis=1)
+    return jnp.full(end, slots, jnp.int32).at[row].set(number, mode="drop")
 
 
 def _ranks(experts, count):

@@ -22,49 +22,49 @@ def scale_bits(scales):
     return lax.bitcast_convert_type(scales, jnp.int32)
 
 
-def convert(raw_smem, first, scale, to_smem, interpret: bool = False) -> None:
-    """Writes scale · raw, 64 columns of it, to `to_smem`. A warpgroup calls it together.
+def convert(raw_smem, first, scales, to_smem, interpret: bool = False) -> None:
+    """Writes scale · raw, 64 columns of it, of each tile. A warpgroup calls it together.
 
     Args:
-      raw_smem: [64, 128] e4m3, swizzled.
+      raw_smem: tiles [64, 128] e4m3, swizzled.
       first: the first column, a multiple of 64.
-      scale: bits of a float32.
-      to_smem: [64, 64] bfloat16, swizzled; wgmma may read it after `commit_smem`.
+      scales: of each tile, bits of a float32.
+      to_smem: [64, 64] bfloat16, swizzled, for each tile; wgmma may read it after `commit_smem`.
       interpret: whether the interpreter runs this.
     """
     if interpret:
-        values = raw_smem[:, pl.ds(first, COLUMNS)].astype(jnp.float32)
-        to_smem[...] = (values * lax.bitcast_convert_type(scale, jnp.float32)).astype(jnp.bfloat16)
+        for raw, scale, to in zip(raw_smem, scales, to_smem, strict=True):
+            values = raw[:, pl.ds(first, COLUMNS)].astype(jnp.float32)
+            to[...] = (values * lax.bitcast_convert_type(scale, jnp.float32)).astype(jnp.bfloat16)
         return
+    count = len(raw_smem)
+    kinds = plgpu.RefType(ptx.swizzled(jnp.float8_e4m3fn)), ptx.SPLAT, plgpu.RefType(ptx.swizzled(jnp.bfloat16))
 
-    @ptx.inline_mgpu(
-        arg_types=(
-            plgpu.RefType(ptx.swizzled(jnp.float8_e4m3fn)),
-            ptx.SPLAT,
-            ptx.SPLAT,
-            plgpu.RefType(ptx.swizzled(jnp.bfloat16)),
-        )
-    )
-    def run(ctx, raw, first, scale, to):
-        convert_thread(simt.smem_address(raw), simt.scalar(first), simt.scalar(scale), simt.smem_address(to))
+    @ptx.inline_mgpu(arg_types=(ptx.SPLAT, *(kind for kind in kinds for _ in range(count))))
+    def run(ctx, first, *arguments):
+        raw, scale, to = (arguments[i * count : (i + 1) * count] for i in range(3))
+        addresses, places = ([simt.smem_address(each) for each in refs] for refs in (raw, to))
+        convert_thread(addresses, simt.scalar(first), [simt.scalar(each) for each in scale], places)
 
-    run(raw_smem, jnp.int32(first), scale, to_smem)
+    run(jnp.int32(first), *raw_smem, *scales, *to_smem)
 
 
-def convert_thread(raw, first, scale, to) -> None:
-    """Converts what a thread has of a tile; the arguments are those of `convert`, arrays by their addresses.
+def convert_thread(raw, first, scales, to) -> None:
+    """Converts what a thread has of each tile; the arguments are those of `convert`, arrays by their addresses.
 
     Two threads have a row, 32 columns each: two chunks of e4m3, four of bfloat16. In tiles of eight rows of 128 bytes
-    chunk c of row r is at (c xor r mod 8) · 16.
+    chunk c of row r is at (c xor r mod 8) · 16. All are loaded before the first is converted.
     """
     thread = simt.thread_id() & (WARPGROUP_THREADS - 1)
     row, half = thread >> 1, thread & 1
     row_start, turn = row << 7, row & 7
     chunk = (first >> 4) + (half << 1)
-    for i in range(2):
-        words = simt.load4(raw + row_start + (simt_copies.xor(chunk + i, turn) << 4))
-        halves = [pair for word in words for pair in simt_copies.e4m3_as_half(word)]
-        pairs = [simt_copies.half_to_bfloat16(pair, scale) for pair in halves]
-        for j in range(2):
-            place = simt_copies.xor((half << 2) + (2 * i + j), turn) << 4
-            simt.store4(to + row_start + place, pairs[4 * j : 4 * j + 4])
+    places = [row_start + (simt_copies.xor(chunk + i, turn) << 4) for i in range(2)]
+    loaded = [[simt.load4(tile + place) for place in places] for tile in raw]
+    for tile, scale, chunks in zip(to, scales, loaded, strict=True):
+        for i, words in enumerate(chunks):
+            halves = [pair for word in words for pair in simt_copies.e4m3_as_half(word)]
+            pairs = [simt_copies.half_to_bfloat16(pair, scale) for pair in halves]
+            for j in range(2):
+                place = simt_copies.xor((half << 2) + (2 * i + j), turn) << 4
+                simt.store4(tile + row_start + place, pairs[4 * j : 4 * j + 4])

@@ -54,6 +54,7 @@ def run(
     has_products: Callable | None = None,
     load: Callable | None = None,
     prepare: Callable | None = None,
+    extra: int = 0,
     full,
     empty,
     interpret: bool,
@@ -62,10 +63,10 @@ def run(
 
     Args:
       for_each_item: `for_each_item(work)` calls `work(item, before, steps)` for every item of this thread block, which
-        has `steps` stages, `before` of all items ahead of it.
+        has products of `steps` stages, behind `before` stages of all items ahead of it.
       copy: `copy(item, step, stage, full)` starts the copies of a stage.
       operands: `operands(item, warpgroup, step, stage, i)` gives the operands of product i.
-      finish: `finish(item, warpgroup, sums)` takes the sums.
+      finish: `finish(item, warpgroup, sums, take)` takes the sums, and the extra stages by `take(i, read)`, each once.
       products: how many products [64, columns] a compute warpgroup has.
       columns: of a product.
       has_products: `has_products(item, warpgroup)` says whether a warpgroup has them, or only lets stages pass; None if
@@ -73,6 +74,7 @@ def run(
       load: `load(item, step)` loads values that `prepare` wants, one step ahead.
       prepare: `prepare(values, warpgroup, step, stage)` makes an operand ready of a stage that has landed; products of
         the step before may still read theirs.
+      extra: how many stages follow those of an item's products, with what `finish` reads.
       full: barriers of the stages.
       empty: barriers of the stages.
       interpret: whether the interpreter runs this.
@@ -85,7 +87,7 @@ def run(
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
         def bring(item, before, steps):
-            @pl.loop(0, steps)
+            @pl.loop(0, steps + extra)
             def _(step):
                 stage = lax.rem(before + step, stages)
                 plgpu.barrier_wait(empty.at[stage])
@@ -125,11 +127,18 @@ def run(
                 pl.when(steps > 0)(lambda: free(before + steps - 1))
                 return results
 
+            def take(i, read):
+                stage = lax.rem(before + steps + i, stages)
+                plgpu.barrier_wait(full.at[stage])
+                values = read(stage)
+                free(before + steps + i)
+                return values
+
             accumulators = [ptx.ACC((BLOCK_ROWS, columns), jnp.float32)] * products
-            finish(item, warpgroup, pl.run_scoped(sums_of, *accumulators))
+            finish(item, warpgroup, pl.run_scoped(sums_of, *accumulators), take)
 
         def pass_by(before, steps):
-            @pl.loop(0, steps)
+            @pl.loop(0, steps + extra)
             def _(step):
                 plgpu.barrier_wait(full.at[lax.rem(before + step, stages)])
                 free(before + step)

@@ -32,7 +32,7 @@ NARROW, WIDE = 128, 256  # columns of a tile of the result
 WRITTEN_COLUMNS = 64  # at a time
 SLOTS = 2  # of each compute warpgroup, for what is written
 STAGE_BYTES = 192 * 1024  # of all stages
-BAND = 8  # tiles of rows that are worked on at a time
+BAND = 4  # tiles of rows that are worked on at a time
 
 
 def tile_blocks(few: bool) -> int:
@@ -181,7 +181,7 @@ def _gate_up_kernel(shape: Shape, keep: bool) -> Any:
     def body(x, gate_proj, up_proj, row_gates, tiles, *refs, **scratch):
         scales, (hidden, *kept) = refs[: 2 * shape.fp8], refs[2 * shape.fp8 :]
 
-        def finish(item, row, columns, sums, out_smem):
+        def finish(item, row, columns, sums, out_smem, take):
             products = [each.astype(jnp.bfloat16) for each in sums]
             row_gate = plgpu.load(row_gates.at[pl.ds(row, BLOCK_ROWS)], layout=ROW_LAYOUT, optimized=False)
             gate, up = (each.astype(jnp.float32) for each in products)
@@ -222,24 +222,43 @@ def _d_rows_kernel(shape: Shape) -> Any:
 
 @functools.cache
 def _d_hidden_kernel(shape: Shape) -> Any:
+    parts = shape.columns // WRITTEN_COLUMNS
+
     def body(dy, down_proj, gate, up, row_gates, tiles, d_gate, d_up, hidden, d_row_gates, **scratch):
-        def finish(item, row, columns, sums, out_smem):
+        products = _copies(shape, dy, down_proj, transposed=True)
+
+        def copy(item, step, a_smem, b_smem, full):
+            """Brings the stages of the product; then in each the rows of 64 columns of `gate` and `up`."""
+            pl.when(step < shape.steps)(lambda: products(item, step, a_smem, b_smem, full))
+
+            @pl.when(step >= shape.steps)
+            def _():
+                first = item.column * shape.columns + (step - shape.steps) * WRITTEN_COLUMNS
+                tile = pl.ds(item.row, shape.tile_rows), pl.ds(first, WRITTEN_COLUMNS)
+                plgpu.copy_gmem_to_smem(gate.at[tile], a_smem, full)
+                plgpu.copy_gmem_to_smem(up.at[tile], b_smem.at[0, pl.ds(0, shape.tile_rows)], full)
+
+        def finish(item, row, columns, sums, out_smem, take):
             (d_weighted,), rows = sums, pl.ds(row, BLOCK_ROWS)
             row_gate = plgpu.load(row_gates.at[rows], layout=ROW_LAYOUT, optimized=False)
+            over = lax.broadcast_in_dim(row_gate, (BLOCK_ROWS, WRITTEN_COLUMNS), [0])
+            block = pl.ds(row - item.row, BLOCK_ROWS)
+
+            def read(stage):
+                refs = scratch["a_smem"].at[stage, block], scratch["b_smem"].at[stage, 0, block]
+                return [plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32) for ref in refs]
+
             total, slot = None, 0
-            for first in range(0, shape.columns, WRITTEN_COLUMNS):
+            for i in range(parts):
+                first = i * WRITTEN_COLUMNS
                 part = pl.ds(columns.start + first, WRITTEN_COLUMNS)
-                g, u = (
-                    plgpu.load(ref.at[rows, part], layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
-                    for ref in (gate, up)
-                )
-                over = lax.broadcast_in_dim(row_gate, g.shape, [0])
+                g, u = take(i, read)
                 sigmoid = 1 / (1 + jnp.exp(-g))
                 silu = g * sigmoid
                 d = d_weighted[:, first : first + WRITTEN_COLUMNS]
                 d_activation = d * over
-                products = jnp.sum(d * (silu * u), axis=1)
-                total = products if total is None else total + products
+                weighted = jnp.sum(d * (silu * u), axis=1)
+                total = weighted if total is None else total + weighted
                 results = (
                     (d_gate, d_activation * u * (sigmoid * (1 + g * (1 - sigmoid)))),
                     (d_up, d_activation * silu),
@@ -250,8 +269,7 @@ def _d_hidden_kernel(shape: Shape) -> Any:
                     slot = (slot + 1) % SLOTS
             d_row_gates[item.column, rows] = total
 
-        copy = _copies(shape, dy, down_proj, transposed=True)
-        _run(shape, shape.steps, tiles, copy, finish, **scratch)
+        _run(shape, shape.steps, tiles, copy, finish, extra=parts, **scratch)
 
     partial = jax.ShapeDtypeStruct((shape.column_tiles, shape.rows), jnp.float32)
     return _make(body, shape, [*[shape.result] * 3, partial], transposed=True)
@@ -270,7 +288,7 @@ def _copies(shape: Shape, rows, *weights, transposed: bool = False):
     return copy
 
 
-def _store_sums(out, item, row, columns, sums, out_smem):
+def _store_sums(out, item, row, columns, sums, out_smem, take):
     """Writes the sums of a block of rows."""
     (product,) = sums
     _store(product, out.at[pl.ds(row, BLOCK_ROWS), columns], out_smem)
@@ -333,22 +351,24 @@ def _run(
     out_smem,
     converted_smem: Any = None,
     scales=(),
+    extra: int = 0,
     **barriers,
 ):
     """Runs one thread block.
 
     Args:
       shape: of the kernel.
-      steps: stages of an item.
+      steps: stages of an item's products.
       tiles: reference to what `make_tiles` made.
       copy: `copy(item, step, a_smem, b_smem, full)` starts the copies of a stage.
-      finish: `finish(item, row, columns, sums, out_smem)` takes the sums of 64 rows from `row` and of the columns, of
-        each weight.
+      finish: `finish(item, row, columns, sums, out_smem, take)` takes the sums of 64 rows from `row` and of the
+        columns, of each weight, and extra stages by `take`, see `pipeline.run`.
       a_smem: [stages, rows of a tile, 64].
       b_smem: [stages, weights, 64, columns], or transposed [stages, weights, columns, 64].
       out_smem: [2, 2, 64, 64], two slots for each compute warpgroup.
       converted_smem: [2, 2, weights, 64, 64], likewise, of weights that come in FP8.
       scales: of these, references to their bits [X, inner / 128, columns / 128].
+      extra: stages of an item behind those of its products.
       barriers: of the stages.
 
     Each compute warpgroup has a block of a tile's rows; of few rows, which are one block, a half of its columns.
@@ -362,7 +382,7 @@ def _run(
         def visit(i, _):
             tile, column = item_at(block + i * shape.blocks, row_tiles, shape.column_tiles, BAND)
             expert, first, count = (tiles[tile, j] for j in range(3))
-            work(Item(expert, first * BLOCK_ROWS, column, count), i * steps, steps)
+            work(Item(expert, first * BLOCK_ROWS, column, count), i * (steps + extra), steps)
             return 0
 
         lax.fori_loop(0, lax.div(items - block + shape.blocks - 1, shape.blocks), visit, 0)
@@ -381,15 +401,15 @@ def _run(
 
     def prepare(bits, warpgroup, step, stage):
         """Converts the tiles of a step."""
-        for i, scale in enumerate(bits):
-            to = converted_smem.at[warpgroup, lax.rem(step, 2), i]
-            fp8_tiles.convert(b_smem.at[stage, i], warpgroup * columns, scale, to, shape.interpret)
+        raw = [b_smem.at[stage, i] for i in range(shape.weights)]
+        to = [converted_smem.at[warpgroup, lax.rem(step, 2), i] for i in range(shape.weights)]
+        fp8_tiles.convert(raw, warpgroup * columns, bits, to, shape.interpret)
         plgpu.commit_smem()
 
-    def finish_tile(item, warpgroup, sums):
+    def finish_tile(item, warpgroup, sums, take):
         first = item.column * shape.columns
         row, column = (item.row, warpgroup * columns) if shape.few else (item.row + warpgroup * BLOCK_ROWS, 0)
-        finish(item, row, pl.ds(first + column, columns), sums, out_smem.at[warpgroup])
+        finish(item, row, pl.ds(first + column, columns), sums, out_smem.at[warpgroup], take)
 
     pipeline.run(
         for_each_item,
@@ -401,6 +421,7 @@ def _run(
         has_products=None if shape.few else lambda item, warpgroup: warpgroup < item.blocks,
         load=load if shape.fp8 else None,
         prepare=prepare if shape.fp8 else None,
+        extra=extra,
         interpret=shape.interpret,
         **barriers,
     )

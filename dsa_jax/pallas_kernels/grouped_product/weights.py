@@ -23,8 +23,8 @@ from dsa_jax.pallas_kernels.hopper.constants import SWIZZLE_BYTES
 
 TILE_ROWS = COMPUTE_WARPGROUPS * BLOCK_ROWS  # of the gradient
 NARROW, WIDE = 128, 256  # columns of a tile
-STAGES = 3  # of 48 KiB
-SLOTS = 4  # of 8 KiB, of each compute warpgroup
+STAGES = 4  # of 48 KiB
+SLOTS = 2  # of 8 KiB, of each compute warpgroup
 BAND = 8  # tiles of the gradient's rows that are worked on at a time
 
 
@@ -101,7 +101,11 @@ def _block(x, d, plan, out, *, a_smem, b_smem, out_smem, shape: Shape, **barrier
     items = shape.experts * rows * columns
 
     def for_each_item(work):
+        count = lax.div(items - block + shape.blocks - 1, shape.blocks)
+
         def visit(i, before):
+            # Every second block goes backwards: else all write at one time, and all multiply at another.
+            i = jnp.where(lax.rem(block, 2) == 0, i, count - 1 - i)
             index = block + i * shape.blocks
             expert = lax.div(index, rows * columns)
             row, column = item_at(index - expert * (rows * columns), rows, columns, BAND)
@@ -109,7 +113,7 @@ def _block(x, d, plan, out, *, a_smem, b_smem, out_smem, shape: Shape, **barrier
             work(Item(expert, plan[expert, 0], row, column), before, steps)
             return before + steps
 
-        lax.fori_loop(0, lax.div(items - block + shape.blocks - 1, shape.blocks), visit, jnp.int32(0))
+        lax.fori_loop(0, count, visit, jnp.int32(0))
 
     def copy(item, step, stage, full):
         inner = pl.ds((item.first + step) * DEPTH, DEPTH)
@@ -119,7 +123,7 @@ def _block(x, d, plan, out, *, a_smem, b_smem, out_smem, shape: Shape, **barrier
     def operands(item, warpgroup, step, stage, i):
         return a_smem.at[stage, :, pl.ds(warpgroup * BLOCK_ROWS, BLOCK_ROWS)].transpose((1, 0)), b_smem.at[stage]
 
-    def finish(item, warpgroup, sums):
+    def finish(item, warpgroup, sums, take):
         rows = pl.ds(item.row * TILE_ROWS + warpgroup * BLOCK_ROWS, BLOCK_ROWS)
         parts = shape.columns // shape.written_columns
         slots = min(SLOTS, parts)

@@ -34,7 +34,7 @@ def test_a_warpgroup_converts_a_tile(monkeypatch, first):
     monkeypatch.setattr(numpy_simt, "machine", machine, raising=False)
     machine.smem[:2048] = swizzled(raw).view(np.uint32).ravel()
     i32 = numpy_simt.i32
-    fp8_tiles.convert_thread(i32(0), i32(first), i32(int(scale.view(np.int32))), i32(8192))
+    fp8_tiles.convert_thread([i32(0)], i32(first), [i32(int(scale.view(np.int32)))], [i32(8192)])
     with np.errstate(invalid="ignore"):
         want = (raw[:, first : first + 64].astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
     found = machine.smem[2048:].view(np.uint8).reshape(64, 8, 16)
