@@ -102,7 +102,7 @@ def main() -> int:
     parts: dict[str, Any] = {}
     for invariant in (False, True):
         cache = PagedCache(config, max(BATCHES) * positions // 64, format="fp8")
-        cache.update(*fill(cache.latents, cache.index_keys))
+        fill(cache)
         options = dict(batch_invariant=True) if invariant else dict(max_length=positions)
         runner = Runner(model, cache, prefill_chunk=chunk, **options)
         row = compare(runner, prompts)

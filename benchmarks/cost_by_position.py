@@ -134,7 +134,8 @@ def time_verify(parts: Parts, config: Config, size: int, batches) -> list[dict[s
 
 def _pools(config, pages):
     cache = PagedCache(config, pages, format="fp8")
-    return fill(cache.latents, cache.index_keys)
+    fill(cache)
+    return cache.latents, cache.index_keys
 
 
 def main() -> int:

@@ -9,6 +9,8 @@ every kernel, and that in which the device did nothing.
 import argparse
 import functools
 import glob
+import itertools
+import math
 import pathlib
 import statistics
 import sys
@@ -21,12 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from benchmarks import measure
 from benchmarks.decode_parts import LAYER, Parts, make_inputs, make_rows
-from dsa_jax import Config, PagedCache, Runner, Transformer
+from dsa_jax import Config, PagedCache, Runner, Transformer, make_mesh
 from dsa_jax.inference.programs import Carry
 from dsa_jax.inference.sampling import Kind, Settings
+from dsa_jax.parallel.sharding import parameter_shardings, parse_mesh, shards
 
 OUT = measure.RESULTS / "decode_step.json"
 STEPS, WINDOWS = 24, 5  # of a window, and windows
@@ -39,12 +43,12 @@ def slice_of(layers: int, dense: int, **overrides: Any) -> Config:
     )
 
 
-def make_model(config: Config) -> Transformer:
+def make_model(config: Config, mesh: Mesh | None = None) -> Transformer:
     """Makes a model whose weights are random, but repeat: to draw 90 GB of numbers takes memory and time."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else parameter_shardings(abstract, mesh))
     def make():
-        abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[1]
 
         def leaf(number, x):
             if x.ndim < 2:
@@ -55,12 +59,17 @@ def make_model(config: Config) -> Transformer:
         leaves, tree = jax.tree.flatten(abstract)
         return jax.tree.unflatten(tree, [leaf(number, x) for number, x in enumerate(leaves)])
 
-    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
     return nnx.merge(graph, make())
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def fill(latents, index_keys):
+def fill(cache: PagedCache) -> None:
+    """Fills a cache of FP8 pages."""
+    pools = cache.latents, cache.index_keys
+    places = None if cache.mesh is None else tuple(pool.sharding for pool in pools)
+    cache.update(*jax.jit(_fill, donate_argnums=(0, 1), out_shardings=places)(*pools))
+
+
+def _fill(latents, index_keys):
     """Fills FP8 pools with numbers about 1: random e4m3 bytes that are no NaN, and scales of 2^-4."""
     numbers = lambda key, shape: jax.random.bits(key, shape, jnp.uint8) & jnp.uint8(0xBF)  # noqa: E731
 
@@ -84,9 +93,9 @@ class Case:
         for sequence in cache.sequences:
             cache.free(sequence)
         random = np.random.default_rng(0)
-        for free in cache._free[0]:  # in any order, as in service
+        for free in itertools.chain(*cache._free):  # in any order, as in service
             random.shuffle(free._free)
-        self.sequences = [cache.new() for _ in range(batch)]
+        self.sequences = [cache.new(i % cache.row_shards) for i in range(batch)]
         for sequence in self.sequences:
             cache.extend(sequence, length)
         rows = runner.place(self.sequences)
@@ -180,6 +189,7 @@ def main() -> int:
     parser.add_argument("--dense", type=int, default=4, help="how many of them have no experts")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--length", type=int, nargs="+", default=[131072])
+    parser.add_argument("--mesh", default="", help="of the first GPUs, such as expert=2; one GPU by default")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program on a CPU")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
@@ -189,13 +199,17 @@ def main() -> int:
         )
     else:
         config = slice_of(arguments.layers, arguments.dense)
-    pages = max(arguments.batch) * (-(-max(arguments.length) // 64))
-    cache = PagedCache(config, pages, format="fp8")
-    cache.update(*fill(cache.latents, cache.index_keys))
-    model = make_model(config)
+    sizes = parse_mesh(arguments.mesh)
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]) if arguments.mesh else None
+    row_shards, page_shards = (1, 1) if mesh is None else (shards(mesh, "rows"), shards(mesh, "pages"))
+    pages = -(-max(arguments.batch) // row_shards) * -(-max(arguments.length) // (64 * page_shards))
+    cache = PagedCache(config, pages, format="fp8", mesh=mesh)
+    fill(cache)
+    model = make_model(config, mesh)
     runner = Runner(model, cache)
-    parts = None if config.num_moe_layers else Parts(model)
-    name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
+    parts = None if config.num_moe_layers or mesh else Parts(model)
+    where = f", on {arguments.mesh}" if mesh else ""
+    name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts{where}"
     rows = []
     for length in arguments.length:
         for batch in arguments.batch:

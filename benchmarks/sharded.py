@@ -1,22 +1,27 @@
-"""Training steps at 128K on one GPU and on two: what a mesh gains, and that it changes no number.
+"""Training steps at 128K on one GPU and on all GPUs of a host: what a mesh gains, and that it changes no number.
 
   python -m benchmarks.sharded                 # everything; writes benchmarks/results/sharded.json
   python -m benchmarks.sharded --only SPARSE   # a part alone, merged into the file
 
-Efficiency is the speed over that of one GPU, divided by the GPUs.
+Efficiency is the speed over that of one GPU, divided by the GPUs. Where `data` is an axis, each of its shards has a
+sequence of its own, the same document in all, so that losses are those of one GPU. A step is traced after those that
+are timed: the seconds of its collectives, and those in which a GPU did nothing else.
 """
 
 import functools
 import gc
+import math
+import os
 import statistics
+import tempfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks import measure
-from benchmarks.training import run_steps
+from benchmarks import measure, traces
+from benchmarks.training import prepare, take_steps
 from dsa_jax import Config, KeyRange, make_mesh, select_keys
 from dsa_jax.parallel.collectives import gather_tokens, slice_tokens
 from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR, ragged_slices
@@ -24,7 +29,8 @@ from dsa_jax.parallel.sharding import parse_mesh, spec
 
 OUT = measure.RESULTS / "sharded.json"
 LENGTH = 131072
-MESHES = ("", "context=2", "tensor=2", "expert=2")
+AXES_IN_TURN = ("context", "expert", "data", "tensor")  # the first are measured first
+MIXED = {8: ("data=2,context=2,expert=2", "context=2,expert=2,tensor=2")}  # by GPUs
 STEPS = 4  # the first of which is not timed
 INDEX_HEADS, INDEX_DIM, TOPK = 64, 128, 2048  # of the selection, at the published width
 WIDTH = Config(
@@ -44,24 +50,40 @@ WIDTH = Config(
 )
 
 
+def meshes(gpus: int) -> list[str]:
+    """Lists the meshes of so many GPUs that are measured, one GPU first.
+
+    Examples:
+      >>> meshes(2)
+      ['', 'context=2', 'expert=2', 'data=2', 'tensor=2']
+    """
+    return ["", *(f"{axis}={gpus}" for axis in AXES_IN_TURN if gpus > 1), *MIXED.get(gpus, ())]
+
+
 def mesh_of(text: str) -> Mesh | None:
     """Makes the mesh over the first GPUs; None for one GPU without a mesh."""
     sizes = parse_mesh(text)
-    count = max(sizes.values())
-    return make_mesh(sizes, jax.devices()[:count]) if text else None
+    return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]) if text else None
 
 
 def step_row(phase: str, text: str) -> dict[str, Any]:
-    """Measures seconds, losses and peak memory a GPU of optimizer steps on one long sequence."""
+    """Measures seconds, losses, memory and collectives of optimizer steps on one long sequence a shard of the batch."""
     mesh = mesh_of(text)
-    row, times, metrics = run_steps(WIDTH, phase, LENGTH, steps=STEPS, mesh=mesh)
-    seconds = statistics.median(times[1:])
+    row, state, batch, compiled = prepare(WIDTH, phase, LENGTH, steps=STEPS, mesh=mesh)
+    times, metrics, state = take_steps(compiled, state, batch, STEPS)
+    seconds, sequences = statistics.median(times[1:]), len(batch.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(compiled(state, batch))
+        collectives = traces.collective_seconds(traces.read_launches(folder))
     return row | {
         "shape": f"T {LENGTH}, {WIDTH.num_hidden_layers} layers, dim {WIDTH.hidden_size}",
         "mesh": text or "one GPU",
         "gpus": 1 if mesh is None else mesh.size,
+        "sequences": sequences,
         "seconds": seconds,
-        "tokens_per_second": LENGTH / seconds,
+        "tokens_per_second": sequences * LENGTH / seconds,
+        **(collectives if mesh else {}),
         "metrics": metrics,
     }
 
@@ -79,7 +101,7 @@ def beside_one(row: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
 
 def step_rows(phase: str):
     one = None
-    for text in MESHES:
+    for text in meshes(jax.device_count()):
         try:
             row = step_row(phase, text)
         except (jax.errors.JaxRuntimeError, ValueError) as error:  # the others are still worth their time
@@ -166,6 +188,9 @@ PARTS = {
 
 
 def main() -> None:
+    """Measures the parts that the command line names, and records each row at once."""
+    # A graph of kernels is one event in a trace: launched one by one, each shows.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     names, out = measure.command_line(__doc__, PARTS, OUT)
     for name in names:
         rows = []

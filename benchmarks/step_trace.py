@@ -8,11 +8,7 @@ product's FLOPs at that of a large one. The kernels of this package wait for ten
 have no floor worth telling: `benchmarks.forward` and its neighbours hold them against peers.
 """
 
-import collections
 import dataclasses
-import glob
-import gzip
-import json
 import math
 import os
 import re
@@ -23,7 +19,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import hlo, measure, training
+from benchmarks import hlo, measure, traces, training
 from dsa_jax import Config
 from train.planner import SLICE
 
@@ -48,16 +44,7 @@ class Kernel:
 
 def kernels_of(folder: str) -> list[Kernel]:
     """Adds up the kernels of a trace by the instruction that launched them."""
-    found: dict[str, list[float]] = collections.defaultdict(list)
-    for path in glob.glob(folder + "/**/*.trace.json.gz", recursive=True):
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-        names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
-        threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
-        for each in events:
-            on_gpu = "GPU" in names.get(each.get("pid"), "")
-            if each.get("ph") == "X" and on_gpu and "Stream" in threads.get((each["pid"], each["tid"]), ""):
-                found[each.get("args", {}).get("hlo_op") or each["name"]].append(each["dur"] * 1e-6)
+    found = traces.seconds_by_instruction(traces.read_launches(folder))
     return [Kernel(name, len(times), sum(times)) for name, times in found.items()]
 
 

@@ -46,7 +46,7 @@ from dsa_jax import (
 )
 from dsa_jax.attention import sparse_attention_backward
 from dsa_jax.dense_attention import cudnn_attention
-from dsa_jax.parallel.sharding import parameter_shardings, place_batch
+from dsa_jax.parallel.sharding import parameter_shardings, place_batch, shards
 from train.data import Batch
 from train.phases import split_groups
 from train.planner import SLICE, measured_settings
@@ -282,6 +282,12 @@ def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh
     """Takes optimizer steps on one sequence of `length` tokens; returns figures of compiling, seconds and metrics."""
     row, state, batch, compiled = prepare(config, phase, length, steps=steps, mesh=mesh)
     print(row, flush=True)
+    times, metrics, _ = take_steps(compiled, state, batch, steps)
+    return row, times, metrics
+
+
+def take_steps(compiled: Any, state: Any, batch: Any, steps: int) -> Any:
+    """Takes steps, one only if it is slow; returns the seconds and metrics of each, and the last state."""
     times, metrics = [], []
     while len(times) < steps and not (times and times[-1] > SLOW):
         began = time.perf_counter()
@@ -289,17 +295,22 @@ def run_steps(config: Config, phase: str, length: int, *, steps: int, mesh: Mesh
         metrics.append({name: float(value) for name, value in numbers.items()})
         times.append(time.perf_counter() - began)
         print(f"{times[-1]:.3f} s", metrics[-1], flush=True)
-    return row, times, metrics
+    return times, metrics, state
 
 
 def prepare(config: Config, phase: str, length: int, *, steps: int = 1, mesh: Mesh | None = None) -> Any:
-    """Compiles an optimizer step on one sequence; returns figures of compiling, the state, a batch and the step."""
-    settings = measured_settings(phase, length, steps=steps)
+    """Compiles an optimizer step on one sequence a shard of the batch.
+
+    Returns:
+      Figures of compiling, the state, a batch and the step.
+    """
+    sequences = 1 if mesh is None else shards(mesh, "batch")
+    settings = measured_settings(phase, length, steps=steps, sequences=sequences)
     graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     begin = functools.partial(initial_state, config, settings)
     places = None if mesh is None else parameter_shardings(jax.eval_shape(begin, jax.random.key(0)), mesh)
     state = jax.jit(begin, out_shardings=places)(jax.random.key(0))
-    batch = one_document(length, config.vocab_size)
+    batch = one_document(length, config.vocab_size, sequences)
     batch = batch if mesh is None else place_batch(batch, mesh)
     make_step.cache_clear()
     began = time.perf_counter()
@@ -318,14 +329,16 @@ def initial_state(config, settings, key):
     return init_state(params, settings, jax.random.key_data(key))
 
 
-def one_document(length, vocabulary):
+def one_document(length: int, vocabulary: int, sequences: int = 1) -> Batch:
+    """Draws a batch of sequences, each the same document."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, (1, length + 1)).astype(np.int32)
-    positions = np.arange(length, dtype=np.int32)[None]
+    tokens = np.repeat(tokens, sequences, axis=0)
+    positions = np.repeat(np.arange(length, dtype=np.int32)[None], sequences, axis=0)
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        valid=np.ones((1, length), bool),
-        start=np.zeros((1, length), np.int32),
+        valid=np.ones(positions.shape, bool),
+        start=np.zeros(positions.shape, np.int32),
         stop=positions + 1,
         positions=positions,
     )

@@ -35,6 +35,19 @@ def queries_per_block(elements_per_query: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(1, elements_per_query))
 
 
+def even_block(length: int, block: int) -> int:
+    """Returns the size of blocks of about equal length, of `block` at most.
+
+    Padding copies all queries, so a block that divides the length is worth up to half the block.
+
+    Examples:
+      >>> [even_block(length, 100) for length in (128, 129, 101)]
+      [64, 65, 51]
+    """
+    even = math.ceil(length / math.ceil(length / block))
+    return next((size for size in range(min(block, length), block // 2, -1) if length % size == 0), even)
+
+
 def split_queries(queries: Any, block: int) -> Any:
     """Cuts every [T, …] leaf into [T / block, block, …]; the last block is filled with 0, integers with -1.
 
@@ -85,9 +98,7 @@ def map_queries(fn: Callable, queries: Any, keys: Any, sums: Any = (), *, block:
     batch, length = jax.tree.leaves(queries)[0].shape[:2]
     if batch * length <= block:
         return jax.vmap(fn)(queries, keys, sums)
-    # Padding copies all queries, so a block that divides the length is worth up to half the block.
-    even = math.ceil(length / math.ceil(length / block))
-    block = next((size for size in range(block, block // 2, -1) if length % size == 0), even)
+    block = even_block(length, block)
 
     def row(arguments):
         queries, keys, sums = arguments

@@ -6,8 +6,8 @@ weights. `jax.lax.ragged_dot` would run every expert on every row: 8, 64 and 258
 with 8, 64 and 256 experts. Blocks run a chunk at a time, since each reads a copy of its expert's weights.
 
 `expert_ffn` is the layer, with gradients; `rows_ffn` and `rows_gradients` are its two halves for rows that another
-shard has sent (`dsa_jax.parallel.expert_parallel`). On Hopper's tensor cores grouped products in kernels do the same,
-if they are asked for (`dsa_jax.pallas_kernels.grouped_product`).
+shard has sent (`dsa_jax.parallel.expert_parallel`). On Hopper's tensor cores grouped products in kernels do the same
+(`dsa_jax.pallas_kernels.grouped_product`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from dsa_jax.blockwise import contract, scan
+from dsa_jax.blockwise import contract, even_block, join_queries, scan, split_queries
 from dsa_jax.pallas_kernels import Implementation, choose_implementation, resolve
 from dsa_jax.pallas_kernels import grouped_product as kernels
 from dsa_jax.quantization import BlockScaled, block_counts, cast_weight
@@ -36,6 +36,10 @@ BLOCKS_PER_LARGE_EXPERT = 16
 
 # Bytes of float32 weights (or of their gradients), gathered block by block, that exist at a time.
 CHUNK_BYTES = 1 << 30
+
+# Bytes of the rows that kernels sort by expert at a time, in bfloat16. Their backward pass holds about four times that;
+# halving it would add up the weights' gradients twice as often.
+ROW_BYTES = 1 << 30
 
 # Blocks whose weight gradients one product sums. The sum then takes about a quarter of what computing them took.
 BLOCKS_PER_SUM = 32
@@ -269,7 +273,7 @@ def _run(implementation, x, experts, gates, weights, *, partial: bool):
     choose = functools.partial(choose_implementation, "expert_ffn", resolve(implementation))
     arrays = x, experts, gates, *_arrays(weights)
     xla = functools.partial(_blocks_ffn, partial=partial)
-    return choose(kernels.why_not(*arrays), xla=xla, pallas=kernels.expert_ffn)(*arrays)
+    return choose(kernels.why_not(*arrays), xla=xla, pallas=_kernels_ffn)(*arrays)
 
 
 def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: bool):
@@ -277,7 +281,7 @@ def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: 
     choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation))
     why_not = kernels.why_not(x, experts, gates, *weights)
     xla = functools.partial(_blocks_gradients, partial=partial)
-    function = choose(why_not, xla=xla, pallas=kernels.expert_ffn_gradients)
+    function = choose(why_not, xla=xla, pallas=_kernels_gradients)
     dx, dgates, *dweights = function(dy, x, experts, gates, *weights, *dweights)
     return dx, dgates, tuple(dweights)
 
@@ -286,6 +290,35 @@ def _arrays(weights: Weights) -> list[Array]:
     """Lists the arrays of the weights: the three, and behind them their scales if they are in FP8."""
     values = [w.values if isinstance(w, BlockScaled) else w for w in weights]
     return [*values, *(w.scale for w in weights if isinstance(w, BlockScaled))]
+
+
+def _kernels_ffn(x, experts, gates, *arrays):
+    """Computes the results by kernels, some tokens at a time; the arrays are those of `_arrays`."""
+    blocks = _split_tokens(x, experts, gates)
+    results = scan(lambda _, tokens: (None, kernels.expert_ffn(*tokens, *arrays)), None, blocks)[1]
+    return join_queries(results, len(x))
+
+
+def _kernels_gradients(dy, x, experts, gates, *arrays):
+    """Computes the gradients by kernels, some tokens at a time; the arrays are those of `_blocks_gradients`."""
+    weights, dweights = arrays[:3], arrays[3:]
+    blocks = _split_tokens(x, experts, gates, dy)
+    if len(blocks[0]) > 1:
+        dweights = dweights or tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
+
+    def add(dweights, tokens):
+        *tokens, dy = tokens
+        dx, dgates, *dweights = kernels.expert_ffn_gradients(dy, *tokens, *weights, *dweights)
+        return tuple(dweights), (dx, dgates)
+
+    dweights, results = scan(add, dweights, blocks)
+    return *join_queries(results, len(x)), *dweights
+
+
+def _split_tokens(x, experts, *others):
+    """Cuts the tokens into blocks whose sorted rows take ROW_BYTES at most; those that fill the last have no expert."""
+    most = max(1, ROW_BYTES // max(1, 2 * experts.shape[1] * x.shape[1]))
+    return split_queries((x, experts, *others), even_block(len(x), most))
 
 
 def _blocks_ffn(x, experts, gates, *arrays, partial):

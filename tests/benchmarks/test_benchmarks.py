@@ -1,12 +1,15 @@
 """The benchmarks on CPU: they call what they time, count and record it as they say."""
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import decode_attention, decode_selection, forward, gpu_tests, measure, rates, sharded, training
@@ -182,18 +185,34 @@ def test_selections_on_shards_are_compared(small, monkeypatch):
 def test_steps_on_meshes_are_held_against_one_gpu(monkeypatch):
     """One that fails leaves the others."""
 
-    def run_steps(config, phase, length, *, steps, mesh):
+    def prepare(config, phase, length, *, steps, mesh):
         if mesh is not None and mesh.shape["tensor"] == 2:
             raise jax.errors.JaxRuntimeError("out of memory")
-        times = [9.0] + [4.0 if mesh is None else 2.5] * (steps - 1)
-        return {"operation": phase}, times, [{"loss": 2.0 if mesh is None else 2.1, "kl": 1.0}] * steps
+        sequences = 1 if mesh is None else mesh.shape["data"]
+        batch = SimpleNamespace(tokens=np.zeros((sequences, 1)))
+        return {"operation": phase}, mesh, batch, lambda state, batch: jnp.zeros(1)
 
-    monkeypatch.setattr(sharded, "run_steps", run_steps)
-    one, context, tensor, expert = sharded.step_rows("SPARSE")
+    def take_steps(compiled, mesh, batch, steps):
+        times = [9.0] + [4.0 if mesh is None else 2.5 * len(batch.tokens)] * (steps - 1)
+        return times, [{"loss": 2.0 if mesh is None else 2.1, "kl": 1.0}] * steps, mesh
+
+    monkeypatch.setattr(sharded, "prepare", prepare)
+    monkeypatch.setattr(sharded, "take_steps", take_steps)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    monkeypatch.setattr(jax.profiler, "trace", lambda folder: contextlib.nullcontext())
+    one, context, expert, data, tensor = sharded.step_rows("SPARSE")
     assert one["efficiency"] == 1 and one["seconds"] == 4 and one["mesh"] == "one GPU"
-    assert context["efficiency"] == expert["efficiency"] == pytest.approx(0.8)
+    assert context["efficiency"] == expert["efficiency"] == data["efficiency"] == pytest.approx(0.8)
     assert context["relative_difference"] == pytest.approx({"loss": 0.05, "kl": 0})
+    assert (data["sequences"], context["sequences"]) == (2, 1)
+    assert context["exposed_seconds"] == 0 and "exposed_seconds" not in one
     assert tensor["failed"] == "out of memory" and tensor["mesh"] == "tensor=2"
+
+
+def test_meshes_of_more_gpus():
+    assert sharded.meshes(1) == [""]
+    assert sharded.meshes(8)[1:] == ["context=8", "expert=8", "data=8", "tensor=8", *sharded.MIXED[8]]
+    assert all(sharded.mesh_of(text).size == 8 for text in sharded.meshes(8)[1:])
 
 
 REPORT = """<testsuites><testsuite>

@@ -23,10 +23,10 @@ def test_kernels_of_a_trace_are_added_up_by_their_instruction(tmp_path):
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
         {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": 3, "args": {"name": "Stream #13(Compute)"}},
-        {"ph": "X", "name": "loop_fusion", "pid": 1, "tid": 3, "dur": 5.0, "args": {"hlo_op": "fusion.1"}},
-        {"ph": "X", "name": "loop_fusion", "pid": 1, "tid": 3, "dur": 7.0, "args": {"hlo_op": "fusion.1"}},
-        {"ph": "X", "name": "nameless", "pid": 1, "tid": 3, "dur": 1.0},
-        {"ph": "X", "name": "on the host", "pid": 2, "tid": 3, "dur": 100.0},
+        {"ph": "X", "name": "loop_fusion", "pid": 1, "tid": 3, "ts": 0.0, "dur": 5.0, "args": {"hlo_op": "fusion.1"}},
+        {"ph": "X", "name": "loop_fusion", "pid": 1, "tid": 3, "ts": 5.0, "dur": 7.0, "args": {"hlo_op": "fusion.1"}},
+        {"ph": "X", "name": "nameless", "pid": 1, "tid": 3, "ts": 12.0, "dur": 1.0},
+        {"ph": "X", "name": "on the host", "pid": 2, "tid": 3, "ts": 0.0, "dur": 100.0},
     ]
     (tmp_path / "deep").mkdir()
     with gzip.open(tmp_path / "deep" / "a.trace.json.gz", "wt") as file:

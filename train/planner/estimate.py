@@ -263,10 +263,11 @@ def calibration() -> Calibration:
     )
 
 
-def measured_settings(phase: str, length: int, *, steps: int = 1) -> PhaseSettings:
-    """Makes the recipe of the steps that are measured, on one sequence of `length` tokens."""
+def measured_settings(phase: str, length: int, *, steps: int = 1, sequences: int = 1) -> PhaseSettings:
+    """Makes the recipe of the steps that are measured, on `sequences` of `length` tokens at a time."""
     rate = OptimizerSettings(learning_rate=7.3e-6)
-    return PhaseSettings(PHASES[phase], (Stage(steps, 1, length),), backbone=rate, indexer=rate, bias_rate=1e-3)
+    stages = (Stage(steps, sequences, length),)
+    return PhaseSettings(PHASES[phase], stages, backbone=rate, indexer=rate, bias_rate=1e-3)
 
 
 def measured_job(phase: str) -> Job:

@@ -101,11 +101,7 @@ def _block(x, d, plan, out, *, a_smem, b_smem, out_smem, shape: Shape, **barrier
     items = shape.experts * rows * columns
 
     def for_each_item(work):
-        count = lax.div(items - block + shape.blocks - 1, shape.blocks)
-
         def visit(i, before):
-            # Every second block goes backwards: else all write at one time, and all multiply at another.
-            i = jnp.where(lax.rem(block, 2) == 0, i, count - 1 - i)
             index = block + i * shape.blocks
             expert = lax.div(index, rows * columns)
             row, column = item_at(index - expert * (rows * columns), rows, columns, BAND)
@@ -113,7 +109,7 @@ def _block(x, d, plan, out, *, a_smem, b_smem, out_smem, shape: Shape, **barrier
             work(Item(expert, plan[expert, 0], row, column), before, steps)
             return before + steps
 
-        lax.fori_loop(0, count, visit, jnp.int32(0))
+        lax.fori_loop(0, lax.div(items - block + shape.blocks - 1, shape.blocks), visit, jnp.int32(0))
 
     def copy(item, step, stage, full):
         inner = pl.ds((item.first + step) * DEPTH, DEPTH)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import f64
 
+from dsa_jax import grouped_ffn
 from dsa_jax.grouped_ffn import expert_ffn
 from dsa_jax.pallas_kernels import grouped_product
 from dsa_jax.pallas_kernels.grouped_product import rows, tiles, weights
@@ -190,6 +191,36 @@ def test_few_tokens_equal_those_of_xla(fp8):
     found = grouped_product.expert_ffn(x, experts, gates, *arrays, interpret=True)
     want = f64(expert_ffn(x, experts, gates, *held))
     np.testing.assert_allclose(f64(found), want, atol=2**-8 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(12, 3), (11, 3), (4, 1)])
+def test_many_rows_go_to_the_kernels_in_blocks_of_tokens(monkeypatch, tokens, blocks):
+    """The kernels' place is taken by functions that mean the same, and say how many tokens they are given."""
+    dy, x, experts, gates, *of_weights = problem(3, tokens, 2, 3, 16, 8)
+    dy, x = dy.astype(jnp.float32), x.astype(jnp.float32)
+    arguments = x, experts, gates, *of_weights
+    given = []
+
+    def forward(x, *others):
+        given.append(len(x))
+        return grouped_ffn._blocks_ffn(x, *others, partial=False)
+
+    def gradients(*arguments):
+        given.append(len(arguments[0]))
+        return grouped_ffn._blocks_gradients(*arguments, partial=False)
+
+    monkeypatch.setattr(grouped_product, "expert_ffn", forward)
+    monkeypatch.setattr(grouped_product, "expert_ffn_gradients", gradients)
+    monkeypatch.setattr(grouped_ffn, "ROW_BYTES", 4 * 2 * 2 * 16)  # four tokens of two slots
+    found = grouped_ffn._kernels_ffn(*arguments)
+    np.testing.assert_allclose(found, grouped_ffn._blocks_ffn(*arguments, partial=False), rtol=1e-5, atol=1e-6)
+    for sums in ([], [jnp.ones_like(w) for w in of_weights]):
+        found = grouped_ffn._kernels_gradients(dy, *arguments, *sums)
+        want = grouped_ffn._blocks_gradients(dy, *arguments, *sums, partial=False)
+        for ours, theirs in zip(found, want, strict=True):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert set(given) == {-(-tokens // blocks)}
 
 
 # What fits, and what is refused.
