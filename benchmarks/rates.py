@@ -68,7 +68,16 @@ def kernel_rates() -> dict[str, Any]:
         dense_forward=dense["tflops"] * 1e12,
         dense_loss=dense_loss / (layer["seconds"] - dense["seconds"]),
         cudnn=cudnn_backward_rate(pairs),
+        experts_forward=rates_by_rows("forward"),
+        experts_backward=rates_by_rows("backward"),
     )
+
+
+def rates_by_rows(name: str) -> dict[int, float]:
+    """Gives the rates of the experts' layer by its rows, sorting and gathering included."""
+    rows = recorded("grouped_product")["layer"]["timings"]
+    ours = [row for row in rows if (row["name"], row["implementation"]) == (name, "pallas")]
+    return {row["rows"]: row["tflops_sustained"] * 1e12 for row in ours}
 
 
 def cudnn_backward_rate(pairs: float) -> float:
@@ -108,7 +117,7 @@ def gather() -> dict[str, Any]:
     (card,) = {part["circumstances"]["card"] for part in used}
     exchanges = recorded("sharded")["exchanges"]["timings"]
     return {
-        "source": "benchmarks/results/{forward,training,sharded}.json by python -m benchmarks.rates",
+        "source": "benchmarks/results/{forward,training,sharded,grouped_product}.json by python -m benchmarks.rates",
         "card": card,
         "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "rates": kernel_rates(),

@@ -69,9 +69,10 @@ STEP_PARTS = ("attention_us", "projections_us", "feed_forward_us", "unembedding_
 
 
 def decode_step(results: dict) -> str:
-    """The section on whole decode steps."""
-    paragraphs = [f"{measured(results.values())} A part's time is µs of a call in a chain of its own."]
-    for name, part in results.items():
+    """The section on whole decode steps: those whose parts were timed, and the others in one table."""
+    paragraphs = [f"{measured(map(_without_arguments, results.values()))} A part's time is µs of a call in a chain."]
+    with_parts = {name: part for name, part in results.items() if any("parts" in row for row in timings([part]))}
+    for name, part in with_parts.items():
         header = "batch", "position", "step", "sum of parts", "step ÷ sum", *STEP_HEADER, "idle"
         cells = [
             (
@@ -90,7 +91,28 @@ def decode_step(results: dict) -> str:
             f"these batches {part['peak_gib']:.1f} GiB:"
         )
         paragraphs += [table(header, cells), *failures([part])]
+    others = {name: part for name, part in results.items() if name not in with_parts}
+    if others:
+        cells = [
+            (name, row["batch"], f"{row['length']:,}", f"{1e3 * row['seconds']:.2f} ms", f"{part['peak_gib']:.1f} GiB")
+            for name, part in others.items()
+            for row in timings([part])
+        ]
+        header = "model, and mesh", "batch", "position", "step", "peak memory a GPU"
+        paragraphs += [OTHER_STEPS, table(header, cells), *failures(others.values())]
     return _paragraphs(*paragraphs)
+
+
+OTHER_STEPS = (
+    "Steps with experts, and on two GPUs of one host. Over `data` parameters are kept in parts, and gathered in every "
+    "step: such a mesh is for training. Over `expert` a step waits for the host, which sends what was routed."
+)
+
+
+def _without_arguments(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leaves a command's arguments out of the circumstances, which differ in every part."""
+    circumstances = part["circumstances"]
+    return {**part, "circumstances": {**circumstances, "command": circumstances["command"].split(" --")[0]}}
 
 
 STEP_HEADER = ("attention, a layer", "projections, a layer", "feed-forward, a layer", "unembedding")

@@ -8,7 +8,7 @@ import re
 import statistics
 import textwrap
 
-from benchmarks import serving_tables
+from benchmarks import expert_tables, serving_tables
 from benchmarks.measure import RESULTS
 from studies.needle import summary
 from train import planner
@@ -316,6 +316,7 @@ def moments(results: dict) -> str:
 
 
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
+    "grouped_product": expert_tables.grouped_product,
     "overlap": overlap,
     "data": data,
     "moments": moments,

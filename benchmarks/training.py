@@ -292,7 +292,7 @@ def take_steps(compiled: Any, state: Any, batch: Any, steps: int) -> Any:
     while len(times) < steps and not (times and times[-1] > SLOW):
         began = time.perf_counter()
         state, numbers = compiled(state, batch)
-        metrics.append({name: float(value) for name, value in numbers.items()})
+        metrics.append({name: float(value) for name, value in numbers.items() if value.ndim == 0})
         times.append(time.perf_counter() - began)
         print(f"{times[-1]:.3f} s", metrics[-1], flush=True)
     return times, metrics, state

@@ -20,11 +20,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from dsa_jax.blockwise import contract, even_block, join_queries, scan, split_queries
-from dsa_jax.pallas_kernels import Implementation, choose_implementation, resolve
+from dsa_jax.pallas_kernels import Implementation, choose_implementation
 from dsa_jax.pallas_kernels import grouped_product as kernels
 from dsa_jax.quantization import BlockScaled, block_counts, cast_weight
 
 type Weights = tuple[Array | BlockScaled, Array | BlockScaled, Array | BlockScaled]  # gate_proj, up_proj, down_proj
+
+# Operations, in messages and in plans: where all slots have an expert here, or some.
+WHOLE, PARTIAL = "expert_ffn", "rows_ffn"
 
 # Rows of a block that fills a matrix unit. Shapes are static, so every expert is allotted a block's worth of padding: a
 # quarter more work at 512 rows an expert. Smaller blocks would pad less and read weights more often.
@@ -270,7 +273,7 @@ _expert_ffn.defvjp(lambda *args: (_expert_ffn(*args), args[1:]), _expert_ffn_bwd
 
 def _run(implementation, x, experts, gates, weights, *, partial: bool):
     """Computes the results; `partial` says that many slots may have no expert."""
-    choose = functools.partial(choose_implementation, "expert_ffn", resolve(implementation))
+    choose = functools.partial(choose_implementation, PARTIAL if partial else WHOLE, implementation)
     arrays = x, experts, gates, *_arrays(weights)
     xla = functools.partial(_blocks_ffn, partial=partial)
     return choose(kernels.why_not(*arrays), xla=xla, pallas=_kernels_ffn)(*arrays)
@@ -278,7 +281,8 @@ def _run(implementation, x, experts, gates, weights, *, partial: bool):
 
 def _pull(implementation, dy, x, experts, gates, weights, dweights, *, partial: bool):
     """Computes the gradients by x, gates and the weights, added to `dweights` if any; they are not in FP8."""
-    choose = functools.partial(choose_implementation, "the backward of expert_ffn", resolve(implementation))
+    operation = f"the backward of {PARTIAL if partial else WHOLE}"
+    choose = functools.partial(choose_implementation, operation, implementation)
     why_not = kernels.why_not(x, experts, gates, *weights)
     xla = functools.partial(_blocks_gradients, partial=partial)
     function = choose(why_not, xla=xla, pallas=_kernels_gradients)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsa_jax.dense_attention import CUDNN_BACKWARD
-from dsa_jax.parallel.expert_parallel import GPUS_PER_HOST
+from dsa_jax.grouped_ffn import PARTIAL, WHOLE
+from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR, GPUS_PER_HOST
 from dsa_jax.parallel.sharding import AXES
 from train.planner.costs import Collective, Done, flops_of_product, traffic
 from train.planner.trace import KERNEL, Op, Program
@@ -34,6 +35,10 @@ NAMES = {
     "attention_target": "indexer's loss",
     "sparse_indexer_kl": "indexer's loss",
     "dense_indexer_kl": "indexer's loss",
+    WHOLE: "experts",
+    PARTIAL: "experts",
+    f"the backward of {WHOLE}": "experts",
+    f"the backward of {PARTIAL}": "experts",
 }
 
 
@@ -50,7 +55,7 @@ def recorded_rates() -> Mapping[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Holds floating-point operations and bytes a second; those of sparse attention by the number of heads."""
+    """Holds floating-point operations and bytes a second; of sparse attention by heads, of experts by rows."""
 
     product: float
     copy: float
@@ -62,14 +67,16 @@ class Rates:
     dense_forward: float
     dense_loss: float
     cudnn: float
+    experts_forward: Mapping[int, float]
+    experts_backward: Mapping[int, float]
 
 
 @functools.cache
 def measured_rates() -> Rates:
     """Gives the recorded rates of an H200."""
     rates = recorded_rates()["rates"]
-    by_heads = ("sparse_forward", "sparse_backward")
-    return Rates(**rates | {name: {int(n): rate for n, rate in rates[name].items()} for name in by_heads})
+    by_number = (name for name, value in rates.items() if isinstance(value, dict))
+    return Rates(**rates | {name: {int(n): rate for n, rate in rates[name].items()} for name in by_number})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +99,16 @@ def nvlink_rates() -> Mapping[str, float]:
     return recorded_rates()["exchanges"]
 
 
-def at_heads(rates: Mapping[int, float], heads: int) -> float:
-    """Interpolates the rate at a number of heads where it was not measured.
+def at_number(rates: Mapping[int, float], number: float) -> float:
+    """Interpolates the rate at a number, of heads or of rows, where it was not measured.
 
     Examples:
-      >>> at_heads({16: 1.0, 64: 4.0}, 32)
+      >>> at_number({16: 1.0, 64: 4.0}, 32)
       2.0
     """
-    below = max((n for n in rates if n <= heads), default=min(rates))
-    above = min((n for n in rates if n >= heads), default=max(rates))
-    share = (heads - below) / (above - below) if above > below else 0.0
+    below = max((n for n in rates if n <= number), default=min(rates))
+    above = min((n for n in rates if n >= number), default=max(rates))
+    share = (number - below) / (above - below) if above > below else 0.0
     return rates[below] + share * (rates[above] - rates[below])
 
 
@@ -133,18 +140,18 @@ def _reached(op: Op, queries: int, keys: int) -> float:
 
 def _sparse_forward(op, rates):
     *_, heads, width = op.shapes[0].shape
-    return 2 * _selected(op, 2) * heads * (width + op.results[0].shape[-1]), at_heads(rates.sparse_forward, heads)
+    return 2 * _selected(op, 2) * heads * (width + op.results[0].shape[-1]), at_number(rates.sparse_forward, heads)
 
 
 def _sparse_backward(op, rates):
     *_, heads, width = op.shapes[0].shape
     values = op.shapes[3].shape[-1]
-    return 2 * _selected(op, 2) * heads * (3 * width + 2 * values), at_heads(rates.sparse_backward, heads)
+    return 2 * _selected(op, 2) * heads * (3 * width + 2 * values), at_number(rates.sparse_backward, heads)
 
 
 def _sparse_target(op, rates):
     *_, heads, width = op.shapes[0].shape
-    slower = at_heads(rates.sparse_forward, heads) / max(rates.sparse_forward.values())
+    slower = at_number(rates.sparse_forward, heads) / max(rates.sparse_forward.values())
     return _products(_selected(op, 3), heads, width), rates.sparse_loss * slower
 
 
@@ -181,6 +188,18 @@ def _cudnn_backward(op, rates):
     return 2 * _reached(op, 0, 1) * heads * 5 * width, rates.cudnn
 
 
+def _experts(op, rates, *, experts: int, products: int, backward: bool = False, filled: float = 1.0):
+    """Counts the products of the slots that have an expert here, `filled` of all; `experts` is their argument."""
+    slots = filled * math.prod(op.shapes[experts].shape)
+    _, dim, width = op.shapes[experts + 2].shape
+    by_rows = rates.experts_backward if backward else rates.experts_forward
+    return products * _products(slots, dim, width), at_number(by_rows, slots)
+
+
+# Gate, up and down; in the backward pass gate and up again, three by rows and three by weights.
+_experts_forward = functools.partial(_experts, experts=1, products=3)
+_experts_backward = functools.partial(_experts, experts=2, products=8, backward=True)
+
 _FLOPS: dict[str, Callable[[Op, Rates], tuple[float, float]]] = {
     "sparse_attention": _sparse_forward,
     "the backward of sparse_attention": _sparse_backward,
@@ -192,6 +211,10 @@ _FLOPS: dict[str, Callable[[Op, Rates], tuple[float, float]]] = {
     "index_scores": _dense_scores,
     "_scores_backward_kernel": _dense_scores,
     CUDNN_BACKWARD: _cudnn_backward,
+    WHOLE: _experts_forward,
+    f"the backward of {WHOLE}": _experts_backward,
+    PARTIAL: functools.partial(_experts_forward, filled=1 / CAPACITY_FACTOR),
+    f"the backward of {PARTIAL}": functools.partial(_experts_backward, filled=1 / CAPACITY_FACTOR),
 }
 
 

@@ -26,7 +26,7 @@ from dsa_jax.hf import leaves
 from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR, GPUS_PER_HOST, pair_quota
 from dsa_jax.parallel.sharding import RULES, check_model, parameter_axes, parse_mesh, path_names
 from train.planner.costs import Collective
-from train.planner.hardware import at_heads, network_seconds, usable_memory
+from train.planner.hardware import at_number, network_seconds, usable_memory
 from train.state import abstract_mesh, abstract_params
 
 type Shape = Mapping[str, int]
@@ -279,7 +279,7 @@ def attention_seconds(job: Job, batch: int) -> float:
     points = {}
     for timed in {row["batch"] for row in rows}:
         times = {row["heads"]: row["microseconds"] / 1e6 for row in rows if row["batch"] == timed}
-        points[timed] = at_heads(times, heads) * max(1.0, heads / max(times))
+        points[timed] = at_number(times, heads) * max(1.0, heads / max(times))
     config, keys = job.config, job.config.index_topk / TIMED_TOPK
     products = keys * (config.latent_dim + config.kv_lora_rank) / TIMED_WIDTH
     read = keys * latent_bytes(config, job.weights) / TIMED_LATENT_BYTES

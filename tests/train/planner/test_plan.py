@@ -223,7 +223,7 @@ def test_rates_of_the_network():
     ):
         found = rates.network_seconds(shape, costs.Collective(kind, axes, 1e12))
         assert found == pytest.approx(1e12 * seconds), (kind, axes)
-    assert rates.at_heads({16: 1.0, 64: 4.0}, 32) == 2.0 and rates.at_heads({16: 1.0, 64: 4.0}, 128) == 4.0
+    assert rates.at_number({16: 1.0, 64: 4.0}, 32) == 2.0 and rates.at_number({16: 1.0, 64: 4.0}, 128) == 4.0
 
 
 # What the command says
