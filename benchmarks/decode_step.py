@@ -47,7 +47,9 @@ def make_model(config: Config, mesh: Mesh | None = None) -> Transformer:
     """Makes a model whose weights are random, but repeat: to draw 90 GB of numbers takes memory and time."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
-    @functools.partial(jax.jit, out_shardings=None if mesh is None else parameter_shardings(abstract, mesh))
+    places = None if mesh is None else parameter_shardings(abstract, mesh, copies=True)
+
+    @functools.partial(jax.jit, out_shardings=places)
     def make():
 
         def leaf(number, x):

@@ -104,8 +104,8 @@ def decode_step(results: dict) -> str:
 
 
 OTHER_STEPS = (
-    "Steps with experts, and on two GPUs of one host. Over `data` parameters are kept in parts, and gathered in every "
-    "step: such a mesh is for training. Over `expert` a step waits for the host, which sends what was routed."
+    "Steps with experts, and on two GPUs of one host. Over `expert` the GPUs idle for more than half of a traced step: "
+    "each exchange waits for its counts."
 )
 
 

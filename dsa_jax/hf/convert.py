@@ -106,6 +106,7 @@ def load_hf(
     expert_dtype: Literal["fp8"] | None = None,
     config: Config | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    copies: bool = False,
     seed: int = 0,
 ) -> Transformer:
     """Loads a Hugging Face checkpoint, `deepseek_v32` or `glm_moe_dsa`, single-file or sharded, FP8 or not.
@@ -127,6 +128,8 @@ def load_hf(
         dense checkpoint lacks may be chosen.
       mesh: the devices over which the parameters are sharded, by the table of `parallel.sharding`; the default device
         if None.
+      copies: whether every shard of `data` gets the parameters whole, as generation has them, rather than in parts, as
+        training does.
       seed: of a dense checkpoint's new indexer.
 
     Raises:
@@ -161,7 +164,7 @@ def load_hf(
         raise ValueError("the table of dsa_jax.hf.table does not match the parameters of dsa_jax.Transformer")
     shardings: list[Any] = [None] * len(paths)
     if mesh is not None:
-        shardings = jax.tree.leaves(parameter_shardings(abstract, mesh))
+        shardings = jax.tree.leaves(parameter_shardings(abstract, mesh, copies=copies))
     sharding_of = dict(zip(paths, shardings, strict=True))
     drawn = {} if checkpoint.has_indexer else _draw_indexers(config, seed, sharding_of)
     parameters = [

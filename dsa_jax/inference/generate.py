@@ -137,8 +137,8 @@ def stream(model: Transformer, tokens: Prompts, *, max_new_tokens: int, **option
     """Yields the next token of every row as soon as it is known, until all rows have ended.
 
     Args:
-      model: the transformer; on a mesh its parameters should live where `parameter_shardings` says, as
-        `load_hf(mesh=…)` leaves them; those of one device are moved there first.
+      model: the transformer; on a mesh its parameters should live where `parameter_shardings(copies=True)` says, as
+        `load_hf(mesh=…, copies=True)` leaves them; others are moved there first.
       tokens: prompts, a list of lists or an array padded on the right.
       max_new_tokens: how many tokens to add to each, at most.
       options:

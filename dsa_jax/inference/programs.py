@@ -21,6 +21,7 @@ from dsa_jax.inference.slots import SlotStep, pack_draw, unpack_rows
 from dsa_jax.inference.speculative import Drafted, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
+from dsa_jax.parallel.collectives import copied_parameters
 from dsa_jax.parallel.sharding import parameter_specs, spec
 
 # XLA copies each layer's weights out of their stack before it multiplies by them, unless the slice goes into the call
@@ -141,16 +142,20 @@ def _score(model, hidden, targets) -> Likeliest:
 
 def _forward_on(graph, options: Options, pools, state, table, rows, targets=None):
     """Runs `_forward` on one device, or on every shard of a mesh, which scores nothing."""
-    run = partial(_forward, graph, options)
     if options.mesh is None:
-        return run(pools, state, table, rows, targets)
+        return _forward(graph, options, pools, state, table, rows, targets)
+
+    def run(*arguments):
+        with copied_parameters():
+            return _forward(graph, options, *arguments)
+
     row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
     selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
     specs: Any = spec("rows", None, "vocabulary"), selected, routed
     return jax.shard_map(
         run,
         mesh=options.mesh,
-        in_specs=((pool, pool), parameter_specs(state), spec("rows", "pages"), row),
+        in_specs=((pool, pool), parameter_specs(state, copies=True), spec("rows", "pages"), row),
         out_specs=(StepOutput(*specs), (pool, pool)),
         check_vma=False,
     )(pools, state, table, rows)

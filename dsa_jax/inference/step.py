@@ -48,8 +48,8 @@ class Runner:
     """Runs one model over one paged cache.
 
     Args:
-      model: the transformer; on a mesh its parameters live where `parameter_shardings` says, or are moved there from
-        one device.
+      model: the transformer; on a mesh its parameters live where `parameter_shardings(copies=True)` says, or are moved
+        there from one device or from where they are trained.
       cache: of the model, and on the same mesh.
       attention: "sparse" or "dense".
       prefill_chunk: tokens of prompts at a time, on each shard of rows.
@@ -448,7 +448,7 @@ def _place(state, mesh: Mesh | None):
     for found in {x.mesh for x in shardings if isinstance(x, NamedSharding) and x.mesh.size > 1}:
         if found != mesh:
             raise ValueError(f"the cache must be on the model's mesh, {_describe(found)}, got {_describe(mesh)}")
-    return state if mesh is None else jax.device_put(state, parameter_shardings(state, mesh))
+    return state if mesh is None else jax.device_put(state, parameter_shardings(state, mesh, copies=True))
 
 
 def _describe(mesh):

@@ -29,8 +29,10 @@ References:
   Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3: the operators f and g.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,8 +49,23 @@ FLOAT32_PRODUCTS = ("gate.weight", "indexer.weights_proj", "_proj_scale")
 # Who and how many.
 
 
+_has_copies = contextvars.ContextVar("_has_copies", default=False)
+
+
+@contextlib.contextmanager
+def copied_parameters() -> Iterator[None]:
+    """Has parameters in this block taken as `parameter_specs(copies=True)` places them: nothing is to be gathered."""
+    token = _has_copies.set(True)
+    try:
+        yield
+    finally:
+        _has_copies.reset(token)
+
+
 def mesh_axes(name: str) -> tuple[str, ...]:
     """Lists the mesh axes over which a logical axis is split in this `shard_map`: those larger than 1."""
+    if name == "fsdp" and _has_copies.get():
+        return ()
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in RULES[name] if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 

@@ -256,17 +256,27 @@ def parameter_axes(names: Sequence[str], ndim: int) -> tuple[str | None, ...]:
     return (None,) * (ndim - len(axes)) + axes if len(axes) <= ndim else (None,) * ndim
 
 
-def parameter_specs(tree: Any) -> Any:
+def parameter_specs(tree: Any, *, copies: bool = False) -> Any:
     """Gives the partition of every array in a tree whose paths end as a model's state's do.
 
     Such are the parameters themselves, gradients, and an optimizer's moments.
+
+    Args:
+      tree: of arrays, or of their shapes.
+      copies: whether every shard of `data` has parameters whole, as decoding wants, which would gather them anew for
+        each token; else they are fully sharded, as training has room for them.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, x: spec(*parameter_axes(path_names(path), x.ndim)), tree)
+
+    def partition(path, x):
+        axes = parameter_axes(path_names(path), x.ndim)
+        return spec(*(None if copies and name == "fsdp" else name for name in axes))
+
+    return jax.tree_util.tree_map_with_path(partition, tree)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, copies: bool = False) -> Any:
     """Gives the sharding on a mesh of every array in a tree, by `parameter_specs`: what `jax.device_put` takes."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, copies=copies))
 
 
 # The sequence.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import same_bits, unchecked
+from cases import FAST, same_bits, unchecked
 from flax import nnx
 from model_cases import small_config, small_model
 from sharded_cases import mesh_of, place_params
@@ -15,6 +15,7 @@ from sharded_cases import mesh_of, place_params
 from dsa_jax import KeyRange, PagedCache, load_hf, save_hf
 from dsa_jax.cache import Pages
 from dsa_jax.inference import Completions, Runner, complete, generate
+from dsa_jax.inference.programs import Rows, _forward_on
 from dsa_jax.parallel.sharding import parameter_shardings, spec
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -103,9 +104,10 @@ def test_batch_invariant_rows(name, rows, caplog):
     alone(batch_invariant=True)
     cache = PagedCache(CONFIG, PAGES, format="float32", mesh=mesh)
     runner = Runner(small_model(CONFIG), cache, prefill_chunk=CHUNK, batch_invariant=True, **RETURNED)
-    shardings = parameter_shardings(nnx.split(small_model(CONFIG))[1], mesh)
+    shardings = parameter_shardings(nnx.split(small_model(CONFIG))[1], mesh, copies=True)
     for x, sharding in zip(runner.parameters, jax.tree.leaves(shardings), strict=True):
         assert x.sharding == sharding
+        assert x.sharding.is_fully_replicated or name == CET
     with jax.log_compiles():
         runner.warm(rows=[1], tokens=[CHUNK])
         assert set(compiled(caplog.records)) >= {"draw_first", "decode"}  # other tests may have had the same prefill
@@ -114,11 +116,26 @@ def test_batch_invariant_rows(name, rows, caplog):
         assert not compiled(caplog.records)
 
 
+def test_a_step_gathers_no_parameters():
+    """Where rows are split and nothing else, all that travels are logits and what was drawn."""
+    mesh = mesh_of("data=4")
+    cache = PagedCache(CONFIG, 1, format="float32", mesh=mesh)
+    runner = Runner(small_model(CONFIG), cache, prefill_chunk=CHUNK)
+    graph, options = nnx.split(small_model(CONFIG))[0], runner.options
+    state = jax.tree.unflatten(runner._tree, runner.parameters)
+    table, zero = np.zeros((4, 1), np.int32), np.zeros((4, 1), np.int32)
+    rows = Rows(zero, zero, zero, zero, zero)
+    pools = cache.latents, cache.index_keys
+    run = jax.jit(lambda pools, state: _forward_on(graph, options, pools, state, table, rows))
+    assert "all-gather" not in run.lower(pools, state).compile(compiler_options=FAST).as_text()
+
+
 @pytest.mark.slow
-def test_a_checkpoint_on_a_mesh_continues_as_on_one_device(tmp_path):
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_checkpoint_on_a_mesh_continues_as_on_one_device(tmp_path, copies):
     save_hf(small_model(CONFIG), tmp_path / "hf")
     mesh, want = mesh_of(CET), alone(batch_invariant=True)
-    model = load_hf(tmp_path / "hf", dtype="float32", mesh=mesh)
+    model = load_hf(tmp_path / "hf", dtype="float32", mesh=mesh, copies=copies)
     options = dict(temperature=0, prefill_chunk=CHUNK, batch_invariant=True)
     found = generate(model, PROMPTS, max_new_tokens=NEW, mesh=mesh, **options, **RETURNED)
     same_bits(np.asarray(found)[::2], want.tokens[::2])  # the others are drawn at random
