@@ -104,8 +104,7 @@ def decode_step(results: dict) -> str:
 
 
 OTHER_STEPS = (
-    "Steps with experts, and on two GPUs of one host. Over `expert` the GPUs idle for more than half of a traced step: "
-    "each exchange waits for its counts."
+    "Steps with experts, and on two GPUs of one host. Over `expert` the GPUs idle for more than half of a traced step."
 )
 
 
