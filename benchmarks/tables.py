@@ -315,12 +315,39 @@ def moments(results: dict) -> str:
     return "\n".join(lines)
 
 
+def replay(results: dict) -> str:
+    """The section on how far a rollout and the training forward are apart, in Markdown."""
+    columns = ("nothing", "kept", "selections", "routes", "routes and selections")
+    lines = [
+        f"| model | {' | '.join(columns)} | selections that differ | routes that differ |",
+        f"|---|{'---|' * (len(columns) + 2)}",
+    ]
+    for name, part in results.items():
+        found = {row["replay"]: f"{row['max']:.1e} ({row['mean']:.1e})" for row in part["comparisons"]}
+        shares = [
+            "" if part[share] is None else f"{part[share]:.2%}" if part[share] else "none"
+            for share in ("selections_differ", "routes_differ")
+        ]
+        lines.append(f"| {' | '.join([name, *(found.get(each, '') for each in columns), *shares])} |")
+    cards = sorted({part["circumstances"]["card"] for part in results.values()})
+    dates = sorted({part["circumstances"]["date"] for part in results.values()})
+    tokens = sorted({part["prompt"] + part["drawn"] for part in results.values()})
+    text = (
+        f"Largest difference of log-probabilities of the drawn tokens, in brackets the mean; random models, "
+        f"{' and '.join(map(str, tokens))} tokens a row, on {' and '.join(cards)}, {' and '.join(dates)}, `python -m "
+        "benchmarks.replay`. The last columns count queries, of all layers, whose keys or experts differ where nothing "
+        "is replayed."
+    )
+    return "\n".join([textwrap.fill(text, 120, break_on_hyphens=False), "", *lines])
+
+
 SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded": sharded, "plan": plan} | {
     "grouped_product": expert_tables.grouped_product,
     "overlap": overlap,
     "data": data,
     "moments": moments,
     "memory": memory,
+    "replay": replay,
     "decode": serving_tables.decode,
     "decode_step": serving_tables.decode_step,
     "cost": serving_tables.cost,
@@ -337,6 +364,7 @@ DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands i
     "data": "data.md",
     "moments": "training.md",
     "plan": "many_devices.md",
+    "replay": "post_training_rollouts.md",
     "memory": "many_devices.md",
     "overlap": "many_devices.md",
     "serving": "many_devices.md",

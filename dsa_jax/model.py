@@ -135,7 +135,8 @@ class Transformer(nnx.Module):
           selected: a selection to attend to instead of the indexer's own (sparse attention only).
           return_selected: whether `Output.selected` is wanted: what is attended to, or, under dense attention, what the
             indexer would select, to watch a warm-up.
-          routed: the experts that tokens go to instead of the routers' own choice; the gates are still the routers'.
+          routed: the experts that tokens go to instead of the routers' own choice, which -1 leaves in place; the gates
+            are still the routers'.
           return_routed: whether `Output.routed` is wanted.
           return_indexer_kl: whether `Output.indexer_kl` is wanted; without it nothing of it is computed.
           cache: keys of earlier tokens, a `Cache` or `Pages`; the new ones are written to it. Of `Pages`, which count

@@ -42,7 +42,7 @@ def route(
       weight: the router's.
       bias: the router's, which chooses and has no gradient.
       config: for its groups, counts and factors.
-      experts: the choice, if it is made already; the gates are still computed.
+      experts: the choice, if it is made already; the gates are still computed. -1 leaves it to the scores.
 
     Returns:
       The experts of every token, and their gates.
@@ -58,7 +58,8 @@ def route(
     """
     logits = contract("...d,dx->...x", x.astype(jnp.float32), weight.astype(jnp.float32))
     scores = jax.nn.sigmoid(checkpoint_name(logits, "router"))
-    experts = _choose(scores + bias, config) if experts is None else experts
+    chosen = _choose(scores + bias, config)
+    experts = chosen if experts is None else jnp.where(experts < 0, chosen, experts)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -193,7 +194,7 @@ class MoE(nnx.Module):
         Args:
           x: the tokens.
           valid: which tokens count in the load, all if None; padding should not.
-          routed: the experts that tokens go to, the router's choice if None.
+          routed: the experts that tokens go to, the router's choice if None or -1.
 
         Returns:
           The result, the (token, slot) pairs that each expert got on all shards, and every token's experts.

@@ -361,6 +361,9 @@ def test_imposed_experts_get_the_routers_gates():
     again = layer(x, routed=chosen[..., ::-1])
     np.testing.assert_allclose(again[0], y, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(again[1], load)
+    np.testing.assert_array_equal(
+        layer(x, routed=jnp.where(jnp.arange(x.shape[1])[:, None] < 2, -1, chosen))[2], chosen
+    )
     other = (chosen + 1) % config.n_routed_experts
     experts, gates = layer.gate(x, other)
     np.testing.assert_array_equal(experts, other)

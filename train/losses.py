@@ -45,6 +45,15 @@ class Loss:
     count: Callable[[Batch], Int[Array, ""]]
     layers: Callable[[Transformer, Output, Batch], Float[Array, " layers"]] | None = None
 
+    def measure(
+        self, model: Transformer, output: Output, batch: Batch
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Computes `total`, and other sums over the batch by their names in the metrics, divided by the same count.
+
+        A subclass whose sums share what `total` computes gives them here; without one there are none.
+        """
+        return self.total(model, output, batch), {}
+
 
 def token_losses(
     hidden: Float[Array, "B T D"],
@@ -52,8 +61,12 @@ def token_losses(
     targets: Int[Array, "B T"],
     *,
     chunk: int = CHUNK_TOKENS,
+    temperature: float = 1.0,
+    kept: Int[Array, "B T M"] | None = None,
 ) -> Float[Array, "B T"]:
     """Computes the negative log-likelihood of each target, log sum_v exp z[t,v] - z[t,target], in float32.
+
+    z are the logits divided by the temperature; the sum runs over the ids that are kept.
 
     Args:
       hidden: the last hidden states.
@@ -61,40 +74,73 @@ def token_losses(
         gives the logits of this shard's part.
       targets: ids of the vocabulary.
       chunk: about how many tokens' logits exist at a time, forward and backward.
+      temperature: that targets were drawn at, more than 0.
+      kept: the ids among which each target was drawn, then -1; where there are none, the whole vocabulary.
 
     Raises:
-      ValueError: if `targets` has another shape than the tokens of `hidden`.
+      ValueError: if `targets` or `kept` has another shape than the tokens of `hidden`.
     """
     batch, length, _ = hidden.shape
     if targets.shape != (batch, length):
         raise ValueError(f"targets must have the shape of hidden's tokens {(batch, length)}, got {targets.shape}")
+    kept = jnp.zeros((batch, length, 0), jnp.int32) if kept is None else jnp.asarray(kept, jnp.int32)
+    if kept.shape[:2] != (batch, length):
+        raise ValueError(f"kept must be [{batch}, {length}, M] as hidden's tokens, got {list(kept.shape)}")
     width = min(length, max(1, chunk // batch))
     blocks = -(-length // width)
     padding = blocks * width - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, blocks, width, -1)
     targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, blocks, width)
+    kept = jnp.pad(kept, ((0, 0), (0, padding), (0, 0)), constant_values=-1).reshape(batch, blocks, width, -1)
 
     @jax.checkpoint
     def block_losses(block):
-        hidden, targets = block
-        logits = unembed(hidden).astype(jnp.float32)
+        hidden, targets, kept = block
+        logits = unembed(hidden).astype(jnp.float32) / temperature
         peak = max_statistics(jnp.max(logits, axis=-1), "vocabulary")
         total = sum_shards(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1), "vocabulary")
-        return peak + jnp.log(total) - _target_logits(logits, targets)
+        whole = peak + jnp.log(total)
+        if kept.shape[-1]:
+            whole = jnp.where(kept[..., 0] < 0, whole, _log_total_of(logits, kept))
+        return whole - _logits_of(logits, targets[..., None])[..., 0]
 
     with jax.named_scope("cross_entropy"):
-        losses = jax.lax.map(block_losses, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+        losses = jax.lax.map(block_losses, tuple(x.swapaxes(0, 1) for x in (hidden, targets, kept)))
     return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
 
-def _target_logits(logits, targets):
-    """Takes the logits of the targets, from the shard of the vocabulary that has them."""
+def _logits_of(logits, ids):
+    """Takes the logits of ids [..., M], from the shards of the vocabulary that have them."""
     if num_shards("vocabulary") == 1:
-        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    local = targets - shard_index("vocabulary") * logits.shape[-1]
+        return jnp.take_along_axis(logits, ids, axis=-1)
+    local = ids - shard_index("vocabulary") * logits.shape[-1]
     is_local = (local >= 0) & (local < logits.shape[-1])
-    picked = jnp.take_along_axis(logits, jnp.where(is_local, local, 0)[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(logits, jnp.where(is_local, local, 0), axis=-1)
     return sum_shards(jnp.where(is_local, picked, 0.0), "vocabulary")
+
+
+def _log_total_of(logits, kept):
+    """Computes log sum exp over the ids that are kept, by their own peak: all may be far below the likeliest."""
+    is_kept = kept >= 0
+    picked = jnp.where(is_kept, _logits_of(logits, jnp.maximum(kept, 0)), -jnp.inf)
+    peak = jnp.maximum(jax.lax.stop_gradient(jnp.max(picked, axis=-1)), jnp.finfo(jnp.float32).min)
+    total = jnp.sum(jnp.where(is_kept, jnp.exp(picked - peak[..., None]), 0.0), axis=-1)
+    return peak + jnp.log(jnp.where(is_kept[..., 0], total, 1.0))
+
+
+def log_probabilities(
+    model: Transformer, output: Output, batch: Batch, *, temperature: float = 1.0
+) -> Float[Array, "B T"]:
+    """Computes how likely each target is, as an engine does that draws it: of the tempered, kept distribution.
+
+    Args:
+      model, output: the model, and its output over the batch.
+      batch: with the kept sets in `replay`, if targets were drawn from a truncated distribution.
+      temperature: that they were drawn at.
+    """
+    kept = None if batch.replay is None else batch.replay.kept
+    options: dict[str, Any] = dict(temperature=temperature, kept=kept)
+    return -token_losses(output.hidden, model.unembedding(), batch.targets, **options)
 
 
 def cross_entropy(

@@ -2,7 +2,8 @@
 
 `generate` continues prompts; `complete` tells all that is known of what it drew, `stream` yields tokens as they come.
 `LLM` serves many requests at once from one model, `Engine` is what it runs: sequences join and leave its batch at every
-step. `Runner` runs a model over a `PagedCache` a step at a time, for engines of one's own.
+step. `Runner` runs a model over a `PagedCache` a step at a time, for engines of one's own; `Turns` reads and draws by
+turns, each drawn on the device in one program, as rollouts with tools do.
 """
 
 from dsa_jax.inference.engine import Engine
@@ -13,11 +14,13 @@ from dsa_jax.inference.params import PromptToken, Record, Request, SamplingParam
 from dsa_jax.inference.sampling import sample
 from dsa_jax.inference.speculative import Drafter, NGram
 from dsa_jax.inference.step import Runner
+from dsa_jax.inference.turns import Drawn, Taken, Turns, greedy_settings, row_settings
 
 __all__ = [
     "LLM",
     "Completions",
     "Drafter",
+    "Drawn",
     "Engine",
     "NGram",
     "OutOfPages",
@@ -30,11 +33,15 @@ __all__ = [
     "Runner",
     "SamplingParams",
     "StructuredOutputs",
+    "Taken",
     "Token",
+    "Turns",
     "check_table",
     "complete",
     "generate",
+    "greedy_settings",
     "pages_that_fit",
+    "row_settings",
     "sample",
     "stream",
 ]

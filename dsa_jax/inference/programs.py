@@ -21,6 +21,7 @@ from dsa_jax.inference.slots import SlotStep, pack_draw, unpack_rows
 from dsa_jax.inference.speculative import Drafted, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
+from dsa_jax.paged import PAGE
 from dsa_jax.parallel.collectives import copied_parameters
 from dsa_jax.parallel.sharding import parameter_specs, spec
 
@@ -93,6 +94,26 @@ class Carry:
     length: Array | np.ndarray
     number: Array | np.ndarray
     live: Array | np.ndarray
+
+
+class TurnOutput(NamedTuple):
+    """Holds what a turn has drawn, of N tokens a row at most, and what led to it, if that was asked for.
+
+    Attributes:
+      count: int32 [B], how many tokens each row has drawn.
+      tokens: int32 [N, B].
+      log_probs: float32 [N, B], as `Draw` has them; NaN ends a row.
+      kept: int32 [N, B, M], the ids that could be drawn, in order, then -1.
+      selected: integers [N, layers, B, K], of the tokens as they were taken in: never of the last one of a row.
+      routed: integers [N, moe_layers, B, k], of the same tokens.
+    """
+
+    count: Array
+    tokens: Array
+    log_probs: Array
+    kept: Array | None
+    selected: Array | None
+    routed: Array | None
 
 
 def bucket(size: int, least: int = 1) -> int:
@@ -198,6 +219,66 @@ def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, s
     return verify_drafts(out.logits, drafted, settings, kind=kind, controls=controls), out, pools
 
 
+def _turn_on(
+    graph, options: Options, pools, logits, carry: Carry, state, table, settings, stops, limit,
+    *, kind: Kind, most: int, kept: int,
+):  # fmt: skip
+    """Draws of each row until it has stopped or has its limit of tokens; the host is not asked in between.
+
+    Args:
+      logits: [B, vocab], behind what the cache holds.
+      limit: int32 [B], tokens of each row, from 1 to `most`.
+      most: N.
+      kept: M, or 0 where kept sets are not wanted.
+    """
+    position = jnp.int16 if table.shape[1] * PAGE < 2**15 else jnp.int32
+
+    def decode(pools, carry):
+        carry, drawn, out, pools = _decode_on(
+            graph, options, pools, carry, state, table, settings, stops, None, kind=kind
+        )
+        dtypes = dict(selected=position, routed=jnp.int16)
+        taken_in = {name: getattr(out, name) for name in dtypes}
+        found = {name: x[:, :, 0].astype(dtypes[name]) for name, x in taken_in.items() if x is not None}
+        return carry, drawn, found, pools
+
+    def of_draw(carry, drawn):
+        values = dict(tokens=carry.token, log_probs=drawn.log_prob)
+        return values | (dict(kept=list_kept(drawn.kept, kept)) if kept else {})
+
+    def put(buffers, number, values):
+        return buffers | {name: buffers[name].at[number].set(value) for name, value in values.items()}
+
+    def within(carry, count):
+        return dataclasses.replace(carry, live=carry.live & (count < limit))
+
+    def step(turn):
+        number, carry, count, buffers, pools = turn
+        count = count + carry.live
+        carry, drawn, found, pools = decode(pools, carry)
+        buffers = put(put(buffers, number, of_draw(carry, drawn)), number - 1, found)
+        return number + 1, within(carry, count), count, buffers, pools
+
+    carry = jax.tree.map(jnp.asarray, carry)
+    drawn, count = draw(logits, settings, jnp.asarray(carry.number), kind=kind), jnp.asarray(carry.live, jnp.int32)
+    carry = _everywhere(options.mesh, within(_advance(carry, drawn, stops), count))
+    first, shapes = of_draw(carry, drawn), jax.eval_shape(decode, pools, carry)[2]
+    buffers = {name: jnp.zeros((most, *x.shape), x.dtype) for name, x in (shapes | first).items()}
+    going = lambda turn: (turn[0] < most) & jnp.any(turn[1].live)  # noqa: E731
+    turn = jnp.int32(1), carry, count, put(buffers, 0, first), pools
+    _, _, count, buffers, pools = jax.lax.while_loop(going, step, turn)
+    found: dict[str, Any] = dict.fromkeys(("kept", "selected", "routed")) | buffers
+    return TurnOutput(count=jnp.asarray(count), **found), pools
+
+
+def list_kept(kept: Array, width: int) -> Array:
+    """Lists the ids of each row of a mask [B, vocab], the lowest first, then -1: int32 [B, width]."""
+    place = jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1
+    rows, ids = jnp.arange(len(kept))[:, None], jnp.arange(kept.shape[1], dtype=jnp.int32)
+    listed = jnp.full((len(kept), width), -1, jnp.int32)
+    return listed.at[rows, jnp.where(kept, place, width)].set(jnp.broadcast_to(ids, kept.shape), mode="drop")
+
+
 @partial(jax.jit, static_argnums=0, static_argnames="kind")
 def draw_first(mesh: Mesh | None, logits, length, settings: Settings, stops, live, *, kind: Kind):
     """Draws the first token of each row, from the logits of its prompt."""
@@ -224,6 +305,8 @@ class Programs(NamedTuple):
     decode_slots: Callable
     # (pools, drafted, parameters, table, settings, kind, controls=None) -> (Verified, StepOutput, pools)
     verify: Callable
+    # (pools, logits, carry, parameters, table, settings, stops, limit, kind, most, kept) -> (TurnOutput, pools)
+    turn: Callable
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
@@ -249,12 +332,17 @@ def programs(graph, tree, options: Options) -> Programs:
         state = jax.tree.unflatten(tree, parameters)
         return _verify_on(graph, options, pools, drafted, state, table, settings, controls, kind=kind)
 
+    def turn(pools, logits, carry, parameters, table, settings, stops, limit, kind, most, kept):
+        state, sizes = jax.tree.unflatten(tree, parameters), dict(kind=kind, most=most, kept=kept)
+        return _turn_on(graph, options, pools, logits, carry, state, table, settings, stops, limit, **sizes)
+
     compile = partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     return Programs(
         compile(prefill, donate_argnums=0),
         compile(decode, donate_argnums=0, static_argnums=6),
         compile(decode_slots, donate_argnums=(0, 1), static_argnums=5),
         compile(verify, donate_argnums=0, static_argnums=5),
+        compile(turn, donate_argnums=0, static_argnums=(8, 9, 10)),
     )
 
 

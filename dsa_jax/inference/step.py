@@ -22,6 +22,7 @@ from dsa_jax.inference.programs import (
     Options,
     Rows,
     StepOutput,
+    TurnOutput,
     bucket,
     draw_first,
     padding_settings,
@@ -384,6 +385,29 @@ class Runner:
         )  # fmt: skip
         self.cache.update(*pools)
         return verified, out
+
+    def read_rows(self, rows: Rows, table) -> StepOutput:
+        """Takes in the tokens of rows that each hold one sequence, which have room for them, with sparse attention."""
+        return self._run_prefill(rows, table, dense=False)
+
+    def turn(
+        self, logits: Array, carry: Carry, table, settings: Settings, stops, limit, *, kind: Kind, most: int, kept: int
+    ) -> TurnOutput:
+        """Draws a turn of each row in one program: see `programs.TurnOutput`; sequences have room for all but its last.
+
+        Args:
+          logits: [B, vocab], behind what the cache holds of each row.
+          carry, table, settings, stops, kind: as `decode` takes them; the carry's tokens are not read.
+          limit: int32 [B], tokens of each row, from 1 to `most`.
+          most: tokens of a row at most; the same number runs the same program.
+          kept: ids of a kept set at most, 0 where these are not wanted.
+        """
+        pools = self.cache.latents, self.cache.index_keys
+        out, pools = self.programs.turn(
+            pools, logits, carry, self.parameters, table, settings, stops, limit, kind, most, kept
+        )
+        self.cache.update(*pools)
+        return out
 
     def warm(
         self,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import unchecked
 from jax.test_util import check_grads
 
 from train.losses import cross_entropy, indexer_loss, token_losses
@@ -72,3 +73,48 @@ def test_mismatched_targets_are_named(unchecked):
     hidden, weights, targets, _ = inputs()
     with pytest.raises(ValueError, match=r"targets must have the shape"):
         token_losses(hidden, lambda h: h @ weights, jnp.asarray(targets[:, 1:]))
+
+
+def kept_sets(targets, vocab=11, width=6):
+    """Random kept sets that hold their targets, one of them without any."""
+    rng = np.random.default_rng(1)
+    kept = np.full((*targets.shape, width), -1, np.int32)
+    for place in np.ndindex(targets.shape):
+        others = rng.permutation(np.setdiff1d(np.arange(vocab), targets[place]))[: rng.integers(width)]
+        kept[(*place, slice(0, len(others) + 1))] = np.sort(np.append(others, targets[place]))
+    kept[0, 1] = -1
+    return kept
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_kept_sets_and_temperature(chunk):
+    """log softmax(z / 0.7) over the kept ids; where none are listed, over all."""
+    hidden, weights, targets, _ = inputs()
+    kept, options = kept_sets(targets), dict(temperature=0.7, chunk=chunk)
+    losses = token_losses(hidden, lambda h: h @ weights, jnp.asarray(targets), kept=jnp.asarray(kept), **options)
+    z = np.asarray(hidden, np.float64) @ np.asarray(weights, np.float64) / 0.7
+    for place in np.ndindex(targets.shape):
+        own = kept[place][kept[place] >= 0] if kept[place][0] >= 0 else np.arange(11)
+        want = np.log(np.exp(z[place][own]).sum()) - z[place][targets[place]]
+        np.testing.assert_allclose(losses[place], want, atol=2e-6)
+
+
+def test_kept_sets_far_below_the_likeliest():
+    """A kept set of another policy, of which nothing is near the peak: still a distribution."""
+    z = jnp.asarray([[[300.0, 0.0, 1.0]]])
+    losses = token_losses(z, lambda h: h, jnp.asarray([[1]]), kept=jnp.asarray([[[1, 2]]]))
+    np.testing.assert_allclose(losses, [[np.log(1 + np.e)]], rtol=1e-6)
+
+
+def test_gradients_over_kept_sets():
+    hidden, weights, targets, valid = inputs(batch=2, length=5)
+    kept = jnp.asarray(kept_sets(targets))
+    losses = lambda h, w: token_losses(h, lambda x: x @ w, jnp.asarray(targets), kept=kept, chunk=4)
+    check_grads(lambda *args: losses(*args).sum(), (hidden, weights), order=1, modes=("rev",), atol=1e-2, rtol=1e-2)
+
+
+def test_kept_sets_of_another_shape_are_refused():
+    hidden, weights, targets, _ = inputs()
+    kept = jnp.zeros((3, 9, 2), jnp.int32)
+    with unchecked(), pytest.raises(ValueError, match=r"kept must be \[3, 10, M\] as hidden's tokens, got \[3, 9, 2\]"):
+        token_losses(hidden, lambda h: h @ weights, jnp.asarray(targets), kept=kept)

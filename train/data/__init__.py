@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.data.batch import Batch, window_row
+    from train.data.batch import TOKEN_FIELDS, Batch, Replay, window_row
     from train.data.config import DataConfig
     from train.data.corpus import Corpus, load, load_whole, stream_name
     from train.data.documents import Documents, MemoryDocuments
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from train.data.parts import BatchParts
     from train.data.rows import Progress, Source
     from train.data.sources import TEXT
-    from train.data.streams import BatchIterator, BatchSource, BatchStream, PartSource, SplitName
+    from train.data.streams import BatchIterator, BatchSource, BatchStream, FollowingStream, PartSource, SplitName
 
 __all__ = [
     "TEXT",
+    "TOKEN_FIELDS",
     "Batch",
     "BatchIterator",
     "BatchParts",
@@ -27,9 +28,11 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Documents",
+    "FollowingStream",
     "MemoryDocuments",
     "PartSource",
     "Progress",
+    "Replay",
     "Source",
     "SplitName",
     "Waste",
@@ -40,7 +43,7 @@ __all__ = [
     "window_row",
 ]
 _MODULES = {
-    "batch": ("Batch", "window_row"),
+    "batch": ("TOKEN_FIELDS", "Batch", "Replay", "window_row"),
     "config": ("DataConfig",),
     "corpus": ("Corpus", "load", "load_whole", "stream_name"),
     "documents": ("Documents", "MemoryDocuments"),
@@ -48,7 +51,7 @@ _MODULES = {
     "parts": ("BatchParts",),
     "rows": ("Progress", "Source"),
     "sources": ("TEXT",),
-    "streams": ("BatchIterator", "BatchSource", "BatchStream", "PartSource", "SplitName"),
+    "streams": ("BatchIterator", "BatchSource", "BatchStream", "FollowingStream", "PartSource", "SplitName"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -16,6 +16,25 @@ from train.checks import MAX_COUNT
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Replay:
+    """Holds what a rollout chose for the tokens of a batch, to be taken again in training; any may be None.
+
+    Tokens stand first, so that a batch is cut into rows and shards as one. Integers are as narrow as the values allow.
+
+    Attributes:
+      routes: [B, T, moe_layers, k], each token's experts; -1 leaves the choice to the router.
+      kept: [B, T, M], the ids among which the target of each token was drawn, then -1; none where it was drawn among
+        the whole vocabulary, or not drawn.
+      selections: [B, T, layers, K], canonical positions in the row; a token without any attends to nothing.
+    """
+
+    routes: Any = None
+    kept: Any = None
+    selections: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Holds rows of packed documents; `start` and `stop` are their KeyRange. The loader's leaves are NumPy arrays."""
 
@@ -25,6 +44,7 @@ class Batch:
     start: Any  # i32[B, T]
     stop: Any  # i32[B, T]
     positions: Any  # i32[B, T], from 0 in every document
+    replay: Replay | None = None  # of tokens that an engine has drawn
 
     @property
     def keys(self) -> KeyRange:
@@ -33,7 +53,7 @@ class Batch:
 
     def canonical(self) -> Self:
         """Converts what has other dtypes to int32 and booleans, as the loader's batches have them."""
-        dtypes = {field.name: np.bool_ if field.name == "valid" else np.int32 for field in dataclasses.fields(self)}
+        dtypes = {name: np.bool_ if name == "valid" else np.int32 for name in TOKEN_FIELDS}
         is_so = lambda name: getattr(getattr(self, name), "dtype", None) == dtypes[name]  # noqa: E731
         others = {name: np.asarray(getattr(self, name), dtype) for name, dtype in dtypes.items() if not is_so(name)}
         return dataclasses.replace(self, **others) if others else self
@@ -87,15 +107,17 @@ class Batch:
     @classmethod
     def stack(cls, rows: Sequence["Batch"]) -> Self:
         """Stacks rows of [T] to one batch of [B, T]."""
-        return cls(**{f.name: np.stack([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(cls)})
+        return jax.tree.map(lambda *each: np.stack(each), *rows)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Batch"]) -> Self:
         """Joins parts of rows [B, T] in their order."""
         if len(parts) == 1:
             return cls(**vars(parts[0]))
-        join = lambda name: np.concatenate([getattr(part, name) for part in parts], axis=1)  # noqa: E731
-        return cls(**{field.name: join(field.name) for field in dataclasses.fields(cls)})
+        return jax.tree.map(lambda *each: np.concatenate(each, axis=1), *parts)
+
+
+TOKEN_FIELDS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "replay")  # all [B, T]
 
 
 def _integers(name: str, values: ArrayLike) -> np.ndarray:

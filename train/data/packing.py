@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from train.checks import shown
-from train.data.batch import Batch, window_row
+from train.data.batch import TOKEN_FIELDS, Batch, window_row
 from train.data.documents import Documents
 
 ENDLESS = 2**40  # rows, more than any run takes; grain's own endless length overflows in rows of one
@@ -278,7 +278,7 @@ def _fill(
 def text_row(documents: Documents, begin: int, seq_len: int) -> Batch:
     """Cuts one window of text; a document that begins before it starts at the window's edge, at position 0."""
     batch = read_places([(documents, window(documents, begin, seq_len))], 0, seq_len)
-    return Batch(**{name: array[0] for name, array in vars(batch).items()})
+    return Batch(**{name: getattr(batch, name)[0] for name in TOKEN_FIELDS})
 
 
 def _check_state(state: Any, is_good: bool) -> None:

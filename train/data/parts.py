@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dsa_jax.parallel.sharding import shards, spec, zigzag_order
-from train.data.batch import Batch
+from train.data.batch import TOKEN_FIELDS, Batch
 
 type Index = tuple[slice, ...]
 
@@ -35,7 +36,8 @@ class BatchParts:
             read = lambda index: getattr(self.parts[self.layout.part(index)], name)  # noqa: E731
             return jax.make_array_from_callback(self.layout.shape, self.layout.sharding, read)
 
-        return Batch(**{field.name: place(field.name) for field in dataclasses.fields(Batch)})
+        arrays: dict[str, Any] = {name: place(name) for name in TOKEN_FIELDS}
+        return Batch(**arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Streams of batches: what a run asks of data, and the iterators that a corpus gives."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import grain
@@ -29,6 +29,19 @@ class BatchStream(Protocol):
 
     def set_state(self, state: Any) -> None:
         """Continues behind the batch after which `get_state` gave this."""
+        ...
+
+
+@runtime_checkable
+class FollowingStream(BatchStream, Protocol):
+    """A stream whose batches depend on the weights, such as one of a model's own samples."""
+
+    def follow(self, params: Any) -> None:
+        """Takes the parameters before each batch; the step after it takes their memory over, so none may be kept."""
+        ...
+
+    def measures(self) -> Mapping[str, float]:
+        """Gives numbers about the last batch for its step's line in the metrics."""
         ...
 
 

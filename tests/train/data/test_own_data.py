@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from train_cases import fake_step, one_layer_run, small_params
 
 from dsa_jax import KeyRange
-from train.data import Batch, load
+from train.data import TOKEN_FIELDS, Batch, load
 from train.run import Run
 from train.saved.folder import checkpoint_steps
 
@@ -88,7 +88,7 @@ def test_documents_share_nothing(segments, seed):
         assert batch.valid[row, place] == follows
         if follows:
             assert batch.targets[row, place] == tokens[row, place + 1]
-    assert {f.name: getattr(batch, f.name).dtype.name for f in dataclasses.fields(Batch)} == {
+    assert {name: getattr(batch, name).dtype.name for name in TOKEN_FIELDS} == {
         name: "bool" if name == "valid" else "int32" for name in "tokens targets valid start stop positions".split()
     }
 

@@ -1,6 +1,5 @@
 """Training on shards: mixtures, splits within them, positions, progress, and what is refused when they are opened."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -9,10 +8,8 @@ from shard_cases import random_documents, write_shards
 from tokenizers import Tokenizer, models
 from train_cases import batch_at, write_documents
 
-from train.data import Batch, DataConfig, load, mixing
+from train.data import TOKEN_FIELDS, Batch, DataConfig, load, mixing
 from train.data.manifest import hash_tokenizer
-
-FIELDS = [field.name for field in dataclasses.fields(Batch)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def tokens_of(documents) -> list[list[int]]:
 
 
 def assert_same(first: Batch, second: Batch) -> None:
-    for name in FIELDS:
+    for name in TOKEN_FIELDS:
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
