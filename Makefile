@@ -1,5 +1,5 @@
 # Each command does its own set-up: see .ci/install.
-.PHONY: demo test test-slow test-variants test-meshes test-gpu docs notebooks lint format clean
+.PHONY: demo post test test-slow test-variants test-meshes test-gpu docs notebooks lint format clean
 
 ARGS ?=
 bin := .venv/bin
@@ -7,6 +7,10 @@ bin := .venv/bin
 demo:
 	@.ci/install ""
 	$(bin)/python -m studies.tiny --resume $(ARGS)
+
+post:
+	@.ci/install ""
+	$(bin)/python -m train post --preset tiny --out runs/post --resume $(ARGS)
 
 # A file's tests share what they compile, so one worker has them all.
 test: lint

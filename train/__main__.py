@@ -43,6 +43,12 @@ def _tokenize(arguments: Sequence[str]) -> None:
     tokenize_command.main(arguments)
 
 
+def _post(arguments: Sequence[str]) -> None:
+    from train.post import command
+
+    command.main(arguments)
+
+
 COMMANDS: dict[str, Command] = {
     "train": _train,
     "plan": _plan,
@@ -50,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "tokenize": _tokenize,
     "evaluate": _evaluate,
     "report": _report,
+    "post": _post,
 }
 
 

@@ -33,11 +33,16 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
       WriteError: if it cannot be written; the old one stays.
     """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file as `replace_text` does."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
-            with temporary.open("w") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

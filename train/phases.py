@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 from dsa_jax import KeyRange, Output, Transformer
 from train.data import Batch
 from train.losses import KL_LOSS, LM_LOSS, Loss
+from train.post.policy import PolicySettings, policy_loss
 
 GROUPS = ("backbone", "indexer", "router_bias")
 TRAINABLE = ("backbone", "indexer")  # the router's bias follows the expert load, by no gradient
@@ -88,13 +89,32 @@ BASE = Phase("BASE", "dense", ("backbone",), (_LM,), stream=0)
 WARMUP = Phase("WARMUP", "dense", ("indexer",), (_KL,), stream=1)
 SPARSE = Phase("SPARSE", "sparse", ("backbone", "indexer"), (_LM, _KL), stream=SPARSE_STREAM)
 
+# After SPARSE, or from any checkpoint: what an assistant wrote is learnt, of conversations or of specialists' samples.
+SFT = Phase("SFT", "sparse", ("backbone", "indexer"), (_LM, _KL), stream=4)
+DISTILL = Phase("DISTILL", "sparse", ("backbone", "indexer"), (_LM, _KL), stream=5)
+# On episodes that the model samples. They are named here; `policy_phase` gives them the settings without which they
+# cannot train, and the indexer to train.
+_POLICY = (("policy_loss", policy_loss()),)
+SPECIALIST = Phase("SPECIALIST", "sparse", ("backbone",), _POLICY, stream=6)
+MIXED = Phase("MIXED", "sparse", ("backbone",), _POLICY, stream=7)
+ON_POLICY = Phase("ON_POLICY", "sparse", ("backbone",), _POLICY, stream=8)
+POLICY_PHASES = (SPECIALIST, MIXED, ON_POLICY)
+
 # What SPARSE is compared with, from the same weights over the same batches.
 DENSE_CONTROL = Phase("DENSE_CONTROL", "dense", ("backbone",), (_LM,), stream=SPARSE_STREAM)
 WINDOW_CONTROL = Phase(
     "WINDOW_CONTROL", "sparse", ("backbone",), (_LM,), selection=window_selection, stream=SPARSE_STREAM
 )
 CONTROLS = (DENSE_CONTROL, WINDOW_CONTROL)
-PHASES = {phase.name: phase for phase in (BASE, WARMUP, SPARSE, *CONTROLS)}
+PHASES = {phase.name: phase for phase in (BASE, WARMUP, SPARSE, SFT, DISTILL, *POLICY_PHASES, *CONTROLS)}
+
+
+def policy_phase(phase: Phase, settings: PolicySettings) -> Phase:
+    """Gives a phase of `POLICY_PHASES` its settings: its attention, whether the indexer learns, and its objective."""
+    losses, trains = (("policy_loss", policy_loss(settings)),), phase.trains
+    if not settings.freeze_indexer:
+        losses, trains = (*losses, _KL), (*trains, "indexer")
+    return dataclasses.replace(phase, attention=settings.attention, trains=trains, losses=losses)
 
 
 def group_of(path: tuple[Any, ...]) -> str:
@@ -133,12 +153,21 @@ def run_model(
       model: the model.
       batch: the batch.
       attention: as the model takes it.
-      selection: makes what every layer selects, instead of its indexer.
+      selection: makes what every layer selects, instead of its indexer; what the batch replays goes before it.
       keep: what is kept for the backward pass, as the model takes it.
     """
-    selected = None
-    if selection is not None:
+    selected, routed = _replayed(batch)
+    if selected is None and selection is not None:
         selected = selection(batch.keys, model.config.index_topk)
         selected = jnp.broadcast_to(selected, (model.config.num_hidden_layers, *selected.shape))
-    options: dict[str, Any] = dict(attention=attention, selected=selected, keep=keep)
+    options: dict[str, Any] = dict(attention=attention, selected=selected, routed=routed, keep=keep)
     return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options)
+
+
+def _replayed(batch: Batch) -> tuple[Array | None, Array | None]:
+    """Gives the selections and the routes that a batch replays as the model takes them, layers first."""
+    replay = batch.replay
+    if replay is None:
+        return None, None
+    layers_first = lambda x: None if x is None else jnp.moveaxis(jnp.asarray(x, jnp.int32), 2, 0)  # noqa: E731
+    return layers_first(replay.selections), layers_first(replay.routes)

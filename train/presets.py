@@ -11,9 +11,10 @@ import tyro
 from dsa_jax import Config
 from train.checks import shown
 from train.commands.command import parse
+from train.data import DataConfig
 from train.files import read_json_file
 from train.optimizer import OptimizerSettings
-from train.phases import BASE, SPARSE, WARMUP
+from train.phases import BASE, SFT, SPARSE, WARMUP
 from train.settings import PhaseSettings, RunConfig, Stage, as_json, listed, read_json
 
 
@@ -54,7 +55,21 @@ def tiny() -> RunConfig:
     )
 
 
-PRESETS = {"tiny": tiny, "deepseek_v32": deepseek_v32}
+def sft() -> RunConfig:
+    """Makes supervised fine-tuning on conversations, from a checkpoint and through sparse attention.
+
+    Its length and rates are a beginning for small checkpoints: `--set`, `--steps` and `--learning-rate` change them.
+    """
+    backbone = OptimizerSettings(learning_rate=1e-5, schedule="cosine", warmup_steps=10, weight_decay=0.0)
+    indexer = OptimizerSettings(learning_rate=1e-4, weight_decay=0.0)
+    return RunConfig(
+        model=Config.tiny(),
+        phases=(PhaseSettings(SFT, (Stage(200, 8, 1024),), backbone=backbone, indexer=indexer),),
+        data=DataConfig(pack="best_fit"),
+    )
+
+
+PRESETS = {"tiny": tiny, "sft": sft, "deepseek_v32": deepseek_v32}
 
 
 def load_preset(name: str, *, model: Config | None = None, free: Collection[str] = ()) -> RunConfig:
@@ -124,4 +139,4 @@ class PresetArguments:
     """Prints a preset as JSON, to be changed and given as --preset."""
 
     name: tyro.conf.Positional[str]
-    """tiny, deepseek_v32, or a .json file, whose left-out fields are filled in."""
+    """tiny, sft, deepseek_v32, or a .json file, whose left-out fields are filled in."""

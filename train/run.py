@@ -17,7 +17,7 @@ from dsa_jax import Transformer
 from dsa_jax.parallel.sharding import check_model, place_batch
 from train.checks import shown
 from train.compiling import Program, compile_programs
-from train.data import Batch, BatchParts, BatchSource, BatchStream, PartSource
+from train.data import TOKEN_FIELDS, Batch, BatchParts, BatchSource, BatchStream, FollowingStream, PartSource
 from train.files import WriteError
 from train.phases import Params, merge_groups
 from train.processes import cluster, ending
@@ -288,6 +288,8 @@ class Run:
                 for done in range(position.phase_step + 1, last + 1):
                     observer = keeper.observer
                     observer.profiler.begin(before + done)
+                    if isinstance(data, FollowingStream):
+                        data.follow(state.params)
                     batch, waited = self._next_batch(batches, stage)
                     state, metrics = step(state, batch)
                     observer.profiler.end(before + done, metrics)
@@ -411,12 +413,12 @@ def check_batch(batch: Batch, shape: tuple[int, int]) -> None:
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"data must give a train.data.Batch, got {shown(batch)}")
-    for field in dataclasses.fields(Batch):
-        array, kinds = getattr(batch, field.name), "b" if field.name == "valid" else "iu"
+    for name in TOKEN_FIELDS:
+        array, kinds = getattr(batch, name), "b" if name == "valid" else "iu"
         found, dtype = tuple(np.shape(array)), np.asarray(array).dtype
         if found != shape or dtype.kind not in kinds:
             kind = "booleans" if kinds == "b" else "integers"
-            raise ValueError(f"{field.name} of a batch must be {kind} {list(shape)}, got {dtype} {list(found)}")
+            raise ValueError(f"{name} of a batch must be {kind} {list(shape)}, got {dtype} {list(found)}")
 
 
 def check_tokens(batch: Batch, vocab_size: int) -> None:

@@ -157,11 +157,11 @@ def _gradients(
     trainable = {group: params[group] for group in phase.trains}
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
-        totals, layers, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, keep, micro)
+        totals, watched, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, keep, micro)
         losses = {name: total / counts[name] for name, total in totals.items()}
-        of_layers = {f"{name}_layers": each / counts[name] for name, each in layers.items()}
+        others = {name: each / counts[loss] for loss, sums in watched.items() for name, each in sums.items()}
         whole = sum(losses.values(), jnp.zeros(()))
-        return whole, ({"loss": whole, **losses, **of_layers}, load)
+        return whole, ({"loss": whole, **losses, **others}, load)
 
     grad = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -182,13 +182,16 @@ def _whole_count(count: Array) -> Array:
 
 def _loss_totals(
     model: Transformer, phase: Phase, keep: tuple[str, ...], batch: Batch
-) -> tuple[Metrics, Metrics, Array]:
-    """Sums the phase's losses over a micro-batch, also by layer where they say how, and counts its expert load."""
+) -> tuple[Metrics, dict[str, Metrics], Array]:
+    """Sums the phase's losses over a micro-batch, by loss what is watched beside it, and counts its expert load."""
     output = run_model(model, batch, attention=phase.attention, selection=phase.selection, keep=keep)
     factor = _nan_outside(batch, model.config.vocab_size)
-    totals = {name: factor * loss.total(model, output, batch) for name, loss in phase.losses}
-    layers = {name: loss.layers(model, output, batch) for name, loss in phase.losses if loss.layers is not None}
-    return totals, jax.lax.stop_gradient(layers), output.expert_load
+    totals, watched = {}, {}
+    for name, loss in phase.losses:
+        total, sums = loss.measure(model, output, batch)
+        layers = {} if loss.layers is None else {f"{name}_layers": loss.layers(model, output, batch)}
+        totals[name], watched[name] = factor * total, {**sums, **layers}
+    return totals, jax.lax.stop_gradient(watched), output.expert_load
 
 
 def _nan_outside(batch: Batch, vocab_size: int) -> Array:

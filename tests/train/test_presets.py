@@ -84,7 +84,7 @@ def test_a_preset_is_printed_as_a_file_that_loads_back(name, tmp_path, capsys):
 
 def test_a_preset_that_there_is_not(capsys):
     assert main(["preset", "huge"]) == 2
-    assert "preset must be tiny or deepseek_v32 or a .json file, got 'huge'" in capsys.readouterr().err
+    assert "preset must be tiny or sft or deepseek_v32 or a .json file, got 'huge'" in capsys.readouterr().err
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         main(["preset"])
 

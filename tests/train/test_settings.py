@@ -127,7 +127,7 @@ def test_presets_carry_the_published_recipe(tmp_path):
     assert (sparse.name, sparse.stages[0].steps, sparse.stages[0].batch_size) == ("SPARSE", 15000, 480)
     assert warmup.stages[0].seq_len == sparse.stages[0].seq_len == 131072
     assert warmup.indexer == OptimizerSettings(1e-3) and sparse.backbone == sparse.indexer == OptimizerSettings(7.3e-6)
-    with pytest.raises(ValueError, match="preset must be tiny or deepseek_v32 or a .json file, got 'huge'"):
+    with pytest.raises(ValueError, match="preset must be tiny or sft or deepseek_v32 or a .json file, got 'huge'"):
         load_preset("huge")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="readable JSON"):

@@ -42,7 +42,7 @@ class Arguments:
     """Trains a dense model, its indexer, and both through the selection; evaluates and reports."""
 
     preset: str | None = None
-    """tiny, deepseek_v32, or a .json file like the run.json of any run's folder; without it tiny, or what --resume
+    """tiny, sft, deepseek_v32, or a .json file like the run.json of any run's folder; without it tiny, or what --resume
     continues."""
     data: tuple[str, ...] = ()
     """What to train on, each a place or NAME=WEIGHT:PLACE: globs of text files, folders that `tokenize` wrote, prefixes
@@ -69,7 +69,7 @@ class Arguments:
     """Continue the run in the folder, which needs no other argument; what others change of it is said and recorded."""
     init: Path | None = None
     """Parameters to begin with: a Hugging Face folder or a run's folder. They decide the model."""
-    phases: tuple[Literal["BASE", "WARMUP", "SPARSE"], ...] = ()
+    phases: tuple[Literal["BASE", "WARMUP", "SPARSE", "SFT"], ...] = ()
     """Phases to run; without it all of the preset."""
     steps: tuple[str, ...] = ()
     """Steps of a phase, like SPARSE=2000; its last stage gets them."""
@@ -259,7 +259,7 @@ class Arguments:
         mesh, config, init = self.make_mesh(command.mesh), self.run_config(), self.initial_params()
         first = config.phases[0].name
         if init is None and first != "BASE":
-            raise ValueError(f"phase {first} must begin from a dense checkpoint: give --init")
+            raise ValueError(f"phase {first} must begin from a checkpoint: give --init")
         if command.controls and config.phases[-1].name != "SPARSE":
             raise ValueError("controls need a run that ends with SPARSE, whose length and batches they share")
         return seed_runs(config, self.folder, command.seeds, init=init, mesh=mesh, resume=self.resume)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from train.data import Batch, BatchSource, Corpus
+from train.data import TOKEN_FIELDS, Batch, BatchSource, Corpus
 
 MIXTURE = "all"  # the name of the mixture of the parts, where there is one
 POSITION_RANGES = 8  # at most, of which each is twice as long as all before it
@@ -102,11 +102,12 @@ def _dealt(
         filling = np.zeros((-total % size, *joined.shape[1:]), joined.dtype)  # empty key ranges, and nothing valid
         return np.split(np.concatenate([joined, filling]), (total + len(filling)) // size)
 
-    fields = {field.name: dealt([getattr(b, field.name) for b in batches]) for field in dataclasses.fields(Batch)}
+    fields = {name: dealt([getattr(b, name) for b in batches]) for name in TOKEN_FIELDS}
     named = {name: dealt([each[name] for each in masks]) for name in masks[0]}
     numbers = dealt([first + np.arange(total)])
     for i, numbered in enumerate(numbers):
-        batch = Batch(**{name: arrays[i] for name, arrays in fields.items()})
+        own: dict[str, Any] = {name: arrays[i] for name, arrays in fields.items()}
+        batch = Batch(**own)
         yield Measured(batch, {name: arrays[i] for name, arrays in named.items()}, numbered)
 
 

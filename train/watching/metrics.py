@@ -14,7 +14,7 @@ import jax
 
 from train.files import WriteError, replace_text, writing
 
-CLOCKS = ("time", "seconds", "data_seconds", "evaluation_seconds", "compile_seconds")
+CLOCKS = ("time", "seconds", "data_seconds", "evaluation_seconds", "compile_seconds", "rollout_seconds")
 
 type OnStep = Callable[[int, int, dict[str, float]], None]  # of the phase's number, its step, and the step's metrics
 type OnRecord = Callable[[dict[str, Any]], None]  # of a line of the file

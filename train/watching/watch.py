@@ -15,6 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from train.data import FollowingStream
 from train.evaluation.evaluate import attention_of, held_out_losses
 from train.evaluation.held_out import HeldOut
 from train.files import read_json_file, replace_text
@@ -121,6 +122,8 @@ class Observer:
         if isinstance(data, CountsSources):
             for name, (tokens, epochs) in drawn(self.config, step, data).items():
                 numbers |= {f"tokens/{name}": tokens, f"epochs/{name}": epochs}
+        if isinstance(data, FollowingStream):
+            numbers |= data.measures()
         return numbers
 
 

@@ -79,7 +79,7 @@ def test_unknown_arguments(capsys, tmp_path):
 
 
 def test_bad_presets(capsys, run, tmp_path):
-    assert "preset must be tiny or deepseek_v32" in refused(capsys, "--preset", "huge")
+    assert "preset must be tiny or sft or deepseek_v32" in refused(capsys, "--preset", "huge")
     cases = {
         "index_topk must be at least 1, got 0": dict(model={"index_topk": 0}),
         "max_position_embeddings 64, got 128": dict(seq_len=128),

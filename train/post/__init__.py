@@ -1,0 +1,1 @@
+"""Post-training: environments, rollouts, and the stages that train on them."""
