@@ -184,7 +184,8 @@ def _products(block: Block) -> int:
 def layer_loops(program: Program, kinds: Sequence[str]) -> dict[str, list[Op]]:
     """Finds the loops over layers of each kind: they alone scan over as many arrays as a layer has parameters.
 
-    `kinds` is in the order of the layers; the loops follow it forward, and then in reverse on the way back.
+    `kinds` has the kind of each stack, in the order of the layers; the loops follow it forward, and then in reverse on
+    the way back.
     """
     found, order = list(_layer_loops(program.block)), [*kinds, *reversed(kinds)]
     if len(found) != len(order):
@@ -202,8 +203,8 @@ def _layer_loops(block: Block) -> Iterator[Op]:
 
 
 def kept_bytes(program: Program, loop: Op) -> int:
-    """Counts bytes that a forward loop over layers keeps of one layer for the backward."""
-    return sum(program.sizes[value] for value in loop.outputs[loop.carries :]) // int(loop.trips)
+    """Counts bytes that a forward loop over layers keeps of all of them for the backward."""
+    return sum(program.sizes[value] for value in loop.outputs[loop.carries :])
 
 
 @dataclasses.dataclass(frozen=True)
