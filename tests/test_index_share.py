@@ -13,6 +13,7 @@ import reference
 from cases import FAST, the_first
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
+from safetensors.numpy import load_file, save_file
 from sharded_cases import mesh_of
 
 from dsa_jax import Cache, KeyRange, PagedCache, Runner, forward_on_mesh, load_hf, save_hf, to_hf
@@ -237,6 +238,24 @@ def test_a_missing_or_superfluous_indexer_is_named(tmp_path):
         config.write_text(json.dumps(text | {"indexer_types": types}))
         with pytest.raises(ValueError, match=message):
             load_hf(tmp_path / "model")
+
+
+def test_a_dense_checkpoint_gets_indexers_where_they_are_wanted(tmp_path):
+    """Of a model without any, `config` says which layers get one; all else is the file's."""
+    folder, model = tmp_path / "dense", small_model(CONFIG)
+    save_hf(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if ".indexer." not in name}
+    save_file(kept, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith("index")}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
+    loaded = load_hf(folder, config=CONFIG)
+    found = dict(to_hf(loaded))
+    assert {name for name in found if ".indexer." in name} == tensors.keys() - kept.keys()
+    for name, x in kept.items():
+        np.testing.assert_array_equal(found[name], x)
+    assert np.any(found["model.layers.4.self_attn.indexer.wk.weight"])
 
 
 @pytest.mark.parametrize("mesh", ["data=2,context=2,tensor=2"])

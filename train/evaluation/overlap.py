@@ -57,7 +57,8 @@ def measure_overlap(model: Transformer, batches: Iterable[Batch], *, queries: in
       ValueError: if no query reaches as many.
     """
     k, rng = model.config.index_topk, np.random.default_rng(seed)
-    total, count = 0.0, 0
+    total: Any = 0.0
+    count = 0
     for batch in batches:
         for row in range(len(batch.tokens)):
             one = jax.tree.map(lambda x, row=row: np.asarray(x)[row : row + 1], batch)

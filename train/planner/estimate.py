@@ -72,6 +72,13 @@ class Job:
         return ["MoE" if stack.moe else "dense" for stack in stacked_layers(self.config)]
 
     @property
+    def backward_stacks(self) -> list[str]:
+        """The same of the stacks that have a backward pass: layers without an indexer may teach none."""
+        alone = "backbone" not in self.settings.phase.trains and self.config.index_share_kl == "own"
+        stacks = zip(self.stacks, stacked_layers(self.config), strict=True)
+        return [kind for kind, stack in stacks if stack.indexers or not alone]
+
+    @property
     def layers(self) -> dict[str, int]:
         """The number of layers of each kind, in their order."""
         counts = {"dense": self.config.num_dense_layers, "MoE": self.config.num_moe_layers}
@@ -180,7 +187,7 @@ def traced_plan(job: Job, shape: Shape) -> Plan:
     """Makes the plan of `make_plan` without the calibration."""
     state = state_bytes(job, shape)
     program = step_program(job.trace(shape), shape)
-    loops = layer_loops(program, job.stacks)
+    loops = layer_loops(program, job.stacks, job.backward_stacks)
     sent, flops = defaultdict(lambda: defaultdict(float)), defaultdict(lambda: defaultdict(float))
     computing = networking = 0.0
     for done in executed(program, loops):
@@ -199,7 +206,9 @@ def traced_plan(job: Job, shape: Shape) -> Plan:
         shape=dict(shape),
         **state,
         activations=peak_bytes(program) - totals["gradients"],
-        kept={kind: sum(kept_bytes(program, op) for op in ops[: len(ops) // 2]) for kind, ops in loops.items()},
+        kept={
+            kind: sum(kept_bytes(program, op) for op in ops[: job.stacks.count(kind)]) for kind, ops in loops.items()
+        },
         sent={kind: dict(parts) for kind, parts in sorted(sent.items())},
         flops={name: dict(parts) for name, parts in flops.items() if sum(parts.values())},
         compute_seconds=computing + updated / measured_rates().copy,
