@@ -128,6 +128,8 @@ def scan_layers(stack: Any, stacked: StackedLayers, carry, shared, imposed, rota
                 within, states = None, (_take(own_indexers, sum(period), sum(period[:slot])), *states)
             run = functools.partial(_run_in_scan, parts.graphs[not has_indexer], config, options)
             run = jax.checkpoint(run, policy=remat_policy(options["keep"]))
+            if not has_any:
+                within = SharedIndex(None, shared.index)
             carry, made, result = run(carry, rotation, within, states, *_take(by_layer, len(period), slot))
             within = made if has_indexer else within
             results.append(result)
@@ -138,8 +140,9 @@ def scan_layers(stack: Any, stacked: StackedLayers, carry, shared, imposed, rota
     by_layer = numbers, indexers, imposed
     scanned = _fold(parts.indexers, sum(period)), _fold(parts.others, len(period)), _fold(by_layer, len(period))
     # The key range is carried though it never changes: of a constant, differentiation would compute and keep all masks,
-    # T × S of them, ahead of the loop.
-    (x, cache, _), (ys, made) = jax.lax.scan(body, (*carry, keys), scanned)
+    # T × S of them, ahead of the loop. So is a selection from outside: masks of gathered rows are T × K × (C + R).
+    from_outside = None if has_any else shared.selected
+    (x, cache, *_), (ys, made) = jax.lax.scan(body, (*carry, keys, from_outside), scanned)
     if len(period) > 1:
         ys = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys)
     # A stack that hands on what it made has one period, see `stacks`.
@@ -147,9 +150,14 @@ def scan_layers(stack: Any, stacked: StackedLayers, carry, shared, imposed, rota
 
 
 def _run_in_scan(graph, config, options, carry, rotation, shared, states, layer, indexer, imposed):
-    """Runs one layer; returns (x, cache, keys), what it hands on, and its results: KL, load, selection, experts."""
+    """Runs one layer; returns the carry, what it hands on, and its results: KL, load, selection, experts.
+
+    The carry is (x, cache, keys) and the selection of a layer outside of the scan, or None.
+    """
     wanted = {name: options[name] for name in ("attention", "return_selected", "return_indexer_kl")}
-    (x, cache, keys), (selected, routed) = carry, imposed
+    (x, cache, keys, from_outside), (selected, routed) = carry, imposed
+    if from_outside is not None:
+        shared = SharedIndex(from_outside, shared.index)
     states = [gather_parameters(state, dtype=config.dtype) for state in states]
     choices = dict(selected=selected, shared=shared, routed=routed, cache=cache, layer=layer, indexer=indexer)
     out = nnx.merge(graph, *states)(x, rotation, keys, **choices, **wanted)
@@ -160,7 +168,7 @@ def _run_in_scan(graph, config, options, carry, rotation, shared, states, layer,
     made = SharedIndex(made.selected, made.index if learns else None) if config.indexer_types else None
     chosen = out.selected if options["return_selected"] else None
     routed = out.routed if options["return_routed"] else None
-    return (out.x, out.cache, keys), made, (kl, out.expert_load, chosen, routed)
+    return (out.x, out.cache, keys, from_outside), made, (kl, out.expert_load, chosen, routed)
 
 
 def _fold(tree, size):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import chex
 import jax
@@ -64,7 +66,7 @@ def test_it_is_the_full_model_over_imposed_selections(fp8):
     graph, state = full_state()
     graph = abstract_parts(dataclasses.replace(FULL, index_fp8=fp8))[0]
     model = nnx.merge(graph, state)
-    other = model(IDS, selected=out.selected)
+    other: Any = model(IDS, selected=out.selected)
     np.testing.assert_allclose(model.unembed(other.hidden), logits, atol=1e-5)
     # Indexers are made alike: a layer that has one diverges as much, whoever else uses its selection.
     mine = [layer for layer, leader in enumerate(leaders(config)) if layer == leader]
@@ -83,9 +85,10 @@ def run_layer(graph, state, x, shared, attention):
     return (inputs, q_latent, turn), p, layer.self_attn.expand(p.kv)[0], out
 
 
-def in_float64(model, attention):
+def in_float64(model, attention) -> Iterator[Any]:
     """Of each layer its indexer and what that reads, q, k and lse of all heads, its keys, and the index over these."""
-    keys, shared, index = KeyRange.causal(*IDS.shape), None, None
+    keys, shared = KeyRange.causal(*IDS.shape), None
+    index: Any = None
     x = model.embed(IDS)
     for layer in model.layers():
         shared = shared if layer.self_attn.indexer is None else None
@@ -116,7 +119,7 @@ def kl_gradients(config, attention):
     @functools.partial(jax.jit, compiler_options=FAST)
     def gradients(state):
         def loss(state):
-            kl = nnx.merge(graph, state)(IDS, attention=attention).indexer_kl
+            kl: Any = nnx.merge(graph, state)(IDS, attention=attention).indexer_kl
             return indexer_loss(kl, jnp.ones(IDS.shape, bool), config) / IDS.size
 
         return jax.grad(loss)(state)
@@ -190,7 +193,7 @@ def test_pages_serve_it(format):
     runner = Runner(small_model(config), PagedCache(config, 8, format=format), prefill_chunk=32, return_selected=True)
     prompts = [np.asarray(tokens(1, length, seed=length))[0] for length in (70, 9)]
     sequences = [runner.cache.new() for _ in prompts]
-    first = runner.prefill(sequences, [prompt[:-3] for prompt in prompts])
+    first: Any = runner.prefill(sequences, [prompt[:-3] for prompt in prompts])
     last = runner.extend(sequences, np.stack([prompt[-3:] for prompt in prompts]))
     near = 1e-5 if format == "float32" else 0.3  # latents rounded to e4m3
     for row, prompt in enumerate(prompts):
@@ -261,7 +264,7 @@ def test_a_dense_checkpoint_gets_indexers_where_they_are_wanted(tmp_path):
 @pytest.mark.parametrize("mesh", ["data=2,context=2,tensor=2"])
 def test_a_mesh_gives_what_one_device_gives(mesh):
     want, _ = forward(CONFIG, IDS)
-    found = forward_on_mesh(
+    found: Any = forward_on_mesh(
         small_model(CONFIG), mesh_of(mesh), IDS, return_selected=True, return_indexer_kl=True, return_routed=True
     )
     np.testing.assert_array_equal(found.selected, want.selected)
@@ -280,7 +283,7 @@ def test_the_program_does_not_grow_with_depth():
         graph, state = abstract_parts(config)
 
         def loss(state, ids):
-            out = nnx.merge(graph, state)(ids)
+            out: Any = nnx.merge(graph, state)(ids)
             return out.hidden.sum() + out.indexer_kl.sum()
 
         program = str(jax.make_jaxpr(jax.grad(loss))(state, jax.ShapeDtypeStruct((1, 20), jnp.int32)))
@@ -288,6 +291,23 @@ def test_the_program_does_not_grow_with_depth():
 
     counts = [operations(periods) for periods in (2, 9)]
     assert counts[0] == counts[1] > 1000, counts
+
+
+def test_nothing_of_gathered_rows_is_made_ahead_of_the_layers():
+    """Of a stack whose selection comes from outside: neither T × S nor T × K × (C + R) elements stand beside a loop."""
+    length = 32768  # many blocks of queries
+    sizes = dict(num_hidden_layers=3, first_k_dense_replace=1, max_position_embeddings=length)
+    config = small_config(**sizes, indexer_types=("full", "shared", "shared"))
+    graph, state = abstract_parts(config)
+
+    def loss(state, ids):
+        out: Any = nnx.merge(graph, state)(ids)
+        return out.hidden.sum() + out.indexer_kl.sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(state, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    made: Any = [v.aval for equation in program.jaxpr.eqns if equation.invars for v in equation.outvars]
+    largest = max(made, key=lambda aval: aval.size)
+    assert largest.size < length * config.index_topk * config.latent_dim / 2, largest
 
 
 def test_maps_show_the_index_scores_of_the_layer_that_selects():
