@@ -32,6 +32,7 @@ TYPES = ("full", "shared") * 3
 SIZES = dict(num_hidden_layers=6, first_k_dense_replace=1, num_attention_heads=4, index_n_heads=16)
 CONFIG = small_config(**SIZES, indexer_types=TYPES, max_position_embeddings=256)
 FULL = dataclasses.replace(CONFIG, indexer_types=())
+TWO = dict(indexer_types=("full", "shared"), max_position_embeddings=256)
 IDS = tokens(2, 40)
 
 
@@ -108,8 +109,9 @@ def test_the_divergence_of_every_layer_is_its_definition(attention):
     out, _ = forward(CONFIG, IDS, attention=attention)
     found = list(in_float64(small_model(CONFIG), attention))
     assert len(found) == CONFIG.num_hidden_layers
-    for kl, (_, _, heads, rows, index) in zip(out.indexer_kl, found, strict=True):
-        np.testing.assert_allclose(kl, reference.indexer_kl(*index, *heads, rows, CONFIG.softmax_scale), atol=2e-5)
+    for kl, (_, _, (q, k, lse), rows, (q_index, k_index, weights)) in zip(out.indexer_kl, found, strict=True):
+        expected = reference.indexer_kl(q_index, k_index, weights, q, k, lse, rows, CONFIG.softmax_scale)
+        np.testing.assert_allclose(kl, expected, atol=2e-5)
 
 
 def kl_gradients(config, attention):
@@ -145,10 +147,12 @@ def test_an_indexer_learns_from_every_layer_that_it_serves(attention, option):
     layers = list(in_float64(small_model(config), attention))
     for leader in dict.fromkeys(leaders(config)):
         served = [i for i, other in enumerate(leaders(config)) if other == leader and (option == "mean" or i == leader)]
-        indexer, inputs, _, rows, index = layers[leader]
+        indexer, inputs, _, rows, (q_index, k_index, weights) = layers[leader]
         heads = [layers[i][2] for i in served]
         cotangent = np.full(IDS.shape, 1 / IDS.size)
-        d_index = reference.shared_indexer_kl_vjp(*index, heads, rows, config.softmax_scale, cotangent)
+        d_index = reference.shared_indexer_kl_vjp(
+            q_index, k_index, weights, heads, rows, config.softmax_scale, cotangent
+        )
         expected = indexer_gradients(indexer, inputs, d_index)
         for path, x in jax.tree.leaves_with_path(expected):
             name = ".".join(key.key for key in path if hasattr(key, "key"))
@@ -186,22 +190,22 @@ def test_prefill_and_decode_equal_the_whole(fp8):
     np.testing.assert_array_equal(np.concatenate(selected, axis=2), whole.selected)
 
 
-@pytest.mark.parametrize("format", ["float32", "fp8"])
-def test_pages_serve_it(format):
+PROMPTS = [np.asarray(tokens(1, length, seed=length))[0] for length in (70, 9)]
+
+
+@pytest.mark.parametrize("config", [CONFIG, small_config(**TWO, index_fp8=True)], ids=["float32", "index_fp8"])
+def test_pages_serve_it(config):
     """Prompts of several lengths in chunks, then drafts: the logits are those of the plain forward pass."""
-    config = dataclasses.replace(CONFIG, index_fp8=format == "fp8")
-    runner = Runner(small_model(config), PagedCache(config, 8, format=format), prefill_chunk=32, return_selected=True)
-    prompts = [np.asarray(tokens(1, length, seed=length))[0] for length in (70, 9)]
-    sequences = [runner.cache.new() for _ in prompts]
-    first: Any = runner.prefill(sequences, [prompt[:-3] for prompt in prompts])
-    last = runner.extend(sequences, np.stack([prompt[-3:] for prompt in prompts]))
-    near = 1e-5 if format == "float32" else 0.3  # latents rounded to e4m3
-    for row, prompt in enumerate(prompts):
+    cache = PagedCache(config, 8, format="float32")
+    runner = Runner(small_model(config), cache, prefill_chunk=32, return_selected=True)
+    sequences = [runner.cache.new() for _ in PROMPTS]
+    first: Any = runner.prefill(sequences, [prompt[:-3] for prompt in PROMPTS])
+    last = runner.extend(sequences, np.stack([prompt[-3:] for prompt in PROMPTS]))
+    for row, prompt in enumerate(PROMPTS):
         out, logits = forward(config, jnp.asarray(prompt)[None])
-        np.testing.assert_allclose(first.logits[row], logits[0, -4], atol=near)
-        np.testing.assert_allclose(last[row], logits[0, -3:], atol=near)
-        if format == "float32":
-            np.testing.assert_array_equal(first.selected[row], np.asarray(out.selected)[:, 0, :-3])
+        np.testing.assert_allclose(first.logits[row], logits[0, -4], atol=1e-5)
+        np.testing.assert_allclose(last[row], logits[0, -3:], atol=1e-5)
+        np.testing.assert_array_equal(first.selected[row], np.asarray(out.selected)[:, 0, :-3])
 
 
 def test_layers_that_share_keep_no_index_keys():
