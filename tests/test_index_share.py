@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FAST, the_first
+from cases import FAST, normal, the_first
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 from safetensors.numpy import load_file, save_file
 from sharded_cases import mesh_of
 
 from dsa_jax import Cache, KeyRange, PagedCache, Runner, forward_on_mesh, load_hf, save_hf, to_hf
-from dsa_jax.cache import cache_token_bytes, page_shapes
+from dsa_jax.cache import Pages, cache_token_bytes, page_shapes
 from dsa_jax.hf.table import leaves
 from dsa_jax.rope import rotation
 from dsa_jax.stacks import leaders
@@ -32,7 +32,6 @@ TYPES = ("full", "shared") * 3
 SIZES = dict(num_hidden_layers=6, first_k_dense_replace=1, num_attention_heads=4, index_n_heads=16)
 CONFIG = small_config(**SIZES, indexer_types=TYPES, max_position_embeddings=256)
 FULL = dataclasses.replace(CONFIG, indexer_types=())
-TWO = dict(indexer_types=("full", "shared"), max_position_embeddings=256)
 IDS = tokens(2, 40)
 
 
@@ -193,19 +192,37 @@ def test_prefill_and_decode_equal_the_whole(fp8):
 PROMPTS = [np.asarray(tokens(1, length, seed=length))[0] for length in (70, 9)]
 
 
-@pytest.mark.parametrize("config", [CONFIG, small_config(**TWO, index_fp8=True)], ids=["float32", "index_fp8"])
-def test_pages_serve_it(config):
+def test_pages_serve_it():
     """Prompts of several lengths in chunks, then drafts: the logits are those of the plain forward pass."""
-    cache = PagedCache(config, 8, format="float32")
-    runner = Runner(small_model(config), cache, prefill_chunk=32, return_selected=True)
+    cache = PagedCache(CONFIG, 8, format="float32")
+    runner = Runner(small_model(CONFIG), cache, prefill_chunk=32, return_selected=True)
     sequences = [runner.cache.new() for _ in PROMPTS]
     first: Any = runner.prefill(sequences, [prompt[:-3] for prompt in PROMPTS])
     last = runner.extend(sequences, np.stack([prompt[-3:] for prompt in PROMPTS]))
     for row, prompt in enumerate(PROMPTS):
-        out, logits = forward(config, jnp.asarray(prompt)[None])
+        out, logits = forward(CONFIG, jnp.asarray(prompt)[None])
         np.testing.assert_allclose(first.logits[row], logits[0, -4], atol=1e-5)
         np.testing.assert_allclose(last[row], logits[0, -3:], atol=1e-5)
         np.testing.assert_array_equal(first.selected[row], np.asarray(out.selected)[:, 0, :-3])
+
+
+def test_pages_have_index_keys_by_the_number_of_the_indexer():
+    """In FP8: layer 4 writes those of indexer 2, which layers 4 and 5 read; layer 5 writes its latents alone."""
+    config = dataclasses.replace(CONFIG, index_fp8=True)
+    latents, index_keys = (jnp.zeros(x.shape, x.dtype) for x in page_shapes(config, 3, "fp8"))
+    kv, k_index = normal(0, 1, 5, 24), normal(1, 1, 5, 16)
+    table, slots = jnp.array([[2, 0]], jnp.int32), jnp.array([[128, 129, 130, -1, 131]], jnp.int32)  # page 2
+    pages = Pages(latents, index_keys, table, slots, 16).write(4, kv, k_index, 2).write(5, 2 * kv, None, 2)
+    values, scale = reference.quantize(k_index)
+    kept = np.array([0, 1, 2, 4])
+    for layer, factor in ((4, 1), (5, 2)):
+        found, keys, scales = pages.layer(layer, 2).read(jnp.float32)
+        np.testing.assert_allclose(found[0, :4], factor * np.asarray(kv)[0, kept], atol=0.5)
+        np.testing.assert_array_equal(np.asarray(keys)[0, :4].astype(np.float32), values[0, kept].astype(np.float32))
+        np.testing.assert_array_equal(scales[0, :4], scale[0, kept])
+    for indexer in (0, 1):
+        assert not np.asarray(pages.index_keys[indexer]).astype(np.float32).any()
+    assert not np.asarray(pages.latents[:4]).any()
 
 
 def test_layers_that_share_keep_no_index_keys():
