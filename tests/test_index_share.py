@@ -170,6 +170,36 @@ def test_an_indexer_of_its_own_layer_alone_leaves_the_other_divergences_out():
     assert not kl[~own].any() and kl[own].all(axis=0)[:, 1:].all()
 
 
+def test_the_backbone_learns_through_shared_selections_as_through_imposed_ones():
+    """Gradients of the output by the backbone, of two layers that share and of two that are given the selection."""
+    shared, full = small_config(indexer_types=("full", "shared")), small_config()
+    options: Any = dict(return_selected=True, return_indexer_kl=False)
+
+    def gradients(config, state, selected):
+        graph, _ = abstract_parts(config)
+
+        def loss(state):
+            out: Any = nnx.merge(graph, state)(IDS[:1], selected=selected, **options)
+            return (out.hidden**2).sum(), out.selected
+
+        found, selected = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(state)
+        return {name: np.asarray(x) for name, x in to_hf(found, config=config)}, selected
+
+    state, whole = model_parts(shared)[1], model_parts(full)[1]
+    kept = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+
+    def take(path, x):
+        name = jax.tree_util.keystr(path)
+        return x if "indexer" in name else kept[name]
+
+    of_shared, selected = gradients(shared, state, None)
+    of_full, _ = gradients(full, jax.tree_util.tree_map_with_path(take, whole), selected)
+    for name, x in of_shared.items():
+        np.testing.assert_allclose(x, of_full[name], atol=1e-5 * max(1.0, np.abs(x).max()), err_msg=name)
+        if "self_attn" in name:
+            assert np.any(x) != ("indexer" in name), name
+
+
 # Caches
 
 
