@@ -29,7 +29,10 @@ SERVING = ("fastapi", "jinja2", "llguidance", "prometheus_client", "prompt_toolk
 MAX_LINE = 950  # characters of what is wrong with the input
 
 # Fields of the configuration that are chosen on loading, and not by the checkpoint.
-CHOSEN_ON_LOADING = ("dtype", "param_dtype", "index_fp8", "index_kl_target", "baseline", "block_size", "expert_dtype")
+CHOSEN_ON_LOADING = (
+    *("dtype", "param_dtype", "expert_dtype", "index_fp8"),
+    *("index_kl_target", "index_share_kl", "baseline", "block_size"),
+)
 
 # The group in which `info` counts a parameter, by the first of these parts that its path holds.
 GROUPS = {

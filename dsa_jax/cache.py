@@ -22,7 +22,7 @@ from dsa_jax.parallel.collectives import combine_attention, gather_candidates, n
 from dsa_jax.quantization import quantize
 from dsa_jax.selection import select_keys, select_topk
 
-Layer = Array | int  # the number of a layer
+Layer = Array | int  # the number of a layer; of its indexer among all indexers, where layers share selections
 
 
 @runtime_checkable
@@ -65,12 +65,15 @@ class AnyCache(Protocol):
         """The tokens that each row holds, int32 [B], if the cache counts them."""
         ...
 
-    def write(self, layer: Layer, kv: Array, k_index: Array) -> Self:
-        """Writes the entries of T new tokens of one layer."""
+    def write(self, layer: Layer, kv: Array, k_index: Array | None, indexer: Layer | None = None) -> Self:
+        """Writes the entries of T new tokens of one layer, whose indexer has the number `indexer`, `layer` if None.
+
+        A layer without an indexer has no index keys: None.
+        """
         ...
 
-    def layer(self, layer: Layer) -> KeyStore:
-        """Gives the keys of one layer."""
+    def layer(self, layer: Layer, indexer: Layer | None = None) -> KeyStore:
+        """Gives the keys of one layer, with the index keys of the indexer that selects for it."""
         ...
 
     def advance(self, tokens: Array) -> Self:
@@ -81,11 +84,14 @@ class AnyCache(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerKeys:
-    """Holds one layer's keys side by side: latents [B, S, C + R], index keys [B, S, E] and their scales [B, S]."""
+    """Holds one layer's keys side by side: latents [B, S, C + R], index keys [B, S, E] and their scales [B, S].
+
+    A layer that reuses a selection may lack the latter two; it can then attend, but not select.
+    """
 
     kv: Array
-    k_index: Array
-    k_scale: Array
+    k_index: Any
+    k_scale: Any
 
     @property
     def size(self) -> int:
@@ -116,8 +122,8 @@ class Cache:
 
     Attributes:
       kv: latents [layers, B, S, C + R], of which row b holds the first `lengths[b]` tokens.
-      k_index: index keys [layers, B, S, E]; e4m3 under `index_fp8`.
-      k_scale: float32 [layers, B, S], the scale of each index key; 1 without `index_fp8`.
+      k_index: index keys [indexers, B, S, E], of the layers that have an indexer; e4m3 under `index_fp8`.
+      k_scale: float32 [indexers, B, S], the scale of each index key; 1 without `index_fp8`.
       lengths: int32 [B], the tokens that each row holds.
 
     Examples:
@@ -143,11 +149,12 @@ class Cache:
             raise ValueError(
                 f"a cache holds at most max_position_embeddings = {config.max_position_embeddings} tokens, got {size}"
             )
-        rows = (config.num_hidden_layers, batch, size)
+        rows, indexed = (config.num_hidden_layers, batch, size), (config.num_index_layers, batch, size)
+        index_dtype = jnp.float8_e4m3fn if config.index_fp8 else config.dtype
         return cls(
             kv=jnp.zeros((*rows, config.latent_dim), config.dtype),
-            k_index=jnp.zeros((*rows, config.index_head_dim), jnp.float8_e4m3fn if config.index_fp8 else config.dtype),
-            k_scale=jnp.ones(rows, jnp.float32),
+            k_index=jnp.zeros((*indexed, config.index_head_dim), index_dtype),
+            k_scale=jnp.ones(indexed, jnp.float32),
             lengths=jnp.zeros(batch, jnp.int32),
         )
 
@@ -156,26 +163,36 @@ class Cache:
         """The number of tokens that a row can hold."""
         return self.kv.shape[2]
 
-    def write(self, layer: Layer, kv: Float[Array, "B T H"], k_index: Float[Array, "B T E"]) -> Self:
+    def write(
+        self,
+        layer: Layer,
+        kv: Float[Array, "B T H"],
+        k_index: Float[Array, "B T E"] | None,
+        indexer: Layer | None = None,
+    ) -> Self:
         """Writes the entries of T new tokens behind the `lengths` of one layer; what does not fit is dropped.
 
         Index keys are rounded by `quantize` where the cache is FP8.
         """
+        rows = jnp.arange(kv.shape[0])[:, None]
+        at = self.lengths[:, None] + jnp.arange(kv.shape[1])
+        written = dataclasses.replace(self, kv=self.kv.at[layer, rows, at].set(kv, mode="drop"))
+        if k_index is None:
+            return written
+        indexer = layer if indexer is None else indexer
         k_scale = jnp.ones(k_index.shape[:2], jnp.float32)
         if self.k_index.dtype.itemsize == 1:
             k_index, k_scale = quantize(k_index)
-        rows = jnp.arange(kv.shape[0])[:, None]
-        at = self.lengths[:, None] + jnp.arange(kv.shape[1])
         return dataclasses.replace(
-            self,
-            kv=self.kv.at[layer, rows, at].set(kv, mode="drop"),
-            k_index=self.k_index.at[layer, rows, at].set(k_index, mode="drop"),
-            k_scale=self.k_scale.at[layer, rows, at].set(k_scale, mode="drop"),
+            written,
+            k_index=self.k_index.at[indexer, rows, at].set(k_index, mode="drop"),
+            k_scale=self.k_scale.at[indexer, rows, at].set(k_scale, mode="drop"),
         )
 
-    def layer(self, layer: Layer) -> LayerKeys:
+    def layer(self, layer: Layer, indexer: Layer | None = None) -> LayerKeys:
         """Gives the keys of one layer."""
-        return LayerKeys(self.kv[layer], self.k_index[layer], self.k_scale[layer])
+        indexer = layer if indexer is None else indexer
+        return LayerKeys(self.kv[layer], self.k_index[indexer], self.k_scale[indexer])
 
     def advance(self, tokens: Int[Array, " B"]) -> Self:
         """Counts the new tokens of each row, once all layers have written them."""
@@ -196,7 +213,7 @@ class Pages:
 
     Attributes:
       latents: [layers, n, 64, C + R], or uint8 [layers, n, 64, bytes].
-      index_keys: [layers, n, 64, E], or e4m3 [layers, n, 64 + 256 / E, E].
+      index_keys: [indexers, n, 64, E], or e4m3 [indexers, n, 64 + 256 / E, E]: of the layers that have an indexer.
       table: int32 [B, P], the pages of each row.
       slots: int32 [B, T], where the T tokens of the next call are written; -1 writes nothing.
       value_dim: C.
@@ -226,28 +243,48 @@ class Pages:
             positions = _own_positions(positions)
         return cls(latents, index_keys, table, paged.to_slots(positions, table), value_dim)
 
-    def write(self, layer: Layer, kv: Float[Array, "B T H"], k_index: Float[Array, "B T E"]) -> Self:
+    def write(
+        self,
+        layer: Layer,
+        kv: Float[Array, "B T H"],
+        k_index: Float[Array, "B T E"] | None,
+        indexer: Layer | None = None,
+    ) -> Self:
         """Writes the entries of T new tokens of one layer to their slots."""
-        layers, pages = self.latents.shape[:2]
-        slots = self.slots.reshape(-1)
-        slots = jnp.where((slots >= 0) & (slots < pages * paged.PAGE), slots + layer * (pages * paged.PAGE), -1)
-        flat = lambda x: x.reshape(layers * pages, *x.shape[2:])  # noqa: E731
-        rows = kv.reshape(-1, kv.shape[-1]), k_index.reshape(-1, k_index.shape[-1])
-        latents, index_keys = paged.write_entries(
-            flat(self.latents), flat(self.index_keys), slots, *rows, value_dim=self.value_dim
-        )
+        kv, value_dim = kv.reshape(-1, kv.shape[-1]), self.value_dim
+        flat = lambda pool: pool.reshape(-1, *pool.shape[2:])  # noqa: E731
+        pools = flat(self.latents), flat(self.index_keys)
+        if k_index is None:
+            latents, index_keys = (
+                paged.write_latents(pools[0], self._slots_of(layer), kv, value_dim=value_dim),
+                pools[1],
+            )
+        elif indexer is None:
+            k_index = k_index.reshape(-1, k_index.shape[-1])
+            latents, index_keys = paged.write_entries(*pools, self._slots_of(layer), kv, k_index, value_dim=value_dim)
+        else:  # of other numbers, and so at other slots
+            latents = paged.write_latents(pools[0], self._slots_of(layer), kv, value_dim=value_dim)
+            k_index = k_index.reshape(-1, k_index.shape[-1])
+            index_keys = paged.write_index_keys(pools[1], self._slots_of(indexer), k_index)
         return dataclasses.replace(
             self,
             latents=latents.reshape(self.latents.shape),
             index_keys=index_keys.reshape(self.index_keys.shape),
         )
 
-    def layer(self, layer: Layer) -> "LayerPages":
+    def _slots_of(self, layer: Layer) -> Int[Array, " M"]:
+        """Gives the slots of the next tokens in the pages of all layers side by side; -1 stays."""
+        size, slots = self.latents.shape[1] * paged.PAGE, self.slots.reshape(-1)
+        return jnp.where((slots >= 0) & (slots < size), slots + layer * size, -1)
+
+    def layer(self, layer: Layer, indexer: Layer | None = None) -> "LayerPages":
         """Gives the keys of one layer: the pages of all layers side by side, and a table into these."""
         pages = self.latents.shape[1]
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        table = jnp.clip(self.table, 0, pages - 1) + layer * pages
-        return LayerPages(flat(self.latents), flat(self.index_keys), table, self.value_dim)
+        own = jnp.clip(self.table, 0, pages - 1)
+        table = own + layer * pages
+        index_table = None if indexer is None else own + indexer * pages
+        return LayerPages(flat(self.latents), flat(self.index_keys), table, self.value_dim, index_table)
 
     def advance(self, tokens: Any) -> Self:
         """Returns the same pages: whoever holds the tables counts."""
@@ -257,12 +294,20 @@ class Pages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerPages:
-    """Holds one layer's keys in pages: pools [n, 64, W] and [n, rows, E], and the table [B, P] of each row's pages."""
+    """Holds one layer's keys in pages: pools [n, 64, W] and [n, rows, E], and the table [B, P] of each row's pages.
+
+    Where not every layer has index keys these have a table of their own, `index_table`.
+    """
 
     latents: Array
     index_keys: Array
     table: Array
     value_dim: int = dataclasses.field(metadata=dict(static=True))
+    index_table: Array | None = None
+
+    @property
+    def _index_table(self) -> Array:
+        return self.table if self.index_table is None else self.index_table
 
     @property
     def size(self) -> int:
@@ -273,14 +318,14 @@ class LayerPages:
         """Scores as `index_scores` does, where one shard has all keys."""
         if num_shards("pages") > 1:
             raise ValueError("where pages are sharded, no shard has all scores: baseline must be 'none'")
-        return paged.paged_index_scores(q_index, self.index_keys, weights, self.table, keys)
+        return paged.paged_index_scores(q_index, self.index_keys, weights, self._index_table, keys)
 
     def select(self, q_index, weights, keys, *, k):
         """Selects as `select_keys` does, of all shards' keys."""
         if num_shards("pages") == 1:
-            return paged.paged_select_keys(q_index, self.index_keys, weights, self.table, keys, k=k)
+            return paged.paged_select_keys(q_index, self.index_keys, weights, self._index_table, keys, k=k)
         own = KeyRange(_own_below(keys.start), _own_below(keys.stop))
-        scores = paged.paged_index_scores(q_index, self.index_keys, weights, self.table, own)
+        scores = paged.paged_index_scores(q_index, self.index_keys, weights, self._index_table, own)
         best = select_topk(scores, min(k, scores.shape[-1]), keys=own)
         scores = jnp.take_along_axis(scores, jnp.maximum(best, 0), axis=-1)
         return _best_of_all(jnp.where(best < 0, -jnp.inf, scores), _row_positions(best), k)
@@ -297,7 +342,7 @@ class LayerPages:
         if num_shards("pages") > 1:
             raise ValueError("where pages are sharded, keys are never gathered: attention must be 'sparse', and no KL")
         latents = paged.read_latents(self.latents, self.table, value_dim=self.value_dim, dtype=dtype)
-        return latents, *paged.read_index_keys(self.index_keys, self.table)
+        return latents, *paged.read_index_keys(self.index_keys, self._index_table)
 
 
 # Positions of a row whose pages are dealt out, and those of one shard's pages side by side.
@@ -359,12 +404,14 @@ def page_shapes(config: Config, pages: int, format: str) -> tuple[jax.ShapeDtype
         latent = config.latent_dim, jnp.dtype(format)
     index = jnp.float8_e4m3fn if config.index_fp8 else jnp.dtype(format)
     rows = paged.index_page_rows(dim, config.index_fp8)
-    pool = lambda rows, width, dtype: jax.ShapeDtypeStruct((config.num_hidden_layers, pages, rows, width), dtype)  # noqa: E731
-    return pool(paged.PAGE, *latent), pool(rows, dim, index)
+    return (
+        jax.ShapeDtypeStruct((config.num_hidden_layers, pages, paged.PAGE, latent[0]), latent[1]),
+        jax.ShapeDtypeStruct((config.num_index_layers, pages, rows, dim), index),
+    )
 
 
 def token_bytes(config: Config, format: str) -> int:
-    """Counts the bytes of cache that a token takes in one layer, scales included.
+    """Counts the bytes of cache that a token takes in one layer that has an indexer, scales included.
 
     Examples:
       >>> from dsa_jax import Config
@@ -373,5 +420,22 @@ def token_bytes(config: Config, format: str) -> int:
       >>> token_bytes(Config.deepseek_v32(), "bfloat16")
       1408
     """
+    return sum(_entry_bytes(config, format))
+
+
+def cache_token_bytes(config: Config, format: str) -> int:
+    """Counts the bytes of cache that a token takes in all layers; those that share a selection have no index keys.
+
+    Examples:
+      >>> from dsa_jax import Config
+      >>> cache_token_bytes(Config.deepseek_v32(index_fp8=True), "fp8") == 61 * 788
+      True
+    """
+    latent, index = _entry_bytes(config, format)
+    return config.num_hidden_layers * latent + config.num_index_layers * index
+
+
+def _entry_bytes(config, format):
+    """Counts the bytes of one token's latent and of its index key in one layer, its scale included."""
     shapes = page_shapes(config, 1, format)
-    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in shapes) // paged.PAGE
+    return [math.prod(x.shape[1:]) * x.dtype.itemsize // paged.PAGE for x in shapes]

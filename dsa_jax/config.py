@@ -45,7 +45,7 @@ class Config:
     q_lora_rank: int = 1536  # Q
     kv_lora_rank: int = 512  # C
     qk_nope_head_dim: int = 128  # P
-    qk_rope_head_dim: int = 64  # R
+    qk_rope_head_dim: int = 64  # R; 0 for latents without a rotary part
     v_head_dim: int = 128  # V
     index_n_heads: int = 64  # J
     index_head_dim: int = 128  # E
@@ -60,12 +60,16 @@ class Config:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     rms_norm_eps: float = 1e-6
+    latent_norm_eps: float | None = None  # of the norms of MLA's latents; None is `rms_norm_eps`
     rope_theta: float = 10000.0
     rope_scaling: YaRN | None = YaRN(40.0, 4096)
     max_position_embeddings: int = 163840  # tokens of a sequence, at most
     initializer_range: float = 0.02  # standard deviation of new parameters
     tie_word_embeddings: bool = False
-    index_rope_interleave: bool = False  # True in GLM-5, whose indexer pairs neighbouring columns
+    index_rope_interleave: bool = False  # True in GLM's, whose indexer pairs neighbouring columns
+    # Of each layer "full", with an indexer, or "shared", which reuses the selection before it; () has all of them full.
+    indexer_types: tuple[str, ...] = ()
+    index_share_kl: Literal["mean", "own"] = "mean"  # an indexer learns from all layers that it serves, or its own
     index_fp8: bool = False  # Hadamard transform and e4m3 index queries and keys
     index_kl_target: Literal["sum", "max"] = "sum"  # over heads, of the attention that the indexer learns to imitate
     baseline: Literal["none", "blocks"] = "none"  # what selects in place of the paper's top-k: see `dsa_jax.baselines`
@@ -91,8 +95,10 @@ class Config:
             raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}")
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}")
+        for name in ("rms_norm_eps", "latent_norm_eps"):
+            eps = getattr(self, name)
+            if eps is not None and eps <= 0:
+                raise ValueError(f"{name} must be above 0, got {eps}")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}")
         if self.qk_rope_head_dim % 2:
@@ -105,6 +111,19 @@ class Config:
             raise ValueError(f"index_fp8 needs index_head_dim a power of two, got {self.index_head_dim}")
         if self.baseline == "blocks" and self.index_topk % self.block_size:
             raise ValueError(f"block_size must divide index_topk {self.index_topk}, got {self.block_size}")
+        self._check_indexer_types()
+
+    def _check_indexer_types(self):
+        types = self.indexer_types
+        if types and (len(types) != self.num_hidden_layers or types[0] != "full" or set(types) - {"full", "shared"}):
+            raise ValueError(
+                f"indexer_types must be 'full' or 'shared' for each of the {self.num_hidden_layers} layers, the first "
+                f"of them 'full', got {shown(list(types))}"
+            )
+        if "shared" not in types:  # one spelling: configurations that mean the same are equal
+            object.__setattr__(self, "indexer_types", ())
+        elif self.baseline != "none":
+            raise ValueError(f"indexer_types must have no 'shared' layer under baseline {self.baseline!r}")
 
     def _check_experts(self):
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
@@ -130,6 +149,11 @@ class Config:
     def num_moe_layers(self) -> int:
         """Counts the layers whose feed-forward routes to experts."""
         return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def num_index_layers(self) -> int:
+        """Counts the layers that have an indexer, and so keep index keys."""
+        return self.indexer_types.count("full") if self.indexer_types else self.num_hidden_layers
 
     @property
     def latent_dim(self) -> int:
@@ -167,8 +191,10 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers reads back to the same model.
 
-        `index_fp8`, `index_kl_target` and the compute dtype have no key there; `torch_dtype` is the parameters', and
-        experts in FP8 are a `quantization_config`.
+        `index_fp8`, `index_kl_target`, `index_share_kl`, `latent_norm_eps` and the compute dtype have no key there;
+        `torch_dtype` is the parameters', and experts in FP8 are a `quantization_config`. transformers fixes by the
+        `model_type` how the indexer's rotary columns are paired: where layers share selections, which "glm_moe_dsa"
+        alone has there, pairs half the width apart are another model to it.
 
         Raises:
           ValueError: for a `baseline`, which has no key there and without which it would be another model.
@@ -218,10 +244,11 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "index_kl_target": ("sum", "max"),
+    "index_share_kl": ("mean", "own"),
     "baseline": ("none", "blocks"),
     "expert_dtype": (None, "fp8"),
 }
-_MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts")  # all other integers are at least 1
+_MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "qk_rope_head_dim")  # all other integers are at least 1
 _HINTS = {"n_routed_experts": "; for a model without MoE layers set first_k_dense_replace = num_hidden_layers"}
 
 
@@ -234,7 +261,13 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None if value is None else _integer(name, value, 0)
     if name == "eos_token_id":
         return tuple(_integer(name, each, 0) for each in (value if isinstance(value, tuple | list) else (value,)))
-    if field.type is float:
+    if name == "indexer_types":
+        if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
+            raise ValueError(f"indexer_types must be 'full' or 'shared' for each layer, got {shown(value)}")
+        return tuple(value)
+    if name == "latent_norm_eps" and value is None:
+        return None
+    if field.type is float or name == "latent_norm_eps":
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float | np.integer | np.floating)

@@ -24,8 +24,8 @@ _ARCHITECTURES = {
 
 # Fields that `config.json` lacks, or spells otherwise. All others it spells as we do.
 _OURS = frozenset(
-    "rope_theta rope_scaling index_rope_interleave index_fp8 index_kl_target baseline block_size bos_token_id "
-    "eos_token_id pad_token_id dtype param_dtype expert_dtype".split()
+    "rope_theta rope_scaling index_rope_interleave indexer_types index_share_kl index_fp8 index_kl_target baseline "
+    "latent_norm_eps block_size bos_token_id eos_token_id pad_token_id dtype param_dtype expert_dtype".split()
 )
 
 # What a `quantization_config` must say: e4m3 weights with one scale for each block of 128 × 128.
@@ -148,7 +148,7 @@ def to_json(config: Any) -> dict[str, Any]:
             f"config.json has no key for baseline={config.baseline!r}, without which it would be another model: "
             "such a model is not saved in Hugging Face's layout"
         )
-    glm = config.index_rope_interleave
+    glm = config.index_rope_interleave or bool(config.indexer_types)
     model_type = "glm_moe_dsa" if glm else "deepseek_v32"
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
     if config.rope_scaling is not None:
@@ -161,7 +161,8 @@ def to_json(config: Any) -> dict[str, Any]:
         "model_type": model_type,
         **{name: getattr(config, name) for name in _kinds(config)},
         **rope,
-        **({"indexer_rope_interleave": True} if glm else {}),
+        **({"indexer_rope_interleave": config.index_rope_interleave} if glm else {}),
+        **({"indexer_types": list(config.indexer_types)} if config.indexer_types else {}),
         **{key: _REQUIRED[key] for key in "attention_bias attention_dropout hidden_act".split()},
         **{key: _REQUIRED[key] for key in "moe_layer_freq scoring_func topk_method".split()},
         "bos_token_id": config.bos_token_id,
@@ -204,7 +205,8 @@ def _translate(data: dict[str, Any], config: Any) -> tuple[dict[str, Any], list[
     kinds = _kinds(config)
     problems = _check_keys(data, kinds)
     fields: dict[str, Any] = dict(_DEFAULTS.get(model_type, {}))
-    fields["index_rope_interleave"] = model_type == "glm_moe_dsa"
+    interleave = data.get("indexer_rope_interleave")
+    fields["index_rope_interleave"] = model_type == "glm_moe_dsa" if interleave is None else interleave
     fields |= {name: data[name] for name in kinds if data.get(name) is not None}
     if problems:  # what follows computes with the fields
         return fields, problems
@@ -212,6 +214,8 @@ def _translate(data: dict[str, Any], config: Any) -> tuple[dict[str, Any], list[
     full = {field.name: field.default for field in dataclasses.fields(config)} | fields
     fields["rope_theta"], fields["rope_scaling"], rope_problems = _read_rope(data, full)
     fields["first_k_dense_replace"], layer_problems = _read_layers(data, full)
+    fields["indexer_types"], type_problems = _read_indexer_types(data, full)
+    layer_problems += type_problems
     ids, id_problems = _read_token_ids(data)
     return fields | ids, rope_problems + layer_problems + _check_heads_and_blocks(data, full) + id_problems
 
@@ -376,26 +380,32 @@ def _read_layers(data: dict[str, Any], fields: dict[str, Any]) -> tuple[int, lis
     strange = [kind for kind in types if kind not in ("indexed_attention", "deepseek_sparse_attention")]
     if strange or len(types) not in (0, layers):
         problems.append(f"layer_types must be 'indexed_attention' for all {layers} layers, got {shown(types)}")
-    types = _indexer_types(data, layers)
-    if types != ["full"] * layers:
-        problems.append(
-            "indexer_types (or index_topk_pattern, index_topk_freq) must be 'full' for every layer, for sharing a "
-            f"selection among layers is not supported, got {shown(types)}"
-        )
     return dense, problems
 
 
-def _indexer_types(data: dict[str, Any], layers: int) -> list[Any]:
-    """Lists whether each layer has an indexer ("full") or takes an earlier layer's selection ("shared")."""
-    if data.get("indexer_types") is not None:
-        return data["indexer_types"]
-    if data.get("index_topk_pattern") is not None:
-        return [
-            "full" if letter == "F" else "shared" if letter == "S" else letter for letter in data["index_topk_pattern"]
-        ]
-    every, offset = max(data.get("index_topk_freq") or 1, 1), data.get("index_skip_topk_offset")
-    offset = 2 if offset is None else offset
-    return ["shared" if max(layer - offset + 1, 0) % every else "full" for layer in range(layers)]
+def _read_indexer_types(data: dict[str, Any], fields: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """Reads whether each layer has an indexer ("full") or reuses an earlier layer's selection ("shared").
+
+    `indexer_types` says so layer by layer, `index_topk_pattern` in letters F and S or in those words. Else the first
+    `index_skip_topk_offset` layers are full, 2 if that is absent, and of the others every `index_topk_freq`-th counted
+    from the last of those. An explicit list stands above a rule, as in transformers.
+    """
+    spellings = {key: data[key] for key in ("indexer_types", "index_topk_pattern") if data.get(key) is not None}
+    layers, letters = fields["num_hidden_layers"], {"F": "full", "S": "shared"}
+    read = {key: tuple(letters.get(str(kind), str(kind)) for kind in types) for key, types in spellings.items()}
+    every, offset = data.get("index_topk_freq"), data.get("index_skip_topk_offset")
+    every, offset = 1 if every is None else every, 2 if offset is None else offset
+    if every < 1 or offset < 0:
+        wanted = "index_topk_freq must be at least 1 and index_skip_topk_offset at least 0"
+        return (), [f"{wanted}, got {every} and {offset}"]
+    for key, types in read.items():
+        if len(types) != layers or types[0] != "full" or set(types) - {"full", "shared"}:
+            wanted = f"{key} must be 'full' or 'shared' for each of the {layers} layers, the first of them 'full'"
+            return (), [f"{wanted}, got {shown(spellings[key])}"]
+    if len(set(read.values())) > 1:
+        return (), ["indexer_types contradicts index_topk_pattern: leave one of them out"]
+    by_rule = tuple("shared" if max(layer - offset + 1, 0) % every else "full" for layer in range(layers))
+    return next(iter(read.values()), by_rule), []
 
 
 def _check_heads_and_blocks(data: dict[str, Any], fields: dict[str, Any]) -> list[str]:
@@ -404,9 +414,6 @@ def _check_heads_and_blocks(data: dict[str, Any], fields: dict[str, Any]) -> lis
     heads = fields["num_attention_heads"]
     if data.get("num_key_value_heads") not in (None, heads):
         problems.append(f"num_key_value_heads must be num_attention_heads = {heads}, got {data['num_key_value_heads']}")
-    interleave = fields["index_rope_interleave"]
-    if data.get("indexer_rope_interleave") not in (None, interleave):
-        problems.append(f"indexer_rope_interleave must be {interleave} for {data['model_type']}")
     quantization = data.get("quantization_config") or {}
     for key, value in FP8_FORMAT.items():
         given = quantization.get(key, value if key == "fmt" else None)

@@ -32,8 +32,6 @@ from dsa_jax.parallel.collectives import (
 from dsa_jax.quantization import dequantize, quantize, straight_through_dequantize
 from dsa_jax.rope import rotate_interleaved
 
-LATENT_NORM_EPS = 1e-6  # of the norms inside the attention, whatever the config says of the others
-
 Attention = Literal["sparse", "dense"]  # over the indexer's selection, or over all keys in reach
 Rotation = tuple[Array, Array]  # cosines and sines, float32 [B, T, R / 2]
 
@@ -41,13 +39,29 @@ Rotation = tuple[Array, Array]  # cosines and sines, float32 [B, T, R / 2]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projections:
-    """Holds one layer's projections: q [B, T, N, P + R], latents kv [B, T, C + R], and the indexer's three arrays."""
+    """Holds one layer's projections: q [B, T, N, P + R], latents kv [B, T, C + R], and the indexer's three arrays.
+
+    These are the layer's own, or those of the layer whose selection it reuses; then they may be missing.
+    """
 
     q: Array
     kv: Array
-    q_index: Array
-    k_index: Array
-    weights: Array
+    q_index: Any
+    k_index: Any
+    weights: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedIndex:
+    """Holds what a layer with an indexer hands on to the layers that reuse its selection.
+
+    selected [B, T, K], unless it was not made; of its indexer q_index, k_index and weights, for the divergence from
+    the attention of those layers, unless that is not wanted.
+    """
+
+    selected: Array | None
+    index: tuple[Array, Array, Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +70,7 @@ class LayerOutput:
     """Holds a layer's results.
 
     x [B, T, D]; indexer_kl [B, T] and selected [B, T, K] if they were asked for; the new cache if there was one; of MoE
-    layers the load of each expert and the experts of each token.
+    layers the load of each expert and the experts of each token; what layers that reuse the selection take.
     """
 
     x: Array
@@ -65,6 +79,7 @@ class LayerOutput:
     cache: AnyCache | None
     expert_load: Array | None = None  # float32 [X]
     routed: Array | None = None  # int32 [B, T, k]
+    shared: SharedIndex | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +107,7 @@ class _Shard(NamedTuple):
     q: Array  # [B, T, N, P + R]
     keys: KeyRange
     store: KeyStore  # what selects and is attended to
-    index: tuple[Array, Array]  # q_index and weights, as the selection scores them
+    index: tuple[Array, Array] | None  # q_index and weights, as the selection scores them
     trained_index: tuple[Array, Array, Array] | None  # q_index, k_index, weights of the loss, the same with gradients
     selected: Array | None  # a selection imposed from outside
     cache: AnyCache | None
@@ -108,21 +123,24 @@ class SparseMLA(nnx.Module):
     On a mesh that shards heads, projections and dense attention run by head and all else runs by query: a shard takes
     all heads of a share of the queries. So it selects for these alone, its kernels have as many heads as on one device,
     and the sum over heads that the indexer imitates is its own. `_to_shard` goes there, `_from_shard` comes back.
+
+    Without an indexer of its own (`indexer=False`) a layer attends to the selection of an earlier one, a `SharedIndex`.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, indexer: bool = True, rngs: nnx.Rngs):
         heads, q_head_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+        eps = config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps
         self.config = config
         self.q_a_proj = new_weight(config, rngs, config.hidden_size, config.q_lora_rank)
-        self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, config.param_dtype)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps, config.param_dtype)
         self.q_b_proj = new_weight(config, rngs, config.q_lora_rank, heads, q_head_dim)
         self.kv_a_proj_with_mqa = new_weight(config, rngs, config.hidden_size, config.latent_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, config.param_dtype)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps, config.param_dtype)
         self.kv_b_proj = new_weight(
             config, rngs, config.kv_lora_rank, heads, config.qk_nope_head_dim + config.v_head_dim
         )
         self.o_proj = new_weight(config, rngs, heads, config.v_head_dim, config.hidden_size)
-        self.indexer = LightningIndexer(config, rngs=rngs)
+        self.indexer = LightningIndexer(config, rngs=rngs) if indexer else None
 
     def __call__(
         self,
@@ -132,8 +150,10 @@ class SparseMLA(nnx.Module):
         *,
         attention: Attention = "sparse",
         selected: Int[Array, "B T K"] | None = None,
+        shared: SharedIndex | None = None,
         cache: AnyCache | None = None,
         layer: Any = 0,
+        indexer: Any = None,
         return_selected: bool = False,
         return_indexer_kl: bool = True,
     ) -> LayerOutput:
@@ -145,24 +165,40 @@ class SparseMLA(nnx.Module):
           keys: the keys that each token may reach; positions of the cache when there is one.
           attention: "sparse" or "dense".
           selected: a selection to attend to instead of the indexer's own.
+          shared: what the layer hands on whose selection this one reuses, if it has no indexer.
           cache: earlier tokens; the new ones are written to its layer number `layer` before they attend.
           layer: this layer's number.
+          indexer: the number among all indexers of the one that selects for it; `layer` if None.
           return_selected: whether the selection is wanted of dense attention too; sparse attention always returns it.
           return_indexer_kl: whether the indexer's divergence from the attention is wanted.
 
         Returns:
           a `LayerOutput`, `x` before the residual sum.
         """
-        projections = self.project(x, rotation)
+        p = self._take_shared(self.project(x, rotation), shared)
+        if shared is not None:
+            selected = shared.selected if selected is None else selected
+            return_indexer_kl &= shared.index is not None
+        where = layer, indexer
         if attention == "dense":
-            return self._dense(projections, keys, cache, layer, return_selected, return_indexer_kl)
-        return self._sparse(projections, keys, selected, cache, layer, return_indexer_kl)
+            return self._dense(p, keys, selected, cache, where, return_selected, return_indexer_kl)
+        return self._sparse(p, keys, selected, cache, where, return_indexer_kl)
 
-    def _sparse(self, p: Projections, keys, selected, cache, layer, wants_kl) -> LayerOutput:
-        shard = self._to_shard(p, keys, selected, cache, layer)
+    def _take_shared(self, p: Projections, shared: SharedIndex | None) -> Projections:
+        """Takes the index queries, keys and weights that a layer without an indexer was handed, if it was."""
+        if (self.indexer is None) != (shared is not None):
+            got = "one" if shared is not None else "none"
+            raise ValueError(f"shared must be given to a layer without an indexer and to no other, got {got}")
+        if shared is None or shared.index is None:
+            return p
+        return Projections(p.q, p.kv, *shared.index)
+
+    def _sparse(self, p: Projections, keys, selected, cache, where, wants_kl) -> LayerOutput:
+        shard = self._to_shard(p, keys, selected, cache, where)
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
-        selected = self._select(shard) if shard.selected is None else shard.selected
-        selected, kl = checkpoint_name(selected, "indices"), None
+        selected, kl = self._select(shard) if shard.selected is None else shard.selected, None
+        if self.indexer is not None:  # what is shared is kept once, by the layer that made it
+            selected = checkpoint_name(selected, "indices")
         q = self.absorb(shard.q, own_heads=cache is not None)
         with jax.named_scope("sparse_attention"):
             out, lse = shard.store.attend(q, selected, value_dim=value_dim, scale=scale)
@@ -171,10 +207,10 @@ class SparseMLA(nnx.Module):
             with jax.named_scope("sparse_indexer_kl"):
                 kv, index = shard.store.read(q.dtype)[0], self._trained_index(shard)
                 kl = sparse_indexer_kl(*index, q, kv, lse, selected, scale=scale, target=self.config.index_kl_target)
-        return self._from_shard(self._head_values(out, shard), kl, selected, shard.cache)
+        return self._from_shard(p, self._head_values(out, shard), kl, selected, shard.cache)
 
-    def _dense(self, p: Projections, keys, cache, layer, wants_selected, wants_kl) -> LayerOutput:
-        shard = self._to_shard(p, keys, None, cache, layer)
+    def _dense(self, p: Projections, keys, selected, cache, where, wants_selected, wants_kl) -> LayerOutput:
+        shard = self._to_shard(p, keys, selected, cache, where)
         scale, value_dim = self.config.softmax_scale, self.config.kv_lora_rank
         kv = shard.store.read(p.q.dtype)[0]
         k, v = self.expand(kv)
@@ -191,14 +227,16 @@ class SparseMLA(nnx.Module):
                 out, lse = latent_attention(q, kv, shard.keys, value_dim=value_dim, scale=scale)
                 out = self._head_values(out, shard)
         lse, kl = checkpoint_name(lse, "lse"), None
-        selected = self._select(shard) if wants_selected else None
+        selected = shard.selected
+        if wants_selected and selected is None:
+            selected = self._select(shard)
         if wants_kl:
             with jax.named_scope("dense_indexer_kl"):
                 lse = lse if cache is not None else heads_to_tokens(lse)
                 constants = jax.lax.stop_gradient((shard.q, self._keys_of_all_heads(kv, k), lse))
                 options: dict[str, Any] = dict(scale=scale, target=self.config.index_kl_target)
                 kl = dense_indexer_kl(*self._trained_index(shard), *constants, shard.keys, **options)
-        return self._from_shard(out, kl, selected, shard.cache)
+        return self._from_shard(p, out, kl, selected if wants_selected else None, shard.cache)
 
     def select(
         self, store: KeyStore, q_index: Float[Array, "B T J E"], weights: Float[Array, "B T J"], keys: KeyRange
@@ -207,6 +245,8 @@ class SparseMLA(nnx.Module):
         return store.select(q_index, weights, keys, k=min(self.config.index_topk, store.size))
 
     def _select(self, shard: _Shard) -> Int[Array, "B T K"]:
+        if shard.index is None:
+            raise ValueError("a layer without an indexer needs a selection, got none")
         with jax.named_scope("select"):
             return self.select(shard.store, *shard.index, shard.keys)
 
@@ -216,6 +256,7 @@ class SparseMLA(nnx.Module):
             return shard.trained_index
         if num_shards("heads") > 1:
             raise ValueError("where heads are sharded, the indexer's divergence is not computed with a cache")
+        assert shard.index is not None  # or the divergence is not wanted
         q_index, weights = shard.index
         _, k_index, k_scale = shard.store.read(shard.q.dtype)
         if self.config.index_fp8:  # the weights carry the scales of the queries
@@ -223,15 +264,23 @@ class SparseMLA(nnx.Module):
         return q_index, k_index, weights
 
     def attention_maps(
-        self, x: Float[Array, "B T D"], rotation: Rotation, keys: KeyRange, *, attention: Attention = "sparse"
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        keys: KeyRange,
+        *,
+        attention: Attention = "sparse",
+        shared: SharedIndex | None = None,
     ) -> AttentionMaps:
         """Computes the attention of every head and the index scores of all pairs, on one device.
 
         Args:
-          x, rotation, keys, attention: as in a call; memory is N · T · S numbers.
+          x, rotation, keys, attention, shared: as in a call; memory is N · T · S numbers. The scores are those of the
+            indexer that selects for this layer.
         """
-        p = self.project(x, rotation)
-        shard = self._to_shard(p, keys, None, None, 0)
+        p = self._take_shared(self.project(x, rotation), shared)
+        shard = self._to_shard(p, keys, None, None)
+        assert shard.index is not None
         selected, size = self._select(shard), p.kv.shape[1]
         mask = keys.mask(size)
         if attention == "sparse":
@@ -255,8 +304,10 @@ class SparseMLA(nnx.Module):
             kv = checkpoint_name(project("btd,dh->bth", x, self.kv_a_proj_with_mqa[...]), "latents")
             c_kv, k_rope = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
             kv = jnp.concatenate([self.kv_a_layernorm(c_kv), rotate_interleaved(k_rope, *rotation)], axis=-1)
-        q_index, k_index, weights = self.indexer(jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent), rotation)
-        return Projections(q, kv, q_index, k_index, weights)
+        if self.indexer is None:
+            return Projections(q, kv, None, None, None)
+        index = self.indexer(jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent), rotation)
+        return Projections(q, kv, *index)
 
     def expand(
         self, kv: Float[Array, "B S H"], weight: Float[Array, "C N H3"] | None = None
@@ -293,30 +344,37 @@ class SparseMLA(nnx.Module):
         On a mesh that shards heads they are all heads of the share of the queries that `slice_tokens` gives this shard,
         and of all keys; where the sequence is sharded, the keys are those of the whole of it.
         """
-        shard = self._to_shard(p, keys, None, None, 0)
+        shard = self._to_shard(p, keys, None, None)
         kv = shard.store.read(p.q.dtype)[0]
         return shard.q, self._keys_of_all_heads(kv, self.expand(kv)[0]), shard.keys
 
     # The way into a shard and out of it. Where no axis is sharded, every collective is the identity, and what is left
     # is the FP8 of the index and the cache.
 
-    def _to_cache(self, p: Projections, keys: KeyRange, selected, cache, layer) -> _Shard:
+    def _to_cache(self, p: Projections, keys: KeyRange, selected, cache, where) -> _Shard:
         """Writes the tokens' entries, and takes this shard's heads of all queries to the keys that the cache holds."""
-        cache = cache.write(layer, p.kv, p.k_index)
-        q_index, weights = p.q_index, p.weights
-        if self.config.index_fp8:
-            q_index, q_scale = quantize(q_index)
-            weights = weights * q_scale
-        return _Shard(p.q, keys, cache.layer(layer), (q_index, weights), None, selected, cache)
+        layer, indexer = where
+        cache = cache.write(layer, p.kv, None if self.indexer is None else p.k_index, indexer)
+        index = None
+        if p.q_index is not None:
+            q_index, weights = p.q_index, p.weights
+            if self.config.index_fp8:
+                q_index, q_scale = quantize(q_index)
+                weights = weights * q_scale
+            index = q_index, weights
+        return _Shard(p.q, keys, cache.layer(layer, indexer), index, None, selected, cache)
 
-    def _to_shard(self, p: Projections, keys: KeyRange, selected, cache, layer) -> _Shard:
+    def _to_shard(self, p: Projections, keys: KeyRange, selected, cache, where=(0, None)) -> _Shard:
         """Takes this shard's share of the queries, and gathers every key that they may reach, or reads the cache's."""
         if cache is not None:
-            return self._to_cache(p, keys, selected, cache, layer)
+            return self._to_cache(p, keys, selected, cache, where)
         mine = lambda x: jax.tree.map(lambda leaf: slice_tokens(leaf, "heads"), x)  # noqa: E731
-        q_index, weights, keys, selected = mine((p.q_index, p.weights, keys, selected))
-        q = heads_to_tokens(p.q)
-        kv, k_index = sum_gradients(p.kv, "heads"), sum_gradients(p.k_index, "heads")
+        q, kv = heads_to_tokens(p.q), gather_sequence(sum_gradients(p.kv, "heads"))
+        keys, selected = mine((keys, selected))
+        if p.q_index is None:
+            return _Shard(q, keys, LayerKeys(kv, None, None), None, None, selected, None)
+        q_index, weights = mine((p.q_index, p.weights))
+        k_index = sum_gradients(p.k_index, "heads")
         q_scored, k_scored, scored_weights = q_index, p.k_index, weights
         k_scale = jnp.ones(k_index.shape[:2], jnp.float32)
         if self.config.index_fp8:
@@ -326,18 +384,21 @@ class SparseMLA(nnx.Module):
             # the very scores that the e4m3 numbers and their scales make.
             q_index = straight_through_dequantize(q_index, q_scored, q_scale)
             k_index = straight_through_dequantize(k_index, k_scored, k_scale)
-        kv, k_scored, k_scale, k_index = (gather_sequence(x) for x in (kv, k_scored, k_scale, k_index))
+        k_scored, k_scale, k_index = (gather_sequence(x) for x in (k_scored, k_scale, k_index))
         store = LayerKeys(kv, k_scored, k_scale)
         return _Shard(q, keys, store, (q_scored, scored_weights), (q_index, k_index, weights), selected, None)
 
-    def _from_shard(self, out, kl, selected, cache) -> LayerOutput:
+    def _from_shard(self, p: Projections, out, kl, selected, cache) -> LayerOutput:
         """Projects this shard's heads to the output, summed over shards, and joins what it found for its queries."""
         with jax.named_scope("project_output"):
             x = sum_shards(project("btnv,nvd->btd", out, self.o_proj[...]), "heads")
             x = checkpoint_name(x, "attention_output")
         if cache is None:
             kl, selected = jax.tree.map(lambda x: gather_tokens(x, "heads"), (kl, selected))
-        return LayerOutput(x, kl, selected, cache)
+        index = None
+        if p.q_index is not None:
+            index = p.q_index, p.k_index, p.weights
+        return LayerOutput(x, kl, selected, cache, shared=SharedIndex(selected, index))
 
     def _head_values(self, out: Float[Array, "B T N C"], shard: _Shard) -> Float[Array, "B T2 N2 V"]:
         """Takes the latents found for the shard's queries to values, of this shard's heads for all queries."""

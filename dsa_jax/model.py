@@ -13,13 +13,12 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.baselines import BlockMLA
 from dsa_jax.blockwise import contract
 from dsa_jax.cache import AnyCache, Cache, Pages, page_shapes
 from dsa_jax.config import Config
+from dsa_jax.decoder import DecoderLayer, scan_layers, split_stack, stack_layers
 from dsa_jax.key_range import KeyRange, check_keys
-from dsa_jax.layers import MLP, Attention, AttentionMaps, LayerOutput, Rotation, SparseMLA
-from dsa_jax.moe import MoE
+from dsa_jax.layers import Attention, AttentionMaps
 from dsa_jax.nn import RMSNorm, new_weight, pad_rows, show_arguments
 from dsa_jax.parallel.collectives import (
     exchange_columns,
@@ -29,10 +28,9 @@ from dsa_jax.parallel.collectives import (
     sum_gradients,
     sum_shards,
 )
-from dsa_jax.remat import check_keep, remat_policy
+from dsa_jax.remat import check_keep
 from dsa_jax.rope import rotation as rope_rotation
-
-ATTENTIONS: dict[str, type[SparseMLA]] = {"none": SparseMLA, "blocks": BlockMLA}  # by the config's `baseline`
+from dsa_jax.stacks import KINDS, StackedLayers, stacked_layers
 
 
 @jax.tree_util.register_dataclass
@@ -59,39 +57,11 @@ class Output:
 
 
 @show_arguments
-class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each on the normalised residual stream."""
-
-    def __init__(self, config: Config, *, moe: bool, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
-        self.self_attn = ATTENTIONS[config.baseline](config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
-        self.mlp = MoE(config, rngs=rngs) if moe else MLP(config, config.intermediate_size, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: Rotation,
-        keys: KeyRange,
-        *,
-        routed: Int[Array, "B T k"] | None = None,
-        **options: Any,
-    ) -> LayerOutput:
-        """Applies the layer; `routed` are the experts to take, `options` those of `SparseMLA`."""
-        attended = self.self_attn(self.input_layernorm(x), rotation, keys, **options)
-        x = x + attended.x
-        y, load = self.post_attention_layernorm(x), None
-        with jax.named_scope("feed_forward"):
-            if isinstance(self.mlp, MoE):
-                y, load, routed = self.mlp(y, valid=keys.nonempty(), routed=routed)
-            else:
-                y = self.mlp(y)
-        return dataclasses.replace(attended, x=x + y, expert_load=load, routed=routed)
-
-
-@show_arguments
 class Transformer(nnx.Module):
     """A DeepSeek-V3.2 model. Layers of a kind are stacked on a leading axis and scanned, each rematerialised.
+
+    Where layers share selections, what is scanned are periods of that pattern, in as many stacks as
+    `stacks.stacked_layers` lists. A stack's indexers are stacked too: there are fewer of them than layers.
 
     Examples:
       >>> model = Transformer(Config.tiny(), rngs=nnx.Rngs(0))
@@ -104,8 +74,9 @@ class Transformer(nnx.Module):
         vocab, dim = config.vocab_size, config.hidden_size
         self.config = config
         self.embed_tokens = new_weight(config, rngs, vocab, dim)
-        self.dense_layers = _stack_layers(config, config.num_dense_layers, moe=False, rngs=rngs)
-        self.moe_layers = _stack_layers(config, config.num_moe_layers, moe=True, rngs=rngs)
+        stacks = {stacked.name: stack_layers(config, stacked, rngs=rngs) for stacked in stacked_layers(config)}
+        for name, stack in (dict.fromkeys(KINDS) | stacks).items():
+            setattr(self, name, stack)
         self.norm = RMSNorm(dim, config.rms_norm_eps, config.param_dtype)
         self.lm_head = None if config.tie_word_embeddings else new_weight(config, rngs, dim, vocab)
 
@@ -165,25 +136,28 @@ class Transformer(nnx.Module):
     def _run(self, tokens, keys, positions, selected, routed, cache, options) -> Output:
         """Runs the model on what was checked."""
         x, rotation = self.embed(tokens), rope_rotation(positions, self.config)
-        results, first = [], 0
-        for stack, count in self.stacks():
+        results, experts_before, shared = [], 0, None
+        for stack, stacked in self.stacks():
+            count, first = stacked.count, stacked.first
+            stop = experts_before + count if stacked.moe else experts_before
             imposed = (
                 None if selected is None else selected[first : first + count],
-                routed if stack is self.moe_layers else None,
+                routed[experts_before:stop] if routed is not None and stacked.moe else None,
             )
-            (x, cache), ys = _scan_layers(stack, first, (x, cache), imposed, rotation, keys, options)
+            experts_before = stop
+            (x, cache), shared, ys = scan_layers(stack, stacked, (x, cache), shared, imposed, rotation, keys, options)
             results.append(ys)
-            first += count
 
         kl, load, chosen, experts = zip(*results, strict=True)
         load = [each for each in load if each is not None]
+        experts = [each for each in experts if each is not None]
         return Output(
             hidden=_gathered(self.norm)(x),
             indexer_kl=jnp.concatenate(kl) if options["return_indexer_kl"] else None,
-            expert_load=load[0] if load else jnp.zeros((0, self.config.n_routed_experts), jnp.float32),
+            expert_load=jnp.concatenate(load) if load else jnp.zeros((0, self.config.n_routed_experts), jnp.float32),
             selected=jnp.concatenate(chosen) if options["return_selected"] else None,
             cache=None if cache is None else cache.advance(jnp.sum(keys.nonempty(), axis=1, dtype=jnp.int32)),
-            routed=experts[-1] if options["return_routed"] else None,
+            routed=jnp.concatenate(experts) if options["return_routed"] else None,
         )
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
@@ -209,10 +183,11 @@ class Transformer(nnx.Module):
 
     def layers(self) -> Iterator[DecoderLayer]:
         """Yields the layers one by one, unstacked: to look inside, not to train."""
-        for stack, count in self.stacks():
-            graph, state = nnx.split(stack)
-            for layer in range(count):
-                yield nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], state))
+        for stack, stacked in self.stacks():
+            parts = split_stack(stack, stacked)
+            for place in range(stacked.count):
+                graph, states = parts.layer(place)
+                yield nnx.merge(graph, *states)
 
     def attention_maps(
         self,
@@ -245,10 +220,15 @@ class Transformer(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         self._check_values(tokens, keys, None)
         x, rotation = self.embed(tokens), rope_rotation(positions, self.config)
-        layers = self.layers()
+        layers, shared = self.layers(), None
+        options = ("attention", attention), ("return_selected", bool(self.config.indexer_types))
         for below in itertools.islice(layers, int(layer) % count):
-            x = _run_layer(*nnx.split(below), x, rotation, keys, attention)
-        return _map_layer(*nnx.split(next(layers)), x, rotation, keys, attention)
+            taken = None if below.self_attn.indexer is not None else shared
+            x, made = _run_layer(*nnx.split(below), x, taken, rotation, keys, options)
+            shared = made if taken is None else shared
+        last = next(layers)
+        taken = None if last.self_attn.indexer is not None else shared
+        return _map_layer(*nnx.split(last), x, taken, rotation, keys, attention)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up the tokens' embeddings, in the compute dtype; on a mesh, those of this shard's tokens."""
@@ -263,10 +243,9 @@ class Transformer(nnx.Module):
 
         return sum_shards(exchange_columns(look_up, tokens), "vocabulary")
 
-    def stacks(self) -> list[tuple[Any, int]]:
-        """Lists the layers as they are stored: each kind stacked in one module, with their number."""
-        stacks = (self.dense_layers, self.config.num_dense_layers), (self.moe_layers, self.config.num_moe_layers)
-        return [(stack, count) for stack, count in stacks if stack is not None]
+    def stacks(self) -> list[tuple[Any, StackedLayers]]:
+        """Lists the layers as they are stored: each stack's module, and which layers it holds."""
+        return [(getattr(self, stacked.name), stacked) for stacked in stacked_layers(self.config)]
 
     def check_inputs(self, tokens, keys, positions, attention, selected, routed, cache) -> Int[Array, "B T"]:
         """Returns the tokens as an array; raises ValueError unless everything fits the model and each other."""
@@ -383,49 +362,17 @@ def _known(x):
     return np.asarray(x)
 
 
-def _stack_layers(config, count, *, moe, rngs):
-    if not count:
-        return None
-
-    @nnx.split_rngs(splits=count)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs):
-        return DecoderLayer(config, moe=moe, rngs=rngs)
-
-    return make(rngs)
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _run_layer(graph, state, x, shared, rotation, keys, options):
+    out = nnx.merge(graph, state)(x, rotation, keys, shared=shared, return_indexer_kl=False, **dict(options))
+    return out.x, out.shared
 
 
-def _scan_layers(stack, first, carry, imposed, rotation, keys, options):
-    graph, state = nnx.split(stack)
-    wanted = {name: options[name] for name in ("attention", "return_selected", "return_indexer_kl")}
-
-    def body(carry, scanned):
-        (x, cache, keys), (layer, state, (selected, routed)) = carry, scanned
-        state = gather_parameters(state, dtype=stack.self_attn.config.dtype)
-        choices = dict(selected=selected, routed=routed, cache=cache, layer=layer)
-        out = nnx.merge(graph, state)(x, rotation, keys, **choices, **wanted)
-        chosen = out.selected if options["return_selected"] else None
-        routed = out.routed if options["return_routed"] else None
-        return (out.x, out.cache, keys), (out.indexer_kl, out.expert_load, chosen, routed)
-
-    body = jax.checkpoint(body, policy=remat_policy(options["keep"]))
-    count = jax.tree.leaves(state)[0].shape[0]
-    scanned = (first + jnp.arange(count), state, imposed)
-    # The key range is carried though it never changes: of a constant, differentiation would compute and keep all masks,
-    # T × S of them, ahead of the loop.
-    (x, cache, _), ys = jax.lax.scan(body, (*carry, keys), scanned)
-    return (x, cache), ys
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _run_layer(graph, state, x, rotation, keys, attention):
-    return nnx.merge(graph, state)(x, rotation, keys, attention=attention, return_indexer_kl=False).x
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _map_layer(graph, state, x, rotation, keys, attention):
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _map_layer(graph, state, x, shared, rotation, keys, attention):
     layer = nnx.merge(graph, state)
-    return layer.self_attn.attention_maps(layer.input_layernorm(x), rotation, keys, attention=attention)
+    options = dict(shared=shared, attention=attention)
+    return layer.self_attn.attention_maps(layer.input_layernorm(x), rotation, keys, **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -71,7 +71,7 @@ def rotate_interleaved(
 ) -> Float[Array, "B T *H R"]:
     """Rotates the column pairs (0, 1), (2, 3), … (MLA's layout), in float32, returned in the dtype of `x`."""
     cos, sin = _over_heads(x, cos, sin)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape).astype(x.dtype)
 

@@ -207,6 +207,18 @@ def indexer_kl_vjp(q_index, k_index, weights, q, k, lse, rows, scale, cotangent,
     return _score_gradients(q_index, k_index, weights, rows, d_scores, k_scale)
 
 
+def shared_indexer_kl_vjp(q_index, k_index, weights, layers, rows, scale, cotangent):
+    """Gradients of Σ cotangent · KL(mean over layers of p[t] ‖ softmax(I[t])); `layers` has each one's q, k and lse."""
+    cotangent = f64(cotangent)
+
+    def d_scores(b, t, row):
+        scores = row_scores(q_index, k_index, weights, b, t, row)[0]
+        p = np.mean([row_target(q, k, lse, b, t, row, scale) for q, k, lse in layers], axis=0)
+        return cotangent[b, t] * (np.exp(scores - _log_sum_exp(scores)) - p)
+
+    return _score_gradients(q_index, k_index, weights, rows, d_scores)
+
+
 # FP8
 
 

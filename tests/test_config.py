@@ -307,14 +307,18 @@ def test_every_key_that_changes_the_model_is_named():
         (dict(rope_scaling={**YARN, "low_freq_factor": 1.0}), "unknown rotary key low_freq_factor"),
         (dict(rope_scaling={**YARN, "factor": 0.5}), "factor must be at least 1"),
         (dict(rope_theta=-1.0), "rope_theta must be a number above 1, got -1.0"),
-        (dict(indexer_rope_interleave=True), "indexer_rope_interleave must be False"),
+        (dict(indexer_rope_interleave=1), "indexer_rope_interleave must be of type bool"),
         (dict(quantization_config={"quant_method": "awq"}), "quant_method must be 'fp8', got 'awq'"),
         (dict(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}), "weight_block_size"),
         (dict(model_type="deepseek_v2"), "model_type must be one of"),
         (dict(index_topk=0), "index_topk must be at least 1, got 0"),
         (dict(indexer_types="full"), "indexer_types must be of type list"),
-        (dict(indexer_types=[[]] * 61), "indexer_types (or index_topk_pattern, index_topk_freq) must be 'full'"),
-        (dict(index_topk_pattern=[{}]), "index_topk_pattern"),
+        (dict(indexer_types=[[]] * 61), "indexer_types must be 'full' or 'shared' for each of the 61 layers"),
+        (dict(index_topk_pattern=[{}]), "index_topk_pattern must be 'full' or 'shared' for each of the 61 layers"),
+        (dict(index_topk_pattern="S" + 60 * "F"), "the first of them 'full'"),
+        (dict(index_topk_freq=2, index_skip_topk_offset=0), "the first of them 'full'"),
+        (dict(index_topk_freq=0), "index_topk_freq must be at least 1"),
+        (dict(indexer_types=["full"] * 61, index_topk_pattern="FS" + 59 * "F"), "contradicts index_topk_pattern"),
         (dict(layer_types=[{}]), "layer_types must be 'indexed_attention' for all 61 layers, got [{}]"),
         (dict(mlp_layer_types=[None]), "mlp_layer_types must be 61 layers"),
         (dict(num_hidden_layers=10**9), "num_hidden_layers must be at most 10,000, got 1,000,000,000"),
@@ -341,16 +345,39 @@ def test_what_is_not_supported_is_refused(keys, named):
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "letters"),
     [
-        dict(indexer_types=["full", "shared", "full"]),
-        dict(index_topk_pattern="FFS"),
-        dict(index_topk_freq=4, index_skip_topk_offset=1),
+        (dict(indexer_types=["full", "shared", "full", "shared", "shared"]), "FSFSS"),
+        (dict(index_topk_pattern="FFSSF"), "FFSSF"),
+        (dict(index_topk_pattern=["full", "shared", "full", "full", "full"]), "FSFFF"),
+        (dict(index_topk_freq=4, index_skip_topk_offset=1), "FSSSF"),
+        (dict(index_topk_freq=2), "FFSFS"),
+        (dict(index_topk_freq=4, index_skip_topk_offset=3), "FFFSS"),
+        (dict(indexer_types=["full"] * 4 + ["shared"], index_topk_freq=2), "FFFFS"),  # a list stands above a rule
     ],
 )
-def test_shared_selections_are_refused(keys):
-    message = refused({"model_type": "glm_moe_dsa", "num_hidden_layers": 3, **keys})
-    assert "sharing a selection among layers is not supported" in message
+@pytest.mark.parametrize("model_type", ["glm_moe_dsa", "deepseek_v32"])
+def test_every_spelling_of_shared_selections(keys, letters, model_type):
+    config = Config.from_hf({"model_type": model_type, "num_hidden_layers": 5, **keys})
+    assert "".join(kind[0].upper() for kind in config.indexer_types) == letters
+    assert config.num_index_layers == letters.count("F")
+    written = config.to_hf()
+    assert written["model_type"] == "glm_moe_dsa" and written["indexer_types"] == list(config.indexer_types)
+    assert Config.from_hf(written) == config
+
+
+@pytest.mark.parametrize("model_type", ["glm_moe_dsa", "deepseek_v32"])
+@pytest.mark.parametrize("interleave", [False, True, None])
+def test_the_indexers_rotary_pairs_are_as_the_key_says(model_type, interleave):
+    config = Config.from_hf({"model_type": model_type, "indexer_rope_interleave": interleave})
+    assert config.index_rope_interleave == (model_type == "glm_moe_dsa" if interleave is None else interleave)
+    assert Config.from_hf(config.to_hf()) == config
+
+
+def test_latents_may_have_no_rotary_part():
+    config = Config.from_hf({"model_type": "glm_moe_dsa", "qk_rope_head_dim": 0})
+    assert config.latent_dim == config.kv_lora_rank and config.softmax_scale == 192**-0.5
+    assert Config.from_hf(config.to_hf()) == config
 
 
 def test_unshared_selections_and_harmless_keys_are_accepted():

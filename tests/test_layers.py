@@ -158,29 +158,32 @@ def test_fp8_indexer_selects_and_learns_by_the_dequantised_scores(x):
     close(out.indexer_kl, reference.indexer_kl(*index, attn_q, attn_k, lse, rows, FP8.softmax_scale), 3e-5)
 
 
+@pytest.mark.parametrize("rotary", [8, 0])
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_sparse_mla_against_float64(x, attention):
-    """Output, selection and KL, over packed sequences with padding at the end."""
+def test_sparse_mla_against_float64(x, attention, rotary):
+    """Output, selection and KL, over packed sequences with padding at the end; with and without a rotary part."""
+    config = small_config(qk_rope_head_dim=rotary)
     keys = KeyRange.packed(jnp.array([[0] * T, [0] * 9 + [1] * 11 + [-1] * 4]))
-    layer = first_layer(CONFIG)
-    out, p = run(CONFIG, x, keys, attention=attention)
+    layer = first_layer(config)
+    out, p = run(config, x, keys, attention=attention)
     rows = reach = reference.reachable(keys.start, keys.stop, T)
     q_latent = rms_norm(reference.f64(x) @ f64(layer.q_a_proj), layer.q_a_layernorm.weight)
-    index = reference_indexer(layer.indexer, x, q_latent, POSITIONS, CONFIG)
+    index = reference_indexer(layer.indexer, x, q_latent, POSITIONS, config)
     if attention == "sparse":
-        same_bits(out.selected, reference.select_topk(reference.index_scores(*index, reach), CONFIG.index_topk, reach))
+        same_bits(out.selected, reference.select_topk(reference.index_scores(*index, reach), config.index_topk, reach))
         rows = reference.listed(out.selected, T)
     else:
         assert out.selected is None
-    attended, q, k, lse = reference_attention(layer, x, POSITIONS, rows, CONFIG)
+    attended, q, k, lse = reference_attention(layer, x, POSITIONS, rows, config)
     close(out.x, attended, 3e-5)
-    close(out.indexer_kl, reference.indexer_kl(*index, q, k, lse, rows, CONFIG.softmax_scale), 3e-5)
+    close(out.indexer_kl, reference.indexer_kl(*index, q, k, lse, rows, config.softmax_scale), 3e-5)
     assert not np.any(out.x[1, 20:]) and not np.any(out.indexer_kl[1, 20:])
 
 
-def test_the_three_forms_agree_where_every_key_is_selected(x):
+@pytest.mark.parametrize("rotary", [8, 0])
+def test_the_three_forms_agree_where_every_key_is_selected(x, rotary):
     """Sparse with K ≥ S, dense multi-head, and dense over latents (that is, with a cache): outputs and KL."""
-    config, keys = small_config(index_topk=T + 3), KeyRange.causal(B, T)
+    config, keys = small_config(index_topk=T + 3, qk_rope_head_dim=rotary), KeyRange.causal(B, T)
     sparse, _ = run(config, x, keys)
     dense, _ = run(config, x, keys, attention="dense")
     assert np.all(np.sum(np.asarray(sparse.selected) >= 0, -1) == np.arange(1, T + 1))
@@ -192,10 +195,10 @@ def test_the_three_forms_agree_where_every_key_is_selected(x):
         close(out.indexer_kl, dense.indexer_kl[:, -last:], 2e-5)
 
 
-def test_latent_norms_have_their_own_epsilon():
-    """The norms inside the attention use 1e-6 whatever rms_norm_eps says; the others follow it."""
-    layer = next(small_model(small_config(rms_norm_eps=0.5)).layers())
-    assert layer.self_attn.q_a_layernorm.eps == layer.self_attn.kv_a_layernorm.eps == 1e-6
+@pytest.mark.parametrize(("given", "expected"), [(None, 0.5), (1e-6, 1e-6)])
+def test_latent_norms_follow_the_config_or_have_their_own_epsilon(given, expected):
+    layer = next(small_model(small_config(rms_norm_eps=0.5, latent_norm_eps=given)).layers())
+    assert layer.self_attn.q_a_layernorm.eps == layer.self_attn.kv_a_layernorm.eps == expected
     y = layer.input_layernorm(jnp.full((1, 32), 0.5))
     close(y, 0.5 / np.sqrt(0.25 + 0.5) * f64(layer.input_layernorm.weight)[None], 1e-6)
 

@@ -31,6 +31,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
     evaluate_command.main(arguments)
 
 
+def _overlap(arguments: Sequence[str]) -> None:
+    from train.commands import overlap
+
+    overlap.main(arguments)
+
+
 def _report(arguments: Sequence[str]) -> None:
     from train.commands import report
 
@@ -55,6 +61,7 @@ COMMANDS: dict[str, Command] = {
     "preset": _preset,
     "tokenize": _tokenize,
     "evaluate": _evaluate,
+    "overlap": _overlap,
     "report": _report,
     "post": _post,
 }

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dsa_jax import Output, Transformer
+from dsa_jax import Config, Output, Transformer
 from dsa_jax.parallel.collectives import max_statistics, num_shards, shard_index, sum_shards
+from dsa_jax.stacks import kl_shares
 from train.data import Batch
 
 CHUNK_TOKENS = 1024  # whose logits are alive at once
@@ -155,14 +156,27 @@ def cross_entropy(
     return jnp.sum(jnp.where(valid, token_losses(hidden, unembed, targets, chunk=chunk), 0.0))
 
 
-def indexer_loss(kl: Float[Array, "layers B T"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Sums the valid queries' KL over all layers: the mean over queries is summed over layers, not averaged."""
-    return jnp.sum(jnp.where(valid, kl, 0.0))
+def indexer_loss(
+    kl: Float[Array, "layers B T"], valid: Bool[Array, "B T"], config: Config | None = None
+) -> Float[Array, ""]:
+    """Sums the valid queries' KL over all layers: the mean over queries is summed over layers, not averaged.
+
+    Of the layers that one indexer selects for, as `config` says, the mean counts. Its gradient is that of the KL to the
+    mean of their targets: softmax(I) - p is linear in p. The two differ by how far the targets p are from each other
+    (their generalised Jensen-Shannon divergence), which no indexer changes, and no layer need keep its target for it.
+    """
+    if config is None or not config.indexer_types:
+        return jnp.sum(jnp.where(valid, kl, 0.0))
+    return jnp.sum(_layer_sums(kl, valid, config))
+
+
+def _layer_sums(kl, valid, config) -> Float[Array, " layers"]:
+    sums = jnp.sum(jnp.where(valid, kl, 0.0), axis=(1, 2))
+    return sums * jnp.asarray(kl_shares(config), sums.dtype) if config.indexer_types else sums
 
 
 def _kl_layers(model: Transformer, output: Output, batch: Batch) -> Float[Array, " layers"]:
-    kl: Any = output.indexer_kl
-    return jnp.sum(jnp.where(batch.keys.nonempty(), kl, 0.0), axis=(1, 2))
+    return _layer_sums(output.indexer_kl, batch.keys.nonempty(), model.config)
 
 
 def _lm_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
@@ -171,7 +185,7 @@ def _lm_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, 
 
 def _kl_total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
     kl: Any = output.indexer_kl  # there unless it was not asked for
-    return indexer_loss(kl, batch.keys.nonempty())
+    return indexer_loss(kl, batch.keys.nonempty(), model.config)
 
 
 LM_LOSS = Loss(_lm_total, lambda batch: jnp.sum(batch.valid))  # nats a target

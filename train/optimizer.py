@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from dsa_jax.stacks import is_stack
 from train.checks import check_integer, check_number, shown
 from train.moments import store_rounded
 
@@ -160,7 +161,7 @@ def muon_dimensions(params: Any) -> Any:
 
     def dimensions(path, leaf):
         names = [str(getattr(key, "key", "")) for key in path]
-        in_layer = any(name in ("dense_layers", "moe_layers") for name in names)
+        in_layer = any(map(is_stack, names))
         axes = MATRICES.get(names[-1]) if in_layer else None
         return None if axes is None else MuonDimensionNumbers(*axes)
 

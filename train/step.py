@@ -110,15 +110,24 @@ def build_step(
         if load.shape[0]:
             metrics["expert_imbalance"] = jnp.mean(load.max(-1) / jnp.maximum(load.mean(-1), 1e-9))
             if phase.balances:
-                params["router_bias"] = jax.tree.map(
-                    lambda bias: update_bias(bias, load, settings.bias_rate), params["router_bias"]
-                )
+                params["router_bias"] = _balance(params["router_bias"], load, settings.bias_rate)
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
         if mesh is not None:
             state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(mesh))
+
+
+def _balance(biases: Params, load: Array, rate: float) -> Params:
+    """Moves the routers' biases, of one stack of layers after the other, against the load [moe_layers, X]."""
+    moved, first = {}, 0
+    for name in sorted(biases, key=lambda name: (len(name), name)):  # as the stacks are numbered
+        count = jax.tree.leaves(biases[name])[0].shape[0]
+        part = load[first : first + count]
+        moved[name] = jax.tree.map(lambda bias, part=part: update_bias(bias, part, rate), biases[name])
+        first += count
+    return moved
 
 
 def _compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, Any] | None:

@@ -211,7 +211,7 @@ def _expected(config: Config) -> dict[str, Entry]:
     """Lists the tensors of a model by name; raises ValueError if they are more than any model has."""
     expected: dict[str, Entry] = {}
     all_leaves = leaves(config)
-    count = sum((leaf.layers or 1) * (leaf.experts or 1) for leaf in all_leaves)
+    count = sum(len(leaf.layers or (0,)) * (leaf.experts or 1) for leaf in all_leaves)
     if count > MAX_TENSORS:
         raise ValueError(
             f"config.json describes {count:,} tensors, more than {MAX_TENSORS:,}: num_hidden_layers is "

@@ -24,11 +24,12 @@ from dsa_jax.config_hf import fp8_experts
 from dsa_jax.hf.checkpoint import Checkpoint, layer_of
 from dsa_jax.hf.files import BFLOAT16, FLOAT32, FP8, copy_companions, new_folder, write_json, write_shards
 from dsa_jax.hf.stacked import Part, Piece, Stack, is_sharded, tensor_at
-from dsa_jax.hf.table import ALWAYS_FLOAT32, EXPERTS, FLOAT32_IF_STORED, ROWS, SCALE_SUFFIX, Leaf, leaves
+from dsa_jax.hf.table import ALWAYS_FLOAT32, EXPERTS, FLOAT32_IF_STORED, SCALE_SUFFIX, Leaf, layers_of, leaves, row_of
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, path_names
 from dsa_jax.quantization import quantize_blocks
+from dsa_jax.stacks import is_stack, stacked_layers
 from dsa_jax.strict_json import shown_path
 
 MAX_SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
@@ -45,7 +46,7 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
       state: any subset of a model's state: a module, an `nnx.State` or a nested dict, of parameters, gradients or
         moments.
       config: the model's; needed to number the layers of a state that holds MoE layers but no dense ones, unless
-        it holds the embedding too and hence everything.
+        it holds the embedding too and hence everything, and of any state of a model whose layers share selections.
 
     Raises:
       ValueError: if something is no parameter of a Transformer, or has shards in other processes.
@@ -57,13 +58,14 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
     if isinstance(state, nnx.Module):
         config = config or getattr(state, "config", None)
     arrays = _arrays(state)
-    unknown = [".".join(path) for path in arrays if path not in ROWS]
+    unknown = [".".join(path) for path in arrays if row_of(path) is None]
     if unknown:
         raise ValueError(f"not parameters of a Transformer: {', '.join(sorted(unknown))}")
-    num_dense_layers = _count_dense_layers(arrays, config)
+    numbers = _layer_numbers(arrays, config)
     tensors = []
     for path, x in arrays.items():
-        entry, stacked = ROWS[path], path[0].endswith("_layers")
+        entry, stacked = row_of(path), is_stack(path[0])
+        assert entry is not None
         if is_sharded(x) and not x.is_fully_addressable:
             raise ValueError(
                 f"to_hf and save_hf must have every shard in their own process, and {'.'.join(path)} has shards in "
@@ -72,9 +74,8 @@ def to_hf(state: Any, *, config: Config | None = None) -> Iterator[tuple[str, An
         axes = stacked + entry.experts
         if x.ndim != axes + len(entry.dims.replace("->", "").split()):
             raise ValueError(f"{'.'.join(path)} must have dimensions {entry.dims!r}, stacked, got shape {x.shape}")
-        sizes = [*x.shape[:axes], None, None]
-        first = num_dense_layers if path[0] == "moe_layers" else 0
-        leaf = Leaf(entry, path, first, sizes[0] if stacked else None, sizes[1] if entry.experts else None)
+        layers = numbers(entry, path[0], x.shape[0]) if stacked else None
+        leaf = Leaf(entry, path, layers, x.shape[1] if entry.experts else None)
         tensors += [(name, entry, x, index) for index, name in leaf.tensors()]
     for name, entry, x, index in sorted(tensors, key=lambda tensor: layer_of(tensor[0])):
         yield name, entry.to_file(tensor_at(x, index))
@@ -86,11 +87,38 @@ def _arrays(state: Any) -> dict[tuple[str, ...], Any]:
     return {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
-def _count_dense_layers(arrays: dict[tuple[str, ...], Any], config: Config | None) -> int:
+def _layer_numbers(arrays: dict[tuple[str, ...], Any], config: Config | None) -> Callable[..., tuple[int, ...]]:
+    """Makes the function of a row, a stack's name and its number of layers that lists the layers' numbers.
+
+    Raises:
+      ValueError: if nothing says how many dense layers there are, or, when called, for another number of layers than
+        the configuration gives the stack.
+    """
+    if config is None:
+        first = {"dense_layers": 0, "moe_layers": _count_dense_layers(arrays)}
+
+        def count_on(entry, name, count):
+            if name not in first:
+                raise ValueError(f"this state holds {name}, of a model whose layers share selections: pass config=")
+            return tuple(range(first[name], first[name] + count))
+
+        return count_on
+    stacks = {stack.name: stack for stack in stacked_layers(config)}
+
+    def look_up(entry, name, count):
+        layers = layers_of(entry, stacks[name]) if name in stacks else ()
+        if len(layers) != count:
+            raise ValueError(f"{name} must hold {len(layers)} of {entry.path}, by its configuration, got {count}")
+        return layers
+
+    return look_up
+
+
+def _count_dense_layers(arrays: dict[tuple[str, ...], Any]) -> int:
     """Counts the dense layers of the model to which a part of its state belongs."""
-    if config is not None:
-        return config.num_dense_layers
     counts = {x.shape[0] for path, x in arrays.items() if path[0] == "dense_layers"}
+    if len(counts) > 1:
+        raise ValueError("this state is of a model whose layers share selections: pass config=")
     if counts:
         return counts.pop()
     if ("embed_tokens",) in arrays or not any(path[0] == "moe_layers" for path in arrays):
@@ -209,7 +237,8 @@ def _draw_indexers(
 ) -> dict[tuple[str, ...], jax.Array]:
     """Draws the parameters of new indexers, by path, a layer's as `LightningIndexer` initialises them."""
     rngs, drawn = nnx.Rngs(seed), {}
-    for name, count in (("dense_layers", config.num_dense_layers), ("moe_layers", config.num_moe_layers)):
+    for stack in stacked_layers(config):
+        name, count = stack.name, len(stack.indexers)
         if count == 0:
             continue
         with nnx.split_rngs(rngs, splits=count):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsa_jax.config import Config
 from dsa_jax.quantization import WEIGHT_BLOCK
+from dsa_jax.stacks import StackedLayers, base_name, is_stack, stacked_layers
 
 # Parts of paths and names alike. The first parameters are float32 if the file has them so, the second always; none of
 # them is ever rounded.
@@ -34,7 +35,7 @@ class Entry:
         stack = self.path.split(".")[0]
         if stack == "layers":
             return "dense_layers", "moe_layers"
-        return (stack,) if stack.endswith("_layers") else ("",)
+        return (stack,) if is_stack(stack) else ("",)
 
     @property
     def experts(self) -> bool:
@@ -167,20 +168,20 @@ class Leaf:
 
     entry: Entry
     path: tuple[str, ...]
-    first: int  # the number of its first layer
-    layers: int | None  # how many layers are stacked, None if it is no layer's
+    layers: tuple[int, ...] | None  # the numbers of the layers that are stacked, None if it is no layer's
     experts: int | None  # how many experts are stacked, None if it is no expert's
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yields where each of its tensors stands in the parameter, and the tensor's name in the files."""
-        axes = [range(size) for size in (self.layers, self.experts) if size is not None]
-        for index in itertools.product(*axes):
-            layer = self.first + index[0] if index else None
+        sizes = None if self.layers is None else len(self.layers), self.experts
+        for index in itertools.product(*(range(size) for size in sizes if size is not None)):
+            layer = None if self.layers is None else self.layers[index[0]]
             yield index, self.entry.name.format(layer=layer, expert=index[-1] if index else None)
 
     def shape(self, config: Config) -> tuple[int, ...]:
         """Computes the parameter's shape."""
-        return *(size for size in (self.layers, self.experts) if size is not None), *self.entry.shape(config)
+        sizes = None if self.layers is None else len(self.layers), self.experts
+        return *(size for size in sizes if size is not None), *self.entry.shape(config)
 
 
 def leaves(config: Config) -> list[Leaf]:
@@ -191,19 +192,34 @@ def leaves(config: Config) -> list[Leaf]:
       >>> leaf.path, list(leaf.tensors()), leaf.shape(Config.tiny())
       (('embed_tokens',), [((), 'model.embed_tokens.weight')], (256, 128))
     """
-    counts = {"": None, "dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
+    stacks: dict[str, list[StackedLayers]] = {"dense_layers": [], "moe_layers": []}
+    for stack in stacked_layers(config):
+        stacks[base_name(stack.name)].append(stack)
     result = []
     for entry in TABLE:
         absent = entry.path == "lm_head" and config.tie_word_embeddings
         absent |= ".shared_experts." in entry.path and config.n_shared_experts == 0
         absent |= entry.scale and config.expert_dtype is None
-        for stack in entry.stacks:
-            if absent or counts[stack] == 0:
-                continue
-            first = config.num_dense_layers if stack == "moe_layers" else 0
-            experts = config.n_routed_experts if entry.experts else None
-            result.append(Leaf(entry, _path(entry, stack), first, counts[stack], experts))
+        if absent:
+            continue
+        experts = config.n_routed_experts if entry.experts else None
+        for base in entry.stacks:
+            if not base:
+                result.append(Leaf(entry, _path(entry, base), None, experts))
+            for stack in stacks.get(base, ()):
+                if layers := layers_of(entry, stack):
+                    result.append(Leaf(entry, _path(entry, stack.name), layers, experts))
     return result
+
+
+def layers_of(entry: Entry, stack: StackedLayers) -> tuple[int, ...]:
+    """Lists the numbers of a stack's layers that have a parameter: of the indexer those with one."""
+    return stack.indexers if entry.indexer else stack.layers
+
+
+def row_of(path: tuple[str, ...]) -> Entry | None:
+    """Finds the row of a parameter by its path, whatever the number of its stack; None if it is none of a model."""
+    return ROWS.get((base_name(path[0]), *path[1:])) if path else None
 
 
 def _path(entry: Entry, stack: str) -> tuple[str, ...]:
@@ -212,5 +228,5 @@ def _path(entry: Entry, stack: str) -> tuple[str, ...]:
     return (stack, *names[1:]) if stack else tuple(names)
 
 
-# The table's rows by the parameters' paths.
+# The table's rows by the parameters' paths in the first stack of a kind.
 ROWS = {_path(entry, stack): entry for entry in TABLE for stack in entry.stacks}

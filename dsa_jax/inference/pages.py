@@ -25,7 +25,7 @@ from jaxtyping import Array, Int, Int32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dsa_jax.cache import page_shapes, token_bytes
+from dsa_jax.cache import cache_token_bytes, page_shapes
 from dsa_jax.config import Config
 from dsa_jax.paged import PAGE
 from dsa_jax.parallel.sharding import check_model, shards, spec
@@ -438,7 +438,7 @@ def pages_that_fit(config: Config, *, format: str, batch: int, length: int, memo
       ValueError: if not even one page fits.
     """
     scores = 4 * batch * length
-    page = PAGE * config.num_hidden_layers * token_bytes(config, format)
+    page = PAGE * cache_token_bytes(config, format)
     pages = int((USABLE_FRACTION * memory - scores) // page)
     if pages < 1:
         raise ValueError(

@@ -48,6 +48,7 @@ class Change:
       warmup: the steps of WARMUP, as a share of the usual ones.
       scratch: whether backbone and indexer are trained together from random weights instead, through the selection.
       read_with: fields that differ where the trained weights of the default row are measured, and nowhere else.
+      share: which layers have an indexer (F) and which reuse a selection (S), again and again; "" for all with one.
     """
 
     says: str
@@ -55,6 +56,13 @@ class Change:
     warmup: float = 1.0
     scratch: bool = False
     read_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    share: str = ""
+
+    def fields(self, layers: int) -> dict[str, Any]:
+        """Lists the fields of a model of so many layers that differ."""
+        kinds = {"F": "full", "S": "shared"}
+        types = tuple(kinds[self.share[layer % len(self.share)]] for layer in range(layers)) if self.share else ()
+        return {**self.model, **({"indexer_types": types} if types else {})}
 
 
 CHANGES = {
@@ -73,6 +81,10 @@ CHANGES = {
     "blocks8": Change("Whole blocks of 8 keys are selected.", {"baseline": "blocks", "block_size": 8}),
     "blocks64": Change("Whole blocks of 64 keys are selected.", {"baseline": "blocks", "block_size": 64}),
     "max_target": Change("The KL's target is the maximum over heads, not the sum.", {"index_kl_target": "max"}),
+    "shared": Change("Every second layer reuses a selection; an indexer learns from both layers.", share="FS"),
+    "shared_own": Change(
+        "The same, and an indexer learns from its own layer alone.", {"index_share_kl": "own"}, share="FS"
+    ),
     "wrong_rope": Change(
         "The default's weights, read with the other layout of RoPE in the indexer: it fails beyond K alone.",
         read_with={"index_rope_interleave": True},
@@ -120,7 +132,7 @@ def make_row(size: Size, preset: settings.Preset, change: Change, corpus: Path, 
     own = settings.make_config(preset, corpus)
     base, warmup, sparse = own.phases
     stages = (dataclasses.replace(preset.sparse[0], steps=size.sparse, seq_len=size.length),)
-    model = dataclasses.replace(own.model, **change.model)
+    model = dataclasses.replace(own.model, **change.fields(own.model.num_hidden_layers))
     sparse = dataclasses.replace(
         sparse,
         stages=stages,

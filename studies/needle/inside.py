@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from dsa_jax import KeyRange, Transformer, dense_attention_target, select_topk
 from dsa_jax.blockwise import map_queries
-from dsa_jax.model import DecoderLayer
+from dsa_jax.decoder import DecoderLayer
+from dsa_jax.layers import SharedIndex
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
 from train.evaluation.kept_mass import MASS_ELEMENTS, attention_lse
@@ -91,31 +92,33 @@ def _look_at_row(model: Transformer, batch: Batch, places: Array, ends: tuple[in
     """Runs the model dense, layer by layer; gives mass by name [layers, distances] and overlap [layers, layers]."""
     x, rotation = model.embed(jnp.asarray(batch.tokens)), rope_rotation(jnp.asarray(batch.positions), model.config)
     mass, chosen = [], []
-    for stack, count in model.stacks():
-        graph, state = nnx.split(stack)
-        for number in range(count):
-            x, found, own = _look_at_layer(graph, number, state, (x, rotation, batch.keys), places, ends)
-            mass.append(found)
-            chosen.append(own)
+    shared = None
+    for layer in model.layers():
+        shared = None if layer.self_attn.indexer is not None else shared
+        x, shared, found, own = _look_at_layer(*nnx.split(layer), (x, rotation, batch.keys), shared, places, ends)
+        mass.append(found)
+        chosen.append(own)
     return {name: jnp.stack([each[name] for each in mass]) for name in mass[0]}, _overlap(jnp.stack(chosen))
 
 
 @partial(jax.jit, static_argnames=("graph", "ends"))
-def _look_at_layer(graph, number, state, inputs, places: Array, ends: tuple[int, ...]):
+def _look_at_layer(graph, state, inputs, shared: SharedIndex | None, places: Array, ends: tuple[int, ...]):
     x, rotation, keys = inputs
-    layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[number], state))
-    found, chosen = _mass_of_layer(layer, layer.input_layernorm(x), rotation, keys, places, ends)
-    return layer(x, rotation, keys, attention="dense").x, found, chosen
+    layer = nnx.merge(graph, state)
+    options: dict[str, Any] = dict(shared=shared, return_indexer_kl=False)
+    out = layer.self_attn(layer.input_layernorm(x), rotation, keys, return_selected=True, **options)
+    found, chosen = _mass_of_layer(layer, layer.input_layernorm(x), rotation, keys, out.selected, places, ends)
+    shared = SharedIndex(out.selected)
+    return layer(x, rotation, keys, attention="dense", **options).x, shared, found, chosen
 
 
 def _mass_of_layer(
-    layer: DecoderLayer, x, rotation, keys: KeyRange, places: Array, ends: tuple[int, ...]
+    layer: DecoderLayer, x, rotation, keys: KeyRange, selected, places: Array, ends: tuple[int, ...]
 ) -> tuple[Mapping[str, Float[Array, " ranges"]], Bool[Array, "n S"]]:
     """Measures one layer: the mean mass by name and range, and which keys its indexer selects for each query."""
     attention = layer.self_attn
     k_of, scale = attention.config.index_topk, attention.config.softmax_scale
     q, k, reach = attention.queries_and_keys(attention.project(x, rotation), keys)
-    selected = attention(x, rotation, keys, return_selected=True, return_indexer_kl=False).selected
     window = window_selection(keys, k_of)
     size = k.shape[1]
 

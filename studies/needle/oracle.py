@@ -1,6 +1,7 @@
 """Runs a model over the best selection there is: in each layer the keys of most attention, in the model run dense."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 
 from dsa_jax import KeyRange, dense_attention_target, select_topk
 from dsa_jax.blockwise import map_queries
+from dsa_jax.layers import SharedIndex
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
 from train.evaluation.kept_mass import MASS_ELEMENTS, attention_lse
@@ -23,16 +25,14 @@ def attend_to_oracle(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Fl
     model = merge_groups(graphdef, params)
     rotation = rope_rotation(jnp.asarray(batch.positions), model.config)
     dense = sparse = model.embed(jnp.asarray(batch.tokens))
-    for stack, count in model.stacks():
-        graph, state = nnx.split(stack)
-        for number in range(count):
-            dense, sparse = _run_layer(graph, number, state, dense, sparse, rotation, batch.keys)
+    for layer in model.layers():
+        dense, sparse = _run_layer(*nnx.split(layer), dense, sparse, rotation, batch.keys)
     return model.norm(sparse)
 
 
 @partial(jax.jit, static_argnames="graph")
-def _run_layer(graph, number, state, dense, sparse, rotation, keys: KeyRange):
-    layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[number], state))
+def _run_layer(graph, state, dense, sparse, rotation, keys: KeyRange):
+    layer = nnx.merge(graph, state)
     attention = layer.self_attn
     k_of, scale = attention.config.index_topk, attention.config.softmax_scale
     q, k, reach = attention.queries_and_keys(attention.project(layer.input_layernorm(dense), rotation), keys)
@@ -45,7 +45,9 @@ def _run_layer(graph, number, state, dense, sparse, rotation, keys: KeyRange):
 
     queries = q, lse, reach.start, reach.stop
     selected = map_queries(select, queries, k, block=max(1, MASS_ELEMENTS // k.shape[1]))[0]
-    options = {"dense": {"attention": "dense"}, "sparse": {"attention": "sparse", "selected": selected}}
+    options: dict[str, Any] = {"dense": {"attention": "dense"}, "sparse": {"selected": selected}}
+    if attention.indexer is None:
+        options = {name: {"shared": SharedIndex(None), **each} for name, each in options.items()}
     return (
         layer(dense, rotation, keys, **options["dense"]).x,
         layer(sparse, rotation, keys, **options["sparse"]).x,

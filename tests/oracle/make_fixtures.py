@@ -2,7 +2,7 @@
 
 Run once, under Python 3.11 with torch==2.13.0 (CPU) and transformers==5.23.0 (safetensors 0.8.0):
 
-    python tests/oracle/make_fixtures.py [FOLDER]
+    python tests/oracle/make_fixtures.py [FOLDER [NAME …]]
 
 Each folder holds a float32 checkpoint (`config.json`, safetensors) and `expected.safetensors`:
 
@@ -10,10 +10,12 @@ Each folder holds a float32 checkpoint (`config.json`, safetensors) and `expecte
     logits            f32 [B, T, vocab]        attention over the selection
     dense_logits      f32 [B, T, vocab]        the same weights with index_topk >= T
     selected          i32 [layers, B, T, K]    increasing positions, then -1
-    sparse_kl         f64 [layers, B, T]       KL(target || softmax of scores), both over the selected keys
+    sparse_kl         f64 [layers, B, T]       KL(target || softmax of scores), both over the selected keys; where a
+                                               layer reuses a selection, of the scores that made it
     dense_kl          f64 [layers, B, T]       the same over all causal keys, in the dense model
     sparse_grad/NAME, dense_grad/NAME  f32     gradient of sum over layers of mean over queries of the KL, by the
-                                               indexer's parameters, under their checkpoint names
+                                               indexer's parameters, under their checkpoint names; layers that share
+                                               an indexer count as one, by KL to the mean of their targets
 
 The reference scores keys without gradient, so KL and gradients are computed here in float64 from the inputs that its
 indexers receive. The target is its own attention probabilities, summed over heads and normalised.
@@ -96,6 +98,13 @@ SHAPE_B = dict(
 YARN_B = dict(rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=32)
 SHAPE_GLM = dict(SHAPE_A, num_hidden_layers=2, n_group=1, topk_group=1, rms_norm_eps=1e-5, v_head_dim=24)
 ROPE_GLM = dict(rope_type="default", rope_theta=1000000.0)
+# Three layers with an indexer, of which the second serves dense and MoE layers, and the last a run to the end.
+SHAPE_GLM_SHARED = dict(
+    SHAPE_GLM,
+    num_hidden_layers=7,
+    first_k_dense_replace=2,
+    indexer_types=["full", "full", "shared", "shared", "full", "shared", "shared"],
+)
 
 DEEPSEEK = DeepseekV32Config, DeepseekV32ForCausalLM
 GLM = GlmMoeDsaConfig, GlmMoeDsaForCausalLM
@@ -105,6 +114,7 @@ FIXTURES = {
     "deepseek_a1": (DEEPSEEK, SHAPE_A, YARN_A, 1, 64),
     "deepseek_b": (DEEPSEEK, SHAPE_B, YARN_B, 2, 40),
     "glm": (GLM, SHAPE_GLM, ROPE_GLM, 3, 64),
+    "glm_shared": (GLM, SHAPE_GLM_SHARED, ROPE_GLM, 4, 48),
 }
 
 
@@ -126,15 +136,17 @@ def build(classes, shape, rope, seed):
 
 
 def run(model, tokens, index_topk):
-    """Logits, attention probabilities and, a layer, what the indexer received and selected."""
-    seen = []
-
-    def record(module, inputs, output):
-        seen.append((module, *inputs[:3], output))
-
+    """Logits, attention probabilities and, by layer, what its indexer received and selected, if it has one."""
+    seen = [None] * len(model.model.layers)
     model.config.index_topk = index_topk
     hooks = []
-    for layer in model.model.layers:
+    for number, layer in enumerate(model.model.layers):
+        if layer.self_attn.indexer is None:
+            continue
+
+        def record(module, inputs, output, number=number):
+            seen[number] = (module, *inputs[:3], output)
+
         layer.self_attn.indexer.index_topk = index_topk
         hooks.append(layer.self_attn.indexer.register_forward_hook(record))
     with torch.no_grad():
@@ -166,8 +178,17 @@ def scores(hidden, q_latent, cos, sin, *, parameters, heads, rope_dim, interleav
 
 def divergence(index_scores, attention, allowed):
     """KL of each query between the head-summed, normalised attention and the softmax of the scores."""
+    return divergence_of(index_scores, normalised(attention, allowed), allowed)
+
+
+def normalised(attention, allowed):
+    """The target of one layer."""
     target = torch.where(allowed, attention.double().sum(1), 0.0)
-    target = target / target.sum(-1, keepdim=True)
+    return target / target.sum(-1, keepdim=True)
+
+
+def divergence_of(index_scores, target, allowed):
+    """KL of each query between a target and the softmax of the scores."""
     log_index = torch.log_softmax(index_scores.masked_fill(~allowed, -torch.inf), -1)
     return torch.where(allowed, torch.xlogy(target, target) - target * log_index.masked_fill(~allowed, 0.0), 0.0).sum(
         -1
@@ -195,29 +216,35 @@ def check_margins(index_scores, k):
 def stage(model, tokens, index_topk, interleaved):
     """One stage: logits, canonical selections, per-query KL [layers, B, T], gradients by checkpoint name."""
     logits, attentions, seen = run(model, tokens, index_topk)
-    kls, selections, leaves = [], [], {}
+    kls, selections, leaves, served = [], [], {}, []
     for layer, (record, attention) in enumerate(zip(seen, attentions, strict=True)):
-        module, hidden, q_latent, (cos, sin), indices = record
-        prefix = f"model.layers.{layer}.self_attn.indexer."
-        parameters = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
-        leaves |= {prefix + name: p for name, p in parameters.items()}
-        half = cos.shape[-1] // 2
-        inputs = [x.detach().double() for x in (hidden, q_latent, cos[..., :half], sin[..., :half])]
-        sizes = dict(heads=module.n_heads, rope_dim=module.qk_rope_head_dim)
-        index_scores = scores(*inputs, parameters=parameters, interleaved=interleaved, **sizes)
-        length = tokens.shape[1]
-        allowed = torch.tril(torch.ones(length, length, dtype=torch.bool)).expand(tokens.shape[0], -1, -1)
-        if index_topk < length:
-            chosen = torch.zeros_like(allowed).scatter(-1, indices.long(), True)
-            allowed = allowed & chosen
-            print(f"  layer {layer}: smallest selection margin {check_margins(index_scores.detach(), index_topk):.1e}")
-        kls.append(divergence(index_scores, attention, allowed))
+        if record is not None:
+            module, hidden, q_latent, (cos, sin), indices = record
+            prefix = f"model.layers.{layer}.self_attn.indexer."
+            parameters = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
+            leaves |= {prefix + name: p for name, p in parameters.items()}
+            half = cos.shape[-1] // 2
+            inputs = [x.detach().double() for x in (hidden, q_latent, cos[..., :half], sin[..., :half])]
+            sizes = dict(heads=module.n_heads, rope_dim=module.qk_rope_head_dim)
+            index_scores = scores(*inputs, parameters=parameters, interleaved=interleaved, **sizes)
+            length = tokens.shape[1]
+            allowed = torch.tril(torch.ones(length, length, dtype=torch.bool)).expand(tokens.shape[0], -1, -1)
+            if index_topk < length:
+                allowed = allowed & torch.zeros_like(allowed).scatter(-1, indices.long(), True)
+                margin = check_margins(index_scores.detach(), index_topk)
+                print(f"  layer {layer}: smallest selection margin {margin:.1e}")
+            served.append((index_scores, allowed, []))
+        served[-1][2].append(normalised(attention, allowed))
+        kls.append(divergence(index_scores, attention, allowed).detach())
         selections.append(canonical(indices, index_topk))
-    kl = torch.stack(kls)
-    kl.mean((1, 2)).sum().backward()
+    loss = sum(
+        divergence_of(index_scores, torch.stack(targets).mean(0), allowed).mean()
+        for index_scores, allowed, targets in served
+    )
+    loss.backward()
     gradients = {name: p.grad.float() for name, p in leaves.items()}
     assert all(g.abs().max() > 0 for g in gradients.values())
-    return logits, torch.stack(selections), kl.detach(), gradients
+    return logits, torch.stack(selections), torch.stack(kls), gradients
 
 
 def publish_spelling(config):
@@ -269,5 +296,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    for name, spec in FIXTURES.items():
-        make(root / name, *spec)
+    for name in sys.argv[2:] or FIXTURES:
+        make(root / name, *FIXTURES[name])

@@ -30,8 +30,8 @@ TEXT = "text"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Measures a model on text: losses dense and sparse, by position, and the attention that selections keep."""
+class TextArguments:
+    """Says which model is measured on which text."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run's folder, one of its checkpoints (RUN/checkpoints/STEP), or a Hugging Face folder."""
@@ -51,10 +51,17 @@ class Arguments:
     """Tokens of a sequence; without it the run's last length, or at most 4096."""
     seed: int = 0
     """Of the order of the text and of the random selections."""
-    mesh: str | None = None
-    """Devices to measure on, like data=2,context=4,expert=1,tensor=1; without it one."""
     json: Path | None = None
     """Write all numbers into this file too."""
+
+    def check(self) -> None:
+        """Checks what can be before any work.
+
+        Raises:
+          ValueError: if the file of numbers cannot be written.
+        """
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise ValueError(f"json must be a file in a folder that exists, got {self.json}")
 
     def data_config(self, subject: Subject) -> DataConfig:
         """Says which text is read."""
@@ -83,6 +90,14 @@ class Arguments:
         check_integer("batch_size", batch_size)
         check_integer("seq_len", seq_len, most=subject.config.max_position_embeddings)
         return self.batches, batch_size, seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(TextArguments):
+    """Measures a model on text: losses dense and sparse, by position, and the attention that selections keep."""
+
+    mesh: str | None = None
+    """Devices to measure on, like data=2,context=4,expert=1,tensor=1; without it one."""
 
     def make_mesh(self, subject: Subject) -> Mesh | None:
         """Makes the mesh, None for one device."""
@@ -121,8 +136,7 @@ def main(arguments: Sequence[str]) -> None:
       ValueError: if the model, the text or the mesh cannot be measured.
     """
     given = parse(Arguments, arguments, "python -m train evaluate")
-    if given.json is not None and not given.json.absolute().parent.is_dir():
-        raise ValueError(f"json must be a file in a folder that exists, got {given.json}")
+    given.check()
     console = Console(quiet=jax.process_index() > 0)
     with console.status("evaluating"):
         found = measure(given)

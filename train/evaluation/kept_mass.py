@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax import KeyRange, Transformer, dense_attention_target, multihead_attention, select_topk
 from dsa_jax.blockwise import map_queries
-from dsa_jax.model import DecoderLayer
+from dsa_jax.decoder import DecoderLayer, split_stack
+from dsa_jax.layers import SharedIndex
 from dsa_jax.parallel.collectives import gather_parameters, gather_tokens, slice_tokens
 from dsa_jax.parallel.sharding import parameter_specs, place_batch, spec
 from dsa_jax.rope import rotation as rope_rotation
 from train.data import Batch
-from train.phases import group_of, window_selection
+from train.phases import window_selection
 
 VALUE_COLUMNS = 64  # of values that nobody wants, the fewest that the attention's kernel takes
 MASS_ELEMENTS = 1 << 24  # queries × keys whose attention is alive at a time: 64 MiB for each array
@@ -32,6 +33,7 @@ MIN_REACH = 4  # times K: queries that reach fewer keys have too little to choos
 
 IMPOSED = ("oracle", "window", "random")  # selections that no indexer makes
 STREAMS = ("dense", "indexer", *IMPOSED)  # the runs whose losses are compared: all but the first are sparse
+STREAM = "of the sparse run"  # the name of its selection among those that are handed on
 MAX_SEED = 2**31 - 1  # of a query's random keys
 
 TOKEN = spec("batch", "sequence")  # of arrays [B, T, …] on a mesh
@@ -108,20 +110,22 @@ def measure_layers(
     x, rotation = _begin(*nnx.split(model), placed, mesh=mesh)
     streams: dict[str, Any] = dict.fromkeys(STREAMS, x)
     masses: list[dict[str, Array]] = []
-    for (stack, count), *others in zip(model.stacks(), *(each.stacks() for each in indexers.values()), strict=True):
-        graph, own, rest = nnx.split(stack, _is_indexer, ...)
-        chosen_by = {name: nnx.split(o, _is_indexer, ...)[1] for name, (o, _) in zip(indexers, others, strict=True)}
-        for layer in range(count):
+    chosen: dict[str, Any] = {}  # of the last layer with an indexer, which others may reuse
+    for (stack, stacked), *others in zip(model.stacks(), *(each.stacks() for each in indexers.values()), strict=True):
+        parts = split_stack(stack, stacked)
+        chosen_by = {name: split_stack(*other).indexers for name, other in zip(indexers, others, strict=True)}
+        for layer in range(stacked.count):
             seeds = place(_random_seeds(seed, rows, len(masses), batch.tokens.shape[1]))
-            inputs = streams, rotation, placed.start, placed.stop, seeds
-            streams, mass = _measure_layer(graph, layer, (own, rest), chosen_by, inputs, mesh=mesh)
+            graph, number = parts.definition(layer)
+            if number is not None:
+                chosen = {}
+            inputs = streams, chosen, rotation, placed.start, placed.stop, seeds
+            states = (parts.indexers if number is not None else None), parts.others
+            numbers = 0 if number is None else number, layer
+            streams, chosen, mass = _measure_layer(graph, numbers, states, chosen_by, inputs, mesh=mesh)
             masses.append(mass)
     mass = {name: jnp.stack([layer[name] for layer in masses]) for name in masses[0]}
     return mass, {name: model.norm(x) for name, x in streams.items()}
-
-
-def _is_indexer(path: tuple[Any, ...], _: Any) -> bool:
-    return group_of(path) == "indexer"
 
 
 def _random_seeds(seed: int, rows: Int[np.ndarray, " B"], layer: int, length: int) -> Int[np.ndarray, "B T"]:
@@ -142,34 +146,49 @@ def _begin(graph, state, batch: Batch, *, mesh: Mesh | None):
 
 
 @partial(jax.jit, static_argnames=("graph", "mesh"))
-def _measure_layer(graph, number, state, chosen_by, inputs, *, mesh: Mesh | None):
-    """Runs layer `number` of a stack over every stream, and measures what the selections of it keep."""
+def _measure_layer(graph, numbers, states, chosen_by, inputs, *, mesh: Mesh | None):
+    """Runs a layer over every stream, and measures what the selections of it keep.
 
-    def measure(number, state, chosen_by, inputs):
-        state, chosen_by = jax.tree.map(lambda x: x[number], (state, chosen_by))
-        dtype = nnx.merge(graph, *state).self_attn.config.dtype
-        own, rest = (gather_parameters(part, dtype=dtype) for part in state)
-        others = {name: gather_parameters(part, dtype=dtype) for name, part in chosen_by.items()}
-        layers = {name: nnx.merge(graph, other, rest) for name, other in others.items()}
-        return _run_streams(nnx.merge(graph, own, rest), layers, *inputs)
+    `numbers` are those of its indexer and of itself in their stacks; a layer that reuses a selection has no indexer.
+    """
 
-    specs = spec(), parameter_specs(state), parameter_specs(chosen_by), TOKEN
-    return on_shards(measure, mesh, specs, TOKEN)(number, state, chosen_by, inputs)
+    def measure(numbers, states, chosen_by, inputs):
+        (own, rest), (number, layer) = states, numbers
+        rest = jax.tree.map(lambda x: x[layer], rest)
+        own, chosen_by = jax.tree.map(lambda x: x[number], (own, chosen_by if own is not None else {}))
+        merge = lambda own: nnx.merge(graph, *(() if own is None else (own,)), rest)  # noqa: E731
+        dtype = merge(own).self_attn.config.dtype
+        gather = lambda part: gather_parameters(part, dtype=dtype)  # noqa: E731
+        own, rest, chosen_by = gather(own), gather(rest), {name: gather(part) for name, part in chosen_by.items()}
+        return _run_streams(merge(own), {name: merge(other) for name, other in chosen_by.items()}, *inputs)
+
+    specs = spec(), parameter_specs(states), parameter_specs(chosen_by), TOKEN
+    return on_shards(measure, mesh, specs, TOKEN)(numbers, states, chosen_by, inputs)
 
 
-def _run_streams(layer: DecoderLayer, others: Mapping[str, DecoderLayer], streams, rotation, start, stop, seeds):
-    """Runs a layer over this shard's tokens of every stream; finds the selections in the dense one."""
+def _run_streams(
+    layer: DecoderLayer, others: Mapping[str, DecoderLayer], streams, reused, rotation, start, stop, seeds
+):
+    """Runs a layer over this shard's tokens of every stream; finds the selections in the dense one.
+
+    Those that a layer with an indexer made are handed on, to be `reused` by the layers behind it that have none.
+    """
     attention, keys = layer.self_attn, KeyRange(start, stop)
     config, inputs = attention.config, layer.input_layernorm(streams["dense"])
-    chosen = {name: other.self_attn(inputs, rotation, keys).selected for name, other in others.items()}
-    chosen["window"] = window_selection(keys, config.index_topk)
+    made = {name: other.self_attn(inputs, rotation, keys).selected for name, other in others.items()}
+    made |= {name: selected for name, selected in reused.items() if name != STREAM}
+    chosen = made | {"window": window_selection(keys, config.index_topk)}
     q, k, reach = attention.queries_and_keys(attention.project(inputs, rotation), keys)
     mine, seeds = jax.tree.map(lambda x: slice_tokens(x, "heads"), (chosen, seeds))
     measured = kept_mass(q, k, reach, mine, seeds, top_k=config.index_topk, scale=config.softmax_scale)
     mass, found = jax.tree.map(lambda x: gather_tokens(x, "heads"), measured)
     options: dict[str, Any] = {"dense": {"attention": "dense"}, "indexer": {"attention": "sparse"}}
     options |= {name: {"attention": "sparse", "selected": (chosen | found)[name]} for name in IMPOSED}
-    return {name: layer(x, rotation, keys, **options[name]).x for name, x in streams.items()}, mass
+    if attention.indexer is None:
+        options = {name: {"shared": SharedIndex(None), **each} for name, each in options.items()}
+        options["indexer"]["shared"] = SharedIndex(reused[STREAM])
+    outs = {name: layer(x, rotation, keys, **options[name]) for name, x in streams.items()}
+    return {name: out.x for name, out in outs.items()}, made | {STREAM: outs["indexer"].selected}, mass
 
 
 def kept_mass(

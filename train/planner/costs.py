@@ -181,15 +181,16 @@ def _products(block: Block) -> int:
     return inner + sum(op.name in ("dot_general", KERNEL) for op in block.ops)
 
 
-def layer_loops(program: Program, kinds: Sequence[str]) -> dict[str, list[Op]]:
+def layer_loops(program: Program, kinds: Sequence[str], backward: Sequence[str]) -> dict[str, list[Op]]:
     """Finds the loops over layers of each kind: they alone scan over as many arrays as a layer has parameters.
 
-    `kinds` is in the order of the layers; the loops follow it forward, and then in reverse on the way back.
+    `kinds` has the kind of each stack, in the order of the layers, and `backward` that of those through which gradients
+    flow; the loops follow the first forward, and then the second in reverse.
     """
-    found, order = list(_layer_loops(program.block)), [*kinds, *reversed(kinds)]
+    found, order = list(_layer_loops(program.block)), [*kinds, *reversed(backward)]
     if len(found) != len(order):
         raise ValueError(f"expected {len(order)} loops over layers, got {len(found)}")
-    return {kind: [op for op, each in zip(found, order, strict=True) if each == kind] for kind in kinds}
+    return {kind: [op for op, each in zip(found, order, strict=True) if each == kind] for kind in dict.fromkeys(kinds)}
 
 
 def _layer_loops(block: Block) -> Iterator[Op]:
@@ -202,8 +203,8 @@ def _layer_loops(block: Block) -> Iterator[Op]:
 
 
 def kept_bytes(program: Program, loop: Op) -> int:
-    """Counts bytes that a forward loop over layers keeps of one layer for the backward."""
-    return sum(program.sizes[value] for value in loop.outputs[loop.carries :]) // int(loop.trips)
+    """Counts bytes that a forward loop over layers keeps of all of them for the backward."""
+    return sum(program.sizes[value] for value in loop.outputs[loop.carries :])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from dsa_jax import Config
 from dsa_jax.parallel.sharding import AXES, check_model, imbalance, parameter_specs, path_names, shards
+from dsa_jax.stacks import kind_of, stacked_layers
 from train.optimizer import OptimizerSettings
 from train.phases import PHASES
 from train.planner.costs import collective, executed, kept_bytes, layer_loops, peak_bytes
@@ -64,6 +65,18 @@ class Job:
                 f"{run.model.max_position_embeddings}, got {seq_len}"
             )
         return cls(run.model, settings, batch_size, seq_len, stage.micro_batches)
+
+    @property
+    def stacks(self) -> list[str]:
+        """The kind of layers of each stack, in their order."""
+        return ["MoE" if stack.moe else "dense" for stack in stacked_layers(self.config)]
+
+    @property
+    def backward_stacks(self) -> list[str]:
+        """The same of the stacks that have a backward pass: layers without an indexer may teach none."""
+        alone = "backbone" not in self.settings.phase.trains and self.config.index_share_kl == "own"
+        stacks = zip(self.stacks, stacked_layers(self.config), strict=True)
+        return [kind for kind, stack in stacks if stack.indexers or not alone]
 
     @property
     def layers(self) -> dict[str, int]:
@@ -162,11 +175,10 @@ def state_bytes(job: Job, shape: Shape) -> dict[str, ByPart]:
 
 def _sharded_bytes(tree: Any, shape: Shape) -> ByPart:
     mesh, total = abstract_mesh(shape), defaultdict(float)
-    kinds = {"dense_layers": "dense", "moe_layers": "MoE"}
     specs = jax.tree.leaves(parameter_specs(tree))
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(tree), specs, strict=True):
         local = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
-        kind = next((kinds[name] for name in path_names(path) if name in kinds), ELSEWHERE)
+        kind = next(filter(None, map(kind_of, path_names(path))), ELSEWHERE)
         total[kind] += local * leaf.dtype.itemsize
     return dict(total)
 
@@ -175,7 +187,7 @@ def traced_plan(job: Job, shape: Shape) -> Plan:
     """Makes the plan of `make_plan` without the calibration."""
     state = state_bytes(job, shape)
     program = step_program(job.trace(shape), shape)
-    loops = layer_loops(program, tuple(job.layers))
+    loops = layer_loops(program, job.stacks, job.backward_stacks)
     sent, flops = defaultdict(lambda: defaultdict(float)), defaultdict(lambda: defaultdict(float))
     computing = networking = 0.0
     for done in executed(program, loops):
@@ -194,7 +206,9 @@ def traced_plan(job: Job, shape: Shape) -> Plan:
         shape=dict(shape),
         **state,
         activations=peak_bytes(program) - totals["gradients"],
-        kept={kind: kept_bytes(program, ops[0]) * job.layers[kind] for kind, ops in loops.items()},
+        kept={
+            kind: sum(kept_bytes(program, op) for op in ops[: job.stacks.count(kind)]) for kind, ops in loops.items()
+        },
         sent={kind: dict(parts) for kind, parts in sorted(sent.items())},
         flops={name: dict(parts) for name, parts in flops.items() if sum(parts.values())},
         compute_seconds=computing + updated / measured_rates().copy,

@@ -188,7 +188,9 @@ def index_bytes(config: Config, weights: str) -> int:
 
 def token_bytes(job: Job) -> int:
     """Counts bytes of a token in the caches of all layers."""
-    return job.config.num_hidden_layers * (latent_bytes(job.config, job.weights) + index_bytes(job.config, job.weights))
+    config = job.config
+    latents = config.num_hidden_layers * latent_bytes(config, job.weights)
+    return latents + config.num_index_layers * index_bytes(config, job.weights)
 
 
 def workspace_bytes(job: Job, position: int) -> dict[str, int]:

@@ -199,14 +199,20 @@ def _mesh(plan: Plan) -> str:
     return ",".join(f"{axis}={shape[axis]}" for axis in AXES if shape[axis] > 1)
 
 
+def _without_indexer(job: Job) -> str:
+    """Says how many layers have no index keys, if some have none."""
+    missing = job.config.num_hidden_layers - job.config.num_index_layers
+    return f", the latter in all layers but the {missing} that reuse a selection" if missing else ""
+
+
 def notes(job: Job) -> list[str]:
     """Says what the tables take for granted, and where the rates are from."""
     rates = serving.recorded_rates()
     kernels = dict.fromkeys(row["source"].split(":")[0] for row in (*rates["attention"], *rates["selection"]))
     return [
         f"A token takes {serving.token_bytes(job):,} bytes of cache: {serving.latent_bytes(job.config, job.weights)} + "
-        f"{serving.index_bytes(job.config, job.weights)} a layer. A group is the GPUs along tensor, which share their "
-        "sequences and each keep all of their cache. Of a GPU's memory "
+        f"{serving.index_bytes(job.config, job.weights)} a layer{_without_indexer(job)}. A group is the GPUs along "
+        "tensor, which share their sequences and each keep all of their cache. Of a GPU's memory "
         f"{usable_memory() / GIB:.1f} GiB are taken to be usable; workspace is for {serving.PREFILL_CHUNK:,} tokens of "
         "prompts at a time.",
         f"Batches of {', '.join(map(str, BATCHES))} sequences a group are shown where the cache has room, and the "

@@ -16,14 +16,14 @@ from train.saved.checkpoint import checkpoint_path, load_params
 from train.saved.folder import Origin, read_model_config
 from train.state import abstract_params
 
-# What a preset may ask for otherwise than the checkpoint has it: no weight depends on it. The sizes of an indexer only
-# where a dense checkpoint has none yet.
+# What a preset may ask for otherwise than the checkpoint has it: no weight depends on it. The sizes of indexers, and
+# which layers have one, only where a dense checkpoint has none yet.
 FREE_FIELDS = (
     *("index_topk", "index_fp8", "dtype", "rope_theta", "rope_scaling", "max_position_embeddings"),
     *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("index_kl_target", "baseline", "block_size"),
+    *("index_kl_target", "index_share_kl", "baseline", "block_size"),
 )
-INDEXER_SIZES = ("index_n_heads", "index_head_dim")
+INDEXER_SIZES = ("index_n_heads", "index_head_dim", "indexer_types")
 SAMPLED_PARTS, SAMPLED_BYTES = 16, 4096  # of each file, for the fingerprint of a checkpoint of any size
 
 
