@@ -143,28 +143,35 @@ def _cut(has_indexer: tuple[bool, ...], follows: bool) -> list[tuple[tuple[bool,
     from one repeat to the next would be kept for the backward pass of each. `follows` says whether it goes on to what
     comes after the pattern.
     """
-    count = len(has_indexer)
-    best: list[tuple[float, list[tuple[tuple[bool, ...], int]]]] = [(0.0, [])] * (count + 1)
+    count, most = len(has_indexer), _repeats(has_indexer)
+    costs: list[float] = [0.0] * (count + 1)
+    chosen: list[tuple[int, int]] = [(1, 1)] * count  # from each layer on: the size of the period, and its repeats
     for begin in range(count - 1, -1, -1):
-        found = (float("inf"), [])
+        costs[begin] = float("inf")
         for size in range(1, min(MAX_PERIOD, count - begin) + 1):
-            period = has_indexer[begin : begin + size]
-            if not period[0] and size > 1:  # a run of layers without indexers is scanned one by one
+            if not has_indexer[begin] and size > 1:  # a run of layers without indexers is scanned one by one
                 break
-            most = _repeats(has_indexer, begin, size)
-            for repeats in {most, max(most - 1, 1), 1}:
+            longest = most[size][begin]
+            for repeats in {longest, max(longest - 1, 1), 1}:
                 stop = begin + size * repeats
                 hands_on = follows if stop == count else not has_indexer[stop]
-                cost, rest = best[stop]
-                if not (hands_on and period[0] and repeats > 1) and size + 1 + cost < found[0]:
-                    found = size + 1 + cost, [(period, repeats), *rest]
-        best[begin] = found
-    return best[0][1]
+                cost = size + 1 + costs[stop]
+                if not (hands_on and has_indexer[begin] and repeats > 1) and cost < costs[begin]:
+                    costs[begin], chosen[begin] = cost, (size, repeats)
+    pieces, begin = [], 0
+    while begin < count:
+        size, repeats = chosen[begin]
+        pieces.append((has_indexer[begin : begin + size], repeats))
+        begin += size * repeats
+    return pieces
 
 
-def _repeats(pattern: Sequence[bool], begin: int, size: int) -> int:
-    """Counts how often the `size` entries from `begin` on stand there, one time after the other."""
-    period, repeats = pattern[begin : begin + size], 1
-    while pattern[begin + size * repeats : begin + size * (repeats + 1)] == period:
-        repeats += 1
-    return repeats
+def _repeats(pattern: Sequence[bool]) -> dict[int, list[int]]:
+    """Counts for each size of a period how often its entries stand from each place on, one time after the other."""
+    count = len(pattern)
+    found = {size: [1] * count for size in range(1, MAX_PERIOD + 1)}
+    for size, repeats in found.items():
+        for begin in range(count - 2 * size, -1, -1):
+            if pattern[begin : begin + size] == pattern[begin + size : begin + 2 * size]:
+                repeats[begin] = repeats[begin + size] + 1
+    return found

@@ -55,7 +55,7 @@ def full_state():
     return graph, jax.tree.unflatten(jax.tree.structure(other), list(filled.values()))
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", [pytest.param(False, marks=pytest.mark.variants), True])
 def test_it_is_the_full_model_over_imposed_selections(fp8):
     config = dataclasses.replace(CONFIG, index_fp8=fp8)
     out, logits = forward(config, IDS)
@@ -203,7 +203,7 @@ def test_the_backbone_learns_through_shared_selections_as_through_imposed_ones()
 # Caches
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", [pytest.param(False, marks=pytest.mark.variants), True])
 def test_prefill_and_decode_equal_the_whole(fp8):
     config = dataclasses.replace(CONFIG, index_fp8=fp8)
     whole, logits = forward(config, IDS)

@@ -34,7 +34,7 @@ def stepped(config, name, mesh=None):
     return before, jax.device_get(after.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("name", ["BASE", "WARMUP", "SPARSE"])
+@pytest.mark.parametrize("name", [pytest.param("BASE", marks=pytest.mark.variants), "WARMUP", "SPARSE"])
 def test_a_step_moves_what_its_phase_trains(name):
     before, after, metrics = stepped(CONFIG, name)
     assert np.isfinite(metrics["loss"])
@@ -59,7 +59,7 @@ def test_the_loss_counts_an_indexer_once():
     assert not own[~leads].any()
 
 
-@pytest.mark.parametrize("name", ["WARMUP", "SPARSE"])
+@pytest.mark.parametrize("name", [pytest.param("WARMUP", marks=pytest.mark.variants), "SPARSE"])
 def test_a_mesh_steps_as_one_device_does(name):
     _, alone, of_one = stepped(CONFIG, name)
     _, after, metrics = stepped(CONFIG, name, mesh_of(MESH))

@@ -65,7 +65,7 @@ class Episode:
         prompt_tokens: int32; they never carry loss.
         turns: The model's turns with the answers they got.
         environment: The object that was played; rewards read its state.
-        ended: Why it ended: "done", "turns", "tokens", "seconds", "context" or "error".
+        ended: Why it ended: "done", "turns", "tokens", "seconds", "full" or "error".
         error: The message, where an environment raised.
         recorded: Routes, kept sets and selections by position in the sequence, where asked for.
         version: The number of updates the weights had had when the episode was sampled.

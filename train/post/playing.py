@@ -180,7 +180,7 @@ class Play:
             return
         count = len(episode.prompt_tokens)
         if not 1 <= count < self.seq_len:
-            episode.ended = "context"
+            episode.ended = "full"
             episode.error = (
                 f"the prompt of problem {episode.problem} of task {episode.task} must be from 1 to "
                 f"{self.seq_len - 1} tokens to fit seq_len {self.seq_len}, got {count}"
@@ -280,7 +280,7 @@ class Play:
         if seat.episode.ended:
             return False
         if tokens[-1] != self.text.end_id:
-            seat.episode.ended = "tokens" if seat.used >= self.draws.most else "context"
+            seat.episode.ended = "tokens" if seat.used >= self.draws.most else "full"
             return False
         return True
 
@@ -314,7 +314,7 @@ class Play:
             return
         room = self._room(seat) - len(tokens)
         if room < 1:  # the model would have nothing left to answer with
-            episode.ended = "tokens" if self.draws.most - seat.used <= self.seq_len - seat.length else "context"
+            episode.ended = "tokens" if self.draws.most - seat.used <= self.seq_len - seat.length else "full"
             return
         turn = episode.turns[-1]
         turn.observation, turn.observation_tokens = observation, tokens

@@ -116,7 +116,7 @@ class Rollouts:
         """Plays `num_generations` episodes of every problem, those of one problem adjacent.
 
         An episode ends for one of the reasons of `Episode.ended`. "error" stands where an environment raised, answered
-        something else than a `Step`, or the model's logits were NaN; "context" where the sequence left no room to go
+        something else than a `Step`, or the model's logits were NaN; "full" where the sequence left no room to go
         on, or none at all, and then there are no turns; "tokens" at the completion's limit. `error` says more.
 
         Args:

@@ -124,6 +124,7 @@ def test_kept_sets_hold_their_tokens():
             at += len(turn.observation_tokens)
 
 
+@pytest.mark.variants
 def test_nothing_is_recorded_unless_asked_for():
     assert all(each.recorded is None for each in make().sample(PROBLEMS[:1], **SETTINGS))
     only = make(record=Recording(routes=True)).sample(PROBLEMS[:1], **SETTINGS)
@@ -191,12 +192,12 @@ def test_bad_environments_end_their_own_episodes_alone(caplog):
         "no answer": "TypeError: step must return Step",
     }.items():
         assert by_task[name].ended == "error" and by_task[name].error.startswith(error)
-    assert by_task["long"].ended == by_task["empty"].ended == "context"
+    assert by_task["long"].ended == by_task["empty"].ended == "full"
     assert by_task["long"].error == (
         "the prompt of problem 0 of task long must be from 1 to 95 tokens to fit seq_len 96, got 100"
     )
     assert by_task["long"].error in caplog.text and "the run goes on without it" in caplog.text
-    assert count_ended(episodes)["context"] == 2
+    assert count_ended(episodes)["full"] == 2
     assert rollouts.runner.cache.free_pages == rollouts.runner.cache.pages, "whoever ends gives its pages back"
     rollouts.runner.cache.check()
 
@@ -215,7 +216,7 @@ def test_an_endless_environment_is_ended_by_a_limit():
     assert {each.ended for each in by_tokens} == {"tokens"}
     assert all(len(tokens_of(each)) - len(each.prompt_tokens) <= 48 for each in by_tokens)
     by_context = make().sample([(endless, 0)], **SETTINGS | {"max_completion_length": 500})
-    assert {each.ended for each in by_context} == {"context"}
+    assert {each.ended for each in by_context} == {"full"}
     assert all(len(tokens_of(each)) <= LENGTH for each in by_context)
     by_turns = make().sample([(talk_task("two", max_turns=2, args=(10**6,)), 0)], **SETTINGS)
     assert "turns" in {each.ended for each in by_turns} <= {"turns", "tokens"}

@@ -92,6 +92,7 @@ def test_equal_rewards_give_no_gradient_and_are_counted(make_stream, params):
     assert {"masked_share", "clipped_share", "log_ratio", "policy_loss", "kl"} <= metrics.keys()
 
 
+@pytest.mark.variants
 def test_a_step_in_parts_is_the_same_step(make_stream, params):
     settings = policy_stage().run_phases()[0]
     batch = next(make_stream(tasks=(LONG,))).canonical()
