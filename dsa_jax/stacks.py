@@ -82,7 +82,7 @@ def stacked_layers(config: Config) -> tuple[StackedLayers, ...]:
       >>> types = ("full", "full", "shared", "shared", "full", "shared")
       >>> config = Config.tiny(num_hidden_layers=6, first_k_dense_replace=2, indexer_types=types)
       >>> [(stack.name, stack.layers, stack.indexers) for stack in stacked_layers(config)][1:3]
-      [('dense_layers_1', (1,), (1,)), ('moe_layers', (2, 3), ())]
+      [('moe_layers', (2, 3), ()), ('moe_layers_1', (4, 5), (4,))]
     """
     has_indexer = [kind == "full" for kind in config.indexer_types] or [True] * config.num_hidden_layers
     dense = config.num_dense_layers
