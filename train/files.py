@@ -1,11 +1,14 @@
 """Files that are replaced as a whole, so that a killed process leaves the old or the new one; JSON read strictly."""
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from train.checks import shown
 
@@ -50,6 +53,13 @@ def replace_bytes(path: Path, content: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def replace_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Replaces a compressed .npz file as `replace_text` does."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
+    replace_bytes(path, content.getvalue())
 
 
 def read_json_file(path: Path, what: str) -> Any:

@@ -59,7 +59,7 @@ class Arguments:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What `post.json` says, if the folder is to be continued and has one.
+        """Reads what `post.json` says, if the folder is to be continued and has one.
 
         Raises:
           ValueError: if it cannot be read.

@@ -1,6 +1,5 @@
 """Measures a stage: accuracy and tokens on held-out problems, and how far the indexer's choice has moved."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,12 +30,8 @@ def measure_task(
     episodes = sampler.sample(
         [(task, task.held_out + number) for number in range(count)],
         num_generations=1,
-        max_completion_length=settings.max_completion_length,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
         seed=seed,
-        episode_seconds=settings.episode_seconds,
+        **settings.draws,
     )
     scores = score(task.rewards, episodes)
     sound = [i for i, episode in enumerate(episodes) if episode.ended != "error"]
@@ -78,8 +73,3 @@ def _selected(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Any:
     model = merge_groups(graphdef, params)
     options: dict[str, Any] = dict(return_selected=True, return_indexer_kl=False)
     return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options).selected
-
-
-def mean_correct(measured: Sequence[dict[str, float]]) -> float:
-    """Averages correctness over tasks."""
-    return float(np.mean([each["correct"] for each in measured]))

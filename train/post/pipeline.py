@@ -14,7 +14,7 @@ from flax import nnx
 from rich.console import Console
 
 from train.data import Batch, BatchStream
-from train.files import read_json_file, replace_text
+from train.files import read_json_file, replace_arrays, replace_text
 from train.phases import Params
 from train.post.environment import Episode, Task
 from train.post.episodes import EpisodeStore, open_store
@@ -238,12 +238,8 @@ class PostTraining:
             episodes += sampler.sample(
                 [(task, int(number)) for number in draw.integers(task.held_out, size=count)],
                 num_generations=SAMPLES_OF_PROBLEM,
-                max_completion_length=policy.max_completion_length,
-                temperature=policy.temperature,
-                top_p=policy.top_p,
-                top_k=policy.top_k,
                 seed=int(draw.integers(2**31)),
-                episode_seconds=policy.episode_seconds,
+                **policy.draws,
             )
         scores = score(task.rewards, episodes)
         kept = [i for i, episode in enumerate(episodes) if episode.ended != "error"]
@@ -302,10 +298,7 @@ def make_sampler(graphdef: nnx.GraphDef, text: TurnText, seq_len: int, policy: P
 def _save_rows(path: Path, episodes: list[Episode], seq_len: int) -> None:
     arrays = episode_rows([episode for episode in episodes if episode.turns], seq_len)
     arrays.pop("old_log_probs")
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(path)
+    replace_arrays(path, **arrays)
 
 
 def _shown(episode: Episode) -> dict[str, Any]:

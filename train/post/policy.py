@@ -104,6 +104,12 @@ class PolicySettings:
             )
 
     @property
+    def draws(self) -> dict[str, Any]:
+        """Says how turns are drawn and what ends an episode, by the names of `Rollouts.sample`."""
+        names = ("max_completion_length", "temperature", "top_p", "top_k", "episode_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def truncates(self) -> bool:
         """Says whether tokens are left out when one is drawn."""
         return self.top_p < 1 or self.top_k > 0

@@ -1,4 +1,4 @@
-"""What an engine recorded of an episode, by position in its sequence, and its rows in a batch of training."""
+"""Holds what an engine recorded of an episode, by position, and makes its rows in a batch of training."""
 
 import dataclasses
 from collections.abc import Sequence

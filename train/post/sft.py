@@ -1,4 +1,4 @@
-"""What supervised stages learn from: demonstrations of tasks, and samples of specialists that were kept in files."""
+"""Gives supervised stages what they learn from: demonstrations of tasks, and samples of specialists kept in files."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.files import replace_arrays
 from train.post.environment import Episode, Task
 from train.post.rewards import Scores
 from train.post.rows import Document, DocumentStream, row_of
@@ -99,10 +100,7 @@ class Samples:
     def save(self, path: Path) -> None:
         """Writes them as a whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, tokens=self.tokens, learnt=self.learnt, ends=self.ends)
-        temporary.replace(path)
+        replace_arrays(path, tokens=self.tokens, learnt=self.learnt, ends=self.ends)
 
     @classmethod
     def load(cls, path: Path) -> "Samples":

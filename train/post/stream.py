@@ -126,13 +126,9 @@ class PolicyStream:
         return self.sampler.sample(
             problems,
             num_generations=settings.num_generations,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
             seed=int(draw.integers(2**31)),
-            episode_seconds=settings.episode_seconds,
             version=self.updates,
+            **settings.draws,
         )
 
     def _make_rows(self, stored: Sequence[Stored]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsa_jax.pallas_kernels.grouped_product import pipeline
 from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS, COMPUTE_WARPGROUPS, DEPTH
-from dsa_jax.pallas_kernels.grouped_product.tiles import item_at
+from dsa_jax.pallas_kernels.grouped_product.tiles import item_at, running_sums
 from dsa_jax.pallas_kernels.hopper import ptx
 from dsa_jax.pallas_kernels.hopper.constants import SWIZZLE_BYTES
 
@@ -75,7 +75,7 @@ def d_weights(x, d, row_blocks, *, dtype=jnp.float32, blocks: int | None = None,
     """
     blocks = blocks or (2 if interpret else ptx.multiprocessors())
     shape = Shape(x.shape[0], len(row_blocks), x.shape[1], d.shape[1], jnp.dtype(dtype), blocks, interpret)
-    plan = jnp.stack([jnp.cumsum(row_blocks) - row_blocks, row_blocks], axis=1).astype(jnp.int32)
+    plan = jnp.stack([running_sums(row_blocks) - row_blocks, row_blocks], axis=1).astype(jnp.int32)
     return _kernel(shape)(x, d, plan)
 
 

@@ -183,7 +183,7 @@ class FunctionFile:
 
     @property
     def expected(self) -> tuple[object, ...]:
-        """What the function should return for each test input."""
+        """Lists what the function should return for each test input."""
         return results("".join(right_lines(self.problem.steps)))
 
 

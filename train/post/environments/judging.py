@@ -38,7 +38,7 @@ class Judged:
 
     @property
     def answer(self) -> str:
-        """What the rule says."""
+        """Tells what the rule says."""
         return YES if self.criterion.met(self.text) else NO
 
     def grade(self, text: str) -> Grade:

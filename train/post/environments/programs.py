@@ -103,7 +103,7 @@ class Write:
 
     @property
     def expected(self) -> tuple[object, ...]:
-        """What the function returns for each test input."""
+        """Lists what the function returns for each test input."""
         return results(function_of(self.steps))
 
     @property

@@ -74,7 +74,7 @@ class RubricQuestion(Question, Protocol):
 
     @property
     def rubric(self) -> tuple[Criterion, ...]:
-        """What the answer is judged by."""
+        """Lists what the answer is judged by."""
         ...
 
 
@@ -86,5 +86,5 @@ class RubricAnswer(OneAnswer):
 
     @property
     def rubric(self) -> tuple[Criterion, ...]:
-        """What the answer is judged by."""
+        """Lists what the answer is judged by."""
         return self.problem.rubric

@@ -101,7 +101,7 @@ class Note:
 
     @property
     def prompt(self) -> str:
-        """What to write."""
+        """Says what to write."""
         things = " and ".join(f"'{thing}'" for thing in self.things)
         return (
             f"Write a note about the {self.topic}. Begin with 'Dear {self.name},'. Mention {things}. "
@@ -110,7 +110,7 @@ class Note:
 
     @property
     def rubric(self) -> tuple[Criterion, ...]:
-        """What the prompt asks for, and that it is a note, which no rule can tell."""
+        """Lists what the prompt asks for, and that it is a note, which no rule can tell."""
         return (
             Criterion("begins", f"Dear {self.name},"),
             *(Criterion("mentions", thing) for thing in (self.topic, *self.things)),

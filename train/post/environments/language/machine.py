@@ -41,7 +41,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left.
+    """Holds what a run left.
 
     Args:
       value: What the function that was called returned, or None.
