@@ -39,11 +39,11 @@ SIZE_LOSS = Loss(
     total=lambda model, output, batch: 0.1 * jnp.sum(jnp.mean(output.hidden**2, axis=-1) * batch.keys.nonempty()),
     count=lambda batch: jnp.sum(batch.keys.nonempty()),
 )
-SFT = Phase("SFT", "sparse", trains=("backbone",), losses=(("answer_loss", ANSWER_LOSS), ("size", SIZE_LOSS)))
+ANSWERS = Phase("ANSWERS", "sparse", trains=("backbone",), losses=(("answer_loss", ANSWER_LOSS), ("size", SIZE_LOSS)))
 
 
 def settings(*stages: Stage) -> PhaseSettings:
-    return PhaseSettings(SFT, stages or (Stage(3, 8, 16),), backbone=OptimizerSettings(1e-3), bias_rate=1e-2)
+    return PhaseSettings(ANSWERS, stages or (Stage(3, 8, 16),), backbone=OptimizerSettings(1e-3), bias_rate=1e-2)
 
 
 CONFIG = small_config(num_attention_heads=4, num_hidden_layers=1, first_k_dense_replace=0)
@@ -92,15 +92,15 @@ def test_it_runs_on_a_mesh_and_comes_back_from_run_json(tmp_path):
     out = tmp_path / "out"
     Run(config, out, mesh=mesh).train(load(config.data))
     values = json.loads((out / "run.json").read_text())["run"]
-    assert values["phases"][0]["name"] == "SFT"
-    found = RunConfig.from_json(values, phases=PHASES | {"SFT": SFT})
+    assert values["phases"][0]["name"] == "ANSWERS"
+    found = RunConfig.from_json(values, phases=PHASES | {"ANSWERS": ANSWERS})
     assert found == config
     records = Run(found, out).records()
-    assert [(record["phase"], record["phase_step"]) for record in records] == [("SFT", i) for i in (1, 2, 3)]
+    assert [(record["phase"], record["phase_step"]) for record in records] == [("ANSWERS", i) for i in (1, 2, 3)]
     assert all({"answer_loss", "size"} < record.keys() and "lm_loss" not in record for record in records)
     state = Run(found, out).train(load(config.data), resume=True)  # on one device, where nothing is left to do
-    chex.assert_trees_all_equal(state.params, Run(found, out).params_after("SFT"))
+    chex.assert_trees_all_equal(state.params, Run(found, out).params_after("ANSWERS"))
     assert load_model(out).config == config.model  # whose phases need not be known for that
     path = str(write_preset(config, tmp_path / "mine.json"))
-    with pytest.raises(ValueError, match=r"run.phases\[0\].name must be one of BASE, .*, got 'SFT'"):
+    with pytest.raises(ValueError, match=r"run.phases\[0\].name must be one of BASE, .*, got 'ANSWERS'"):
         load_preset(path)
