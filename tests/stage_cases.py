@@ -61,18 +61,19 @@ POLICY = PolicySettings(num_generations=4, max_completion_length=12, off_policy_
 
 
 def policy_stage(
-    name="specialist", phase=SPECIALIST, begins="start", *, steps=2, policy=POLICY, tasks=("copy",), **changes
-):
-    adamw = OptimizerSettings(1e-3, weight_decay=0.0)
+    name="specialist", phase=SPECIALIST, begins="start", *,
+    steps=2, rows=8, rate=1e-3, policy=POLICY, tasks=("copy",), **changes,
+):  # fmt: skip
+    adamw = OptimizerSettings(rate, weight_decay=0.0)
     indexer = None if policy.freeze_indexer else adamw
-    settings = PhaseSettings(phase, (Stage(steps, 8, TOKENS),), backbone=adamw, indexer=indexer)
+    settings = PhaseSettings(phase, (Stage(steps, rows, TOKENS),), backbone=adamw, indexer=indexer)
     return PostStage(name, (settings,), begins=begins, tasks=tasks, policy=policy, **changes)
 
 
-def start_stage(steps: int = 2, *, dense_alone: bool = False) -> PostStage:
+def start_stage(steps: int = 2, *, rows: int = 4, rate: float = 4e-3, dense_alone: bool = False) -> PostStage:
     """Makes the cold start; of BASE alone for tests that need weights and no more."""
-    adamw = OptimizerSettings(4e-3, weight_decay=0.0)
-    shape = (Stage(steps, 4, TOKENS),)
+    adamw = OptimizerSettings(rate, weight_decay=0.0)
+    shape = (Stage(steps, rows, TOKENS),)
     phases = (
         PhaseSettings(BASE, shape, backbone=adamw, bias_rate=1e-2),
         PhaseSettings(WARMUP, shape, indexer=adamw),
@@ -82,8 +83,8 @@ def start_stage(steps: int = 2, *, dense_alone: bool = False) -> PostStage:
 
 
 def post_config(*stages: PostStage, **changes: Any) -> PostConfig:
-    values: dict[str, Any] = dict(evaluation_prompts=4, checkpoint_every=1) | changes
-    return PostConfig(model=post_model(), stages=stages or whole_stages(), **values)
+    values: dict[str, Any] = dict(model=post_model(), evaluation_prompts=4, checkpoint_every=1) | changes
+    return PostConfig(stages=stages or whole_stages(), **values)
 
 
 def whole_stages() -> tuple[PostStage, ...]:

@@ -152,15 +152,24 @@ def test_the_whole_and_its_successor(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
 def test_a_policy_learns_what_is_rewarded(tmp_path):
-    """From demonstrations of which half are wrong to a policy that is right."""
-    half = {"copy": copy_task(demonstrate=lambda number: ["abcd"[number // 4 % 4 if number % 2 else number % 4]])}
+    """From demonstrations of which half say x to a policy that says what is asked for.
+
+    Five seeds began with 0.44 to 0.61 and came to 0.95 or more; all letters have the same to unlearn, so that the
+    updates of different problems agree.
+    """
+    half = {"copy": copy_task(demonstrate=lambda number: ["x" if number % 8 < 4 else "abcd"[number % 4]])}
     policy = dataclasses.replace(POLICY, num_generations=8, max_completion_length=6)
-    stages = start_stage(60), policy_stage(steps=30, policy=policy)
-    config = post_config(*stages, evaluation_prompts=64, checkpoint_every=30)
+    stages = (
+        start_stage(80, rows=16, rate=1e-2, dense_alone=True),
+        policy_stage(steps=20, rows=64, rate=3e-3, policy=policy),
+    )
+    model = post_model(num_hidden_layers=1, first_k_dense_replace=0)
+    config = post_config(*stages, model=model, evaluation_prompts=64, checkpoint_every=80)
     found = PostTraining(config, tmp_path, half, console=Console(quiet=True)).run()
     before, after = (found[name]["tasks"]["copy"]["correct"] for name in ("start", "specialist"))
-    assert after > before + 0.15, (before, after)
+    assert before < 0.75 and after > 0.85, (before, after)
 
 
 @pytest.mark.slow
