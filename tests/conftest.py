@@ -4,7 +4,6 @@ import gc
 import os
 
 import hypothesis
-import jaxtyping
 import pytest
 
 VIRTUAL_DEVICES = 8
@@ -23,7 +22,9 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}".strip()
     # What is tested bitwise must be compiled here and now, never taken from a cache that another version has written.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    jaxtyping.install_import_hook(["dsa_jax", "train", "studies"], "shape_checks.checked")
+    import shape_checks
+
+    shape_checks.install("dsa_jax", "train", "studies")
 
 
 def pytest_collection_finish(session):
