@@ -9,7 +9,7 @@ import numpy as np
 from cases import FAST
 from flax import nnx
 
-from dsa_jax import Config, Transformer
+from dsa_jax import Config, KeyRange, Transformer
 
 
 def small_config(**changes) -> Config:
@@ -88,4 +88,7 @@ def forward(config: Config, tokens, *, attention="sparse", state=None, **options
     """(Output, logits) of the random model, selections included where there are any."""
     graph, random_state = model_parts(config)
     state = random_state if state is None else state
+    if "cache" not in options:  # the model's own defaults, so that who gives them and who does not share a program
+        natural = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        options = dict(keys=KeyRange.causal(*tokens.shape), positions=natural) | options
     return _forward(graph, state, tokens, options, attention=attention, return_selected=attention == "sparse")
