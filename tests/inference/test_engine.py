@@ -94,19 +94,19 @@ def test_many_requests_and_cancels_with_pages_for_few(count, rows):
 @pytest.mark.parametrize("invariant", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_preemption_loses_and_repeats_nothing(invariant):
     """Four that outgrow the pages together; under `batch_invariant` to the last bit."""
-    engine = make(invariant=invariant, tokenizer=character_tokenizer())
+    engine = make(pages=6, invariant=invariant, tokenizer=character_tokenizer())
     settings = [
         dict(top_k=20),
         dict(temperature=0.0, logprobs=2),
         dict(top_k=20, repetition_penalty=1.2, frequency_penalty=0.1),
         dict(top_p=0.9, structured_outputs=StructuredOutputs(regex="[a-z0-9]{500}")),
     ]  # kinds of draw differ
-    asked = [Request(prompt(100, row), SamplingParams(seed=row, max_tokens=130, **settings[row])) for row in range(4)]
+    asked = [Request(prompt(50, row), SamplingParams(seed=row, max_tokens=80, **settings[row])) for row in range(4)]
     found = run(engine, *asked)
     assert engine.scheduler.preemptions
     for request, events in zip(asked[1:], found[1:], strict=True):
         expected = alone(request, invariant)
-        assert tokens_of(events) == tokens_of(expected) and len(tokens_of(events)) == 130
+        assert tokens_of(events) == tokens_of(expected) and len(tokens_of(events)) == 80
         if invariant:
             assert log_probs_of(events).tobytes() == log_probs_of(expected).tobytes()
 
