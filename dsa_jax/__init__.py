@@ -14,6 +14,7 @@ from dsa_jax.baselines import (
     native_sparse_attention,
     select_blocks,
     span_attention,
+    window_selection,
 )
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config, YaRN
@@ -98,6 +99,7 @@ __all__ = [
     "straight_through_quantize",
     "stream",
     "to_hf",
+    "window_selection",
     "NSASizes",
     "NativeSparseMLA",
     "WindowMLA",

@@ -8,7 +8,7 @@ keys and `window.py` the last ones, with the parameters of `SparseMLA`; `nsa.py`
 from dsa_jax.baselines.blocks import BlockMLA, select_blocks
 from dsa_jax.baselines.nsa import Branches, NativeSparseMLA, compress_keys, native_sparse_attention, select_by_entries
 from dsa_jax.baselines.spans import span_attention
-from dsa_jax.baselines.window import WindowMLA, select_window
+from dsa_jax.baselines.window import WindowMLA, window_selection
 
 __all__ = [
     "BlockMLA",
@@ -19,6 +19,6 @@ __all__ = [
     "native_sparse_attention",
     "select_blocks",
     "select_by_entries",
-    "select_window",
+    "window_selection",
     "span_attention",
 ]

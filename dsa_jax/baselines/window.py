@@ -9,11 +9,11 @@ from dsa_jax.layers import SparseMLA
 from dsa_jax.nn import show_arguments
 
 
-def select_window(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
+def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
     """Selects the last `k` keys in reach of each query, canonically: increasing positions, then -1.
 
     Examples:
-      >>> select_window(KeyRange.causal(1, 3), 2).tolist()
+      >>> window_selection(KeyRange.causal(1, 3), 2).tolist()
       [[[0, -1], [0, 1], [1, 2]]]
     """
     first = jnp.maximum(keys.start, keys.stop - k)[..., None]
@@ -31,5 +31,5 @@ class WindowMLA(SparseMLA):
     def select(
         self, store: KeyStore, q_index: Float[Array, "B T J E"], weights: Float[Array, "B T J"], keys: KeyRange
     ) -> Int[Array, "B T K"]:
-        """Selects as `select_window` does, no wider than there are keys."""
-        return select_window(keys, min(self.config.index_topk, store.size))
+        """Selects as `window_selection` does, no wider than there are keys."""
+        return window_selection(keys, min(self.config.index_topk, store.size))
