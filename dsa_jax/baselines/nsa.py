@@ -8,6 +8,8 @@ References:
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,10 +82,11 @@ def compress_keys(
     hidden = project("bmpc,cu->bmpu", strides[..., :width], up)
     offsets = project("pc,cu->pu", position.astype(kv.dtype), up).reshape(parts, sizes.stride, -1)
     sums = jnp.sum(strides, axis=2, dtype=accumulator(kv))
-    mean, seen = 0.0, 0.0
+    seen = jnp.zeros((kv.shape[0], count, up.shape[1]), accumulator(kv))
+    mean = jnp.zeros((kv.shape[0], count, dim), accumulator(kv))
     for part in range(parts):
         here = jax.nn.silu(hidden[:, part : part + count] + offsets[part])
-        seen += jnp.sum(here, axis=2, dtype=accumulator(kv)) / length
+        seen += jnp.sum(here, axis=2, dtype=seen.dtype) / length
         mean += sums[:, part : part + count] / length
     learnt = project("bmu,uc->bmc", seen.astype(kv.dtype), down)
     return mean.astype(kv.dtype) + jnp.pad(learnt, ((0, 0), (0, 0), (0, dim - width)))
@@ -156,12 +159,12 @@ def _block_scores(p: Float[Array, "t M"], count: int, sizes: NSASizes) -> Float[
     """Adds up for each block the mass of the entries that share strides with it."""
     strides, before = count * (sizes.block // sizes.stride), sizes.compression // sizes.stride - 1
     p = jnp.pad(p, ((0, 0), (before, max(strides - p.shape[1], 0))))
-    by_stride = sum(p[:, offset : offset + strides] for offset in range(before + 1))
+    by_stride = functools.reduce(jnp.add, (p[:, offset : offset + strides] for offset in range(before + 1)))
     return jnp.sum(by_stride.reshape(p.shape[0], count, -1), axis=-1)
 
 
 def native_sparse_attention(
-    queries: tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]],
+    queries: Sequence[Float[Array, "B T N H"]],
     kv: Float[Array, "B S H"],
     entries: Float[Array, "B M H"],
     keys: KeyRange,
@@ -193,6 +196,8 @@ def native_sparse_attention(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or "pallas" has no kernel for them.
     """
+    if len(queries) != len(BRANCHES):
+        raise ValueError(f"queries must be one of each branch, {', '.join(BRANCHES)}, got {len(queries)}")
     for q in queries:
         check_latents(q, kv)
     check_keys(keys, *queries[0].shape[:2])
@@ -295,14 +300,14 @@ class NativeSparseMLA(SparseMLA):
         with jax.named_scope("compress"):
             own = self.compression
             entries = compress_keys(kv, own.position[...], own.up_proj[...], own.down_proj[...], sizes=config.nsa)
-        queries = tuple(self._latent_queries(p.q, weight) for weight in weights)
+        queries = [self._latent_queries(p.q, weight) for weight in weights]
         options: dict[str, Any] = dict(value_dim=config.kv_lora_rank, scale=config.softmax_scale)
         found = native_sparse_attention(queries, kv, entries, keys, sizes=config.nsa, **options)
         outs = found.compressed, found.selected, found.window
-        gates, out = self._gates(x), 0.0
+        gates, out = self._gates(x), jnp.zeros((), accumulator(x))
         for branch, (each, weight) in enumerate(zip(outs, weights, strict=True)):
             values = project("btnc,cnv->btnv", each, weight[..., config.qk_nope_head_dim :])
-            out += gates[..., branch, None] * values.astype(gates.dtype)
+            out = out + gates[..., branch, None] * values.astype(gates.dtype)
         chosen = keys_of_blocks(found.blocks, *_clipped(keys, kv.shape[1]), config.nsa.block)[..., : kv.shape[1]]
         return self._from_shard(p, out.astype(x.dtype), None, chosen, shard.cache)
 

@@ -111,8 +111,8 @@ def _listed_spans(q, kv, begins, start, stop, *, size, value_dim, scale):
 
 def _gathered_spans(q, kv, begins, start, stop, *, size, value_dim, scale):
     def block(queries, kv, sums):
-        q, *spans = queries
-        rows, bias, _ = _gather(kv, *spans, size)
+        q, begins, start, stop = queries
+        rows, bias, _ = _gather(kv, begins, start, stop, size)
         return attend(q, rows, rows[..., :value_dim], bias, scale=scale, dims="tsh"), sums
 
     block_size = _queries_in_block(q, kv, begins, size)

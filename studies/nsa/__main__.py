@@ -1,8 +1,9 @@
 """The command `python -m studies.nsa`: trains every attention on the same rows, measures, times and reports."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,10 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         chosen = parse(Arguments, given, "python -m studies.nsa")
-        with Stopping.within(chosen.stop_after) as stopping:
+        quick = contextlib.nullcontext() if settings.PRESETS[chosen.preset]().learns else _compiling_quickly()
+        with Stopping.within(chosen.stop_after) as stopping, quick:
             study(chosen, Console(), stopping)
 
     return run_command(run)
+
+
+@contextlib.contextmanager
+def _compiling_quickly() -> Iterator[None]:
+    """Compiles without optimisation, which is most of the time of a study that shows that all runs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def study(arguments: Arguments, console: Console, stopping: Stopping | None = None) -> None:
@@ -88,7 +101,8 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
     if arguments.compile_cache is not None or jax.default_backend() != "cpu":
         keep_compiled(arguments.compile_cache or arguments.out / "compiled")
     preset, place = settings.PRESETS[arguments.preset](), arguments.corpus or arguments.out / "corpus"
-    data = settings.make_config(preset, DENSE, place, seed=arguments.seed).data
+    config = settings.make_config(preset, DENSE, place, seed=arguments.seed)
+    model, data = config.model, config.data
     made = CorpusConfig(arguments.data, vocab_size=preset.vocabulary, max_bytes=preset.text_bytes)
     record = make_corpus(made, place, workers=arguments.workers, say=lambda text: console.print(f"corpus: {text}"))
     assert isinstance(data, NeedleConfig)
@@ -102,8 +116,7 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
         "seed": arguments.seed,
         "preset": arguments.preset,
         "corpus": {"tokenizer": record["tokenizer"], "tokens": record["tokens"]},
-        "sizes": dataclasses.asdict(bench.run(DENSE).config.model.nsa)
-        | {"K": bench.run(DENSE).config.model.index_topk},
+        "sizes": dataclasses.asdict(model.nsa) | {"K": model.index_topk},
         "variants": {name: bench.once(name, lambda name=name: bench.variant(name)) for name in names},
         "timing": bench.timing(settings.TIMED[arguments.preset]) if arguments.timing else [],
     }

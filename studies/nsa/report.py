@@ -137,7 +137,7 @@ def _trained(founds: Sequence[Found]) -> list[str]:
     for name, own in founds[0]["variants"].items():
         phases = "; ".join(f"{phase}: {own['setup'][phase]}" for phase in own["seconds"])
         seconds = as_text([sum(found["variants"][name]["seconds"].values()) for found in founds], digits=0)
-        rows.append((f"`{name}`", VARIANTS[name].says, own["setup"]["model"].split(",  ")[0], phases, seconds))
+        rows.append((f"`{name}`", VARIANTS[name].says, own["setup"]["model"].partition(", ")[0], phases, seconds))
     return [
         "## What was trained",
         "",

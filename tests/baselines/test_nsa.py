@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def attended(queries, kv, weights, keys):
 def expected(queries, kv, weights, keys):
     """The entries, the lists of each branch, and the blocks."""
     rows = reference.reachable(keys.start, keys.stop, S)
-    entries = nsa_reference.compress(kv, *weights, SIZES)
+    entries = nsa_reference.compress(kv, *weights, sizes=SIZES)
     blocks = nsa_reference.select_blocks(queries[0], entries, rows, S, SIZES, SCALE)
     lists = (
         nsa_reference.entry_rows(rows, S, SIZES),
@@ -93,7 +94,7 @@ def test_gradients_are_the_definitions(small_blocks):
         by_q, by_keys = reference.latent_attention_vjp(q, of, rows, C, SCALE, cotangents[branch], zero)
         close(d_q, by_q, 3e-5)
         if branch == "compressed":
-            by_keys, *by_weights = nsa_reference.compress_vjp(kv, *weights, SIZES, by_keys)
+            by_keys, *by_weights = nsa_reference.compress_vjp(kv, *weights, sizes=SIZES, d_entries=by_keys)
             for mine, own in zip(d_weights, by_weights, strict=True):
                 close(mine, own, 3e-5)
         expected_kv += by_keys
@@ -104,12 +105,12 @@ def test_gradients_of_the_reference_are_central_differences():
     sizes = NSASizes(compression=4, stride=2, block=4, blocks=3, window=2)
     arrays = [reference.f64(normal(seed, *shape)) for seed, shape in enumerate([(1, 7, 4), (4, 3), (3, 2), (2, 3)])]
     cotangent = reference.f64(normal(5, 1, 2, 4))
-    gradients = nsa_reference.compress_vjp(*arrays, sizes, cotangent)
+    gradients = nsa_reference.compress_vjp(*arrays, sizes=sizes, d_entries=cotangent)
     for place, gradient in enumerate(gradients):
 
         def total(x, place=place):
             changed = [x if each == place else array for each, array in enumerate(arrays)]
-            return (cotangent * nsa_reference.compress(*changed, sizes)).sum()
+            return (cotangent * nsa_reference.compress(*changed, sizes=sizes)).sum()
 
         np.testing.assert_allclose(gradient, reference.central_difference(total, arrays[place]), atol=1e-8)
 
@@ -176,8 +177,10 @@ def test_sizes_that_cannot_be_are_named(change, words):
 
 def test_arrays_that_do_not_fit_are_named():
     queries, kv, weights = inputs()
-    keys, options = RANGES["causal"], dict(value_dim=C, scale=SCALE)
+    keys, options = RANGES["causal"], cast(Any, dict(value_dim=C, scale=SCALE))
     with unchecked():
+        with pytest.raises(ValueError, match="queries must be one of each branch, compressed, selected, window, got 2"):
+            native_sparse_attention(queries[:2], kv, kv, keys, sizes=SIZES, **options)
         with pytest.raises(ValueError, match=r"position, up and down must be \[4, C\]"):
             compress_keys(kv, weights[0][:3], *weights[1:], sizes=SIZES)
         with pytest.raises(ValueError, match=r"entries must be \[2, 29, 10\].* got \[2, 28, 10\]"):
@@ -213,7 +216,7 @@ def test_a_layer_is_its_branches_by_its_gates():
     """The first layer against NumPy, from its own projections; all of its parameters learn."""
     ids = tokens(2, 40)
     model = small_model(CONFIG)
-    layer = next(model.layers()).self_attn
+    layer = cast(module.NativeSparseMLA, next(model.layers()).self_attn)
     x = normal(3, 2, 40, CONFIG.hidden_size)
     rotation = jnp.ones((2, 40, 4)), jnp.zeros((2, 40, 4))
     graph, state = nnx.split(layer)
@@ -280,7 +283,7 @@ def test_nothing_grows_with_both_lengths():
     length = 2**16
     config = Config.tiny(baseline="nsa", num_hidden_layers=1, dtype="bfloat16", max_position_embeddings=length)
     graph, state = nnx.split(nnx.eval_shape(lambda: module.NativeSparseMLA(config, rngs=nnx.Rngs(0))))
-    edge = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    edge: Any = jax.ShapeDtypeStruct((1, length), jnp.int32)
     angle = jax.ShapeDtypeStruct((1, length, config.qk_rope_head_dim // 2), jnp.float32)
     x = jax.ShapeDtypeStruct((1, length, config.hidden_size), jnp.bfloat16)
 
@@ -318,7 +321,8 @@ def test_what_it_cannot_do_is_refused(options, words):
 def test_maps_and_meshes_are_refused():
     layer = next(small_model(CONFIG).layers()).self_attn
     with pytest.raises(ValueError, match="no attention maps"):
-        layer.attention_maps(jnp.zeros((1, 4, CONFIG.hidden_size)), (jnp.zeros((1, 4, 4)),) * 2, KeyRange.causal(1, 4))
+        angle = jnp.zeros((1, 4, 4))
+        layer.attention_maps(jnp.zeros((1, 4, CONFIG.hidden_size)), (angle, angle), KeyRange.causal(1, 4))
     with pytest.raises(ValueError, match="a model of baseline 'nsa' must be on one device, got data=2"):
         check_model(mesh_of("data=2"), CONFIG)
     check_model(mesh_of("data=1"), CONFIG)
