@@ -222,7 +222,8 @@ def test_a_layer_is_its_branches_by_its_gates():
     graph, state = nnx.split(layer)
     out, (gradients,) = pulled(lambda state: nnx.merge(graph, state)(x, rotation, PACKED).x, state, cotangent=jnp.sin)
     assert all(np.any(each) and np.all(np.isfinite(each)) for each in jax.tree.leaves(gradients))
-    p, (value_dim, nope) = layer.project(x, rotation), (CONFIG.kv_lora_rank, CONFIG.qk_nope_head_dim)
+    p = jax.jit(lambda x: layer.project(x, rotation))(x)
+    value_dim, nope = CONFIG.kv_lora_rank, CONFIG.qk_nope_head_dim
     own, rows = layer.compression, reference.reachable(PACKED.start, PACKED.stop, ids.shape[1])
     kv, q = reference.f64(p.kv), reference.f64(p.q)
     entries = nsa_reference.compress(kv, own.position[...], own.up_proj[...], own.down_proj[...], SIZES)
