@@ -15,11 +15,12 @@ from flax import nnx
 from model_cases import forward, model_parts, small_config, small_model, tokens
 from sharded_cases import mesh_of
 
-from dsa_jax import Cache, Config, KeyRange, NSASizes, generate
+from dsa_jax import Cache, Config, KeyRange, NSASizes, generate, save_hf
 from dsa_jax.baselines import compress_keys, native_sparse_attention, select_by_entries, span_attention
 from dsa_jax.baselines import nsa as module
 from dsa_jax.blockwise import BLOCK_ELEMENTS
 from dsa_jax.parallel.sharding import check_model
+from train.evaluation.evaluate import check_selects
 
 SIZES = NSASizes(compression=4, stride=2, block=8, blocks=4, window=6)
 B, T, S, N, H, C, U = 2, 40, 61, 3, 10, 7, 5
@@ -270,7 +271,7 @@ def test_prefill_in_chunks_over_a_cache_equals_the_whole():
 @pytest.mark.slow
 def test_generation_reads_pages():
     """Greedy tokens are those that the whole forward finds likeliest, prompts packed and of different lengths."""
-    prompts = [np.asarray(tokens(1, length, seed=length))[0].tolist() for length in (36, 21)]
+    prompts = [np.asarray(tokens(1, length, seed=length))[0].tolist() for length in (36, 5)]
     found = np.asarray(generate(small_model(CONFIG), prompts, max_new_tokens=3, temperature=0.0))
     texts = [[*prompt, *new] for prompt, new in zip(prompts, found.tolist(), strict=True)]
     padded = jnp.asarray([text + [0] * (40 - len(text)) for text in texts])
@@ -317,6 +318,14 @@ def test_nothing_grows_with_both_lengths():
 def test_what_it_cannot_do_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         small_model(CONFIG)(tokens(1, 4), **options)
+
+
+def test_what_measures_or_keeps_an_indexer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^config.json has no key for baseline='nsa'"):
+        save_hf(small_model(CONFIG), tmp_path / "out")
+    with pytest.raises(ValueError, match="^selections are measured of a model with an indexer, got baseline 'nsa'"):
+        check_selects(CONFIG)
+    assert check_selects(dataclasses.replace(CONFIG, baseline="window")) is None
 
 
 def test_maps_and_meshes_are_refused():
