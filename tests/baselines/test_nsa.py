@@ -19,6 +19,7 @@ from dsa_jax import Cache, Config, KeyRange, NSASizes, generate, save_hf
 from dsa_jax.baselines import compress_keys, native_sparse_attention, select_by_entries, span_attention
 from dsa_jax.baselines import nsa as module
 from dsa_jax.blockwise import BLOCK_ELEMENTS
+from dsa_jax.pallas_kernels import assume_gpu
 from dsa_jax.parallel.sharding import check_model
 from train.evaluation.evaluate import check_selects
 
@@ -159,6 +160,34 @@ def test_spans_are_the_positions_that_they_list(small_blocks):
     own = reference.latent_attention_vjp(q, kv, rows, C, SCALE, d_out, d_lse)
     close(d_q, own[0], 3e-5)
     close(d_kv, own[1], 3e-5)
+
+
+def on_the_card(q, kv, begins, keys, implementation=None):
+    """Values and gradients, of the study's heads and columns."""
+    attend = functools.partial(span_attention, size=64, value_dim=256, scale=0.1, implementation=implementation)
+    value, pull = jax.vjp(lambda q, kv: attend(q, kv, begins, keys), q, kv)
+    return value, pull(jax.tree.map(jnp.sin, value))
+
+
+def test_on_hopper_the_kernels_take_the_positions():
+    shape = jax.ShapeDtypeStruct
+    edge: Any = shape((1, 512), jnp.int32)
+    q, kv = shape((1, 512, 32, 320), jnp.bfloat16), shape((1, 1024, 320), jnp.bfloat16)
+    with assume_gpu("9.0"):
+        traced = jax.jit(on_the_card).trace(q, kv, shape((1, 512, 16), jnp.int32), KeyRange(edge, edge))
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") > 2
+    found = str(traced.jaxpr)
+    assert "operation=span_attention" in found and "operation=the backward of span_attention" in found
+
+
+@pytest.mark.gpu
+def test_on_the_card_they_are_what_xla_gathers():
+    q, kv = normal(0, 1, 512, 32, 320, dtype="bfloat16"), normal(1, 1, 1024, 320, dtype="bfloat16")
+    begins = jnp.asarray(np.random.default_rng(2).integers(-1, 16, (1, 512, 16)) * 64, jnp.int32)
+    keys = KeyRange.causal(1, 512, offset=512)
+    kernels, xla = (jax.jit(on_the_card, static_argnums=4)(q, kv, begins, keys, way) for way in ("pallas", "xla"))
+    for ours, theirs in zip(jax.tree.leaves(kernels), jax.tree.leaves(xla), strict=True):
+        close(ours, theirs, 3e-2)
 
 
 @pytest.mark.parametrize(
