@@ -63,9 +63,9 @@ def card() -> Preset:
     return dataclasses.replace(
         made,
         model=made.model | {"max_position_embeddings": 16384},
-        base=(Stage(560, 32, 1024), Stage(100, 4, 8192), Stage(60, 2, 16384, rates=(1.0, 0.03))),
-        warmup=(Stage(100, 1, 16384, rates=(1.0, 0.05)),),
-        sparse=(Stage(100, 1, 16384, rates=(1.0, 0.05)),),
+        base=(Stage(480, 32, 1024), Stage(80, 4, 8192), Stage(60, 1, 16384, rates=(1.0, 0.03))),
+        warmup=(Stage(80, 1, 16384, rates=(1.0, 0.05)),),
+        sparse=(Stage(80, 1, 16384, rates=(1.0, 0.05)),),
         lengths=tuple(2**i for i in range(10, 15)),
         questions=8,
     )
