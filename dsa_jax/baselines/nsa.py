@@ -119,8 +119,9 @@ def select_by_entries(
     score[t,j] = Σ_n Σ_m Σ_o p[t, n, (block / stride) · j + m - o],   m < block / stride,  o < compression / stride
 
     with p the attention of head n to the entries (Eqs. 8 to 11): an entry counts once for each stride that it shares
-    with the block. (The paper's Eq. 9 counts blocks from 1.) Ties go to the lowest block. Work: that of the products of
-    the compressed branch once more, for as many queries at a time as `blockwise` allows, and T · S / block scores.
+    with the block. This is the paper's Eq. 9 with blocks and entries counted from 1, as there; with them counted from 0
+    its indices would name the entries before the block. Ties go to the lowest block. Work: that of the products of the
+    compressed branch once more, for as many queries at a time as `blockwise` allows, and T · S / block scores.
 
     Args:
       q: queries of the compressed branch, in latent form.
