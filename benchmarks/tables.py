@@ -11,6 +11,7 @@ import textwrap
 from benchmarks import expert_tables, serving_tables
 from benchmarks.measure import RESULTS
 from studies.needle import summary
+from studies.nsa import report as nsa_report
 from train import planner
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
@@ -369,6 +370,7 @@ DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands i
     "overlap": "many_devices.md",
     "serving": "many_devices.md",
     "needle": "studies.md",
+    "nsa": "nsa.md",
 }
 
 
@@ -409,6 +411,8 @@ def section(name: str) -> str:
         return serving()
     if name == "needle":
         return summary.summary(summary.recorded())
+    if name == "nsa":
+        return nsa_report.summary(nsa_report.recorded())
     files = FILES.get(name, (name,))
     return SECTIONS[name](*(json.loads((RESULTS / f"{file}.json").read_text()) for file in files))
 

@@ -6,7 +6,16 @@ indexer's losses. The model around it, its checkpoints and generation are `Trans
 """
 
 from dsa_jax.attention import attention_target, sparse_attention
-from dsa_jax.baselines import BlockMLA, select_blocks
+from dsa_jax.baselines import (
+    BlockMLA,
+    NativeSparseMLA,
+    WindowMLA,
+    compress_keys,
+    native_sparse_attention,
+    select_blocks,
+    span_attention,
+    window_selection,
+)
 from dsa_jax.cache import Cache
 from dsa_jax.config import Config, YaRN
 from dsa_jax.dense_attention import latent_attention, multihead_attention
@@ -26,6 +35,7 @@ from dsa_jax.layers import Attention, AttentionMaps, SparseMLA
 from dsa_jax.mesh_forward import forward_on_mesh
 from dsa_jax.model import Output, Transformer
 from dsa_jax.moe import MoE
+from dsa_jax.nsa_sizes import NSASizes
 from dsa_jax.paged import paged_index_scores, paged_select_keys, paged_sparse_attention
 from dsa_jax.pallas_kernels import Implementation, implementation
 from dsa_jax.parallel.sharding import make_mesh, parameter_shardings
@@ -89,4 +99,11 @@ __all__ = [
     "straight_through_quantize",
     "stream",
     "to_hf",
+    "window_selection",
+    "NSASizes",
+    "NativeSparseMLA",
+    "WindowMLA",
+    "compress_keys",
+    "native_sparse_attention",
+    "span_attention",
 ]

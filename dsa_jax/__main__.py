@@ -31,7 +31,7 @@ MAX_LINE = 950  # characters of what is wrong with the input
 # Fields of the configuration that are chosen on loading, and not by the checkpoint.
 CHOSEN_ON_LOADING = (
     *("dtype", "param_dtype", "expert_dtype", "index_fp8"),
-    *("index_kl_target", "index_share_kl", "baseline", "block_size"),
+    *("index_kl_target", "index_share_kl", "baseline", "block_size", "nsa"),
 )
 
 # The group in which `info` counts a parameter, by the first of these parts that its path holds.

@@ -46,8 +46,8 @@ class KeyStore(Protocol):
         """Attends as `sparse_attention` does."""
         ...
 
-    def read(self, dtype: DTypeLike) -> tuple[Array, Array, Array]:
-        """Gives the latents in `dtype`, the index keys and their scales, by position."""
+    def read(self, dtype: DTypeLike) -> tuple[Array, Any, Any]:
+        """Gives the latents in `dtype`, the index keys and their scales, by position; None where there are none."""
         ...
 
 
@@ -191,6 +191,8 @@ class Cache:
 
     def layer(self, layer: Layer, indexer: Layer | None = None) -> LayerKeys:
         """Gives the keys of one layer."""
+        if not self.k_index.shape[0]:
+            return LayerKeys(self.kv[layer], None, None)
         indexer = layer if indexer is None else indexer
         return LayerKeys(self.kv[layer], self.k_index[indexer], self.k_scale[indexer])
 
@@ -342,6 +344,8 @@ class LayerPages:
         if num_shards("pages") > 1:
             raise ValueError("where pages are sharded, keys are never gathered: attention must be 'sparse', and no KL")
         latents = paged.read_latents(self.latents, self.table, value_dim=self.value_dim, dtype=dtype)
+        if not self.index_keys.shape[0]:
+            return latents, None, None
         return latents, *paged.read_index_keys(self.index_keys, self._index_table)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from dsa_jax.config_hf import MAX_INT, MAX_LAYERS, read_fields, to_json
+from dsa_jax.nsa_sizes import NSASizes
 from dsa_jax.strict_json import shown
 from dsa_jax.yarn import MAX_FLOAT, YaRN
 
@@ -72,8 +73,9 @@ class Config:
     index_share_kl: Literal["mean", "own"] = "mean"  # an indexer learns from all layers that it serves, or its own
     index_fp8: bool = False  # Hadamard transform and e4m3 index queries and keys
     index_kl_target: Literal["sum", "max"] = "sum"  # over heads, of the attention that the indexer learns to imitate
-    baseline: Literal["none", "blocks"] = "none"  # what selects in place of the paper's top-k: see `dsa_jax.baselines`
+    baseline: Literal["none", "blocks", "window", "nsa"] = "none"  # another attention, of `dsa_jax.baselines`
     block_size: int = 64  # keys of a block, under "blocks"
+    nsa: NSASizes = NSASizes()  # of its branches, under "nsa"
     bos_token_id: int | None = None  # begins a text
     eos_token_id: tuple[int, ...] = ()  # any of them ends a text
     pad_token_id: int | None = None
@@ -153,6 +155,8 @@ class Config:
     @property
     def num_index_layers(self) -> int:
         """Counts the layers that have an indexer, and so keep index keys."""
+        if self.baseline == "nsa":
+            return 0
         return self.indexer_types.count("full") if self.indexer_types else self.num_hidden_layers
 
     @property
@@ -245,7 +249,7 @@ _CHOICES = {
     "param_dtype": ("float32", "bfloat16"),
     "index_kl_target": ("sum", "max"),
     "index_share_kl": ("mean", "own"),
-    "baseline": ("none", "blocks"),
+    "baseline": ("none", "blocks", "window", "nsa"),
     "expert_dtype": (None, "fp8"),
 }
 _MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "qk_rope_head_dim")  # all other integers are at least 1
@@ -279,6 +283,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         raise ValueError(f"{name} must be True or False, got {shown(value)}")
     if name == "rope_scaling" and not isinstance(value, YaRN | None):
         raise ValueError(f"rope_scaling must be YaRN or None, got {shown(value)}")
+    if name == "nsa" and not isinstance(value, NSASizes):
+        raise ValueError(f"nsa must be NSASizes, got {shown(value)}")
     return _dtype_name(value) if field.type is str else value
 
 

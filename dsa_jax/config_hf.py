@@ -25,7 +25,7 @@ _ARCHITECTURES = {
 # Fields that `config.json` lacks, or spells otherwise. All others it spells as we do.
 _OURS = frozenset(
     "rope_theta rope_scaling index_rope_interleave indexer_types index_share_kl index_fp8 index_kl_target baseline "
-    "latent_norm_eps block_size bos_token_id eos_token_id pad_token_id dtype param_dtype expert_dtype".split()
+    "latent_norm_eps block_size nsa bos_token_id eos_token_id pad_token_id dtype param_dtype expert_dtype".split()
 )
 
 # What a `quantization_config` must say: e4m3 weights with one scale for each block of 128 × 128.

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.baselines import BlockMLA
+from dsa_jax.baselines import BlockMLA, NativeSparseMLA, WindowMLA
 from dsa_jax.config import Config
 from dsa_jax.indexer import LightningIndexer
 from dsa_jax.key_range import KeyRange
@@ -21,7 +21,12 @@ from dsa_jax.parallel.collectives import gather_parameters
 from dsa_jax.remat import remat_policy
 from dsa_jax.stacks import StackedLayers
 
-ATTENTIONS: dict[str, type[SparseMLA]] = {"none": SparseMLA, "blocks": BlockMLA}  # by the config's `baseline`
+ATTENTIONS: dict[str, type[SparseMLA]] = {  # by the config's `baseline`
+    "none": SparseMLA,
+    "blocks": BlockMLA,
+    "window": WindowMLA,
+    "nsa": NativeSparseMLA,
+}
 
 
 @show_arguments

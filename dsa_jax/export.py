@@ -17,6 +17,7 @@ from dsa_jax.config import Config
 from dsa_jax.hf.convert import MAX_SHARD_BYTES, write_checkpoint
 from dsa_jax.hf.files import copy_companions, new_folder, write_json
 from dsa_jax.inference.tokenizer import BYTES, byte_tokenizer, find_tokenizer
+from dsa_jax.nsa_sizes import NSASizes
 from dsa_jax.parallel.sharding import path_names
 from dsa_jax.strict_json import read_object, shown, shown_path
 from dsa_jax.yarn import YaRN
@@ -75,8 +76,9 @@ def read_run(run: Path) -> tuple[Config, Mapping[str, Any]]:
     if not isinstance(values, dict) or not isinstance(model, dict):
         raise ValueError(f"{shown_path(path)} must say what the run's model is, got {shown(values)}")
     try:
-        rope = model.get("rope_scaling")
-        fields: dict[str, Any] = model | ({"rope_scaling": YaRN(**rope)} if isinstance(rope, dict) else {})
+        kinds = {"rope_scaling": YaRN, "nsa": NSASizes}
+        nested = {name: kind(**model[name]) for name, kind in kinds.items() if isinstance(model.get(name), dict)}
+        fields: dict[str, Any] = model | nested
         config = Config(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{shown_path(path)} must describe a model: {error}") from None

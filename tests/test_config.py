@@ -70,9 +70,10 @@ def test_unknown_overrides_are_named_with_their_like(make):
         ("bos_token_id", "<s>", "bos_token_id must be an integer, got '<s>'"),
         ("param_dtype", None, "param_dtype must be 'float32' or 'bfloat16', got None"),
         ("dtype", jnp.float16, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
-        ("baseline", "moba", "baseline must be 'none' or 'blocks', got 'moba'"),
-        ("baseline", None, "baseline must be 'none' or 'blocks', got None"),
+        ("baseline", "moba", "baseline must be 'none' or 'blocks' or 'window' or 'nsa', got 'moba'"),
+        ("baseline", None, "baseline must be 'none' or 'blocks' or 'window' or 'nsa', got None"),
         ("block_size", 0, "block_size must be at least 1, got 0"),
+        ("nsa", (32, 16, 64), "nsa must be NSASizes, got (32, 16, 64)"),
         ("index_kl_target", "mean", "index_kl_target must be 'sum' or 'max', got 'mean'"),
     ],
 )
@@ -277,7 +278,7 @@ def test_a_baseline_is_not_lost_in_writing():
     assert Config.from_hf(config.to_hf()) == Config.from_hf(Config.tiny().to_hf())  # what trains is no part of a model
     with pytest.raises(ValueError, match="^config.json has no key for baseline='blocks', .* not saved in [^\n]*$"):
         Config.tiny(baseline="blocks", block_size=8).to_hf()
-    for key in ("baseline", "block_size", "index_kl_target"):
+    for key in ("baseline", "block_size", "nsa", "index_kl_target"):
         assert f"unknown key {key}" in refused(deepseek(**{key: "none"}))
 
 

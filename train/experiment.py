@@ -17,7 +17,7 @@ from dsa_jax import generate
 from train.checks import check_integer
 from train.commands.describe import describe_run, opening
 from train.data import BatchSource, Corpus
-from train.evaluation.evaluate import Evaluation, Weights, attention_of, evaluate_run
+from train.evaluation.evaluate import Evaluation, Weights, attention_of, check_selects, evaluate_run
 from train.evaluation.held_out import HeldOut, draw_batches
 from train.files import writing
 from train.phases import CONTROLS, Params, Phase, merge_groups, window_selection
@@ -85,6 +85,8 @@ class Experiment:
         Returns:
           the report's path, None where there is none.
         """
+        for run in self.runs if self.evaluate else ():
+            check_selects(run.config.model)
         began = time.monotonic() if began is None else began
         before = sum(record["seconds"] for run in self.runs for record in run.records())
         held_outs = [self._draw(run.config) for run in self.runs]  # here, so that too little text is said at once

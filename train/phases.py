@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from dsa_jax import KeyRange, Output, Transformer
+from dsa_jax import KeyRange, Output, Transformer, window_selection
 from train.data import Batch
 from train.losses import KL_LOSS, LM_LOSS, Loss
 from train.post.policy import PolicySettings, policy_loss
@@ -77,13 +77,6 @@ class Phase:
         return "backbone" in self.trains
 
 
-def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
-    """Makes the canonical selection of the last `k` reachable keys of each query."""
-    first = jnp.maximum(keys.start, keys.stop - k)[..., None]
-    index = first + jnp.arange(k, dtype=jnp.int32)
-    return jnp.where(index < keys.stop[..., None], index, -1)
-
-
 _LM, _KL = ("lm_loss", LM_LOSS), ("kl", KL_LOSS)
 BASE = Phase("BASE", "dense", ("backbone",), (_LM,), stream=0)
 WARMUP = Phase("WARMUP", "dense", ("indexer",), (_KL,), stream=1)
@@ -106,7 +99,10 @@ WINDOW_CONTROL = Phase(
     "WINDOW_CONTROL", "sparse", ("backbone",), (_LM,), selection=window_selection, stream=SPARSE_STREAM
 )
 CONTROLS = (DENSE_CONTROL, WINDOW_CONTROL)
-PHASES = {phase.name: phase for phase in (BASE, WARMUP, SPARSE, SFT, DISTILL, *POLICY_PHASES, *CONTROLS)}
+
+# From the start through an attention that selects without an indexer: Native Sparse Attention, or the last keys.
+NATIVE = Phase("NATIVE", "sparse", ("backbone",), (_LM,), stream=0)
+PHASES = {phase.name: phase for phase in (BASE, WARMUP, SPARSE, NATIVE, SFT, DISTILL, *POLICY_PHASES, *CONTROLS)}
 
 
 def policy_phase(phase: Phase, settings: PolicySettings) -> Phase:

@@ -158,6 +158,12 @@ class RunConfig:
         _check_tuple("phases", self.phases, PhaseSettings)
         if not self.phases:
             raise ValueError("a run must have at least one phase")
+        for phase in self.phases if self.model.baseline == "nsa" else ():
+            if phase.phase.attention == "dense" or "indexer" in phase.phase.trains or phase.phase.selection:
+                raise ValueError(
+                    "a model of baseline 'nsa' has no indexer and no dense attention: its phases must be like NATIVE, "
+                    f"got {phase.name}"
+                )
         longest = max(stage.seq_len for phase in self.phases for stage in phase.stages)
         if longest > self.model.max_position_embeddings:
             raise ValueError(

@@ -121,7 +121,7 @@ def _select(score: Callable, q_index, weights, keys, *, size, k, block_size, imp
         blocks = KeyRange(start // block_size, (stop + block_size - 1) // block_size)
         best = _best_of_blocks(scores, block_size)
         chosen = select_topk(best, k // block_size, keys=blocks, implementation=implementation)
-        return _keys_of_blocks(chosen, start, stop, block_size)
+        return keys_of_blocks(chosen, start, stop, block_size)
 
     batch, length = keys.start.shape
     queries, count = (q_index, weights, keys.start, keys.stop), max(1, SCORES // (batch * size))
@@ -145,7 +145,7 @@ def _best_of_blocks(scores, block_size):
     return jnp.max(scores.reshape(*scores.shape[:2], -1, block_size), axis=-1)
 
 
-def _keys_of_blocks(blocks, start, stop, block_size):
+def keys_of_blocks(blocks, start, stop, block_size):
     """Lists the keys in reach of canonical blocks [B, t, K / block_size] as canonical positions [B, t, K].
 
     A reach is an interval, so the keys that it lacks stand at the front of the first block and at the end of the last.

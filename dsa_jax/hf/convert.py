@@ -349,6 +349,8 @@ def write_checkpoint(
       OSError: as `save_hf` does.
     """
     config = config if dtype is None else dataclasses.replace(config, param_dtype=dtype)
+    written = config if expert_dtype is None else dataclasses.replace(config, expert_dtype=expert_dtype)
+    values = written.to_hf()  # a model that has no place there is refused by its name, not by its tensors
     shapes = {names: x.shape for names, x in _arrays(state).items()}
     expected = {leaf.path: leaf.shape(config) for leaf in leaves(config)}
     wrong = [names for names in expected | shapes if expected.get(names) != shapes.get(names)]
@@ -357,8 +359,7 @@ def write_checkpoint(
             f"the state must be the whole of its configuration's model, got {'.'.join(wrong[0])} of shape "
             f"{shapes.get(wrong[0])} instead of {expected.get(wrong[0])}, one of {len(wrong)} parameters"
         )
-    written = config if expert_dtype is None else dataclasses.replace(config, expert_dtype=expert_dtype)
-    write_json(folder / "config.json", written.to_hf())
+    write_json(folder / "config.json", values)
     tensors = ((name, np.asarray(x)) for name, x in to_hf(state, config=config))
     tensors = tensors if expert_dtype is None else _round_experts(tensors)
     tensors = ((name, _cast(x, None if dtype is None else config.param_dtype, name)) for name, x in tensors)

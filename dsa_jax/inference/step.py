@@ -105,6 +105,7 @@ class Runner:
         self.max_length = max_length
         self.table_pages = None if max_length is None else math.ceil(max_length / PAGE)
         skips = attention == "sparse" and not return_selected and not batch_invariant and cache.page_shards == 1
+        skips &= config.baseline != "nsa"  # which has no dense form
         self.dense_below = (config.index_topk if dense_below is None else dense_below) if skips else 0
 
     def replace_parameters(self, new: Transformer | nnx.State) -> None:

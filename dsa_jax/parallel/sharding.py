@@ -155,10 +155,12 @@ def check_model(mesh: Mesh | AbstractMesh, config: Config) -> None:
 
     Raises:
       ValueError: if the mesh has other axes than `AXES`, or a mesh size does not divide a dimension that it splits;
-        the message names the nearest size that does.
+        the message names the nearest size that does. For baseline "nsa" if it has more than one device.
     """
     if tuple(mesh.axis_names) != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, as `make_mesh` gives it, got {mesh.axis_names}")
+    if config.baseline == "nsa" and mesh.size > 1:
+        raise ValueError(f"a model of baseline 'nsa' must be on one device, got {describe(mesh.shape)}")
     dimensions = list(_split_dimensions(config))
     for name, field, size in dimensions:
         # What the same mesh axes split must have a divisor in common, so that is what the message proposes.

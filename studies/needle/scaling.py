@@ -6,11 +6,12 @@ Weights are random: no time depends on them. Every program is compiled before th
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from train.commands.command import parse, run_command
 from train.data import Batch
 from train.files import replace_text
 from train.optimizer import OptimizerSettings
-from train.phases import DENSE_CONTROL, SPARSE, merge_groups, run_model
+from train.phases import DENSE_CONTROL, SPARSE, Phase, merge_groups, run_model
 from train.reporting.figures import hide_frame
 from train.reporting.report import markdown_table
 from train.reporting.results import first_rise
@@ -42,7 +43,7 @@ THREADS = 5  # that compile beside each other
 WINDOWS = 3  # of which the median counts
 WINDOW_SECONDS = 0.5
 DECODE_STEPS = 32
-SIDES = ("dense", "sparse")
+COLORS = ("#222222", "#1f5fa8", "#c1452b", "#3d8b4f")
 WORKS = {"forward": "forward pass", "step": "training step", "decode": "decode of a token"}
 
 
@@ -74,57 +75,71 @@ def forward(graphdef: Any, attention: Any) -> Callable:
     return run
 
 
-def phase_of(config: Config, attention: str) -> PhaseSettings:
-    """Makes the phase whose step is timed: SPARSE, or its dense control."""
-    rates = OptimizerSettings(1e-4, muon_learning_rate=1e-3, weight_decay=0.0)
-    phase = SPARSE if attention == "sparse" else DENSE_CONTROL
-    options: dict[str, Any] = dict(indexer=OptimizerSettings(1e-4, weight_decay=0.0)) if attention == "sparse" else {}
-    return PhaseSettings(phase, (Stage(1, 1, config.max_position_embeddings),), backbone=rates, **options)
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Describes an attention that is timed: the model, how it attends, and the phase whose step is taken."""
+
+    config: Config
+    attention: Literal["dense", "sparse"]
+    phase: Phase
+
+    @property
+    def settings(self) -> PhaseSettings:
+        """The phase with rates, on which no time depends."""
+        rates = OptimizerSettings(1e-4, muon_learning_rate=1e-3, weight_decay=0.0)
+        indexer = OptimizerSettings(1e-4, weight_decay=0.0) if "indexer" in self.phase.trains else None
+        stages = (Stage(1, 1, self.config.max_position_embeddings),)
+        return PhaseSettings(self.phase, stages, backbone=rates, indexer=indexer)
+
+
+def sides_of(config: Config) -> dict[str, Side]:
+    """Lists both attentions of the study: the dense control, and SPARSE."""
+    return {"dense": Side(config, "dense", DENSE_CONTROL), "sparse": Side(config, "sparse", SPARSE)}
 
 
 def measure_lengths(
-    config: Config, lengths: Sequence[int], say: Callable[[str], object] = print
+    sides: Mapping[str, Side], lengths: Sequence[int], say: Callable[[str], object] = print
 ) -> list[dict[str, Any]]:
     """Times forward passes and steps of all lengths, and decoding at them.
 
     Args:
-      config: the model's.
+      sides: the attentions by their names.
       lengths: tokens of a row.
       say: told each row.
     """
-    graphdef, like = abstract_params(config)
     programs: dict[tuple[str, str, int], Callable] = {}
     with ThreadPoolExecutor(THREADS) as threads:
-        for length in lengths:
-            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(length, config.vocab_size))
-            for attention in SIDES:
-                phase = phase_of(config, attention)
-                lowered = forward(graphdef, attention).lower(like, batch)
-                programs["forward", attention, length] = threads.submit(lowered.compile).result
-                lowered = build_step(graphdef, phase).lower(abstract_state(config, phase), batch)
-                programs["step", attention, length] = threads.submit(lowered.compile).result
+        for (name, side), length in itertools.product(sides.items(), lengths):
+            graphdef, like = abstract_params(side.config)
+            tokens = batch_of(length, side.config.vocab_size)
+            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokens)
+            lowered = forward(graphdef, side.attention).lower(like, batch)
+            programs["forward", name, length] = threads.submit(lowered.compile).result
+            lowered = build_step(graphdef, side.settings).lower(abstract_state(side.config, side.settings), batch)
+            programs["step", name, length] = threads.submit(lowered.compile).result
     rows = []
-    params = random_params(config, seed=0)
-    for (work, attention, length), program in programs.items():
-        row: dict[str, Any] = {"work": work, "attention": attention, "length": length}
+    params = {config: random_params(config, seed=0) for config in {side.config for side in sides.values()}}
+    for (work, name, length), program in programs.items():
+        side, row = sides[name], {"work": work, "attention": name, "length": length}
+        own = params[side.config]
         try:
             compiled = program()
-            batch = jax.device_put(batch_of(length, config.vocab_size))
+            batch = jax.device_put(batch_of(length, side.config.vocab_size))
             memory = compiled.memory_analysis()
             row["temporary_gib"] = memory.temp_size_in_bytes / 2**30
             if work == "forward":
-                row["seconds"] = _median(lambda calls, run=compiled, batch=batch: _forwards(run, params, batch, calls))
+                row["seconds"] = _median(lambda calls, run=compiled, own=own, at=batch: _forwards(run, own, at, calls))
             else:
-                phase = phase_of(config, attention)
-                state = init_state(jax.tree.map(jnp.copy, params), phase, jax.random.key_data(jax.random.key(0)))
+                key = jax.random.key_data(jax.random.key(0))
+                state = init_state(jax.tree.map(jnp.copy, own), side.settings, key)
                 row["seconds"] = _median(_Steps(compiled, state, batch))
         except Exception as error:  # the next row runs all the same
             row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         rows.append(row)
         say(str(row))
-    served = dataclasses.replace(config, index_fp8=True)
-    model = merge_groups(abstract_params(served)[0], params)
-    return rows + [row for attention in SIDES for row in _decode(served, model, attention, lengths, say)]
+    for name, side in sides.items():
+        rows += _decode(name, side, params[side.config], lengths, say)
+    return rows
 
 
 def _forwards(run: Callable, params: Any, batch: Batch, calls: int) -> None:
@@ -161,11 +176,12 @@ def _median(run: Callable[[int], None]) -> float:
     return statistics.median(times)
 
 
-def _decode(config: Config, model: Any, attention: Any, lengths: Sequence[int], say: Callable) -> list[dict[str, Any]]:
+def _decode(name: str, side: Side, params: Any, lengths: Sequence[int], say: Callable) -> list[dict[str, Any]]:
     """Times decoding of one sequence at each length: one program, whose table holds the longest."""
-    longest = max(lengths)
+    longest, config = max(lengths), dataclasses.replace(side.config, index_fp8=True)
+    model = merge_groups(abstract_params(config)[0], params)
     cache = PagedCache(config, -(-(longest + DECODE_STEPS * (WINDOWS + 2)) // 64) + 1, format="fp8")
-    runner = Runner(model, cache, attention=attention, max_length=config.max_position_embeddings)
+    runner = Runner(model, cache, attention=side.attention, max_length=config.max_position_embeddings)
     rows = []
     for length in lengths:
         for sequence in cache.sequences:
@@ -179,7 +195,7 @@ def _decode(config: Config, model: Any, attention: Any, lengths: Sequence[int], 
                 logits = runner.extend([sequence], tokens)
             jax.block_until_ready(logits)
             times += [(time.perf_counter() - began) / DECODE_STEPS] if window > 1 else []
-        rows.append({"work": "decode", "attention": attention, "length": length, "seconds": statistics.median(times)})
+        rows.append({"work": "decode", "attention": name, "length": length, "seconds": statistics.median(times)})
         say(str(rows[-1]))
     return rows
 
@@ -194,7 +210,7 @@ def crossover(rows: Sequence[dict[str, Any]], work: str) -> float | None:
       >>> crossover(rows, "step")
       1536.0
     """
-    side = {name: _by_length(rows, work, name) for name in SIDES}
+    side = {name: _by_length(rows, work, name) for name in ("dense", "sparse")}
     lengths = sorted(side["dense"].keys() & side["sparse"].keys())
     return first_rise((length, side["dense"][length] - side["sparse"][length]) for length in lengths)
 
@@ -204,12 +220,16 @@ def _by_length(rows, work: str, attention: str, value: str = "seconds") -> dict[
     return {row["length"]: row[value] for row in wanted}
 
 
+def _names(rows) -> list[str]:
+    return list(dict.fromkeys(row["attention"] for row in rows))
+
+
 def draw(rows: Sequence[dict[str, Any]]) -> Figure:
     """Draws the times by length, and marks where they cross."""
     works = {work: name for work, name in WORKS.items() if any(row["work"] == work for row in rows)}
     figure = Figure(figsize=(3.7 * len(works), 3.4), layout="constrained")
     for axes, (work, name) in zip(figure.subplots(1, len(works), squeeze=False)[0], works.items(), strict=True):
-        for attention, color in (("dense", "#222222"), ("sparse", "#1f5fa8")):
+        for attention, color in zip(_names(rows), COLORS, strict=False):
             found = _by_length(rows, work, attention)
             axes.plot(found.keys(), [1e3 * each for each in found.values()], "o-", color=color, label=attention)
         if (place := crossover(rows, work)) is not None:
@@ -231,7 +251,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = []
     for work, name in WORKS.items():
         for value, unit in (("seconds", "ms"), ("temporary_gib", "GiB")):
-            for attention in SIDES:
+            for attention in _names(rows):
                 found = _by_length(rows, work, attention, value)
                 if found:
                     factor = 1e3 if value == "seconds" else 1
@@ -252,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sizes: dict[str, Any] = preset.model | {"max_position_embeddings": max(lengths)}
         config = Config(vocab_size=preset.vocabulary, **sizes)
-        rows = measure_lengths(config, lengths, partial(print, flush=True))
+        rows = measure_lengths(sides_of(config), lengths, partial(print, flush=True))
         replace_text(chosen.out, json.dumps({"circumstances": circumstances(), "rows": rows}, indent=1) + "\n")
         print("\n".join(table(rows)))
 

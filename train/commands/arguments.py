@@ -258,7 +258,7 @@ class Arguments:
         command = self.command()
         mesh, config, init = self.make_mesh(command.mesh), self.run_config(), self.initial_params()
         first = config.phases[0].name
-        if init is None and first != "BASE":
+        if init is None and first not in ("BASE", "NATIVE"):
             raise ValueError(f"phase {first} must begin from a checkpoint: give --init")
         if command.controls and config.phases[-1].name != "SPARSE":
             raise ValueError("controls need a run that ends with SPARSE, whose length and batches they share")

@@ -17,7 +17,7 @@ from dsa_jax.parallel.sharding import check_batch, check_model, make_mesh, parse
 from train.checks import check_integer
 from train.commands.command import parse
 from train.data import Corpus, DataConfig, load, load_whole
-from train.evaluation.evaluate import held_out_losses, measure_selections
+from train.evaluation.evaluate import check_selects, held_out_losses, measure_selections
 from train.evaluation.held_out import ByPart, HeldOut, draw_batches, position_masks
 from train.evaluation.kept_mass import MIN_REACH, KeptMass
 from train.evaluation.subject import Subject, find_subject
@@ -152,6 +152,7 @@ def measure(arguments: Arguments) -> Measurement:
       ValueError: if the model, the text or the mesh cannot be measured.
     """
     subject = find_subject(arguments.model)
+    check_selects(subject.config)
     mesh, (count, rows, seq_len) = arguments.make_mesh(subject), arguments.shape(subject)
     corpus = arguments.load(subject)
     batches = draw_batches(corpus, count, rows, seq_len, seed=arguments.seed)

@@ -11,6 +11,7 @@ from rich.table import Table
 from train.checks import check_integer, check_number
 from train.commands.command import parse
 from train.commands.evaluate import TextArguments
+from train.evaluation.evaluate import check_selects
 from train.evaluation.held_out import draw_batches
 from train.evaluation.overlap import Overlap, letters, measure_overlap
 from train.evaluation.subject import find_subject
@@ -55,6 +56,7 @@ def measure(arguments: Arguments) -> tuple[str, Overlap]:
       ValueError: if the model or the text cannot be measured.
     """
     subject = find_subject(arguments.model)
+    check_selects(subject.config)
     count, rows, seq_len = arguments.shape(subject)
     batches = draw_batches(arguments.load(subject), count, rows, seq_len, seed=arguments.seed)
     *_, (name, read) = subject.weights.items()

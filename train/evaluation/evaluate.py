@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from dsa_jax import Transformer
+from dsa_jax import Config, Transformer
 from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import parameter_specs, place_batch, shards, spec
 from train.data import Batch
@@ -121,6 +121,19 @@ def held_out_losses(
     return totals.means(held_out)
 
 
+def check_selects(config: Config) -> None:
+    """Checks that a model has an indexer, whose selections can be measured.
+
+    Raises:
+      ValueError: if it has none.
+    """
+    if config.baseline == "nsa":
+        raise ValueError(
+            "selections are measured of a model with an indexer, got baseline 'nsa', which has none: train it with "
+            "--no-evaluate, and see studies.nsa for what can be measured"
+        )
+
+
 def measure_selections(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -147,6 +160,7 @@ def measure_selections(
     masses, losses = _MassTotals(), {name: _LossTotals() for name in STREAMS}
     groups = {"indexer": params["indexer"], **(indexers or {})}
     model = merge_groups(graphdef, params)
+    check_selects(model.config)
     models = {name: merge_groups(graphdef, {**params, "indexer": indexer}) for name, indexer in groups.items()}
     k = model.config.index_topk
     for batch, masks, rows in held_out.batches(_row_shards(mesh)):

@@ -21,7 +21,7 @@ from train.state import abstract_params
 FREE_FIELDS = (
     *("index_topk", "index_fp8", "dtype", "rope_theta", "rope_scaling", "max_position_embeddings"),
     *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("index_kl_target", "index_share_kl", "baseline", "block_size"),
+    *("index_kl_target", "index_share_kl", "baseline", "block_size", "nsa"),
 )
 INDEXER_SIZES = ("index_n_heads", "index_head_dim", "indexer_types")
 SAMPLED_PARTS, SAMPLED_BYTES = 16, 4096  # of each file, for the fingerprint of a checkpoint of any size
@@ -101,9 +101,16 @@ class InitialParams:
         """Reads the parameters by group; `seed` draws the indexer of a dense checkpoint, which has none.
 
         Raises:
-          ValueError: if the folder is not there, or what it holds is not what the run has recorded.
+          ValueError: if the folder is not there, what it holds is not what the run has recorded, or of the model and
+            the parameters one is of baseline "nsa" and the other is not.
         """
         self._check()
+        found = read_model_config(self.folder).baseline if self.is_run else "none"
+        if (config.baseline == "nsa") != (found == "nsa"):
+            raise ValueError(
+                f"baseline 'nsa' has parameters that no other attention has: init of baseline {config.baseline!r} must "
+                f"be alike, got {found!r} in {self}"
+            )
         if self.recorded is not None and self.recorded != self.fingerprint():
             raise ValueError(f"init must be what the run began with, got other parameters in {self.folder}")
         if self.is_run:
