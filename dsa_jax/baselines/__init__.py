@@ -19,6 +19,6 @@ __all__ = [
     "native_sparse_attention",
     "select_blocks",
     "select_by_entries",
-    "window_selection",
     "span_attention",
+    "window_selection",
 ]
