@@ -44,6 +44,9 @@ TASKS = list(tasks().values())
 """
 
 
+ONE_LAYER = post_model(num_hidden_layers=1, first_k_dense_replace=0)  # compiles in half the time
+
+
 def train(folder, *stages, resume=False, stopping=None, **changes):
     config = post_config(*stages, **changes)
     console = Console(quiet=True)
@@ -141,12 +144,14 @@ def test_the_command_refuses_with_one_line(tmp_path, capsys, arguments, message)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
 def test_the_whole_and_its_successor(tmp_path):
     """Cold start, specialist, distillation, mix; and on-policy distillation from the same start."""
     learner = policy_stage("on-policy", ON_POLICY, "start", tasks=("copy",), teachers=("specialist",))
-    found = train(tmp_path, *whole_stages(), learner)
+    stages = start_stage(dense_alone=True), *whole_stages()[1:], learner
+    found = train(tmp_path, *stages, model=ONE_LAYER)
     assert list(found) == ["start", "specialist", "distilled", "mixed", "on-policy"]
-    assert load_model(tmp_path / "mixed").config == post_model()
+    assert load_model(tmp_path / "mixed").config == ONE_LAYER
     lines = read_metrics(tmp_path / "on-policy" / "metrics.jsonl")
     assert all(line["grad_norm_backbone"] > 0 for line in lines)  # teachers differ where rewards are all equal
 
@@ -165,8 +170,7 @@ def test_a_policy_learns_what_is_rewarded(tmp_path):
         start_stage(80, rows=16, rate=1e-2, dense_alone=True),
         policy_stage(steps=20, rows=64, rate=3e-3, policy=policy),
     )
-    model = post_model(num_hidden_layers=1, first_k_dense_replace=0)
-    config = post_config(*stages, model=model, evaluation_prompts=64, checkpoint_every=80)
+    config = post_config(*stages, model=ONE_LAYER, evaluation_prompts=64, checkpoint_every=80)
     found = PostTraining(config, tmp_path, half, console=Console(quiet=True)).run()
     before, after = (found[name]["tasks"]["copy"]["correct"] for name in ("start", "specialist"))
     assert before < 0.75 and after > 0.85, (before, after)
@@ -177,7 +181,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     """Runs the command in a process that is killed again and again, and compares with a run that was left alone."""
     policy = dataclasses.replace(POLICY, steps_per_generation=2)
     stages = start_stage(1, dense_alone=True), policy_stage(steps=6, policy=policy)
-    config = post_config(*stages, evaluation_prompts=0, checkpoint_every=2)
+    config = post_config(*stages, model=ONE_LAYER, evaluation_prompts=0, checkpoint_every=2)
     (tmp_path / "small.json").write_text(json.dumps(config.to_json()))
     (tmp_path / "my_task.py").write_text(TASK_FILE)
     options = ["--preset", str(tmp_path / "small.json"), "--task", str(tmp_path / "my_task.py"), "--resume"]
@@ -191,7 +195,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()
     killed, metrics = 0, tmp_path / "killed" / "specialist" / "metrics.jsonl"
-    for lines in (1, 3, 5):
+    for lines in (1, 4):
         process = start(tmp_path / "killed")
         began = time.monotonic()
         while process.poll() is None and time.monotonic() - began < 300:
@@ -201,7 +205,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
                 break
             time.sleep(0.02)
         process.wait()
-    assert killed >= 2
+    assert killed == 2
     last = start(tmp_path / "killed")
     assert last.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()
     one, other = (read_metrics(tmp_path / name / "specialist" / "metrics.jsonl") for name in ("whole", "killed"))
@@ -209,6 +213,6 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     for a, b in zip(one, other, strict=True):
         for name in ("policy_loss", "kl", "tokens", "log_ratio"):
             assert a[name] == pytest.approx(b[name], abs=1e-6), (a["step"], name)
-    like = abstract_params(post_model())[1]
+    like = abstract_params(ONE_LAYER)[1]
     states = [load_params(tmp_path / name / "specialist", like) for name in ("whole", "killed")]
     chex.assert_trees_all_close(*states, atol=1e-6)
