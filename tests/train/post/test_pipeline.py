@@ -13,6 +13,7 @@ import chex
 import jax
 import pytest
 from rich.console import Console
+from sharded_cases import mesh_of
 from stage_cases import (
     POLICY,
     copy_task,
@@ -134,8 +135,9 @@ def test_steps_of_a_stage():
         ((), "give --preset, or --resume"),
         (("--preset", "grpo"), "preset grpo has no tasks of its own: give --task"),
         (("--preset", "tiny", "--stop-after", "soon"), "stop-after must be a duration"),
+        (("--preset", "tiny", "--mesh", "rows=2"), "mesh"),
     ],
-    ids=["preset", "nothing", "no tasks", "time"],
+    ids=["preset", "nothing", "no tasks", "time", "mesh"],
 )
 def test_the_command_refuses_with_one_line(tmp_path, capsys, arguments, message):
     assert main(["post", "--out", str(tmp_path / "out"), *arguments]) == 2
@@ -154,6 +156,26 @@ def test_the_whole_and_its_successor(tmp_path):
     assert load_model(tmp_path / "mixed").config == ONE_LAYER
     lines = read_metrics(tmp_path / "on-policy" / "metrics.jsonl")
     assert all(line["grad_norm_backbone"] > 0 for line in lines)  # teachers differ where rewards are all equal
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
+def test_it_trains_and_samples_on_a_mesh_as_on_one_device(tmp_path):
+    """Rows and tokens over shards; two updates a rollout, so that ratios are not 1, and a reference."""
+    policy = dataclasses.replace(POLICY, steps_per_generation=2, beta=0.1, off_policy_mask_threshold=0.0)
+    stages = start_stage(2, dense_alone=True), policy_stage(steps=2, policy=policy)
+    found = {}
+    for name, mesh in (("one", None), ("mesh", mesh_of("data=2,context=2"))):
+        config = post_config(*stages, model=ONE_LAYER)
+        measured = PostTraining(config, tmp_path / name, tasks(), console=Console(quiet=True), mesh=mesh).run()
+        found[name] = measured["specialist"], read_metrics(tmp_path / name / "specialist" / "metrics.jsonl")
+    (alone, one), (spread, other) = found["one"], found["mesh"]
+    for a, b in zip(one, other, strict=True):
+        for part in ("policy_loss", "kl", "tokens", "log_ratio", "masked_share", "reference_kl", "grad_norm_backbone"):
+            assert a[part] == pytest.approx(b[part], rel=1e-3, abs=1e-6), (a["step"], part)
+    assert one[1]["log_ratio"] > 1e-5 and one[1]["grad_norm_backbone"] > 0
+    assert spread["tasks"]["copy"]["reward"] == alone["tasks"]["copy"]["reward"]
+    assert spread["selection_overlap"] == pytest.approx(alone["selection_overlap"], abs=0.02)
 
 
 @pytest.mark.slow
