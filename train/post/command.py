@@ -31,7 +31,7 @@ class Arguments:
     """Takes a model through supervised fine-tuning, specialists by reinforcement learning, distillation and a mix."""
 
     preset: str | None = None
-    """tiny, post, grpo, or a .json file like the post.json of any folder; without it what --resume continues."""
+    """tiny, controls, post, grpo, or a .json like the post.json of any folder; without it what --resume continues."""
     task: Path | None = None
     """A Python file that defines TASK or TASKS; without it the preset's own."""
     init: Path | None = None
