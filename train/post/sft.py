@@ -41,16 +41,19 @@ def demonstration(tasks: Sequence[Task], text: TurnText, seed: int, number: int)
 def _played(task: Task, problem: int, text: TurnText) -> Document:
     assert task.demonstrate is not None
     environment = task.make(problem)
-    parts, learnt = [text.encode(environment.reset())], [False]
+    prompt = environment.reset()
+    chat = None if isinstance(prompt, str) else text.chat(prompt, getattr(environment, "tools", None))
+    parts, learnt = [text.encode(prompt) if chat is None else chat.prompt()], [False]
     done, turns = False, list(task.demonstrate(problem))
     for number, turn in enumerate(turns):
         if done:
             raise ValueError(f"the environment ended before turn {number + 1} of {len(turns)}")
-        parts.append(text.encode_turn(turn))
-        observation, done = environment.step(turn)
+        tokens, said = (text.encode_turn(turn), turn) if chat is None else chat.say(turn)
+        parts.append(tokens)
+        observation, done = environment.step(said)
         learnt.append(True)
         if not done and number + 1 < len(turns):
-            parts.append(text.encode(observation))
+            parts.append(text.encode(observation) if chat is None else chat.answer(observation))
             learnt.append(False)
     return np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts])
 
