@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from dsa_jax.parallel.sharding import shards
+from dsa_jax.parallel.sharding import describe, shards
 from train.data import Batch, BatchStream
 from train.files import read_json_file, replace_arrays, replace_text
 from train.phases import Params
@@ -92,11 +92,22 @@ class PostTraining:
             raise ValueError(f"stage {first.name} must begin from a checkpoint: give --init")
         for stage in self.config.stages:
             tasks_of(stage, self.tasks)
-            self._run(stage)  # which checks that the mesh can have it
+            self._check_mesh(stage)
         for stage in self.config.stages:
             if stage.teachers:
                 self._teacher_stages(stage)
         _ = self.text
+
+    def _check_mesh(self, stage: PostStage) -> None:
+        """Checks that the mesh can train a stage and play its episodes."""
+        Run(self.config.run_config(stage), self.folder, mesh=self.mesh)  # which checks the former
+        is_measured = stage.policy is not None or self.config.evaluation_prompts
+        is_dense = stage.run_phases()[-1].phase.attention == "dense"
+        if self.mesh is not None and is_dense and is_measured and shards(self.mesh, "pages") > 1:
+            raise ValueError(
+                f"stage {stage.name} plays episodes with dense attention, which a mesh that splits their sequences "
+                f"cannot, got {describe(dict(self.mesh.shape))}"
+            )
 
     @property
     def text(self) -> TurnText:

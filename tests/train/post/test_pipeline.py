@@ -91,6 +91,11 @@ def test_what_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="task twice of stage on must have one teacher, got none"):
         train(tmp_path / "b", start_stage(), policy_stage(), learner)
     assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="stage start plays episodes with dense attention, .* got data=1,context=2"):
+        PostTraining(
+            post_config(start_stage(dense_alone=True)), tmp_path / "c", tasks(), mesh=mesh_of("context=2")
+        ).run()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -158,16 +163,21 @@ def test_the_whole_and_its_successor(tmp_path):
     assert all(line["grad_norm_backbone"] > 0 for line in lines)  # teachers differ where rewards are all equal
 
 
+def variety_of_letters(episodes) -> list[float]:
+    return [len(set(episode.turns[0].text)) / 12 for episode in episodes]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
 def test_it_trains_and_samples_on_a_mesh_as_on_one_device(tmp_path):
     """Rows and tokens over shards; two updates a rollout, so that ratios are not 1, and a reference."""
-    policy = dataclasses.replace(POLICY, steps_per_generation=2, beta=0.1, off_policy_mask_threshold=0.0)
+    policy = dataclasses.replace(POLICY, steps_per_generation=2, beta=0.1, off_policy_mask_threshold=1e-3)
     stages = start_stage(2, dense_alone=True), policy_stage(steps=2, policy=policy)
+    variety = {"copy": copy_task(rewards=((variety_of_letters, 1.0),))}
     found = {}
-    for name, mesh in (("one", None), ("mesh", mesh_of("data=2,context=2"))):
+    for name, mesh in (("one", None), ("mesh", mesh_of("data=2,expert=2"))):
         config = post_config(*stages, model=ONE_LAYER)
-        measured = PostTraining(config, tmp_path / name, tasks(), console=Console(quiet=True), mesh=mesh).run()
+        measured = PostTraining(config, tmp_path / name, variety, console=Console(quiet=True), mesh=mesh).run()
         found[name] = measured["specialist"], read_metrics(tmp_path / name / "specialist" / "metrics.jsonl")
     (alone, one), (spread, other) = found["one"], found["mesh"]
     for a, b in zip(one, other, strict=True):
