@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,8 @@ def _played(task: Task, problem: int, text: TurnText) -> Document:
     environment = task.make(problem)
     prompt = environment.reset()
     chat = None if isinstance(prompt, str) else text.chat(prompt, getattr(environment, "tools", None))
-    parts, learnt = [text.encode(prompt) if chat is None else chat.prompt()], [False]
+    encode: Any = text.encode if chat is None else chat.answer
+    parts, learnt = [encode(prompt) if chat is None else chat.prompt()], [False]
     done, turns = False, list(task.demonstrate(problem))
     for number, turn in enumerate(turns):
         if done:
@@ -53,7 +55,7 @@ def _played(task: Task, problem: int, text: TurnText) -> Document:
         observation, done = environment.step(said)
         learnt.append(True)
         if not done and number + 1 < len(turns):
-            parts.append(text.encode(observation) if chat is None else chat.answer(observation))
+            parts.append(encode(observation))
             learnt.append(False)
     return np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts])
 
