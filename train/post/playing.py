@@ -29,7 +29,10 @@ MAX_ERROR = 300  # characters of what an environment raised
 
 
 class Text(Protocol):
-    """Turns texts into tokens and back; `end_id` ends a turn of the model."""
+    """Turns texts into tokens and back; `end_id` ends a turn of the model.
+
+    Where it has a `chat(messages, tools)` as `TurnText` has, prompts and answers may be messages.
+    """
 
     @property
     def end_id(self) -> int:
@@ -298,8 +301,8 @@ class Play:
     def _act(self, places: list[int]) -> None:
         """Has the environments answer."""
         seats = [self._seat(place) for place in places]
-        turns = [seat.episode.turns[-1].text for seat in seats]
-        turns = [text if seat.chat is None else seat.chat.hear(text) for seat, text in zip(seats, turns, strict=True)]
+        texts = [seat.episode.turns[-1].text for seat in seats]
+        turns = [text if seat.chat is None else seat.chat.hear(text) for seat, text in zip(seats, texts, strict=True)]
         calls = [
             lambda seat=seat, turn=turn: seat.episode.environment.step(turn)
             for seat, turn in zip(seats, turns, strict=True)
