@@ -6,7 +6,7 @@ takes a model's text as it comes apart into reasoning, content and tool calls. `
 """
 
 from dsa_jax.chat.messages import check_messages, check_tools
-from dsa_jax.chat.parsing import Event, Format, StreamParser
+from dsa_jax.chat.parsing import Event, Format, StreamParser, message_of
 from dsa_jax.chat.template import ChatTemplate
 
-__all__ = ["ChatTemplate", "Event", "Format", "StreamParser", "check_messages", "check_tools"]
+__all__ = ["ChatTemplate", "Event", "Format", "StreamParser", "check_messages", "check_tools", "message_of"]

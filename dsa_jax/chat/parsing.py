@@ -8,8 +8,8 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from dsa_jax.chat.deepseek import CALLS, END_CALLS, END_INVOKE, END_PARAMETER, INVOKE, PARAMETER
 from dsa_jax.chat.messages import END_THINK, THINK
@@ -187,6 +187,23 @@ class StreamParser:
         kept = (place for place in tails if any(mark.startswith(self._held[place:]) for mark in marks))
         self._emit(events, kind, next(kept, len(self._held)))
         return False
+
+
+def message_of(events: Sequence[Event]) -> dict[str, Any]:
+    """Makes the assistant's message of all events of an answer; its content is None beside calls alone."""
+    joined = lambda kind: "".join(event.text for event in events if event.kind == kind)  # noqa: E731
+    message: dict[str, Any] = {"role": "assistant", "content": joined("content")}
+    if reasoning := joined("reasoning"):
+        message["reasoning_content"] = reasoning
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.text, "arguments": arguments.text}}
+        for call, arguments in zip(
+            (event for event in events if event.kind == "call"),
+            (event for event in events if event.kind == "arguments"),
+            strict=True,
+        )
+    ]
+    return message | ({"tool_calls": calls, "content": message["content"] or None} if calls else {})
 
 
 def _read_call(text: str, markers: Markers) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.chat.messages import check_messages
-from dsa_jax.chat.parsing import Event
+from dsa_jax.chat.parsing import Event, message_of
 from dsa_jax.chat.template import ChatTemplate
 from dsa_jax.inference import Engine, Request, SamplingParams
 from dsa_jax.strict_json import read_object, shown
@@ -162,22 +162,8 @@ class Conversation:
 
     def _keep(self, events: list[Event]) -> None:
         """Adds the answer to the messages, if anything of it has come."""
-        joined = lambda kind: "".join(event.text for event in events if event.kind == kind)  # noqa: E731
-        message: dict[str, Any] = {"role": "assistant", "content": joined("content")}
-        if reasoning := joined("reasoning"):
-            message["reasoning_content"] = reasoning
-        calls = [
-            {"id": call.id, "type": "function", "function": {"name": call.text, "arguments": arguments.text}}
-            for call, arguments in zip(
-                (event for event in events if event.kind == "call"),
-                (event for event in events if event.kind == "arguments"),
-                strict=True,
-            )
-        ]
-        if calls:
-            message |= {"tool_calls": calls, "content": message["content"] or None}
         if events:
-            self.messages.append(message)
+            self.messages.append(message_of(events))
 
     def save(self, path: Path) -> None:
         """Writes the conversation to a file that only its owner may read, whole or not at all.

@@ -44,6 +44,13 @@ def test_the_demos_figures_are_its_reports():
     assert [figure for figure in figures if f"| {figure} (" not in report] == []
 
 
+def test_the_figures_of_post_training_are_its_reports():
+    document = (tables.DOCS / "post_training.md").read_text()
+    rows = re.findall(r"^\| `.*\d tokens.*\|$", document.partition("small recipe: begin")[2], re.M)
+    report = (measure.RESULTS / "post" / "report.md").read_text().splitlines()
+    assert len(rows) >= 6 and [row for row in rows if row.replace("`", "") not in report] == []
+
+
 def test_every_peer_has_a_source_and_a_timing_of_ours():
     peers = recorded("peers")
     assert re.match("measured on one NVIDIA H200 with the peer's own kernels", peers["kernels"]["source"])

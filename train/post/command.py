@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 import tyro
 from rich.console import Console
 
+from dsa_jax.parallel.sharding import make_mesh, parse_mesh
 from train.checks import shown
 from train.commands.command import parse
 from train.compiling import keep_compiled
@@ -30,7 +31,7 @@ class Arguments:
     """Takes a model through supervised fine-tuning, specialists by reinforcement learning, distillation and a mix."""
 
     preset: str | None = None
-    """tiny, post, grpo, or a .json file like the post.json of any folder; without it what --resume continues."""
+    """tiny, controls, post, grpo, or a .json like the post.json of any folder; without it what --resume continues."""
     task: Path | None = None
     """A Python file that defines TASK or TASKS; without it the preset's own."""
     init: Path | None = None
@@ -47,6 +48,9 @@ class Arguments:
     """Steps of a stage, like mixed=40."""
     evaluation_prompts: int | None = None
     """Held-out problems of each task that a stage is measured on; 0: none."""
+    mesh: str | None = None
+    """Devices to train and to sample on, like data=2,context=4,expert=1,tensor=1; without it one device. The folder may
+    be continued on another mesh."""
     stop_after: str | None = None
     """Save and stop after this time, like 9m, with exit status 75."""
     compile_cache: Path | None = None
@@ -75,13 +79,15 @@ class Arguments:
         begun = {name: value for name, value in self.recorded.get("command", {}).items() if value is not None}
         paths = {name: Path(begun[name]) for name in ("task", "init", "tokenizer") if name in begun}
         missing = {name: value for name, value in paths.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
+        return dataclasses.replace(self, mesh=self.mesh or begun.get("mesh"), **missing)
 
     def command(self) -> dict[str, str | None]:
         """Gathers what a command that goes on needs to know of this one."""
         preset = self.preset if self.preset in PRESETS else self.recorded.get("command", {}).get("preset")
         paths = {name: getattr(self, name) for name in ("task", "init", "tokenizer")}
-        return {"preset": preset} | {name: None if x is None else str(x.absolute()) for name, x in paths.items()}
+        return {"preset": preset, "mesh": self.mesh} | {
+            name: None if x is None else str(x.absolute()) for name, x in paths.items()
+        }
 
     def resume_command(self) -> str:
         """Writes the command that goes on."""
@@ -157,8 +163,9 @@ def main(arguments: Sequence[str]) -> None:
     with stops as stopping:
         keep_compiled(parsed.compile_cache)
         console, init = Console(), None if parsed.init is None else InitialParams(parsed.init)
+        mesh = None if parsed.mesh is None else make_mesh(parse_mesh(parsed.mesh))
         training = PostTraining(
-            parsed.config(init), parsed.folder, parsed.tasks(), init, parsed.command(), stopping, console
+            parsed.config(init), parsed.folder, parsed.tasks(), init, parsed.command(), stopping, console, mesh
         )
         training.run(resume=parsed.resume)
         path = write_report(training.config, parsed.folder, seconds=time.monotonic() - began)

@@ -4,29 +4,39 @@ A user brings `Task` objects in a Python file (`TASK` or `TASKS`) and names the 
 (`--task my_task.py`). All else — rollouts, losses, stages — works on the types of this file alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+type Messages = Sequence[Mapping[str, Any]]
+"""Messages as OpenAI's interface has them: `role`, `content` and the like."""
+
 
 class Step(NamedTuple):
-    """The answer of an environment to one turn: text for the model to read, and whether the episode is over."""
+    """The answer of an environment to one turn: what the model reads next, and whether the episode is over.
 
-    observation: str
+    It is a text, or messages (of tools, of a user) where the prompt was messages.
+    """
+
+    observation: str | Messages
     done: bool
 
 
 class Environment(Protocol):
-    """One episode's world. An object is used for one episode; rewards may read its state afterwards."""
+    """One episode's world. An object is used for one episode; rewards may read its state afterwards.
 
-    def reset(self) -> str:
-        """Returns the prompt, as text."""
+    A prompt of messages, and the messages that answer, are written by the model's own template. The environment may
+    then have `tools`, the functions that the model may call, as OpenAI's interface describes them.
+    """
+
+    def reset(self) -> str | Messages:
+        """Returns the prompt, as text or as messages."""
         ...
 
-    def step(self, text: str) -> Step:
-        """Takes the model's turn, without its end marker."""
+    def step(self, text: Any) -> Step:
+        """Takes the model's turn: its text without the end marker, or where the prompt was messages, its message."""
         ...
 
 
@@ -43,7 +53,7 @@ class Turn:
         text: The turn, without its end marker.
         tokens: int32, as sampled, the end marker included.
         log_probs: float32, one a token, of the engine that sampled them, after temperature and truncation.
-        observation: The environment's answer; empty after the last turn.
+        observation: The environment's answer, messages as JSON; empty after the last turn.
         observation_tokens: int32; they are read by the model and never carry loss.
     """
 
@@ -61,7 +71,7 @@ class Episode:
     Args:
         task: The task's name.
         problem: The number that `Task.make` got.
-        prompt: The environment's prompt.
+        prompt: The environment's prompt, messages as JSON.
         prompt_tokens: int32; they never carry loss.
         turns: The model's turns with the answers they got.
         environment: The object that was played; rewards read its state.
@@ -95,8 +105,8 @@ class Task:
         name: The name in metrics and on the command line.
         make: Problem number → environment; the same number gives the same problem.
         rewards: Reward functions with their weights.
-        demonstrate: Problem number → the model's turns of a demonstration of mixed quality, in order
-            (tool answers come from the environment), or None where a task has none.
+        demonstrate: Problem number → the model's turns of a demonstration of mixed quality, in order (tool answers
+            come from the environment), or None where a task has none. Turns are texts, or messages where prompts are.
         max_turns: The most turns an episode may take.
         held_out: Problems from this number on are never trained on.
     """
@@ -104,6 +114,6 @@ class Task:
     name: str
     make: Callable[[int], Environment]
     rewards: tuple[tuple[Reward, float], ...]
-    demonstrate: Callable[[int], Sequence[str]] | None = None
+    demonstrate: Callable[[int], Sequence[Any]] | None = None
     max_turns: int = 1
     held_out: int = 1_000_000

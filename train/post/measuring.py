@@ -1,11 +1,15 @@
 """Measures a stage: accuracy and tokens on held-out problems, and how far the indexer's choice has moved."""
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from dsa_jax.mesh_forward import forward_on_mesh
+from dsa_jax.parallel.sharding import shards
 from train.data import Batch
 from train.phases import Params, merge_groups
 from train.post.environment import Episode, Task
@@ -50,17 +54,22 @@ def measure_task(
     return found | {f"part/{name}": float(values[sound].mean()) for name, values in scores.parts.items()}, episodes
 
 
-def selection_overlap(graphdef: nnx.GraphDef, params: Params, start: Params, batch: Batch) -> float | None:
+def selection_overlap(
+    graphdef: nnx.GraphDef, params: Params, start: Params, batch: Batch, mesh: Mesh | None = None
+) -> float | None:
     """Computes the share of the indexer's selection that the indexer of `start` selects too, over the same backbone.
 
     Only queries that reach more than K keys count: the others select all. None where there is none.
     """
-    few = jax.tree.map(lambda x: x[:OVERLAP_ROWS], batch)
+    count = min(OVERLAP_ROWS, len(batch.tokens))
+    split = 1 if mesh is None else shards(mesh, "batch")
+    rows = np.arange(-(-count // split) * split) % count  # a mesh takes whole multiples of its shards
+    few = jax.tree.map(lambda x: np.asarray(x)[rows], batch)
     one, other = (
-        np.asarray(_selected(graphdef, each, few)) for each in (params, {**params, "indexer": start["indexer"]})
+        np.asarray(_selected(graphdef, each, few, mesh)) for each in (params, {**params, "indexer": start["indexer"]})
     )
     k = one.shape[-1]
-    reach = np.asarray(few.stop) - np.asarray(few.start)
+    reach = (few.stop - few.start)[:count]
     queries = np.argwhere(reach > k)
     if not len(queries):
         return None
@@ -69,7 +78,9 @@ def selection_overlap(graphdef: nnx.GraphDef, params: Params, start: Params, bat
     return float(np.mean(shares))
 
 
-def _selected(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Any:
+def _selected(graphdef: nnx.GraphDef, params: Params, batch: Batch, mesh: Mesh | None) -> Any:
     model = merge_groups(graphdef, params)
-    options: dict[str, Any] = dict(return_selected=True, return_indexer_kl=False)
-    return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options).selected
+    options: dict[str, Any] = dict(keys=batch.keys, positions=batch.positions)
+    options |= dict(return_selected=True, return_indexer_kl=False)
+    run = model if mesh is None else functools.partial(forward_on_mesh, model, mesh)
+    return run(batch.tokens, **options).selected

@@ -9,6 +9,8 @@ For a group of G completions o_i of one prompt, with rewards R_i,
     M_i  = 0 where A_i < 0 and mean_t log(π_old / π_θ) > δ  else 1
     KL   = r (ρ - log ρ - 1),  ρ = π_ref / π_θ              unbiased for samples of π_old
 
+A sequence may lie on several shards of a mesh: each computes the part of its tokens, and their sum is the sequence's.
+
 All probabilities are after temperature and truncation. The mask of tokens has those that the model sampled: prompts and
 answers of tools are outside it and carry no loss.
 
@@ -23,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
+
+from dsa_jax.parallel.collectives import shard_index, sum_statistics
 
 MAX_LOG_RATIO = 20.0  # beyond it exp is of no use, and its product with a zero gradient would be NaN
 MIN_DEVIATION = 1e-4  # is added to a group's deviation, as TRL does
@@ -93,7 +97,7 @@ def _is_equal(groups: np.ndarray, taken: np.ndarray) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """Holds each sequence's part of the objective and what is watched of it; each is float32 [B].
+    """Holds each sequence's part of the objective and what is watched of it; each is float32 [B], of this shard.
 
     Attributes:
       losses: 1/|o| Σ_t of the negated bracket; 0 for a sequence without tokens.
@@ -138,8 +142,10 @@ def off_policy_mask(log_ratio: Array, advantages: Array, mask: Array, threshold:
     """
     if threshold is None:
         return jnp.ones(log_ratio.shape[0], jnp.float32)
-    drift = _mean(jax.lax.stop_gradient(-log_ratio), mask)
-    return jnp.where((_mean(advantages, mask) < 0) & (drift > threshold), 0.0, 1.0)
+    drift, advantage = (
+        sum_statistics(_mean(jax.lax.stop_gradient(x), mask), "sequence") for x in (-log_ratio, advantages)
+    )
+    return jnp.where((advantage < 0) & (drift > threshold), 0.0, 1.0)
 
 
 def grpo_terms(
@@ -184,9 +190,16 @@ def grpo_terms(
     clipped = objective < jnp.exp(log_ratio) * by_token
     measured = {"clipped": clipped.astype(jnp.float32), "reference_kl": kl, "log_ratio": jnp.abs(log_ratio)}
     watched = {name: jax.lax.stop_gradient(_mean(x, mask)) for name, x in measured.items()}
-    return Terms(losses=-_mean(bracket, mask), masked=jnp.where(mask.any(axis=1), 1 - kept, 0.0), **watched)
+    return Terms(losses=-_mean(bracket, mask), masked=has_tokens(mask) * (1 - kept), **watched)
+
+
+def has_tokens(mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
+    """Marks the sequences that have a token of the mask by 1; of several shards of a sequence the first alone does."""
+    found = sum_statistics(jnp.sum(mask, axis=1), "sequence") > 0
+    return jnp.where(found & (shard_index("sequence") == 0), 1.0, 0.0)
 
 
 def _mean(values: Array, mask: Array) -> Float[Array, " B"]:
-    """Averages over a sequence's tokens; 0 where it has none."""
-    return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+    """Averages over a sequence's tokens, of which this shard adds its own; 0 where there are none."""
+    count = sum_statistics(jnp.sum(mask, axis=1), "sequence")
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(count, 1)

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
+from dsa_jax.parallel.sharding import describe, shards
 from train.data import Batch, BatchStream
 from train.files import read_json_file, replace_arrays, replace_text
 from train.phases import Params
@@ -54,6 +56,7 @@ class PostTraining:
       command: how a command made it; it is recorded.
       stopping: signals and the clock.
       console: where it says what it does.
+      mesh: the devices on which rollouts and training alternate; one if None. It may be another when a run goes on.
     """
 
     config: PostConfig
@@ -63,6 +66,7 @@ class PostTraining:
     command: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     stopping: Stopping | None = None
     console: Console = dataclasses.field(default_factory=Console)
+    mesh: Mesh | None = None
 
     def run(self, *, resume: bool = False) -> dict[str, dict[str, Any]]:
         """Takes all stages to their ends, and gives what was measured of each.
@@ -88,10 +92,22 @@ class PostTraining:
             raise ValueError(f"stage {first.name} must begin from a checkpoint: give --init")
         for stage in self.config.stages:
             tasks_of(stage, self.tasks)
+            self._check_mesh(stage)
         for stage in self.config.stages:
             if stage.teachers:
                 self._teacher_stages(stage)
         _ = self.text
+
+    def _check_mesh(self, stage: PostStage) -> None:
+        """Checks that the mesh can train a stage and play its episodes."""
+        Run(self.config.run_config(stage), self.folder, mesh=self.mesh)  # which checks the former
+        is_measured = stage.policy is not None or self.config.evaluation_prompts
+        is_dense = stage.run_phases()[-1].phase.attention == "dense"
+        if self.mesh is not None and is_dense and is_measured and shards(self.mesh, "pages") > 1:
+            raise ValueError(
+                f"stage {stage.name} plays episodes with dense attention, which a mesh that splits their sequences "
+                f"cannot, got {describe(dict(self.mesh.shape))}"
+            )
 
     @property
     def text(self) -> TurnText:
@@ -113,7 +129,8 @@ class PostTraining:
             )
         recorded = read_json_file(path, CONFIG_FILE)
         if recorded != here:
-            self._check_changes(recorded.get("post", {}), here["post"])
+            # Read and written again, for a field that is new has its default.
+            self._check_changes(PostConfig.from_json(recorded.get("post")).to_json(), here["post"])
             replace_text(path, json.dumps(here, indent=2) + "\n")
 
     def _check_changes(self, before: dict[str, Any], here: dict[str, Any]) -> None:
@@ -152,7 +169,7 @@ class PostTraining:
 
     def _run(self, stage: PostStage) -> Run:
         init = InitialParams(self.folder / stage.begins, label=stage.begins) if stage.begins else self.init
-        return Run(self.config.run_config(stage), self.folder / stage.name, init)
+        return Run(self.config.run_config(stage), self.folder / stage.name, init, self.mesh)
 
     @contextlib.contextmanager
     def _data(self, stage: PostStage, run: Run) -> Iterator[BatchStream]:
@@ -173,12 +190,12 @@ class PostTraining:
         shapes = stage.phases[0].stages
         if len({(each.batch_size, each.seq_len) for each in shapes}) > 1:
             raise ValueError(f"stage {stage.name} samples its batches: all of its stages must have one shape")
-        reference = make_score(run.graphdef, run.initial_params(), policy) if policy.beta else None
+        reference = make_score(run.graphdef, run.initial_params(), policy, self.mesh) if policy.beta else None
         teachers = {
             task: self._weights(name, policy) for name, tasks in self._teacher_stages(stage).items() for task in tasks
         }
         return PolicyStream(
-            sampler=make_sampler(run.graphdef, self.text, shapes[0].seq_len, policy),
+            sampler=make_sampler(run.graphdef, self.text, shapes[0].seq_len, policy, self.mesh),
             store=store,
             tasks=tasks_of(stage, self.tasks),
             settings=policy,
@@ -209,8 +226,8 @@ class PostTraining:
         return {name: [task for task in tasks if task in wanted] for name, tasks in found.items()}
 
     def _weights(self, name: str, policy: PolicySettings) -> Score:
-        graphdef, like = abstract_params(self.config.model)
-        return make_score(graphdef, load_params(self.folder / name, like), policy)
+        graphdef, like = abstract_params(self.config.model, self.mesh)
+        return make_score(graphdef, load_params(self.folder / name, like), policy, self.mesh)
 
     # Samples
 
@@ -229,8 +246,8 @@ class PostTraining:
 
     def _sample(self, stage: PostStage, source: PostStage, task: Task) -> Samples:
         run, policy = self._run(source), self.config.sampling(source)
-        sampler = make_sampler(run.graphdef, self.text, source.seq_len, policy)
-        sampler.update(load_params(run.folder, abstract_params(self.config.model)[1]))
+        sampler = make_sampler(run.graphdef, self.text, source.seq_len, policy, self.mesh)
+        sampler.update(load_params(run.folder, abstract_params(self.config.model, self.mesh)[1]))
         draw = np.random.default_rng([self.config.seed, 3, list(self.tasks).index(task.name)])
         episodes: list[Episode] = []
         while len(episodes) < stage.samples:
@@ -256,7 +273,7 @@ class PostTraining:
         policy = self.config.sampling(stage)
         if stage.policy is None:
             policy = dataclasses.replace(policy, attention=stage.phases[-1].phase.attention, freeze_indexer=True)
-        sampler = make_sampler(run.graphdef, self.text, stage.seq_len, policy)
+        sampler = make_sampler(run.graphdef, self.text, stage.seq_len, policy, self.mesh)
         found = {}
         for task in {task.name: task for task in tasks_of(stage, self.tasks)}.values():
             path = run.folder / f"measured.{task.name}.json"
@@ -280,7 +297,7 @@ class PostTraining:
             return {}
         with np.load(path) as arrays:
             batch = Batch(**{name: arrays[name] for name in arrays.files})
-        share = selection_overlap(run.graphdef, params, run.initial_params(), batch)
+        share = selection_overlap(run.graphdef, params, run.initial_params(), batch, self.mesh)
         return {} if share is None else {"selection_overlap": share}
 
     def _pause(self) -> None:
@@ -289,10 +306,13 @@ class PostTraining:
             raise StoppedError(0, status)
 
 
-def make_sampler(graphdef: nnx.GraphDef, text: TurnText, seq_len: int, policy: PolicySettings) -> Rollouts:
+def make_sampler(
+    graphdef: nnx.GraphDef, text: TurnText, seq_len: int, policy: PolicySettings, mesh: Mesh | None = None
+) -> Rollouts:
     """Makes what plays episodes by the settings of a policy, and records what it replays."""
     record = Recording(**{name: name in policy.replay for name in REPLAYS})
-    return Rollouts(graphdef, text, seq_len, policy.attention, rows=policy.rollout_rows, record=record)
+    rows = policy.rollout_rows if mesh is None else -(-policy.rollout_rows // shards(mesh, "rows"))
+    return Rollouts(graphdef, text, seq_len, policy.attention, rows=rows, record=record, mesh=mesh)
 
 
 def _save_rows(path: Path, episodes: list[Episode], seq_len: int) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from dsa_jax.inference.sampling import kind_of
 from dsa_jax.inference.turns import Drawn, Taken, Turns, row_settings
 from train.checks import shown
 from train.post.calls import UnansweredError, call_all
+from train.post.chat import Chat
 from train.post.environment import Environment, Episode, Step, Task, Turn, no_tokens
 from train.post.recorded import Recorded, Recording, join_kept, narrow_routes
 
@@ -27,7 +29,10 @@ MAX_ERROR = 300  # characters of what an environment raised
 
 
 class Text(Protocol):
-    """Turns texts into tokens and back; `end_id` ends a turn of the model."""
+    """Turns texts into tokens and back; `end_id` ends a turn of the model.
+
+    Where it has a `chat(messages, tools)` as `TurnText` has, prompts and answers may be messages.
+    """
 
     @property
     def end_id(self) -> int:
@@ -51,6 +56,7 @@ class _Seat:
     task: Task
     index: int  # of the episode, which decides what it draws
     deadline: float
+    chat: Chat | None = None  # of an episode whose prompt is messages
     sequence: int = -1
     unread: np.ndarray = dataclasses.field(default_factory=no_tokens)
     drawn: int = 0  # tokens of the model's
@@ -151,7 +157,7 @@ class Play:
         """Makes environments and asks them for their prompts."""
         begun = time.monotonic()
 
-        def make(task: Task, number: int) -> tuple[Environment, str]:
+        def make(task: Task, number: int) -> tuple[Environment, Any]:
             environment = task.make(number)
             return environment, environment.reset()
 
@@ -162,19 +168,27 @@ class Play:
         ):
             environment, prompt = made if isinstance(made, tuple) else (None, "")
             episode = Episode(
-                task.name, number, prompt, no_tokens(), [], environment, "", version=self.version  # pyright: ignore
+                task.name, number, _written(prompt), no_tokens(), [], environment, "",  # pyright: ignore
+                version=self.version,
             )  # fmt: skip
+            seat = _Seat(episode, task, index, begun + self.draws.seconds)
             if isinstance(made, BaseException):
                 _end_by(episode, made)
             else:
-                self._encode_prompt(episode)
-            seats.append(_Seat(episode, task, index, begun + self.draws.seconds))
+                self._encode_prompt(seat, prompt)
+            seats.append(seat)
         return seats
 
-    def _encode_prompt(self, episode: Episode) -> None:
+    def _encode_prompt(self, seat: _Seat, prompt: Any) -> None:
         """Encodes the prompt; one that leaves no room for a token ends the episode."""
+        episode = seat.episode
         try:
-            episode.prompt_tokens = self._encode("prompt", episode.prompt)
+            if _is_messages(prompt):
+                begin: Any = getattr(self.text, "chat", None)
+                if begin is None:
+                    raise TypeError("prompt must be a text where there is no template, got messages")
+                seat.chat = begin(prompt, getattr(episode.environment, "tools", None))
+            episode.prompt_tokens = self._encode("prompt", prompt if seat.chat is None else seat.chat.prompt())
         except Exception as error:
             _end_by(episode, error)
             return
@@ -287,7 +301,12 @@ class Play:
     def _act(self, places: list[int]) -> None:
         """Has the environments answer."""
         seats = [self._seat(place) for place in places]
-        calls = [lambda seat=seat: seat.episode.environment.step(seat.episode.turns[-1].text) for seat in seats]
+        texts = [seat.episode.turns[-1].text for seat in seats]
+        turns = [text if seat.chat is None else seat.chat.hear(text) for seat, text in zip(seats, texts, strict=True)]
+        calls = [
+            lambda seat=seat, turn=turn: seat.episode.environment.step(turn)
+            for seat, turn in zip(seats, turns, strict=True)
+        ]
         for seat, answer in zip(seats, call_all(calls, [seat.deadline for seat in seats]), strict=True):
             if isinstance(answer, BaseException):
                 _end_by(seat.episode, answer)
@@ -297,7 +316,7 @@ class Play:
     def _answer(self, seat: _Seat, answer: Step) -> None:
         """Appends an environment's answer, or ends the episode."""
         episode = seat.episode
-        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], str):
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], str | list | tuple):
             _end_by(episode, TypeError(f"step must return Step(observation: str, done: bool), got {shown(answer)}"))
             return
         observation, done = answer
@@ -308,7 +327,8 @@ class Play:
             episode.ended = "turns"
             return
         try:
-            tokens = self._encode("observation", observation)
+            said = observation if seat.chat is None else seat.chat.answer(observation)  # pyright: ignore
+            tokens = self._encode("observation", said)
         except Exception as error:
             _end_by(episode, error)
             return
@@ -317,7 +337,7 @@ class Play:
             episode.ended = "tokens" if self.draws.most - seat.used <= self.seq_len - seat.length else "full"
             return
         turn = episode.turns[-1]
-        turn.observation, turn.observation_tokens = observation, tokens
+        turn.observation, turn.observation_tokens = _written(observation), tokens
         seat.unread = np.concatenate([turn.tokens[-1:], tokens])
         seat.used += len(tokens)
         seat.kept += [None] * len(tokens)
@@ -350,10 +370,14 @@ class Play:
         return Recorded(None if routes is None else narrow_routes(routes), selections, *kept)
 
     def _encode(self, name: str, value: Any) -> np.ndarray:
-        """Encodes what an environment says; raises TypeError or ValueError for no text, or ids that the model lacks."""
-        if not isinstance(value, str):
+        """Encodes what an environment says; raises TypeError or ValueError for no text, or ids that the model lacks.
+
+        What a template has written is tokens already.
+        """
+        if not isinstance(value, str | np.ndarray):
             raise TypeError(f"{name} must be a text, got {shown(value)}")
-        tokens, vocab = np.asarray(self.text.encode(value), np.int32), self.turns.runner.config.vocab_size
+        tokens = np.asarray(self.text.encode(value) if isinstance(value, str) else value, np.int32)
+        vocab = self.turns.runner.config.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
             raise ValueError(f"{name} must have tokens in [0, {vocab}), got {tokens.min()} … {tokens.max()}")
         return tokens
@@ -370,6 +394,15 @@ class Play:
 
     def _shard(self, place: int) -> int:
         return place * self.cache.row_shards // len(self.seats)
+
+
+def _is_messages(said: Any) -> bool:
+    return isinstance(said, list | tuple)
+
+
+def _written(said: Any) -> str:
+    """Writes what an environment says for readers: a text as it is, messages as JSON."""
+    return json.dumps(said, ensure_ascii=False, default=str) if _is_messages(said) else said
 
 
 def _end_by(episode: Episode, error: BaseException) -> None:

@@ -11,7 +11,7 @@ from dsa_jax import Output, Transformer
 from train.checks import check_integer, check_number, shown
 from train.data import Batch
 from train.losses import Loss, log_probabilities
-from train.post.objective import Terms, grpo_terms
+from train.post.objective import Terms, grpo_terms, has_tokens
 
 REPLAYS = ("routes", "kept", "selections")
 COUNTS = ("num_generations", "max_completion_length", "num_iterations", "steps_per_generation", "rollout_rows")
@@ -197,7 +197,7 @@ class PolicyLoss(Loss):
 
 def _count_episodes(batch: Batch) -> Array:
     """Counts the rows that have a token of the model's."""
-    return jnp.sum(jnp.any(batch.valid, axis=1))
+    return jnp.sum(has_tokens(batch.valid))
 
 
 def _no_total(model: Transformer, output: Output, batch: Batch) -> Array:

@@ -12,7 +12,7 @@ from train.optimizer import OptimizerSettings
 from train.phases import BASE, DISTILL, MIXED, ON_POLICY, SPARSE, SPECIALIST, WARMUP, Phase
 from train.post.environment import Task
 from train.post.policy import PolicySettings
-from train.post.stages import PostConfig, PostStage
+from train.post.stages import DENSE, FREE, PostConfig, PostStage
 from train.settings import PhaseSettings, Stage, as_json
 
 
@@ -48,6 +48,9 @@ def _policy_stage(
 
 TINY_TOKENS, TINY_K = 96, 16
 TINY_TASKS = ("arithmetic", "search")
+TINY_ROWS = Stage(30, 96, TINY_TOKENS)
+TINY_POLICY = PolicySettings(8, max_completion_length=64, off_policy_mask_threshold=0.5, rollout_rows=96)
+UNPENALISED = f"arithmetic{FREE}"
 
 
 def tiny_model() -> Config:
@@ -59,8 +62,7 @@ def tiny_model() -> Config:
 
 def tiny() -> PostConfig:
     """Makes the recipe of `make post`: a cold start, two specialists, distillation, a mix."""
-    policy = PolicySettings(8, max_completion_length=64, off_policy_mask_threshold=0.5, rollout_rows=96)
-    dense = dataclasses.replace(policy, attention="dense", freeze_indexer=True)
+    policy = TINY_POLICY
     matrices = _adamw(4e-3, muon_learning_rate=0.02, schedule="cosine")
     cosine = _adamw(1e-3, schedule="cosine")
     cold = (
@@ -71,8 +73,7 @@ def tiny() -> PostConfig:
         ),
     )
     learnt = PhaseSettings(DISTILL, (Stage(24, 32, TINY_TOKENS),), backbone=cosine, indexer=cosine, bias_rate=1e-3)
-    rows = Stage(30, 96, TINY_TOKENS)
-    names = TINY_TASKS
+    rows, names = TINY_ROWS, TINY_TASKS
     return PostConfig(
         model=tiny_model(),
         stages=(
@@ -81,11 +82,22 @@ def tiny() -> PostConfig:
             _policy_stage("search", SPECIALIST, "cold-start", rows, policy, tasks=names[1:], rate=1e-3),
             PostStage("distilled", (learnt,), begins="cold-start", tasks=names, samples_of=names, samples=192),
             _policy_stage("mixed", MIXED, "distilled", rows, policy, tasks=names, rate=5e-4),
-            _policy_stage("search-dense", SPECIALIST, "cold-start", rows, dense, tasks=names[1:], rate=1e-3),
         ),
         evaluation_prompts=192,
         checkpoint_every=10,
     )
+
+
+def controls() -> PostConfig:
+    """Makes `tiny` and what it is compared with: dense attention, no length penalty, on-policy distillation."""
+    dense = dataclasses.replace(TINY_POLICY, attention="dense", freeze_indexer=True)
+    free = (UNPENALISED,)
+    others = (
+        _policy_stage(f"search{DENSE}", SPECIALIST, "cold-start", TINY_ROWS, dense, tasks=("search",), rate=1e-3),
+        _policy_stage(UNPENALISED, SPECIALIST, "cold-start", TINY_ROWS, TINY_POLICY, tasks=free, rate=5e-4),
+        _on_policy_stage("on-policy", "cold-start", TINY_ROWS, TINY_POLICY, rate=5e-4, teachers=TINY_TASKS),
+    )
+    return dataclasses.replace(made := tiny(), stages=(*made.stages, *others))
 
 
 def tiny_tasks() -> dict[str, Task]:
@@ -93,6 +105,14 @@ def tiny_tasks() -> dict[str, Task]:
     from train.post.environments import make_tasks
 
     return {task.name: task for task in make_tasks("tiny", TINY_TASKS)}
+
+
+def controls_tasks() -> dict[str, Task]:
+    """Makes the tasks of `controls`: those of `tiny`, and arithmetic whose reward does not count tokens."""
+    from train.post.environments import make_tasks
+
+    (free,) = make_tasks("tiny", ("arithmetic",), penalty=False)
+    return tiny_tasks() | {UNPENALISED: dataclasses.replace(free, name=UNPENALISED)}
 
 
 # On one GPU: sizes chosen for at most 30 minutes of an H200 a seed, in pieces by --stop-after and --resume
@@ -206,7 +226,12 @@ def grpo() -> PostConfig:
     )
 
 
-PRESETS = {"tiny": Preset(tiny, tiny_tasks), "post": Preset(post, gpu_tasks), "grpo": Preset(grpo)}
+PRESETS = {
+    "tiny": Preset(tiny, tiny_tasks),
+    "controls": Preset(controls, controls_tasks),
+    "post": Preset(post, gpu_tasks),
+    "grpo": Preset(grpo),
+}
 
 
 def load_preset(name: str, model: Config | None = None) -> PostConfig:

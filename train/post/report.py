@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from train.files import read_json_file, replace_text, writing
 from train.phases import DISTILL, MIXED, ON_POLICY, SPECIALIST
 from train.post.pipeline import MEASURED_FILE
-from train.post.stages import PostConfig, PostStage
+from train.post.stages import DENSE, FREE, PostConfig, PostStage
 from train.reporting.figures import hide_frame
 from train.reporting.report import DPI, duration, markdown_table
 from train.reporting.results import read_curves
 from train.watching.metrics import read_metrics
 
-DENSE = "-dense"  # ends the name of a stage that is the dense control of another
 SMOOTHED = 5  # steps whose mean a curve shows
 WATCHED = ("kl", "masked_share", "clipped_share", "log_ratio", "equal_groups", "dropped_episodes")
 
@@ -122,9 +121,10 @@ def markdown(
 def verdicts(config: PostConfig, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Says how stages compare with those that they began with, specialists and dense controls; losses come first."""
     found: list[tuple[bool, str]] = []
-    tasks = {name: values["tasks"] for name, values in measured.items()}
-    trained = [s for s in config.stages if s.phases[0].name == SPECIALIST.name and not s.name.endswith(DENSE)]
+    tasks = {name: _by_task(values) for name, values in measured.items()}
+    trained = [s for s in config.stages if s.phases[0].name == SPECIALIST.name and not s.name.endswith((DENSE, FREE))]
     specialists = {name: stage.name for stage in trained for name in stage.tasks}
+    mixed = [stage.name for stage in config.stages if stage.phases[0].name == MIXED.name]
     for stage in config.stages:
         for name, numbers in tasks.get(stage.name, {}).items():
             if stage.policy is not None:
@@ -132,8 +132,11 @@ def verdicts(config: PostConfig, measured: Mapping[str, Mapping[str, Any]]) -> l
             learns = stage.phases[0].name in (DISTILL.name, MIXED.name, ON_POLICY.name)
             if learns and name in specialists:
                 found.append(_compare(f"{stage.name}: {name}", numbers, specialists[name], tasks))
-            if stage.policy is not None and f"{stage.name}{DENSE}" in tasks:
-                found.append(_compare(f"{stage.name}, sparse: {name}", numbers, f"{stage.name}{DENSE}", tasks))
+            if stage.phases[0].name == ON_POLICY.name:
+                found += [_compare(f"{stage.name}: {name}", numbers, other, tasks) for other in mixed]
+            for end, kind in ((DENSE, "sparse"), (FREE, "with the length penalty")):
+                if stage.policy is not None and f"{stage.name}{end}" in tasks:
+                    found.append(_compare(f"{stage.name}, {kind}: {name}", numbers, f"{stage.name}{end}", tasks))
     known = [each for each in found if each[1]]
     return [f"- {'' if good else '**Below**: '}{text}." for good, text in sorted(known, key=lambda each: each[0])]
 
@@ -153,11 +156,17 @@ def _compare(
     return gain >= -noise, f"{right}, at {numbers['output_tokens']:.1f} output tokens ({before['output_tokens']:.1f})"
 
 
+def _by_task(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes what was measured of a stage by task; a task without its penalty stands under the task's own name."""
+    return {name.removesuffix(FREE): numbers for name, numbers in values["tasks"].items()}
+
+
 def _table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    tasks = list(dict.fromkeys(name for stage in measured.values() for name in stage["tasks"]))
+    found = {stage: _by_task(values) for stage, values in measured.items()}
+    tasks = list(dict.fromkeys(name for each in found.values() for name in each))
     rows = []
-    for stage, values in measured.items():
-        cells = [_cell(values["tasks"].get(task)) for task in tasks]
+    for stage, numbers in found.items():
+        cells = [_cell(numbers.get(task)) for task in tasks]
         rows.append((stage, *cells))
     return markdown_table(("stage", *tasks), rows)
 

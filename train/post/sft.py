@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,16 +42,20 @@ def demonstration(tasks: Sequence[Task], text: TurnText, seed: int, number: int)
 def _played(task: Task, problem: int, text: TurnText) -> Document:
     assert task.demonstrate is not None
     environment = task.make(problem)
-    parts, learnt = [text.encode(environment.reset())], [False]
+    prompt = environment.reset()
+    chat = None if isinstance(prompt, str) else text.chat(prompt, getattr(environment, "tools", None))
+    encode: Any = text.encode if chat is None else chat.answer
+    parts, learnt = [encode(prompt) if chat is None else chat.prompt()], [False]
     done, turns = False, list(task.demonstrate(problem))
     for number, turn in enumerate(turns):
         if done:
             raise ValueError(f"the environment ended before turn {number + 1} of {len(turns)}")
-        parts.append(text.encode_turn(turn))
-        observation, done = environment.step(turn)
+        tokens, said = (text.encode_turn(turn), turn) if chat is None else chat.say(turn)
+        parts.append(tokens)
+        observation, done = environment.step(said)
         learnt.append(True)
         if not done and number + 1 < len(turns):
-            parts.append(text.encode(observation))
+            parts.append(encode(observation))
             learnt.append(False)
     return np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts])
 

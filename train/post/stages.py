@@ -16,6 +16,10 @@ from train.settings import PhaseSettings, RunConfig, as_json, read_json
 
 KEPT_SAMPLES = ("all", "best")
 
+# What ends the name of a stage that is the control of another: with dense attention, and without a length penalty. The
+# task of the latter has the same name, for its rewards are others.
+DENSE, FREE = "-dense", "-free"
+
 
 @dataclasses.dataclass(frozen=True)
 class PostStage:

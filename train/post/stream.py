@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from dsa_jax.parallel.sharding import parameter_specs, place_batch, shards, spec, zigzag_order
 from train.data import Batch, Replay
 from train.losses import log_probabilities
 from train.phases import Params, merge_groups, run_model
@@ -188,20 +190,37 @@ def output_tokens(episode: Episode) -> int:
     return sum(len(turn.tokens) for turn in episode.turns)
 
 
-def make_score(graphdef: nnx.GraphDef, params: Params, settings: PolicySettings) -> Score:
-    """Makes what scores batches with weights that stay: a reference, or a teacher."""
-    run = _scoring(graphdef, settings.attention, settings.temperature)
-    return lambda batch: np.asarray(run(params, batch))
+def make_score(graphdef: nnx.GraphDef, params: Params, settings: PolicySettings, mesh: Mesh | None = None) -> Score:
+    """Makes what scores batches with weights that stay, on a mesh if they are there: a reference, or a teacher."""
+    run = _scoring(graphdef, settings.attention, settings.temperature, mesh)
+    if mesh is None:
+        return lambda batch: np.asarray(run(params, batch))
+    return lambda batch: _in_natural_order(run(params, place_batch(batch, mesh)), mesh)
+
+
+def _in_natural_order(values: jax.Array, mesh: Mesh) -> np.ndarray:
+    order = zigzag_order(values.shape[1], shards(mesh, "sequence"))
+    return np.asarray(values)[:, np.argsort(order)]
 
 
 @functools.lru_cache(maxsize=8)
-def _scoring(graphdef: nnx.GraphDef, attention: Any, temperature: float) -> Callable[[Params, Batch], jax.Array]:
+def _scoring(
+    graphdef: nnx.GraphDef, attention: Any, temperature: float, mesh: Mesh | None
+) -> Callable[[Params, Batch], jax.Array]:
     def run(params: Params, batch: Batch) -> jax.Array:
         model = merge_groups(graphdef, params)
         output = run_model(model, batch, attention=attention)
         return log_probabilities(model, output, batch, temperature=temperature)
 
-    return jax.jit(run)
+    if mesh is None:
+        return jax.jit(run)
+    token = spec("batch", "sequence")
+
+    def on_shards(params: Params, batch: Batch) -> jax.Array:
+        specs = parameter_specs(params), token
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=token, check_vma=False)(params, batch)
+
+    return jax.jit(on_shards)
 
 
 def _batch(arrays: dict[str, np.ndarray]) -> Batch:

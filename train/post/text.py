@@ -4,13 +4,15 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from dsa_jax.chat import ChatTemplate
 from dsa_jax.inference.tokenizer import byte_tokenizer, find_tokenizer
 from train.checks import shown
+from train.post.chat import Chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class TurnText:
     Args:
       tokenizer: whose ids the model knows.
       end_of_turn: the text that ends a turn of the model; one token.
+      folder: of the tokenizer, in which the template of conversations is looked for; None: there is none.
 
     Raises:
       ValueError: if the end of a turn is not one token.
@@ -27,6 +30,7 @@ class TurnText:
 
     tokenizer: Tokenizer
     end_of_turn: str
+    folder: Path | None = None
 
     def __post_init__(self):
         if len(self._ids(self.end_of_turn)) != 1:
@@ -45,7 +49,7 @@ class TurnText:
         if not path.is_file():
             raise ValueError(f"tokenizer must be a tokenizer.json, got {path}")
         tokenizer = find_tokenizer(path.parent, vocab_size) if path.name == "tokenizer.json" else None
-        return cls(tokenizer or Tokenizer.from_file(str(path)), end_of_turn)
+        return cls(tokenizer or Tokenizer.from_file(str(path)), end_of_turn, path.parent)
 
     @property
     def end_id(self) -> int:
@@ -63,6 +67,21 @@ class TurnText:
     def encode_turn(self, text: str) -> np.ndarray:
         """Encodes a turn of the model with its end."""
         return np.asarray([*self._ids(text), self.end_id], np.int32)
+
+    def chat(self, messages: Any, tools: Any = None) -> Chat:
+        """Begins a conversation by the template of the model.
+
+        Raises:
+          ValueError: if there is no template, or it cannot write these messages.
+        """
+        if self.template is None:
+            raise ValueError("prompts that are messages need the model's template: give --tokenizer, or --init")
+        return Chat(self.template, self.end_id, messages, tools)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """The template of conversations, None without a tokenizer of a model."""
+        return None if self.folder is None else ChatTemplate.of(self.folder, self.tokenizer)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decodes a turn, without the end if it has one."""

@@ -1,11 +1,15 @@
 """The objective against its equations in float64 NumPy, and the properties that it must have."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sharded_cases import mesh_of
 
-from train.post.objective import equal_groups, group_advantages, grpo_terms, unbiased_kl
+from dsa_jax.parallel.collectives import sum_statistics
+from dsa_jax.parallel.sharding import spec
+from train.post.objective import equal_groups, group_advantages, grpo_terms, has_tokens, unbiased_kl
 
 ROWS, LENGTH = 6, 9
 SETTINGS = dict(epsilon=0.2, epsilon_high=0.3, beta=0.05, off_policy_mask_threshold=0.1)
@@ -172,3 +176,24 @@ def test_what_is_not_counted_is_in_no_mean():
 def test_rewards_that_cannot_be(rewards, size, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, size)
+
+
+def test_shards_of_a_sequence_have_parts_of_it():
+    """Two shards of the tokens; masks, means and counts are those of whole sequences, and so is the gradient."""
+    arguments = [jnp.asarray(np.pad(x, [(0, 0), (0, 1)]) if x.ndim > 1 else x) for x in case(0)]
+    settings = SETTINGS | {"off_policy_mask_threshold": 0.0}
+    mesh, token = mesh_of("context=2"), spec("batch", "sequence")
+
+    def parts(new, old, ref, advantages, mask):
+        def total(new):
+            terms = grpo_terms(new, old, ref, advantages, mask, **settings)
+            return jnp.sum(terms.losses), terms
+
+        gradient, terms = jax.grad(total, has_aux=True)(new)
+        return sum_statistics((terms, has_tokens(mask)), "sequence"), gradient
+
+    specs = (token, token, token, spec("batch"), token)
+    spread = jax.shard_map(parts, mesh=mesh, in_specs=specs, out_specs=(spec("batch"), token), check_vma=False)
+    alone = jax.jit(parts)(*arguments)
+    chex.assert_trees_all_close(jax.jit(spread)(*arguments), alone, atol=1e-6)
+    assert 0 < alone[0][0].masked.sum() < ROWS and alone[0][1].tolist() == [1.0] * (ROWS - 1) + [0.0]

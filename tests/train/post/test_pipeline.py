@@ -13,6 +13,7 @@ import chex
 import jax
 import pytest
 from rich.console import Console
+from sharded_cases import mesh_of
 from stage_cases import (
     POLICY,
     copy_task,
@@ -42,6 +43,9 @@ sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
 from stage_cases import tasks
 TASKS = list(tasks().values())
 """
+
+
+ONE_LAYER = post_model(num_hidden_layers=1, first_k_dense_replace=0)  # compiles in half the time
 
 
 def train(folder, *stages, resume=False, stopping=None, **changes):
@@ -87,6 +91,11 @@ def test_what_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="task twice of stage on must have one teacher, got none"):
         train(tmp_path / "b", start_stage(), policy_stage(), learner)
     assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="stage start plays episodes with dense attention, .* got data=1,context=2"):
+        PostTraining(
+            post_config(start_stage(dense_alone=True)), tmp_path / "c", tasks(), mesh=mesh_of("context=2")
+        ).run()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -131,8 +140,9 @@ def test_steps_of_a_stage():
         ((), "give --preset, or --resume"),
         (("--preset", "grpo"), "preset grpo has no tasks of its own: give --task"),
         (("--preset", "tiny", "--stop-after", "soon"), "stop-after must be a duration"),
+        (("--preset", "tiny", "--mesh", "rows=2"), "mesh"),
     ],
-    ids=["preset", "nothing", "no tasks", "time"],
+    ids=["preset", "nothing", "no tasks", "time", "mesh"],
 )
 def test_the_command_refuses_with_one_line(tmp_path, capsys, arguments, message):
     assert main(["post", "--out", str(tmp_path / "out"), *arguments]) == 2
@@ -141,14 +151,41 @@ def test_the_command_refuses_with_one_line(tmp_path, capsys, arguments, message)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
 def test_the_whole_and_its_successor(tmp_path):
     """Cold start, specialist, distillation, mix; and on-policy distillation from the same start."""
     learner = policy_stage("on-policy", ON_POLICY, "start", tasks=("copy",), teachers=("specialist",))
-    found = train(tmp_path, *whole_stages(), learner)
+    stages = start_stage(dense_alone=True), *whole_stages()[1:], learner
+    found = train(tmp_path, *stages, model=ONE_LAYER)
     assert list(found) == ["start", "specialist", "distilled", "mixed", "on-policy"]
-    assert load_model(tmp_path / "mixed").config == post_model()
+    assert load_model(tmp_path / "mixed").config == ONE_LAYER
     lines = read_metrics(tmp_path / "on-policy" / "metrics.jsonl")
     assert all(line["grad_norm_backbone"] > 0 for line in lines)  # teachers differ where rewards are all equal
+
+
+def variety_of_letters(episodes) -> list[float]:
+    return [len(set(episode.turns[0].text)) / 12 for episode in episodes]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
+def test_it_trains_and_samples_on_a_mesh_as_on_one_device(tmp_path):
+    """Rows and tokens over shards; two updates a rollout, so that ratios are not 1, and a reference."""
+    policy = dataclasses.replace(POLICY, steps_per_generation=2, beta=0.1, off_policy_mask_threshold=1e-3)
+    stages = start_stage(2, dense_alone=True), policy_stage(steps=2, policy=policy)
+    variety = {"copy": copy_task(rewards=((variety_of_letters, 1.0),))}
+    found = {}
+    for name, mesh in (("one", None), ("mesh", mesh_of("data=2,expert=2"))):
+        config = post_config(*stages, model=ONE_LAYER)
+        measured = PostTraining(config, tmp_path / name, variety, console=Console(quiet=True), mesh=mesh).run()
+        found[name] = measured["specialist"], read_metrics(tmp_path / name / "specialist" / "metrics.jsonl")
+    (alone, one), (spread, other) = found["one"], found["mesh"]
+    for a, b in zip(one, other, strict=True):
+        for part in ("policy_loss", "kl", "tokens", "log_ratio", "masked_share", "reference_kl", "grad_norm_backbone"):
+            assert a[part] == pytest.approx(b[part], rel=1e-3, abs=1e-6), (a["step"], part)
+    assert one[1]["log_ratio"] > 1e-5 and one[1]["grad_norm_backbone"] > 0
+    assert spread["tasks"]["copy"]["reward"] == alone["tasks"]["copy"]["reward"]
+    assert spread["selection_overlap"] == pytest.approx(alone["selection_overlap"], abs=0.02)
 
 
 @pytest.mark.slow
@@ -165,8 +202,7 @@ def test_a_policy_learns_what_is_rewarded(tmp_path):
         start_stage(80, rows=16, rate=1e-2, dense_alone=True),
         policy_stage(steps=20, rows=64, rate=3e-3, policy=policy),
     )
-    model = post_model(num_hidden_layers=1, first_k_dense_replace=0)
-    config = post_config(*stages, model=model, evaluation_prompts=64, checkpoint_every=80)
+    config = post_config(*stages, model=ONE_LAYER, evaluation_prompts=64, checkpoint_every=80)
     found = PostTraining(config, tmp_path, half, console=Console(quiet=True)).run()
     before, after = (found[name]["tasks"]["copy"]["correct"] for name in ("start", "specialist"))
     assert before < 0.75 and after > 0.85, (before, after)
@@ -177,7 +213,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     """Runs the command in a process that is killed again and again, and compares with a run that was left alone."""
     policy = dataclasses.replace(POLICY, steps_per_generation=2)
     stages = start_stage(1, dense_alone=True), policy_stage(steps=6, policy=policy)
-    config = post_config(*stages, evaluation_prompts=0, checkpoint_every=2)
+    config = post_config(*stages, model=ONE_LAYER, evaluation_prompts=0, checkpoint_every=2)
     (tmp_path / "small.json").write_text(json.dumps(config.to_json()))
     (tmp_path / "my_task.py").write_text(TASK_FILE)
     options = ["--preset", str(tmp_path / "small.json"), "--task", str(tmp_path / "my_task.py"), "--resume"]
@@ -191,7 +227,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()
     killed, metrics = 0, tmp_path / "killed" / "specialist" / "metrics.jsonl"
-    for lines in (1, 3, 5):
+    for lines in (1, 4):
         process = start(tmp_path / "killed")
         began = time.monotonic()
         while process.poll() is None and time.monotonic() - began < 300:
@@ -201,7 +237,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
                 break
             time.sleep(0.02)
         process.wait()
-    assert killed >= 2
+    assert killed == 2
     last = start(tmp_path / "killed")
     assert last.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()
     one, other = (read_metrics(tmp_path / name / "specialist" / "metrics.jsonl") for name in ("whole", "killed"))
@@ -209,6 +245,6 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     for a, b in zip(one, other, strict=True):
         for name in ("policy_loss", "kl", "tokens", "log_ratio"):
             assert a[name] == pytest.approx(b[name], abs=1e-6), (a["step"], name)
-    like = abstract_params(post_model())[1]
+    like = abstract_params(ONE_LAYER)[1]
     states = [load_params(tmp_path / name / "specialist", like) for name in ("whole", "killed")]
     chex.assert_trees_all_close(*states, atol=1e-6)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from stage_cases import policy_stage, post_config, start_stage, whole_stages
 
-from train.post.report import curves_figure, smoothed, verdicts, write_report
+from train.phases import ON_POLICY
+from train.post.report import curves_figure, markdown, smoothed, verdicts, write_report
 
 
 def numbers(correct, tokens=10.0, interval=0.05):
@@ -35,6 +36,26 @@ def test_a_dense_control_is_compared_with_its_stage():
         "specialist, sparse: copy 0.500, within the intervals" in line
         for line in verdicts(post_config(*stages), measured)
     )
+
+
+def test_a_control_without_the_penalty_is_compared_on_the_same_task():
+    stages = start_stage(), policy_stage(), policy_stage("specialist-free", tasks=("copy-free",))
+    measured = {
+        "specialist": {"tasks": {"copy": numbers(0.9, 8.0)}},
+        "specialist-free": {"tasks": {"copy-free": numbers(0.92, 12.0)}},
+    }
+    line = "- specialist, with the length penalty: copy 0.900, within the intervals of specialist-free (0.920), "
+    assert f"{line}at 8.0 output tokens (12.0)." in verdicts(post_config(*stages), measured)
+    text = markdown(post_config(*stages), measured, {}, {}, None)
+    assert "| stage | copy |" in text and "| specialist-free | 0.920 ± 0.050, 12.0 tokens |" in text
+
+
+def test_on_policy_distillation_is_compared_with_the_mix():
+    learner = policy_stage("on", ON_POLICY, tasks=("copy",), teachers=("specialist",))
+    measured = {"mixed": {"tasks": {"copy": numbers(0.9)}}, "on": {"tasks": {"copy": numbers(0.7)}}}
+    assert verdicts(post_config(*whole_stages(), learner), measured) == [
+        "- **Below**: on: copy 0.700, below mixed (0.900), at 10.0 output tokens (10.0)."
+    ]
 
 
 def test_curves_are_means_of_five_steps():

@@ -7,16 +7,14 @@ than the most, so that an operation always stands at the same distance before it
 writes digits as letters: `aai` is `a08`.
 """
 
-import functools
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.checks import check_integer
 from train.post.environment import Task
 from train.post.environments.letters import check_letters, values_after
-from train.post.environments.problems import Grade, OneAnswer, check_range, chosen, draw
+from train.post.environments.problems import Grade, OneAnswer, check_range, chosen, make_task
 from train.post.rewards import LengthPenalty, language
 
 NAME = "arithmetic"
@@ -117,13 +115,5 @@ def arithmetic(size: ArithmeticSize = TINY, *, alpha: float = 0.2) -> Task:
       size: How hard it is.
       alpha: The share that the length penalty takes from a right answer of `size.length` tokens; 0 for none.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Sums:
-        return draw(NAME, number, lambda state: make_sums(size, state))
-
-    def demonstration(number: int) -> Sequence[str]:
-        return demonstrate(problem(number), random.Random(f"{NAME} demonstration {number}"))
-
     rewards = ((LengthPenalty(alpha=alpha, tokens=size.length), 1.0), (language, 0.1))
-    return Task(NAME, lambda number: OneAnswer(problem(number)), rewards, demonstration)
+    return make_task(NAME, lambda state: make_sums(size, state), OneAnswer, demonstrate, rewards)

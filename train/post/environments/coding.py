@@ -13,16 +13,15 @@ An unknown call is answered by an error and the episode goes on; nothing counts 
 that it is done, and then it is tested on inputs that no answer showed.
 """
 
-import functools
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from train.checks import check_integer, shown
-from train.post.environment import Environment, Step, Task
+from train.post.environment import Step, Task
 from train.post.environments.language import run
-from train.post.environments.problems import check_range, chosen, draw
+from train.post.environments.problems import check_range, chosen, make_task
 from train.post.environments.recipes import (
     INPUTS,
     Instruction,
@@ -254,6 +253,16 @@ def demonstrate_function(problem: Repair, state: random.Random) -> list[str]:
     return [*turns, *([] if kind == "often" else ["test"]), "done"]
 
 
+def open_file(problem: Digits | Repair) -> DigitsFile | FunctionFile:
+    """Makes the environment of a problem."""
+    return DigitsFile(problem) if isinstance(problem, Digits) else FunctionFile(problem)
+
+
+def demonstrate(problem: Digits | Repair, state: random.Random) -> list[str]:
+    """Writes the turns of a demonstration."""
+    return demonstrate_digits(problem, state) if isinstance(problem, Digits) else demonstrate_function(problem, state)
+
+
 def coding(size: CodingSize = TINY, *, alpha: float = 0.1) -> Task:
     """Makes the task.
 
@@ -261,18 +270,6 @@ def coding(size: CodingSize = TINY, *, alpha: float = 0.1) -> Task:
       size: How hard it is.
       alpha: The share that the length penalty takes from a right episode of `size.length` tokens; 0 for none.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Digits | Repair:
-        return draw(NAME, number, lambda state: make_coding(size, state), good=shows_its_bug)
-
-    def make(number: int) -> Environment:
-        made = problem(number)
-        return DigitsFile(made) if isinstance(made, Digits) else FunctionFile(made)
-
-    def demonstration(number: int) -> Sequence[str]:
-        made, state = problem(number), random.Random(f"{NAME} demonstration {number}")
-        return demonstrate_digits(made, state) if isinstance(made, Digits) else demonstrate_function(made, state)
-
     rewards = ((LengthPenalty(alpha=alpha, tokens=size.length), 1.0),)
-    return Task(NAME, make, rewards, demonstration, max_turns=size.max_turns)
+    make = lambda state: make_coding(size, state)  # noqa: E731
+    return make_task(NAME, make, open_file, demonstrate, rewards, max_turns=size.max_turns, good=shows_its_bug)

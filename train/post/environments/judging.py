@@ -6,13 +6,11 @@
 It is none of the seven tasks: it goes beside `writing` into a cold start.
 """
 
-import functools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.post.environment import Task
-from train.post.environments.problems import Grade, OneAnswer, draw
+from train.post.environments.problems import Grade, OneAnswer, make_task
 from train.post.environments.rubric import Criterion
 from train.post.environments.writing import TINY, Word, WritingSize, make_writing
 from train.post.judge import short_question
@@ -62,12 +60,5 @@ def judging(size: WritingSize = TINY) -> Task:
     """
     if size.kind != "word":
         raise ValueError(f"kind of what is judged must be word, got {size.kind}")
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Judged:
-        return draw(NAME, number, lambda state: make_judged(size, state))
-
-    def demonstration(number: int) -> Sequence[str]:
-        return [problem(number).answer]
-
-    return Task(NAME, lambda number: OneAnswer(problem(number)), ((outcome, 1.0),), demonstration)
+    demonstrate = lambda made, state: [made.answer]  # noqa: E731
+    return make_task(NAME, lambda state: make_judged(size, state), OneAnswer, demonstrate, ((outcome, 1.0),))

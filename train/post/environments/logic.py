@@ -7,14 +7,12 @@ Every step of a chain is as wide as the swap that it comes from. A prompt has em
 than the most, so that a swap always stands at the same distance before its step.
 """
 
-import functools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.checks import check_integer, shown
 from train.post.environment import Task
-from train.post.environments.problems import Grade, OneAnswer, check_range, chosen, draw
+from train.post.environments.problems import Grade, OneAnswer, check_range, chosen, make_task
 from train.post.rewards import LengthPenalty
 
 NAME = "logic"
@@ -159,13 +157,5 @@ def logic(size: LogicSize = TINY, *, alpha: float = 0.2) -> Task:
       size: How hard it is.
       alpha: The share that the length penalty takes from a right answer of `size.length` tokens; 0 for none.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Cups | Order:
-        return draw(NAME, number, lambda state: make_puzzle(size, state))
-
-    def demonstration(number: int) -> Sequence[str]:
-        return demonstrate(problem(number), random.Random(f"{NAME} demonstration {number}"))
-
     rewards = ((LengthPenalty(alpha=alpha, tokens=size.length), 1.0),)
-    return Task(NAME, lambda number: OneAnswer(problem(number)), rewards, demonstration)
+    return make_task(NAME, lambda state: make_puzzle(size, state), OneAnswer, demonstrate, rewards)

@@ -1,5 +1,6 @@
 """Problems by number: what one number draws, and that no problem is both trained on and held out."""
 
+import functools
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from train.checks import check_integer, shown
-from train.post.environment import Step
+from train.post.environment import Environment, Reward, Step, Task
 
 HELD_OUT = 1_000_000  # the first number that is held out
 HELD_SHARE = 8  # one problem of so many is held out, by a hash of all that it consists of
@@ -108,3 +109,34 @@ class OneAnswer:
         """Grades the answer and ends."""
         self.outcome, self.language = self.problem.grade(text)
         return Step("", True)
+
+
+def make_task[P](
+    name: str,
+    make: Callable[[random.Random], P | None],
+    world: Callable[[P], Environment],
+    demonstrate: Callable[[P, random.Random], Sequence[str]],
+    rewards: tuple[tuple[Reward, float], ...],
+    *,
+    max_turns: int = 1,
+    good: Callable[[P], bool] = lambda made: True,
+) -> Task:
+    """Makes the task of a family of problems.
+
+    Args:
+      name: The name of the task and of its draws.
+      make, good: As `draw` takes them.
+      world: A problem → its environment.
+      demonstrate: A problem and a random state → the turns of a demonstration.
+      rewards: With their weights.
+      max_turns: The most turns of an episode.
+    """
+
+    @functools.lru_cache(1_024)  # a group plays one problem
+    def problem(number: int) -> P:
+        return draw(name, number, make, good=good)
+
+    def demonstration(number: int) -> Sequence[str]:
+        return demonstrate(problem(number), random.Random(f"{name} demonstration {number}"))
+
+    return Task(name, lambda number: world(problem(number)), rewards, demonstration, max_turns=max_turns)

@@ -7,16 +7,14 @@ The letters are run, not their notes: a program is right if it reaches the value
 the recipe does for every test input, of which the prompt shows one.
 """
 
-import functools
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from train.checks import check_integer, shown
 from train.post.environment import Task
 from train.post.environments.letters import check_letters, value_after, values_after
-from train.post.environments.problems import Grade, OneAnswer, check_range, chosen, draw
+from train.post.environments.problems import Grade, OneAnswer, check_range, chosen, make_task
 from train.post.environments.recipes import (
     INPUTS,
     Instruction,
@@ -148,13 +146,6 @@ def programs(size: ProgramsSize = TINY, *, alpha: float = 0.1) -> Task:
       size: How hard it is.
       alpha: The share that the length penalty takes from a right answer of `size.length` tokens; 0 for none.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Reach | Write:
-        return draw(NAME, number, lambda state: make_program(size, state))
-
-    def demonstration(number: int) -> Sequence[str]:
-        return problem(number).demonstrate(random.Random(f"{NAME} demonstration {number}"))
-
     rewards = ((LengthPenalty(alpha=alpha, tokens=size.length), 1.0),)
-    return Task(NAME, lambda number: OneAnswer(problem(number)), rewards, demonstration)
+    demonstrate = lambda made, state: made.demonstrate(state)  # noqa: E731
+    return make_task(NAME, lambda state: make_program(size, state), OneAnswer, demonstrate, rewards)

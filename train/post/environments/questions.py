@@ -4,17 +4,14 @@ Qb7c2k4?c:                                                        →  c is 2
 Tola Vesk is a baker in Corin. … What does Tola Vesk do, and where? →  Tola Vesk is a baker in Corin.
 """
 
-import functools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.checks import check_integer, shown
 from train.post.environment import Reward, Task
 from train.post.environments.names import PLACES, TRADES, make_names
-from train.post.environments.problems import Grade, chosen, draw
-from train.post.environments.rubric import Criterion, RubricAnswer, grade_by_rules
-from train.post.rewards import outcome
+from train.post.environments.problems import Grade, chosen, make_task
+from train.post.environments.rubric import Criterion, RubricAnswer, grade_by_rules, rubric_rewards
 
 NAME = "questions"
 KINDS = ("pairs", "people")
@@ -140,13 +137,6 @@ def questions(size: QuestionsSize = TINY, *, judge: Reward | None = None) -> Tas
       judge: The reward, one of `train.post.judge`; the rules' own grade is then reported beside it, with weight 0.
         None for the rules' grade as the reward.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Pairs | People:
-        return draw(NAME, number, lambda state: make_question(size, state))
-
-    def demonstration(number: int) -> Sequence[str]:
-        return problem(number).demonstrate(random.Random(f"{NAME} demonstration {number}"))
-
-    rewards = ((outcome, 1.0),) if judge is None else ((judge, 1.0), (outcome, 0.0))
-    return Task(NAME, lambda number: RubricAnswer(problem(number)), rewards, demonstration)
+    rewards = rubric_rewards(judge)
+    demonstrate = lambda made, state: made.demonstrate(state)  # noqa: E731
+    return make_task(NAME, lambda state: make_question(size, state), RubricAnswer, demonstrate, rewards)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from train.post.environment import Reward
 from train.post.environments.problems import Grade, OneAnswer, Question
+from train.post.rewards import outcome
 
 
 def _mentions(text: str, word: str) -> bool:
@@ -88,3 +90,8 @@ class RubricAnswer(OneAnswer):
     def rubric(self) -> tuple[Criterion, ...]:
         """Lists what the answer is judged by."""
         return self.problem.rubric
+
+
+def rubric_rewards(judge: Reward | None) -> tuple[tuple[Reward, float], ...]:
+    """Chooses the rewards of a task with rubrics: the rules' grade, or a judge and that beside it with weight 0."""
+    return ((outcome, 1.0),) if judge is None else ((judge, 1.0), (outcome, 0.0))

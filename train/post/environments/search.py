@@ -9,19 +9,17 @@ Large, pages about people, found by the words that they share with what is searc
     Question: who is the mentor of the rival of Tola Vesk?  →  search rival of Tola Vesk ← 3 pages …  answer Mira Lund
 """
 
-import functools
 import math
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from train.checks import check_integer, shown
-from train.post.environment import Environment, Step, Task
+from train.post.environment import Step, Task
 from train.post.environments.names import PLACES, TRADES, make_names
-from train.post.environments.problems import check_range, chosen, draw
+from train.post.environments.problems import check_range, chosen, make_task
 from train.post.rewards import LengthPenalty
 
 NAME = "search"
@@ -251,6 +249,16 @@ def demonstrate_pages(problem: Pages, state: random.Random) -> list[str]:
     return [*asked, f"answer {way[-1]}"]
 
 
+def open_index(problem: Words | Pages) -> WordsIndex | PagesIndex:
+    """Makes the environment of a problem."""
+    return WordsIndex(problem) if isinstance(problem, Words) else PagesIndex(problem)
+
+
+def demonstrate(problem: Words | Pages, state: random.Random) -> list[str]:
+    """Writes the turns of a demonstration."""
+    return demonstrate_words(problem, state) if isinstance(problem, Words) else demonstrate_pages(problem, state)
+
+
 def search(size: SearchSize = TINY, *, alpha: float = 0.1) -> Task:
     """Makes the task.
 
@@ -258,18 +266,6 @@ def search(size: SearchSize = TINY, *, alpha: float = 0.1) -> Task:
       size: How hard it is.
       alpha: The share that the length penalty takes from a right episode of `size.length` tokens; 0 for none.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Words | Pages:
-        return draw(NAME, number, lambda state: make_search(size, state))
-
-    def make(number: int) -> Environment:
-        made = problem(number)
-        return WordsIndex(made) if isinstance(made, Words) else PagesIndex(made)
-
-    def demonstration(number: int) -> Sequence[str]:
-        made, state = problem(number), random.Random(f"{NAME} demonstration {number}")
-        return demonstrate_words(made, state) if isinstance(made, Words) else demonstrate_pages(made, state)
-
     rewards = ((LengthPenalty(alpha=alpha, tokens=size.length), 1.0),)
-    return Task(NAME, make, rewards, demonstration, max_turns=size.max_turns)
+    make = lambda state: make_search(size, state)  # noqa: E731
+    return make_task(NAME, make, open_index, demonstrate, rewards, max_turns=size.max_turns)

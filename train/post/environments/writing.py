@@ -6,17 +6,14 @@
 Tiny: a word with this first letter, this last one, and so many letters.
 """
 
-import functools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.checks import check_integer, shown
 from train.post.environment import Reward, Task
 from train.post.environments.names import make_names
-from train.post.environments.problems import Grade, check_range, draw
-from train.post.environments.rubric import Criterion, RubricAnswer, grade_by_rules
-from train.post.rewards import outcome
+from train.post.environments.problems import Grade, check_range, make_task
+from train.post.environments.rubric import Criterion, RubricAnswer, grade_by_rules, rubric_rewards
 
 NAME = "writing"
 KINDS = ("word", "note")
@@ -155,13 +152,6 @@ def writing(size: WritingSize = TINY, *, judge: Reward | None = None) -> Task:
       judge: The reward, one of `train.post.judge`; the rules' own grade is then reported beside it, with weight 0.
         None for the rules' grade as the reward.
     """
-
-    @functools.lru_cache(1_024)  # a group plays one problem
-    def problem(number: int) -> Word | Note:
-        return draw(NAME, number, lambda state: make_writing(size, state))
-
-    def demonstration(number: int) -> Sequence[str]:
-        return problem(number).demonstrate(size.broken, random.Random(f"{NAME} demonstration {number}"))
-
-    rewards = ((outcome, 1.0),) if judge is None else ((judge, 1.0), (outcome, 0.0))
-    return Task(NAME, lambda number: RubricAnswer(problem(number)), rewards, demonstration)
+    rewards = rubric_rewards(judge)
+    demonstrate = lambda made, state: made.demonstrate(size.broken, state)  # noqa: E731
+    return make_task(NAME, lambda state: make_writing(size, state), RubricAnswer, demonstrate, rewards)

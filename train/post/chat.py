@@ -1,0 +1,93 @@
+"""Conversations of episodes: prompts and answers that are messages, as tokens by the model's own template.
+
+A template writes whole conversations, and an episode is never written again: what the model has sampled stays as it is,
+and only what the template puts behind it is appended. That is read off two renderings, of the conversation up to the
+model's message and of the one with the answers, behind the token by which the template ends a message of the model's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsa_jax.chat import ChatTemplate, check_messages, check_tools, message_of
+from train.checks import shown
+
+
+class Chat:
+    """Holds the conversation of one episode.
+
+    Args:
+      template: of the model.
+      end_id: the token that ends a turn of the model.
+      messages: the prompt, as OpenAI's interface has messages.
+      tools: functions that the model may call, likewise; None for none.
+
+    Raises:
+      ValueError: for messages or tools that are none, or that the template cannot write.
+    """
+
+    def __init__(self, template: ChatTemplate, end_id: int, messages: Any, tools: Any = None):
+        self.template, self.end_id = template, end_id
+        self.messages, self.tools = check_messages(messages), check_tools(tools)
+        self._calls = 0
+        self._prompt = self._encode(self.messages, begins=True)
+
+    def prompt(self) -> np.ndarray:
+        """Gives the tokens of the prompt, behind which the model's turn begins."""
+        return np.asarray(self._prompt, np.int32)
+
+    def hear(self, text: str) -> dict[str, Any]:
+        """Takes in a turn that the model has written; returns it as a message, with its calls if it has any."""
+        parser = self.template.parser(self._prompt)
+        message = message_of(parser.push(text) + parser.finish())
+        for call in message.get("tool_calls", ()):
+            call["id"], self._calls = f"call_{self._calls}", self._calls + 1  # the same in every run
+        self.messages.append(message)
+        return message
+
+    def say(self, message: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Takes in a message of a demonstration; returns its tokens, to the turn's end, and what `hear` makes of them.
+
+        Raises:
+          ValueError: for reasoning, which the prompt does not ask for, or a template that writes a prompt anew.
+        """
+        if message.get("reasoning_content") or message.get("reasoning"):
+            raise ValueError("a demonstration must be without reasoning_content: prompts are written without thinking")
+        prompt = self._encode(self.messages, begins=True)
+        answered = self._answered([*self.messages, *check_messages([message])])
+        if answered[: len(prompt)] != prompt:
+            raise ValueError("the template must write a prompt as the beginning of its answer, and does not")
+        tokens = answered[len(prompt) :]
+        return np.asarray(tokens, np.int32), self.hear(
+            self.template.tokenizer.decode(tokens[:-1], skip_special_tokens=False)
+        )
+
+    def answer(self, messages: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Takes in what the environment says to the last turn; returns the tokens from its end to the next turn.
+
+        Raises:
+          ValueError: if these are no messages, or the template writes what comes before them otherwise than without.
+        """
+        before = self._answered(self.messages)
+        self.messages += check_messages(messages)
+        whole = self._encode(self.messages, begins=True)
+        if whole[: len(before)] != before:
+            raise ValueError("the template must write a conversation as the beginning of a longer one, and does not")
+        return np.asarray(whole[len(before) :], np.int32)
+
+    def _answered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Encodes a conversation that ends with the model, to the token that ends its turn."""
+        ids = self._encode(messages, begins=False)
+        behind = len(ids)
+        while behind and ids[behind - 1] != self.end_id:
+            behind -= 1
+        if not behind:
+            tail = self.template.tokenizer.decode(ids[-4:], skip_special_tokens=False)
+            raise ValueError(f"end_of_turn must be the token by which the template ends an answer: {shown(tail)}")
+        return ids[:behind]
+
+    def _encode(self, messages: Sequence[Mapping[str, Any]], *, begins: bool) -> list[int]:
+        # Many templates leave out the reasoning of turns that were answered; what is appended is the same without it.
+        plain = [{name: x for name, x in each.items() if name != "reasoning_content"} for each in messages]
+        return self.template.encode(plain, tools=self.tools, add_generation_prompt=begins)
