@@ -167,7 +167,7 @@ def variety_of_letters(episodes) -> list[float]:
     return [len(set(episode.turns[0].text)) / 12 for episode in episodes]
 
 
-@pytest.mark.slow
+@pytest.mark.meshes
 @pytest.mark.usefixtures("in_a_hurry")
 def test_it_trains_and_samples_on_a_mesh_as_on_one_device(tmp_path):
     """Rows and tokens over shards; two updates a rollout, so that ratios are not 1, and a reference."""
