@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsa_jax.chat.options import SamplingOptions
-from dsa_jax.hf import MAX_SHARD_BYTES, SCALE_SUFFIX, Checkpoint, convert_hf
+from dsa_jax.hf import MAX_SHARD_BYTES, SCALE_SUFFIX, Checkpoint, convert_hf, layer_of
 from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.strict_json import shorten
 
@@ -43,6 +43,7 @@ GROUPS = {
     "experts": "routed experts",
     "gate.": "router",
     "mlp": "dense feed-forward",
+    "eh_proj": "prediction layers",
     "embed_tokens": "embedding",
     "lm_head": "unembedding",
 }
@@ -55,6 +56,7 @@ def convert(
     dtype: Literal["bfloat16", "float32"] | None = None,
     expert_dtype: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    prediction_layers: bool = True,
 ) -> None:
     """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to another dtype if wanted.
 
@@ -64,6 +66,7 @@ def convert(
         dtype: Dtype to cast to; without it every tensor keeps its own, FP8 excepted.
         expert_dtype: Dtype of the routed experts; fp8 leaves them in FP8, or rounds them to it.
         max_shard_bytes: Most bytes in one file.
+        prediction_layers: Whether layers that predict further tokens are written too.
     """
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with contextlib.ExitStack() as stack:
@@ -73,7 +76,8 @@ def convert(
             return stack.enter_context(Progress(*columns, console=Console(stderr=True))).track(names)
 
         convert_hf(
-            src, dst, dtype=dtype, expert_dtype=expert_dtype, max_shard_bytes=max_shard_bytes, track=track
+            src, dst, dtype=dtype, expert_dtype=expert_dtype, max_shard_bytes=max_shard_bytes,
+            prediction_layers=prediction_layers, track=track,
         )  # fmt: skip
 
 
@@ -125,6 +129,8 @@ def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
     for name, entry in checkpoint.expected.items():
         stored, scale = checkpoint.stored[name], checkpoint.stored.get(name + "_scale_inv")
         group = next(group for part, group in GROUPS.items() if part in entry.path)
+        if checkpoint.config.num_hidden_layers <= layer_of(name) < math.inf:
+            group = "prediction layers"
         row = rows.get(group, _Row())
         nbytes = row.nbytes + stored.nbytes + (scale.nbytes if scale else 0)
         parameters = row.parameters + math.prod(stored.shape)

@@ -44,6 +44,7 @@ RULES["tokens"] = RULES["batch"] + RULES["sequence"]
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embed_tokens": ("vocabulary", "fsdp"),
     "lm_head": ("fsdp", "vocabulary"),
+    "eh_proj": ("fsdp", None),
     "q_a_proj": ("fsdp", None),
     "q_b_proj": ("fsdp", "heads", None),
     "kv_a_proj_with_mqa": ("fsdp", None),
