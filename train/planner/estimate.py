@@ -20,7 +20,7 @@ from dsa_jax import Config
 from dsa_jax.parallel.sharding import AXES, check_model, imbalance, parameter_specs, path_names, shards
 from dsa_jax.stacks import kind_of, stacked_layers
 from train.optimizer import OptimizerSettings
-from train.phases import PHASES
+from train.phases import PHASES, trained_params
 from train.planner.costs import collective, executed, kept_bytes, layer_loops, peak_bytes
 from train.planner.hardware import measured_rates, measured_step, network_seconds, usable_memory, work
 from train.planner.overlap import exposed_seconds
@@ -168,7 +168,7 @@ def state_bytes(job: Job, shape: Shape) -> dict[str, ByPart]:
     """Counts bytes a device of parameters, gradients and optimizer state, by kind of layer."""
     job.check(shape)
     state = abstract_state(job.config, job.settings)
-    trained = {group: state.params[group] for group in job.settings.phase.trains}
+    trained = trained_params(state.params, job.settings.phase, predictions=job.settings.predictions)
     trees = {"parameters": state.params, "gradients": trained, "optimizer": state.opt_state}
     return {name: _sharded_bytes(tree, shape) for name, tree in trees.items()}
 
