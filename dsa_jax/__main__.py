@@ -49,6 +49,10 @@ GROUPS = {
 }
 
 
+# What proposes tokens: n-grams of the text, or the model's own prediction layers (multi-token prediction).
+Drafts = Literal["ngram", "mtp"]
+
+
 def convert(
     src: tyro.conf.Positional[Path],
     dst: tyro.conf.Positional[Path],
@@ -188,7 +192,7 @@ def generate(
     expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
-    drafts: bool = False,
+    drafts: Drafts | None = None,
 ) -> int:
     """Continues a prompt, to standard output as it comes, or many prompts as JSON lines.
 
@@ -202,7 +206,7 @@ def generate(
         expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
-        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
+        drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
     """
     from dsa_jax.chat import commands
 
@@ -222,7 +226,7 @@ def chat(
     expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
-    drafts: bool = False,
+    drafts: Drafts | None = None,
 ) -> int:
     """Talks with a model in the terminal; line by line where input or output is none.
 
@@ -235,7 +239,7 @@ def chat(
         expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
-        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
+        drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
     """
     from dsa_jax.chat import commands
 
@@ -265,7 +269,7 @@ def serve(
     pages: int | None = None,
     cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
     batch_invariant: bool = False,
-    drafts: bool = False,
+    drafts: Drafts | None = None,
     warm: bool = True,
 ) -> None:
     """Serves a model over HTTP to the clients of OpenAI's interface, and a page to chat in a browser.
@@ -289,7 +293,7 @@ def serve(
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         cache_format: Format of the cache; the model's dtype if not given.
         batch_invariant: Whether outputs are the same bits whatever else runs.
-        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
+        drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
         warm: Whether every size of step is compiled before the server listens.
     """
     from dsa_jax import server

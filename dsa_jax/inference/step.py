@@ -39,9 +39,8 @@ from dsa_jax.parallel.sharding import describe_mesh, place_copies, spec
 MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
 MAX_DECODED = 1 + MAX_DRAFTS  # tokens of a row in a decode step, as many as the kernels take
-MANY_ENDS = (
-    64  # prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights
-)
+# Prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights.
+MANY_ENDS = 64
 INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
 
 
@@ -408,7 +407,6 @@ class Runner:
           ahead: what was drawn there.
           table, settings: of the rows.
           kind: of the draw; "full" is taken for "truncated", without controls.
-          most: from 1 to 3.
         """
         pools = self.cache.latents, self.cache.index_keys
         kind = "truncated" if kind == "full" else kind
