@@ -32,9 +32,9 @@ RATE = OptimizerSettings(4e-3, schedule="cosine", warmup_steps=20, weight_decay=
 LOW = dataclasses.replace(RATE, learning_rate=5e-4)
 FAST = dataclasses.replace(RATE, learning_rate=1e-2)
 PHASES = (
-    PhaseSettings(BASE, (Stage(600, 8, 128), Stage(200, 8, 128, prediction_weight=0.1)), backbone=RATE),
-    PhaseSettings(WARMUP, (Stage(60, 8, 128),), indexer=FAST),
-    PhaseSettings(SPARSE, (Stage(60, 8, 128, prediction_weight=0.1),), backbone=LOW, indexer=LOW),
+    PhaseSettings(BASE, (Stage(400, 8, 128), Stage(100, 8, 128, prediction_weight=0.1)), backbone=RATE),
+    PhaseSettings(WARMUP, (Stage(40, 8, 128),), indexer=FAST),
+    PhaseSettings(SPARSE, (Stage(40, 8, 128, prediction_weight=0.1),), backbone=LOW, indexer=LOW),
 )
 PROMPTS, PROMPT, NEW = 16, 192, 128  # sequences, bytes of each that are given, and that are generated
 TEMPERATURES = {"greedy": 0.0, "temperature 0.8": 0.8}

@@ -407,10 +407,10 @@ def acceptance(results: dict) -> str:
     part = results["bytes"]
     steps = ", ".join(f"{row['phase']} {row['lm_loss']:.2f}" for row in part["phases"] if "lm_loss" in row)
     text = (
-        f"{part['parameters']:,} parameters, trained for {part['training_seconds'] / 60:.0f} minutes on {part['cores']} "
-        f"cores (last cross-entropy: {steps}); {part['prompts']} held-out texts of {part['prompt_tokens']} bytes, each "
-        f"continued by {part['new_tokens']}; {part['circumstances']['date']}, `python -m benchmarks.acceptance`. Tokens "
-        "a step are of one sequence, where 1 is no draft right."
+        f"{part['parameters']:,} parameters, trained for {part['training_seconds'] / 60:.0f} minutes on "
+        f"{part['cores']} cores (last cross-entropy: {steps}); {part['prompts']} held-out texts of "
+        f"{part['prompt_tokens']} bytes, each continued by {part['new_tokens']}; {part['circumstances']['date']}, "
+        "`python -m benchmarks.acceptance`. Tokens a step are of one sequence, where 1 is no draft right."
     )
     lines = [
         textwrap.fill(text, 120, break_on_hyphens=False),

@@ -147,17 +147,12 @@ def test_tokens_are_those_without_drafts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most", [1, 2])
-def test_few_pages_prefixes_and_cancels_change_no_token(most):
+def test_few_pages_prefixes_and_cancels_change_no_token():
     """Preempted sequences draft again when their prompts are read again; a prefix keeps its entries."""
     same = prompt(70, 4)
-    asked = [
-        Request(
-            [*same, *prompt(3, row)], SamplingParams(temperature=0.6 * (row % 2), seed=row, top_k=20, max_tokens=70)
-        )
-        for row in range(5)
-    ]
-    engine = make(MTP(most), pages=6, rows=3)
+    params = [SamplingParams(temperature=0.6 * (row % 2), seed=row, top_k=20, max_tokens=70) for row in range(5)]
+    asked = [Request([*same, *prompt(3, row)], own) for row, own in enumerate(params)]
+    engine = make(MTP(most=2), pages=4, rows=3)
     found = run(engine, *asked, cancels=[(9, 4)])
     assert engine.scheduler.preemptions and engine.prefix.hits and engine.stats().drafts_accepted > 20
     for request, events in zip(asked, found, strict=True):
