@@ -288,7 +288,8 @@ class _Stream:
         stops, zero, room = np.full(1, -1, np.int32), np.zeros_like(length), runner.room(self.placed)
         options: dict[str, Any] = dict(kind=self.kind, most=self.drafts)
         _, drawn = runner.first(order(self.prefilled.logits), length, settings, stops, live, kind=self.kind)
-        hidden, ahead = order(self.prefilled.hidden)[:, None], Ahead(drawn.token[:, None], zero, length - 1, zero, room)
+        hidden: Any = order(self.prefilled.hidden)[:, None]
+        ahead = Ahead(drawn.token[:, None], zero, length - 1, zero, room)
         drafts = runner.draft(hidden, ahead, table, settings, **options)
         found = [[each] for each in zip(*map(np.asarray, (drawn.token, drawn.log_prob)), strict=True)][: self.rows]
         for number in range(self.max_new_tokens):
@@ -303,7 +304,8 @@ class _Stream:
                 verified, out = runner.verify(drafted, table, settings, kind=self.kind)
                 tokens = verified.drawn.token.reshape(len(zero), -1)
                 ahead = Ahead(tokens, verified.taken, drafted.length, done, np.where(goes_on, room, 0))
-                drafts = runner.draft(out.hidden, ahead, table, settings, **options)
+                hidden = out.hidden
+                drafts = runner.draft(hidden, ahead, table, settings, **options)
                 tokens, log_probs, taken = map(np.asarray, (tokens, verified.drawn.log_prob, verified.taken))
                 log_probs = log_probs.reshape(tokens.shape)
                 for row in np.flatnonzero(goes_on):

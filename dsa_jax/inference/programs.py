@@ -173,7 +173,7 @@ def _draft(graph, options: Options, pools, hidden, ahead: Ahead, state, table, s
 
     def predict(pools, hidden, tokens, positions, is_real):
         keys = KeyRange(jnp.zeros_like(positions), jnp.where(is_real, jnp.minimum(positions + 1, room), 0))
-        pages = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
+        pages = Pages.at(pools[0], pools[1], table, keys, value_dim=model.config.kv_lora_rank)
         pages = dataclasses.replace(pages, slots=jnp.where(positions < room, pages.slots, -1))
         arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages)
         hidden, cache = model.predict(hidden, tokens, keys=keys, **arguments)
@@ -184,7 +184,7 @@ def _draft(graph, options: Options, pools, hidden, ahead: Ahead, state, table, s
     hidden, pools = predict(pools, hidden, ahead.tokens, length + columns, (columns <= taken) & (room > 0))
     hidden = jnp.take_along_axis(hidden, taken[..., None], axis=1)
     for draft in range(1, most + 1):
-        number = ahead.number + taken[:, 0] + draft
+        number = jnp.asarray(ahead.number) + taken[:, 0] + draft
         drafts.append(draw(model.unembed(hidden)[:, 0], settings, number, kind=kind).token)
         if draft < most:
             hidden, pools = predict(pools, hidden, drafts[-1][:, None], length + taken + draft, room > 0)
