@@ -410,9 +410,8 @@ def acceptance(results: dict) -> str:
         f"{part['parameters']:,} parameters, trained for {part['training_seconds'] / 60:.0f} minutes on "
         f"{part['cores']} cores (last cross-entropy: {steps}); {part['prompts']} held-out texts of "
         f"{part['prompt_tokens']} bytes, each continued by {part['new_tokens']}; {part['circumstances']['date']}, "
-        "`python -m benchmarks.acceptance`. Tokens a step are of one sequence, where 1 is no draft right. The last column "
-        "counts texts that are to the last token those without drafts: where logits, or index scores at the boundary of "
-        "a selection, are apart by less than rounding, programs of other shapes choose otherwise."
+        "`python -m benchmarks.acceptance`. Tokens a step are of one sequence, where 1 is no draft right. The last "
+        "column counts texts that are to the last token those without drafts."
     )
     lines = [
         textwrap.fill(text, 120, break_on_hyphens=False),
@@ -423,6 +422,6 @@ def acceptance(results: dict) -> str:
     for row in part["rows"]:
         share = row["accepted"] / row["proposed"]
         cells = row["sampling"], row["drafter"], str(row["most"]), f"{share:.0%}", f"{row['tokens_a_step']:.2f}"
-        cells = *cells, f"{row['same_texts'] * part['prompts']:.0f} of {part['prompts']}"
+        cells = *cells, f"{part['prompts'] - len(row['margins'])} of {part['prompts']}"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
