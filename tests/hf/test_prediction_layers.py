@@ -49,9 +49,9 @@ def test_the_published_names_hold_the_parameters(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(num_nextn_predict_layers=2),
+        pytest.param(dict(num_nextn_predict_layers=2), marks=pytest.mark.variants),
         dict(index_rope_interleave=True, indexer_types=("full", "shared")),
-        dict(first_k_dense_replace=2, tie_word_embeddings=True),
+        pytest.param(dict(first_k_dense_replace=2, tie_word_embeddings=True), marks=pytest.mark.variants),
     ],
     ids=["two of them", "glm, a shared selection before", "no experts, tied"],
 )
@@ -134,6 +134,7 @@ def test_of_a_dense_checkpoint_they_get_an_indexer_too(tmp_path):
     assert tensors["model.layers.2.eh_proj.weight"].dtype == BFLOAT16
 
 
+@pytest.mark.slow
 def test_a_model_draws_the_same_with_them_and_without():
     """One seed, one backbone."""
     small = dict(num_hidden_layers=1, first_k_dense_replace=1, hidden_size=16, vocab_size=8)

@@ -77,7 +77,10 @@ def definition(attention) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["SPARSE", "WARMUP", pytest.param("BASE", marks=pytest.mark.variants)])
+OTHERS = [pytest.param(name, marks=pytest.mark.variants) for name in ("WARMUP", "BASE")]
+
+
+@pytest.mark.parametrize("name", ["SPARSE", *OTHERS])
 def test_the_terms_are_those_of_the_definition(name):
     """L = the phase's own losses + lambda / D · sum of depths' cross-entropies + the KLs of their indexers."""
     _, [(_, metrics), *_] = steps(name, 3 if name == "SPARSE" else 1)
@@ -97,7 +100,7 @@ def test_the_weight_is_its_stages():
     np.testing.assert_allclose([metrics["mtp_weight"] for _, metrics in found], [0.3, 0.3, 0.1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SPARSE", "WARMUP"])
+@pytest.mark.parametrize("name", ["SPARSE", OTHERS[0]])
 def test_who_moves(name):
     """In the warm-up the indexers alone, those of prediction layers too; else everything, routers' biases as well."""
     before, [(state, metrics), *_] = steps(name, 3 if name == "SPARSE" else 1)
@@ -115,8 +118,8 @@ def test_who_moves(name):
         assert metrics["mtp_kl_1"] > 0
 
 
-def test_layers_that_are_left_out_stay_and_cost_nothing():
-    """The same bits, no moments, no expert load; and the step of a model without them has as many operations."""
+def test_layers_that_are_left_out_cost_nothing():
+    """No moments, and the step of a model without them has as many operations."""
     settings = settings_of("SPARSE", predictions=False)
     state, batch = abstract_state(CONFIG, settings), small_batch()
     assert not any("prediction_layers" in str(path) for path, _ in jax.tree.leaves_with_path(state.opt_state))
@@ -127,6 +130,11 @@ def test_layers_that_are_left_out_stay_and_cost_nothing():
 
     plain = dataclasses.replace(CONFIG, num_nextn_predict_layers=0)
     assert flops(CONFIG) == flops(plain)
+
+
+@pytest.mark.slow
+def test_layers_that_are_left_out_stay():
+    """The same bits, and nothing of them in the metrics."""
     before, [(after, metrics)] = steps("SPARSE", predictions=False)
     for group, params in before.items():
         chex.assert_trees_all_equal(after.params[group]["prediction_layers"], params["prediction_layers"])
