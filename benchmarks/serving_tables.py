@@ -400,28 +400,3 @@ def _paragraphs(*texts: str) -> str:
 def _number(us: float) -> str:
     """Microseconds, to a tenth where there are fewer than a hundred."""
     return f"{us:,.0f}" if us >= 100 else f"{us:.1f}"
-
-
-def acceptance(results: dict) -> str:
-    """The section on how many drafts are right, in Markdown."""
-    part = results["bytes"]
-    steps = ", ".join(f"{row['phase']} {row['lm_loss']:.2f}" for row in part["phases"] if "lm_loss" in row)
-    text = (
-        f"{part['parameters']:,} parameters, trained for {part['training_seconds'] / 60:.0f} minutes on "
-        f"{part['cores']} cores (last cross-entropy: {steps}); {part['prompts']} held-out texts of "
-        f"{part['prompt_tokens']} bytes, each continued by {part['new_tokens']}; {part['circumstances']['date']}, "
-        "`python -m benchmarks.acceptance`. Tokens a step are of one sequence, where 1 is no draft right. The last "
-        "column counts texts that are to the last token those without drafts."
-    )
-    lines = [
-        textwrap.fill(text, 120, break_on_hyphens=False),
-        "",
-        "| tokens | drafts by | drafts a step, at most | right | tokens a step | same texts |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in part["rows"]:
-        share = row["accepted"] / row["proposed"]
-        cells = row["sampling"], row["drafter"], str(row["most"]), f"{share:.0%}", f"{row['tokens_a_step']:.2f}"
-        cells = *cells, f"{part['prompts'] - len(row['margins'])} of {part['prompts']}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
