@@ -115,6 +115,8 @@ class Config:
             raise ValueError(f"index_fp8 needs index_head_dim a power of two, got {self.index_head_dim}")
         if self.baseline == "blocks" and self.index_topk % self.block_size:
             raise ValueError(f"block_size must divide index_topk {self.index_topk}, got {self.block_size}")
+        if self.baseline == "nsa" and self.num_nextn_predict_layers:
+            raise ValueError(f"num_nextn_predict_layers must be 0 under 'nsa', got {self.num_nextn_predict_layers}")
         self._check_indexer_types()
 
     def _check_indexer_types(self):

@@ -200,6 +200,11 @@ def test_entries_take_their_bytes_of_a_cache():
 # Refusals, and meshes
 
 
+def test_layers_without_an_indexer_are_refused():
+    with pytest.raises(ValueError, match="num_nextn_predict_layers must be 0 under 'nsa', got 1"):
+        small_config(baseline="nsa", num_nextn_predict_layers=1)
+
+
 @pytest.mark.parametrize("with_cache", [False, True])
 def test_what_is_not_there_is_refused(with_cache):
     model = small_model(CONFIG if with_cache else small_config())

@@ -393,9 +393,7 @@ class Runner:
         What was not taken is forgotten by `PagedCache.truncate`. On a mesh the rows stand as `place` lays them out.
         """
         pools = self.cache.latents, self.cache.index_keys
-        verified, out, pools = self.programs.verify(
-            pools, drafted, self.parameters, table, settings, kind, controls
-        )  # fmt: skip
+        verified, out, pools = self.programs.verify(pools, drafted, self.parameters, table, settings, kind, controls)
         self.cache.update(*pools)
         return verified, out
 
