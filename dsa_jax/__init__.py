@@ -28,7 +28,7 @@ from dsa_jax.inference.llm import LLM
 from dsa_jax.inference.pages import OutOfPages, PagedCache
 from dsa_jax.inference.params import Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
-from dsa_jax.inference.speculative import NGram
+from dsa_jax.inference.speculative import MTP, NGram
 from dsa_jax.inference.step import Runner
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention, AttentionMaps, SparseMLA
@@ -46,6 +46,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "LLM",
+    "MTP",
     "Attention",
     "AttentionMaps",
     "BlockMLA",

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsa_jax.chat.options import SamplingOptions
-from dsa_jax.hf import MAX_SHARD_BYTES, SCALE_SUFFIX, Checkpoint, convert_hf
+from dsa_jax.hf import MAX_SHARD_BYTES, SCALE_SUFFIX, Checkpoint, convert_hf, layer_of
 from dsa_jax.inference.pages import OutOfPages
 from dsa_jax.strict_json import shorten
 
@@ -43,9 +43,14 @@ GROUPS = {
     "experts": "routed experts",
     "gate.": "router",
     "mlp": "dense feed-forward",
+    "eh_proj": "prediction layers",
     "embed_tokens": "embedding",
     "lm_head": "unembedding",
 }
+
+
+# What proposes tokens: n-grams of the text, or the model's own prediction layers (multi-token prediction).
+Drafts = Literal["ngram", "mtp"]
 
 
 def convert(
@@ -55,6 +60,7 @@ def convert(
     dtype: Literal["bfloat16", "float32"] | None = None,
     expert_dtype: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    prediction_layers: bool = True,
 ) -> None:
     """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16, cast to another dtype if wanted.
 
@@ -64,6 +70,7 @@ def convert(
         dtype: Dtype to cast to; without it every tensor keeps its own, FP8 excepted.
         expert_dtype: Dtype of the routed experts; fp8 leaves them in FP8, or rounds them to it.
         max_shard_bytes: Most bytes in one file.
+        prediction_layers: Whether layers that predict further tokens are written too.
     """
     columns = TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with contextlib.ExitStack() as stack:
@@ -73,7 +80,8 @@ def convert(
             return stack.enter_context(Progress(*columns, console=Console(stderr=True))).track(names)
 
         convert_hf(
-            src, dst, dtype=dtype, expert_dtype=expert_dtype, max_shard_bytes=max_shard_bytes, track=track
+            src, dst, dtype=dtype, expert_dtype=expert_dtype, max_shard_bytes=max_shard_bytes,
+            prediction_layers=prediction_layers, track=track,
         )  # fmt: skip
 
 
@@ -125,6 +133,8 @@ def _count(checkpoint: Checkpoint) -> dict[str, _Row]:
     for name, entry in checkpoint.expected.items():
         stored, scale = checkpoint.stored[name], checkpoint.stored.get(name + "_scale_inv")
         group = next(group for part, group in GROUPS.items() if part in entry.path)
+        if checkpoint.config.num_hidden_layers <= layer_of(name) < math.inf:
+            group = "prediction layers"
         row = rows.get(group, _Row())
         nbytes = row.nbytes + stored.nbytes + (scale.nbytes if scale else 0)
         parameters = row.parameters + math.prod(stored.shape)
@@ -182,7 +192,7 @@ def generate(
     expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
-    drafts: bool = False,
+    drafts: Drafts | None = None,
 ) -> int:
     """Continues a prompt, to standard output as it comes, or many prompts as JSON lines.
 
@@ -196,7 +206,7 @@ def generate(
         expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
-        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
+        drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
     """
     from dsa_jax.chat import commands
 
@@ -216,7 +226,7 @@ def chat(
     expert_dtype: Literal["fp8"] | None = None,
     max_length: int | None = None,
     pages: int | None = None,
-    drafts: bool = False,
+    drafts: Drafts | None = None,
 ) -> int:
     """Talks with a model in the terminal; line by line where input or output is none.
 
@@ -229,7 +239,7 @@ def chat(
         expert_dtype: Dtype of the routed experts in memory; fp8 keeps those of an FP8 checkpoint as it has them.
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
-        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
+        drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
     """
     from dsa_jax.chat import commands
 
@@ -259,7 +269,7 @@ def serve(
     pages: int | None = None,
     cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
     batch_invariant: bool = False,
-    drafts: bool = False,
+    drafts: Drafts | None = None,
     warm: bool = True,
 ) -> None:
     """Serves a model over HTTP to the clients of OpenAI's interface, and a page to chat in a browser.
@@ -283,7 +293,7 @@ def serve(
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         cache_format: Format of the cache; the model's dtype if not given.
         batch_invariant: Whether outputs are the same bits whatever else runs.
-        drafts: Whether what a text repeats is proposed and verified, up to four tokens in a step.
+        drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
         warm: Whether every size of step is compiled before the server listens.
     """
     from dsa_jax import server

@@ -121,7 +121,8 @@ class Cache:
     """Holds latents, index keys and lengths of a batch of sequences; never mutated: the model returns a new one.
 
     Attributes:
-      kv: latents [layers, B, S, C + R], of which row b holds the first `lengths[b]` tokens.
+      kv: latents [layers, B, S, C + R], of which row b holds the first `lengths[b]` tokens. Those of prediction layers
+        may stand behind the model's own.
       k_index: index keys [indexers, B, S, E], of the layers that have an indexer; e4m3 under `index_fp8`.
       k_scale: float32 [indexers, B, S], the scale of each index key; 1 without `index_fp8`.
       lengths: int32 [B], the tokens that each row holds.
@@ -137,8 +138,14 @@ class Cache:
     lengths: Array
 
     @classmethod
-    def empty(cls, config: Config, batch: int, size: int) -> Self:
+    def empty(cls, config: Config, batch: int, size: int, *, predicting: bool = False) -> Self:
         """Makes an empty cache for `batch` sequences of at most `size` tokens.
+
+        Args:
+          config: the model's.
+          batch: B.
+          size: S.
+          predicting: whether there is room for the entries of prediction layers, for `Transformer.predict`.
 
         Raises:
           ValueError: if a size is below 1, or `size` exceeds the model's positions.
@@ -149,7 +156,7 @@ class Cache:
             raise ValueError(
                 f"a cache holds at most max_position_embeddings = {config.max_position_embeddings} tokens, got {size}"
             )
-        rows, indexed = (config.num_hidden_layers, batch, size), (config.num_index_layers, batch, size)
+        rows, indexed = ((layers, batch, size) for layers in cached_layers(config, predicting))
         index_dtype = jnp.float8_e4m3fn if config.index_fp8 else config.dtype
         return cls(
             kv=jnp.zeros((*rows, config.latent_dim), config.dtype),
@@ -386,13 +393,27 @@ def _best_of_all(scores, positions, k):
 # How much a cache takes.
 
 
-def page_shapes(config: Config, pages: int, format: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def cached_layers(config: Config, predicting: bool) -> tuple[int, int]:
+    """Counts the layers that have latents in a cache, and the indexers that have keys there.
+
+    Args:
+      config: the model's.
+      predicting: whether prediction layers are among them, behind the model's own.
+    """
+    more = config.num_nextn_predict_layers if predicting else 0
+    return config.num_hidden_layers + more, config.num_index_layers + more
+
+
+def page_shapes(
+    config: Config, pages: int, format: str, *, predicting: bool = False
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Gives the shapes of a pool of latents and of one of index keys.
 
     Args:
       config: the model's. Index keys are FP8 under `index_fp8`, else in the dtype of the format.
       pages: how many pages of each layer.
       format: "float32", "bfloat16" or "fp8", of the latents.
+      predicting: whether there are pages of prediction layers.
 
     Raises:
       ValueError: for another format, or where "fp8" is asked of a model without `index_fp8`.
@@ -408,9 +429,10 @@ def page_shapes(config: Config, pages: int, format: str) -> tuple[jax.ShapeDtype
         latent = config.latent_dim, jnp.dtype(format)
     index = jnp.float8_e4m3fn if config.index_fp8 else jnp.dtype(format)
     rows = paged.index_page_rows(dim, config.index_fp8)
+    layers, indexers = cached_layers(config, predicting)
     return (
-        jax.ShapeDtypeStruct((config.num_hidden_layers, pages, paged.PAGE, latent[0]), latent[1]),
-        jax.ShapeDtypeStruct((config.num_index_layers, pages, rows, dim), index),
+        jax.ShapeDtypeStruct((layers, pages, paged.PAGE, latent[0]), latent[1]),
+        jax.ShapeDtypeStruct((indexers, pages, rows, dim), index),
     )
 
 
@@ -427,8 +449,10 @@ def token_bytes(config: Config, format: str) -> int:
     return sum(_entry_bytes(config, format))
 
 
-def cache_token_bytes(config: Config, format: str) -> int:
+def cache_token_bytes(config: Config, format: str, *, predicting: bool = False) -> int:
     """Counts the bytes of cache that a token takes in all layers; those that share a selection have no index keys.
+
+    Prediction layers count if `predicting`.
 
     Examples:
       >>> from dsa_jax import Config
@@ -436,7 +460,8 @@ def cache_token_bytes(config: Config, format: str) -> int:
       True
     """
     latent, index = _entry_bytes(config, format)
-    return config.num_hidden_layers * latent + config.num_index_layers * index
+    layers, indexers = cached_layers(config, predicting)
+    return layers * latent + indexers * index
 
 
 def _entry_bytes(config, format):

@@ -67,6 +67,7 @@ class Config:
     max_position_embeddings: int = 163840  # tokens of a sequence, at most
     initializer_range: float = 0.02  # standard deviation of new parameters
     tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0  # past the last layer, each to predict a token more: see `dsa_jax.prediction`
     index_rope_interleave: bool = False  # True in GLM's, whose indexer pairs neighbouring columns
     # Of each layer "full", with an indexer, or "shared", which reuses the selection before it; () has all of them full.
     indexer_types: tuple[str, ...] = ()
@@ -93,8 +94,9 @@ class Config:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(getattr(self, name))}")
-        if self.num_hidden_layers > MAX_LAYERS:
-            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}")
+        for name in ("num_hidden_layers", "num_nextn_predict_layers"):
+            if getattr(self, name) > MAX_LAYERS:
+                raise ValueError(f"{name} must be at most {MAX_LAYERS}, got {getattr(self, name)}")
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         for name in ("rms_norm_eps", "latent_norm_eps"):
@@ -113,6 +115,8 @@ class Config:
             raise ValueError(f"index_fp8 needs index_head_dim a power of two, got {self.index_head_dim}")
         if self.baseline == "blocks" and self.index_topk % self.block_size:
             raise ValueError(f"block_size must divide index_topk {self.index_topk}, got {self.block_size}")
+        if self.baseline == "nsa" and self.num_nextn_predict_layers:
+            raise ValueError(f"num_nextn_predict_layers must be 0 under 'nsa', got {self.num_nextn_predict_layers}")
         self._check_indexer_types()
 
     def _check_indexer_types(self):
@@ -252,7 +256,10 @@ _CHOICES = {
     "baseline": ("none", "blocks", "window", "nsa"),
     "expert_dtype": (None, "fp8"),
 }
-_MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "qk_rope_head_dim")  # all other integers are at least 1
+_MAY_BE_ZERO = (  # all other integers are at least 1
+    *("first_k_dense_replace", "n_shared_experts", "qk_rope_head_dim"),
+    "num_nextn_predict_layers",
+)
 _HINTS = {"n_routed_experts": "; for a model without MoE layers set first_k_dense_replace = num_hidden_layers"}
 
 

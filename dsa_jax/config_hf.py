@@ -94,10 +94,10 @@ _READ = {
 }
 
 # Keys that do not change the model: file and library bookkeeping, widths that follow from others, and what concerns
-# training losses of others or the prediction layers past the last, which are not loaded.
+# training losses of others, or how an engine chains its drafts.
 _IGNORED = frozenset(
     "_name_or_path architectures auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size head_dim id2label "
-    "index_share_for_mtp_iteration label2id name_or_path num_nextn_predict_layers output_attentions "
+    "index_share_for_mtp_iteration label2id name_or_path output_attentions "
     "output_hidden_states output_router_logits pretraining_tp problem_type qk_head_dim return_dict "
     "router_aux_loss_coef seq_aux tokenizer_class torch_dtype transformers_version use_cache".split()
 )
@@ -169,7 +169,6 @@ def to_json(config: Any) -> dict[str, Any]:
         "eos_token_id": stops if len(stops) > 1 else stops[0] if stops else None,
         "pad_token_id": config.pad_token_id,
         "num_key_value_heads": config.num_attention_heads,
-        "num_nextn_predict_layers": 0,
         "torch_dtype": config.param_dtype,
         "use_cache": True,
         **({"quantization_config": fp8_experts(config)} if config.expert_dtype == "fp8" else {}),
@@ -185,6 +184,9 @@ def fp8_experts(config: Any) -> dict[str, Any]:
     for layer in range(config.num_hidden_layers):
         is_dense = layer < config.num_dense_layers
         parts = ("self_attn", "mlp") if is_dense else ("self_attn", "mlp.gate", "mlp.shared_experts")
+        others += [f"model.layers.{layer}.{part}" for part in parts]
+    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        parts = "self_attn", "mlp.gate", "mlp.shared_experts", "eh_proj"
         others += [f"model.layers.{layer}.{part}" for part in parts]
     return {**FP8_FORMAT, "activation_scheme": "dynamic", "modules_to_not_convert": others}
 
@@ -233,9 +235,10 @@ def _check_keys(data: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
         given = data.get(key)
         if given is not None and not _equals(given, value):
             problems.append(f"{key} must be {value!r}, got {shown(given)}")
-    layers = data.get("num_hidden_layers")
-    if isinstance(layers, int) and MAX_LAYERS < layers <= MAX_INT:
-        problems.append(f"num_hidden_layers must be at most {MAX_LAYERS:,}, got {layers:,}")
+    for key in ("num_hidden_layers", "num_nextn_predict_layers"):
+        layers = data.get(key)
+        if isinstance(layers, int) and MAX_LAYERS < layers <= MAX_INT:
+            problems.append(f"{key} must be at most {MAX_LAYERS:,}, got {layers:,}")
     return problems
 
 

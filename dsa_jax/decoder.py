@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,14 +64,17 @@ class DecoderLayer(nnx.Module):
 def stack_layers(config: Config, stacked: StackedLayers, *, rngs: nnx.Rngs) -> Any:
     """Makes the layers of a stack, and its indexers, of which there may be fewer."""
     every = len(stacked.indexers) == stacked.count
-    stack = _stack(lambda rngs: DecoderLayer(config, moe=stacked.moe, indexer=every, rngs=rngs), stacked.count, rngs)
+    stack = stack_modules(
+        lambda rngs: DecoderLayer(config, moe=stacked.moe, indexer=every, rngs=rngs), stacked.count, rngs
+    )
     if stacked.indexers and not every:
-        indexers = _stack(lambda rngs: LightningIndexer(config, rngs=rngs), len(stacked.indexers), rngs)
+        indexers = stack_modules(lambda rngs: LightningIndexer(config, rngs=rngs), len(stacked.indexers), rngs)
         stack.self_attn.indexer = nnx.data(indexers)
     return stack
 
 
-def _stack(make, count, rngs):
+def stack_modules(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
+    """Makes so many modules, each from random keys of its own, stacked on a leading axis."""
     return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 

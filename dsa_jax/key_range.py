@@ -73,7 +73,7 @@ class KeyRange:
         """Tells for each query whether it may reach each of the key positions `keys`."""
         return (self.start[..., None] <= keys) & (keys < self.stop[..., None])
 
-    def nonempty(self) -> Bool[Array, "B T"]:
+    def nonempty(self) -> Bool[Array, "*rows T"]:
         """Tells for each query whether it reaches any key; the others are padding."""
         return self.start < self.stop
 

@@ -28,9 +28,10 @@ from dsa_jax.parallel.collectives import (
     sum_gradients,
     sum_shards,
 )
+from dsa_jax.prediction import Predicted, scan_predictions, stack_predictions, tokens_ahead
 from dsa_jax.remat import check_keep
 from dsa_jax.rope import rotation as rope_rotation
-from dsa_jax.stacks import KINDS, StackedLayers, stacked_layers
+from dsa_jax.stacks import KINDS, PREDICTION_LAYERS, StackedLayers, stacked_layers
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +47,7 @@ class Output:
       selected: int32 [layers, B, T, K], the selections, if they were asked for.
       cache: the new cache, if one was given.
       routed: int32 [moe_layers, B, T, k], each token's experts, if they were asked for.
+      predicted: of the prediction layers, if it was asked for.
     """
 
     hidden: Array
@@ -54,6 +56,7 @@ class Output:
     selected: Array | None
     cache: AnyCache | None
     routed: Array | None = None
+    predicted: Predicted | None = None
 
 
 @show_arguments
@@ -75,10 +78,13 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed_tokens = new_weight(config, rngs, vocab, dim)
         stacks = {stacked.name: stack_layers(config, stacked, rngs=rngs) for stacked in stacked_layers(config)}
-        for name, stack in (dict.fromkeys(KINDS) | stacks).items():
+        none = {name: None for name in KINDS if name != PREDICTION_LAYERS}
+        for name, stack in (none | stacks).items():
             setattr(self, name, stack)
         self.norm = RMSNorm(dim, config.rms_norm_eps, config.param_dtype)
         self.lm_head = None if config.tie_word_embeddings else new_weight(config, rngs, dim, vocab)
+        # Drawn last: the same random keys give the same model with prediction layers and without.
+        self.prediction_layers = stack_predictions(config, rngs=rngs)
 
     def __call__(
         self,
@@ -92,6 +98,7 @@ class Transformer(nnx.Module):
         routed: Int[Array, "moe_layers B T k"] | None = None,
         return_routed: bool = False,
         return_indexer_kl: bool = True,
+        return_predicted: bool = False,
         cache: AnyCache | None = None,
         keep: tuple[str, ...] = (),
     ) -> Output:
@@ -110,6 +117,8 @@ class Transformer(nnx.Module):
             are still the routers'.
           return_routed: whether `Output.routed` is wanted.
           return_indexer_kl: whether `Output.indexer_kl` is wanted; without it nothing of it is computed.
+          return_predicted: whether `Output.predicted` is wanted, of all prediction layers, without a cache; without it
+            nothing of them is computed. `predict` runs one of them, with a cache.
           cache: keys of earlier tokens, a `Cache` or `Pages`; the new ones are written to it. Of `Pages`, which count
             nothing, keys and positions must be given.
           keep: names of `remat.KEEPABLE`: results that are kept for the backward pass, not computed again.
@@ -119,6 +128,12 @@ class Transformer(nnx.Module):
         """
         tokens = self.check_inputs(tokens, keys, positions, attention, selected, routed, cache)
         check_keep(keep)
+        if return_predicted and (cache is not None or not self.config.num_nextn_predict_layers):
+            got = f"num_nextn_predict_layers = {self.config.num_nextn_predict_layers}"
+            raise ValueError(
+                "return_predicted needs prediction layers and no cache, "
+                f"got {got}{'' if cache is None else ' and a cache'}"
+            )
         batch, length = tokens.shape
         before = jnp.zeros(batch, jnp.int32) if cache is None or cache.lengths is None else cache.lengths
         keys = KeyRange.causal(batch, length, offset=before) if keys is None else keys
@@ -126,7 +141,8 @@ class Transformer(nnx.Module):
         self._check_values(tokens, keys, cache)
         inputs = tokens, keys, positions, selected, routed, cache
         wanted = dict(return_selected=return_selected, return_indexer_kl=return_indexer_kl)
-        options = dict(attention=attention, return_routed=return_routed, keep=keep, **wanted)
+        wanted |= dict(return_routed=return_routed, return_predicted=return_predicted)
+        options = dict(attention=attention, keep=keep, **wanted)
         if isinstance(tokens, Tracer):
             return self._run(*inputs, options)
         # Outside `jit` the whole forward is compiled, once a shape: a scan by itself would be compiled at every call.
@@ -151,14 +167,67 @@ class Transformer(nnx.Module):
         kl, load, chosen, experts = zip(*results, strict=True)
         load = [each for each in load if each is not None]
         experts = [each for each in experts if each is not None]
+        hidden = _gathered(self.norm)(x)
         return Output(
-            hidden=_gathered(self.norm)(x),
+            hidden=hidden,
             indexer_kl=jnp.concatenate(kl) if options["return_indexer_kl"] else None,
             expert_load=jnp.concatenate(load) if load else jnp.zeros((0, self.config.n_routed_experts), jnp.float32),
             selected=jnp.concatenate(chosen) if options["return_selected"] else None,
             cache=None if cache is None else cache.advance(jnp.sum(keys.nonempty(), axis=1, dtype=jnp.int32)),
             routed=jnp.concatenate(experts) if options["return_routed"] else None,
+            predicted=self._predict_all(hidden, tokens, rotation, keys, options),
         )
+
+    def _predict_all(self, hidden, tokens, rotation, keys, options) -> Predicted | None:
+        """Runs every prediction layer on the tokens that stand behind each, if that is wanted."""
+        if not options["return_predicted"]:
+            return None
+        depths = self.config.num_nextn_predict_layers
+        ids, keys = tokens_ahead(tokens, keys, depths)
+        embedded = self.embed(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
+        with jax.named_scope("prediction"):
+            return scan_predictions(self.prediction_layers, hidden, embedded, rotation, keys, options)
+
+    def predict(
+        self,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        *,
+        keys: KeyRange,
+        positions: Int[Array, "B T"],
+        depth: int = 1,
+        attention: Attention = "sparse",
+        cache: AnyCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
+        """Runs one prediction layer, as drafting does: each row joins a token to what the depth before knows.
+
+        Args:
+          hidden: `Output.hidden`, or what a prediction layer returned: of a row for the token at its position.
+          tokens: the token that follows each row, as far as `depth` says.
+          keys: the rows that each row may reach, positions of the cache if there is one; none for padding.
+          positions: rotary positions of the rows.
+          depth: which layer, from 1.
+          attention: as in a call.
+          cache: with entries of prediction layers. The rows' are written behind its lengths, which stay: they count the
+            rows of the model's own layers.
+
+        Returns:
+          hidden states, of which `unembed` makes logits of the token behind `tokens`, and the cache.
+        """
+        config = self.config
+        count = config.num_nextn_predict_layers
+        if not 1 <= depth <= count:
+            raise ValueError(f"depth must be from 1 to the {count} prediction layers, got {depth}")
+        graph, state = nnx.split(self.prediction_layers)
+        state = gather_parameters(jax.tree.map(lambda x: x[depth - 1], state), dtype=config.dtype)
+        layer = config.num_hidden_layers + depth - 1
+        indexer = config.num_index_layers + depth - 1 if config.indexer_types else None
+        options: dict[str, Any] = dict(attention=attention, cache=cache, layer=layer, indexer=indexer)
+        embedded, turn = self.embed(tokens), rope_rotation(positions, config)
+        with jax.named_scope("prediction"):
+            predicting = nnx.merge(graph, state)
+            out = predicting.predict(hidden, embedded, turn, keys, return_indexer_kl=False, **options)
+        return out.x, out.cache
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Computes float32 logits of the next token; at training lengths take them a chunk of tokens at a time.
@@ -318,12 +387,14 @@ def _check_cache(cache, config, batch, length):
     """Raises ValueError unless the cache is one of this model, for this many rows."""
     if isinstance(cache, Pages):
         dtype = "fp8" if cache.latents.dtype == jnp.uint8 else str(cache.latents.dtype)
-        latents, index_keys = page_shapes(config, cache.latents.shape[1], dtype)
+        predicting = cache.latents.shape[0] != config.num_hidden_layers
+        latents, index_keys = page_shapes(config, cache.latents.shape[1], dtype, predicting=predicting)
         table = jax.ShapeDtypeStruct((batch, *cache.table.shape[1:]), jnp.int32)
         slots = jax.ShapeDtypeStruct((batch, length), jnp.int32)
         expected = dict(latents=latents, index_keys=index_keys, table=table, slots=slots)
     else:
-        expected = vars(jax.eval_shape(lambda: Cache.empty(config, batch, cache.size)))
+        predicting = cache.kv.shape[0] != config.num_hidden_layers
+        expected = vars(jax.eval_shape(lambda: Cache.empty(config, batch, cache.size, predicting=predicting)))
     for name, wanted in expected.items():
         found = getattr(cache, name)
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dsa_jax.config import Config
 
 MAX_PERIOD = 16  # layers that one scanned body holds, at most
-KINDS = {"dense_layers": "dense", "moe_layers": "MoE"}  # of feed-forward, by what the names of stacks begin with
+PREDICTION_LAYERS = "prediction_layers"  # the stack of the layers past the last
+# Of layers, by what the names of stacks begin with: dense and MoE are the feed-forwards of the model's own layers.
+KINDS = {"dense_layers": "dense", "moe_layers": "MoE", PREDICTION_LAYERS: "prediction"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ def is_stack(name: str) -> bool:
 
 
 def kind_of(name: str) -> str | None:
-    """Names the kind of feed-forward, "dense" or "MoE", of a stack; None for what is no stack's name.
+    """Names the kind of layers, "dense", "MoE" or "prediction", of a stack; None for what is no stack's name.
 
     Examples:
       >>> kind_of("moe_layers_2"), kind_of("norm")
@@ -76,7 +78,7 @@ def base_name(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def stacked_layers(config: Config) -> tuple[StackedLayers, ...]:
-    """Lists the stacks of a model, in the order of its layers.
+    """Lists the stacks of a model's own layers, in their order; `prediction_stack` is another.
 
     Examples:
       >>> types = ("full", "full", "shared", "shared", "full", "shared")
@@ -105,6 +107,35 @@ def stacked_layers(config: Config) -> tuple[StackedLayers, ...]:
             )
             first = stop
     return tuple(stacks)
+
+
+def prediction_stack(config: Config) -> StackedLayers | None:
+    """Describes the stack of the prediction layers, None where there are none.
+
+    Each has an indexer, and the feed-forward of the model's last layer. They are numbered past the model's own layers,
+    as their tensors and their entries in caches are.
+
+    Examples:
+      >>> prediction_stack(Config.tiny(num_nextn_predict_layers=1)).layers
+      (3,)
+    """
+    if not config.num_nextn_predict_layers:
+        return None
+    return StackedLayers(
+        name=PREDICTION_LAYERS,
+        moe=config.num_moe_layers > 0,
+        first=config.num_hidden_layers,
+        period=(True,),
+        repeats=config.num_nextn_predict_layers,
+        first_indexer=config.num_index_layers,
+        hands_on=False,
+    )
+
+
+def all_stacks(config: Config) -> tuple[StackedLayers, ...]:
+    """Lists the stacks of a model, that of its prediction layers last, if there are any."""
+    predicting = prediction_stack(config)
+    return stacked_layers(config) if predicting is None else (*stacked_layers(config), predicting)
 
 
 def leaders(config: Config) -> tuple[int, ...]:

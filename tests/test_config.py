@@ -155,7 +155,7 @@ def test_a_null_that_means_another_model_is_refused(key):
 def test_both_rope_spellings_are_one():
     """The fixtures a0 and a1 have the same shape, one spelled as published and one as transformers saves it."""
     published, saved = Config.from_hf(ORACLE / "deepseek_a0"), Config.from_hf(ORACLE / "deepseek_a1" / "config.json")
-    assert published == saved
+    assert dataclasses.replace(published, num_nextn_predict_layers=0) == saved  # which transformers leaves out
     assert published.rope_scaling == YaRN(40.0, 64)
     assert "rope_scaling" in json.loads((ORACLE / "deepseek_a0" / "config.json").read_text())
     assert "rope_parameters" in json.loads((ORACLE / "deepseek_a1" / "config.json").read_text())

@@ -29,8 +29,11 @@ NAMES = {
 DIFFERENT = ["deepseek-v3.2", "glm-5", "glm-5.2"]  # in shape from each other
 
 
-def config_of(name: str) -> Config:
-    return Config.from_hf(FOLDER / f"{name}.json")
+def config_of(name: str, prediction_layers: int = 0) -> Config:
+    """The configuration, which names one prediction layer: without it, or with so many."""
+    config = Config.from_hf(FOLDER / f"{name}.json")
+    assert config.num_nextn_predict_layers == 1
+    return dataclasses.replace(config, num_nextn_predict_layers=prediction_layers)
 
 
 def parameters(config: Config) -> int:

@@ -1,7 +1,7 @@
 """Losses as sums over a batch's tokens, with what they are divided by: a phase minimises one or several of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax import Config, Output, Transformer
 from dsa_jax.parallel.collectives import max_statistics, num_shards, shard_index, sum_shards
+from dsa_jax.prediction import shift_tokens, tokens_ahead
 from dsa_jax.stacks import kl_shares
 from train.data import Batch
 
@@ -192,3 +193,59 @@ LM_LOSS = Loss(_lm_total, lambda batch: jnp.sum(batch.valid))  # nats a target
 KL_LOSS = Loss(
     _kl_total, lambda batch: jnp.sum(batch.keys.nonempty()), _kl_layers
 )  # Eqs. 3-4, nats a query, of all layers
+
+
+# Prediction layers: each depth has a mean of its own, over the targets and queries that it has.
+
+
+def prediction_losses(
+    losses: Sequence[Loss], depths: int, weight: Array | float = 1.0
+) -> dict[str, tuple[Loss, Array | float]]:
+    """Makes the terms that prediction layers add to an objective, by their names, and the weight of each.
+
+    Beside `LM_LOSS` stands the cross-entropy of each depth, `mtp_loss_1` and so on, with the weight lambda / D; beside
+    `KL_LOSS` the divergence of each layer's own indexer, `mtp_kl_1`, with the weight 1 that it has in all other layers.
+
+    Args:
+      losses: the phase's own.
+      depths: D, the number of prediction layers.
+      weight: lambda.
+
+    References:
+      DeepSeek-V3, arXiv:2412.19437, Eqs. 24–25; there a depth's sum is divided by the length of the whole sequence.
+    """
+    terms: dict[str, tuple[Loss, Array | float]] = {}
+    for depth in range(1, depths + 1):
+        if LM_LOSS in losses:
+            terms[f"mtp_loss_{depth}"] = _prediction_loss(depth), weight / depths
+        if KL_LOSS in losses:
+            terms[f"mtp_kl_{depth}"] = _prediction_kl(depth), 1.0
+    return terms
+
+
+def _prediction_loss(depth: int) -> Loss:
+    """Makes the cross-entropy of the tokens that stand `depth` + 1 places ahead, within a document and where learnt."""
+
+    def learnt(batch: Batch) -> Bool[Array, "B T"]:
+        return _are_ahead(batch, depth) & (shift_tokens(jnp.asarray(batch.valid, jnp.int32), depth) > 0)
+
+    def total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
+        predicted: Any = output.predicted
+        targets = shift_tokens(jnp.asarray(batch.targets), depth)
+        return cross_entropy(predicted.hidden[depth - 1], model.unembedding(), targets, learnt(batch))
+
+    return Loss(total, lambda batch: jnp.sum(learnt(batch)))
+
+
+def _prediction_kl(depth: int) -> Loss:
+    """Makes the divergence of a prediction layer's indexer, of the queries whose token ahead is there."""
+
+    def total(model: Transformer, output: Output, batch: Batch) -> Float[Array, ""]:
+        predicted: Any = output.predicted
+        return jnp.sum(jnp.where(predicted.valid[depth - 1], predicted.indexer_kl[depth - 1], 0.0))
+
+    return Loss(total, lambda batch: jnp.sum(_are_ahead(batch, depth)))
+
+
+def _are_ahead(batch: Batch, depth: int) -> Bool[Array, "B T"]:
+    return tokens_ahead(jnp.asarray(batch.tokens), batch.keys, depth)[1].nonempty()[depth - 1]

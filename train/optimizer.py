@@ -27,6 +27,7 @@ MATRICES = {
     "gate_proj": (-2, -1),
     "up_proj": (-2, -1),
     "down_proj": (-2, -1),
+    "eh_proj": (-2, -1),
 }
 
 

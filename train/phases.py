@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dsa_jax import KeyRange, Output, Transformer, window_selection
+from dsa_jax.stacks import PREDICTION_LAYERS
 from train.data import Batch
 from train.losses import KL_LOSS, LM_LOSS, Loss
 from train.post.policy import PolicySettings, policy_loss
@@ -17,7 +18,7 @@ GROUPS = ("backbone", "indexer", "router_bias")
 TRAINABLE = ("backbone", "indexer")  # the router's bias follows the expert load, by no gradient
 METRICS = (  # no names of losses
     *("loss", "tokens", "expert_imbalance", "step", "phase", "phase_step", "seconds", "data_seconds", "time"),
-    *("tokens_seen", "held_out_loss", "evaluation_seconds"),
+    *("tokens_seen", "held_out_loss", "evaluation_seconds", "mtp_weight"),
 )
 SPARSE_STREAM, OTHER_STREAM, STREAMS = 2, 3, 10
 
@@ -126,6 +127,19 @@ def split_groups(model: Transformer) -> tuple[nnx.GraphDef, Params]:
     return graphdef, {group: nnx.to_pure_dict(state) for group, state in zip(GROUPS, states, strict=True)}
 
 
+def trained_params(params: Params, phase: Phase, *, predictions: bool) -> Params:
+    """Takes what a phase trains: its groups, and of these the prediction layers only where they train along."""
+    left_out = () if predictions else (PREDICTION_LAYERS,)
+    return {
+        group: {name: part for name, part in params[group].items() if name not in left_out} for group in phase.trains
+    }
+
+
+def with_trained(params: Params, trained: Params) -> Params:
+    """Puts what was trained back among all parameters."""
+    return {group: {**own, **trained.get(group, {})} for group, own in params.items()}
+
+
 def merge_groups(graphdef: nnx.GraphDef, params: Params) -> Transformer:
     """Puts a model together from its parameters: the inverse of `split_groups`, usable inside jit."""
     return nnx.merge(graphdef, *(params[group] for group in GROUPS))
@@ -142,6 +156,7 @@ def run_model(
     attention: Literal["dense", "sparse"],
     selection: Selection | None = None,
     keep: tuple[str, ...] = (),
+    predictions: bool = False,
 ) -> Output:
     """Runs the model over a batch.
 
@@ -151,12 +166,14 @@ def run_model(
       attention: as the model takes it.
       selection: makes what every layer selects, instead of its indexer; what the batch replays goes before it.
       keep: what is kept for the backward pass, as the model takes it.
+      predictions: whether the prediction layers run too.
     """
     selected, routed = _replayed(batch)
     if selected is None and selection is not None:
         selected = selection(batch.keys, model.config.index_topk)
         selected = jnp.broadcast_to(selected, (model.config.num_hidden_layers, *selected.shape))
     options: dict[str, Any] = dict(attention=attention, selected=selected, routed=routed, keep=keep)
+    options |= dict(return_predicted=predictions)
     return model(batch.tokens, keys=batch.keys, positions=batch.positions, **options)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import types
 import typing
@@ -16,6 +17,7 @@ from dsa_jax import Config
 from dsa_jax.remat import check_keep
 from train.checks import check_integer, check_number, shown
 from train.data import DataConfig
+from train.losses import prediction_losses
 from train.optimizer import OptimizerSettings, stage_scale
 from train.phases import PHASES, STREAMS, TRAINABLE, Phase
 
@@ -44,6 +46,7 @@ class Stage:
 
     `rates` are factors on the phase's learning rates at the stage's first and last step, and linear between: with
     `(1.0, 0.03)` the last stage of a phase brings a constant rate down, however long the stages before it are.
+    `prediction_weight` is lambda, the weight of the prediction layers' cross-entropy where these train along.
     """
 
     steps: int
@@ -51,6 +54,7 @@ class Stage:
     seq_len: int
     micro_batches: int = 1
     rates: tuple[float, ...] = (1.0, 1.0)
+    prediction_weight: float = 0.3
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "micro_batches"):
@@ -63,6 +67,7 @@ class Stage:
             )
         for factor in self.rates:
             check_number("rates", factor, least=0)
+        check_number("prediction_weight", self.prediction_weight, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,7 @@ class PhaseSettings:
     indexer: OptimizerSettings | None = None
     bias_rate: float = 0.0  # the step of the router's bias against the expert load
     keep: tuple[str, ...] = ()  # results kept for the backward pass, names of `dsa_jax.remat.KEEPABLE`
+    predictions: bool = False  # whether the model's prediction layers train along; else they stay as they are
 
     def __post_init__(self):
         if not isinstance(self.phase, Phase):
@@ -94,6 +100,12 @@ class PhaseSettings:
             self._check_optimizer(group)
         check_number("bias_rate", self.bias_rate, least=0)
         check_keep(self.keep)
+        if not isinstance(self.predictions, bool):
+            raise ValueError(f"predictions must be True or False, got {shown(self.predictions)}")
+        if self.predictions and (self.phase.selection is not None or not self._teaches_predictions):
+            raise ValueError(
+                f"predictions need LM_LOSS or KL_LOSS among the losses, and no imposed selection, got phase {self.name}"
+            )
 
     def _check_optimizer(self, group: str) -> None:
         settings = getattr(self, group)
@@ -116,6 +128,17 @@ class PhaseSettings:
     def steps(self) -> int:
         """The steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def _teaches_predictions(self) -> bool:
+        return bool(prediction_losses([loss for _, loss in self.phase.losses], depths=1))
+
+    @property
+    def prediction_weight(self) -> optax.Schedule:
+        """The weight of the prediction layers' cross-entropy at each step: its stage's."""
+        ends = itertools.accumulate(stage.steps for stage in self.stages)
+        constants = [optax.constant_schedule(stage.prediction_weight) for stage in self.stages]
+        return optax.join_schedules(constants, list(ends)[:-1])
 
     @property
     def rate_scale(self) -> optax.Schedule | None:
@@ -164,6 +187,9 @@ class RunConfig:
                     "a model of baseline 'nsa' has no indexer and no dense attention: its phases must be like NATIVE, "
                     f"got {phase.name}"
                 )
+        predicting = [phase.name for phase in self.phases if phase.predictions]
+        if predicting and not self.model.num_nextn_predict_layers:
+            raise ValueError(f"predictions of phase {predicting[0]} need num_nextn_predict_layers above 0, got 0")
         longest = max(stage.seq_len for phase in self.phases for stage in phase.stages)
         if longest > self.model.max_position_embeddings:
             raise ValueError(

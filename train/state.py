@@ -16,7 +16,7 @@ from dsa_jax import Config, Transformer
 from dsa_jax.parallel.sharding import AXES, check_batch, parameter_shardings, path_names, shards, spec
 from train.data import Batch
 from train.optimizer import make_optimizer
-from train.phases import Params, split_groups
+from train.phases import Params, split_groups, trained_params
 from train.settings import PhaseSettings, Stage
 
 
@@ -56,7 +56,8 @@ def init_state(params: Params, settings: PhaseSettings, random: Any) -> TrainSta
 def fresh_state(params: Params, random: Array, settings: PhaseSettings) -> TrainState:
     """Makes the state of `init_state` from parameters and key data that it takes over."""
     check_trainable(params)
-    opt_state = {group: optimizer.init(params[group]) for group, optimizer in make_optimizers(settings).items()}
+    trained = trained_params(params, settings.phase, predictions=settings.predictions)
+    opt_state = {group: optimizer.init(trained[group]) for group, optimizer in make_optimizers(settings).items()}
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, random)
 
 

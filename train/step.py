@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,12 @@ from dsa_jax import Transformer
 from dsa_jax.moe import update_bias
 from dsa_jax.parallel.collectives import sum_statistics
 from dsa_jax.parallel.sharding import parameter_shardings, parameter_specs, spec
+from dsa_jax.stacks import PREDICTION_LAYERS
 from train.checks import check_integer
 from train.data import Batch
+from train.losses import Loss, prediction_losses
 from train.optimizer import learning_rates
-from train.phases import Params, Phase, merge_groups, run_model
+from train.phases import Params, merge_groups, run_model, trained_params, with_trained
 from train.settings import PhaseSettings
 from train.state import TrainState, fresh_state, make_optimizers
 
@@ -54,7 +56,8 @@ def make_step(
     Returns:
       A function of a state and a batch that gives the next state and metrics: "loss", each of the phase's losses by its
       name, the KL also by layer ("kl_layers"), "tokens" (queries that have keys), gradient norms and learning rates by
-      group, and the experts' imbalance.
+      group, and the experts' imbalance. Of prediction layers that train along, "mtp_loss_1" and "mtp_kl_1" of the first
+      and so on, unweighted, and "mtp_weight", lambda.
 
     Examples:
       >>> from train.phases import BASE, split_groups
@@ -93,11 +96,15 @@ def build_step(
     """Makes the jitted step of `make_step` anew, so that nothing of it stays when it is no longer used."""
     check_integer("micro_batches", micro_batches)
     phase, optimizers = settings.phase, make_optimizers(settings)
-    gradients = functools.partial(_gradients, graphdef, phase, settings.keep, micro_batches)
+    gradients = functools.partial(_gradients, graphdef, settings, micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics, load = (gradients if mesh is None else _on_mesh(gradients, phase, mesh))(state.params, batch)
-        params, opt_state = dict(state.params), {}
+        weight = jnp.asarray(settings.prediction_weight(state.step), jnp.float32)
+        compute = gradients if mesh is None else _on_mesh(gradients, settings, mesh)
+        grads, metrics, load = compute(state.params, batch, weight)
+        if settings.predictions:
+            metrics["mtp_weight"] = weight
+        params, opt_state = trained_params(state.params, phase, predictions=settings.predictions), {}
         for group, optimizer in optimizers.items():
             with jax.named_scope(f"update_{group}"):
                 updates, opt_state[group] = optimizer.update(
@@ -110,7 +117,8 @@ def build_step(
         if load.shape[0]:
             metrics["expert_imbalance"] = jnp.mean(load.max(-1) / jnp.maximum(load.mean(-1), 1e-9))
             if phase.balances:
-                params["router_bias"] = _balance(params["router_bias"], load, settings.bias_rate)
+                params["router_bias"] = _balance(state.params["router_bias"], load, settings.bias_rate)
+        params = with_trained(state.params, params)
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
         if mesh is not None:
             state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh))
@@ -120,9 +128,14 @@ def build_step(
 
 
 def _balance(biases: Params, load: Array, rate: float) -> Params:
-    """Moves the routers' biases, of one stack of layers after the other, against the load [moe_layers, X]."""
+    """Moves the routers' biases, of one stack of layers after the other, against the load [moe_layers, X].
+
+    The load of prediction layers stands last, or is not there if they have not run: theirs then stay.
+    """
     moved, first = {}, 0
-    for name in sorted(biases, key=lambda name: (len(name), name)):  # as the stacks are numbered
+    for name in sorted(biases, key=lambda name: (name == PREDICTION_LAYERS, len(name), name)):  # as they are numbered
+        if first == len(load):
+            break
         count = jax.tree.leaves(biases[name])[0].shape[0]
         part = load[first : first + count]
         moved[name] = jax.tree.map(lambda bias, part=part: update_bias(bias, part, rate), biases[name])
@@ -137,40 +150,51 @@ def _compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, Any] | None
     return MESH_OPTIONS if mesh.size > 1 else None
 
 
-def _on_mesh(gradients: Callable, phase: Phase, mesh: Mesh | AbstractMesh) -> Callable:
+def _on_mesh(gradients: Callable, settings: PhaseSettings, mesh: Mesh | AbstractMesh) -> Callable:
     """Has every shard run `gradients` on its own tokens and its own part of the parameters."""
 
-    def run(params: Params, batch: Batch) -> tuple[Params, Metrics, Array]:
+    def run(params: Params, batch: Batch, weight: Array) -> tuple[Params, Metrics, Array]:
         specs = parameter_specs(params)
-        trained = {group: specs[group] for group in phase.trains}
+        trained = trained_params(specs, settings.phase, predictions=settings.predictions)
         tokens = jax.tree.map(lambda _: spec("batch", "sequence"), batch)
         return jax.shard_map(
-            gradients, mesh=mesh, in_specs=(specs, tokens), out_specs=(trained, spec(), spec()), check_vma=False
-        )(params, batch)
+            gradients,
+            mesh=mesh,
+            in_specs=(specs, tokens, spec()),
+            out_specs=(trained, spec(), spec()),
+            check_vma=False,
+        )(params, batch, weight)
 
     return run
 
 
 def _gradients(
-    graphdef: nnx.GraphDef, phase: Phase, keep: tuple[str, ...], micro_batches: int, params: Params, batch: Batch
+    graphdef: nnx.GraphDef, settings: PhaseSettings, micro_batches: int, params: Params, batch: Batch, weight: Array
 ) -> tuple[Params, Metrics, Array]:
-    """Computes gradients of the trainable groups, metrics, and the expert load of the whole batch.
+    """Computes gradients of what is trained, metrics, and the expert load of the whole batch.
 
-    On a mesh `params` and `batch` are a shard's own, as are the gradients; metrics and load are of all shards.
+    `weight` is that of the prediction layers' cross-entropy. On a mesh `params` and `batch` are a shard's own, as are
+    the gradients; metrics and load are of all shards.
     """
-    counts = {name: _whole_count(loss.count(batch)) for name, loss in phase.losses}
+    phase = settings.phase
+    depths = merge_groups(graphdef, params).config.num_nextn_predict_layers if settings.predictions else 0
+    predicted = prediction_losses([loss for _, loss in phase.losses], depths, weight)
+    losses = dict(phase.losses) | {name: loss for name, (loss, _) in predicted.items()}
+    weights = {name: own for name, (_, own) in predicted.items()}
+    counts = {name: _whole_count(loss.count(batch)) for name, loss in losses.items()}
     queries = sum_statistics(jnp.sum(batch.keys.nonempty()), "tokens")
     micro_batches = min(micro_batches, len(batch.tokens))
     if len(batch.tokens) % micro_batches:
         raise ValueError(f"micro_batches must divide the {len(batch.tokens)} rows of a batch, got {micro_batches}")
-    trainable = {group: params[group] for group in phase.trains}
+    trainable = trained_params(params, phase, predictions=settings.predictions)
 
     def loss(trainable: Params, micro: Batch) -> tuple[Array, tuple[Metrics, Array]]:
-        totals, watched, load = _loss_totals(merge_groups(graphdef, {**params, **trainable}), phase, keep, micro)
-        losses = {name: total / counts[name] for name, total in totals.items()}
+        model = merge_groups(graphdef, with_trained(params, trainable))
+        totals, watched, load = _loss_totals(model, settings, losses, micro)
+        means = {name: total / counts[name] for name, total in totals.items()}
         others = {name: each / counts[loss] for loss, sums in watched.items() for name, each in sums.items()}
-        whole = sum(losses.values(), jnp.zeros(()))
-        return whole, ({"loss": whole, **losses, **others}, load)
+        whole = sum((weights.get(name, 1.0) * mean for name, mean in means.items()), jnp.zeros(()))
+        return whole, ({"loss": whole, **means, **others}, load)
 
     grad = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -190,17 +214,22 @@ def _whole_count(count: Array) -> Array:
 
 
 def _loss_totals(
-    model: Transformer, phase: Phase, keep: tuple[str, ...], batch: Batch
+    model: Transformer, settings: PhaseSettings, losses: Mapping[str, Loss], batch: Batch
 ) -> tuple[Metrics, dict[str, Metrics], Array]:
-    """Sums the phase's losses over a micro-batch, by loss what is watched beside it, and counts its expert load."""
-    output = run_model(model, batch, attention=phase.attention, selection=phase.selection, keep=keep)
+    """Sums the losses over a micro-batch, by loss what is watched beside it, and counts its expert load."""
+    phase, predictions = settings.phase, settings.predictions
+    options: dict[str, Any] = dict(attention=phase.attention, selection=phase.selection, keep=settings.keep)
+    output = run_model(model, batch, predictions=predictions, **options)
     factor = _nan_outside(batch, model.config.vocab_size)
     totals, watched = {}, {}
-    for name, loss in phase.losses:
+    for name, loss in losses.items():
         total, sums = loss.measure(model, output, batch)
         layers = {} if loss.layers is None else {f"{name}_layers": loss.layers(model, output, batch)}
         totals[name], watched[name] = factor * total, {**sums, **layers}
-    return totals, jax.lax.stop_gradient(watched), output.expert_load
+    load = output.expert_load
+    if output.predicted is not None:
+        load = jnp.concatenate([load, output.predicted.expert_load])
+    return totals, jax.lax.stop_gradient(watched), load
 
 
 def _nan_outside(batch: Batch, vocab_size: int) -> Array:

@@ -18,7 +18,7 @@ from dsa_jax.chat.options import SamplingOptions
 from dsa_jax.chat.session import Conversation
 from dsa_jax.chat.template import ChatTemplate
 from dsa_jax.config import Config
-from dsa_jax.inference import LLM, Engine, NGram, Request
+from dsa_jax.inference import LLM, MTP, Engine, NGram, Request
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.strict_json import parse_object, shown_path
 
@@ -35,9 +35,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_llm(folder: Path, tokenizer: Tokenizer, *, drafts: bool = False, **settings: Any) -> LLM:
-    """Loads a checkpoint for a command; `drafts` are of what a text repeats, other settings are those of `LLM`."""
-    return LLM(folder, tokenizer=tokenizer, drafter=NGram() if drafts else None, **settings)
+DRAFTERS = {"ngram": NGram, "mtp": MTP}
+
+
+def load_llm(folder: Path, tokenizer: Tokenizer, *, drafts: str | None = None, **settings: Any) -> LLM:
+    """Loads a checkpoint for a command; `drafts` names what proposes tokens, other settings are those of `LLM`."""
+    return LLM(folder, tokenizer=tokenizer, drafter=None if drafts is None else DRAFTERS[drafts](), **settings)
 
 
 def generate_text(engine: Engine, prompt: str, options: SamplingOptions) -> int:

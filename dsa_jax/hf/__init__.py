@@ -7,7 +7,7 @@ in one line what is wrong with it. `table` says which tensor is which parameter,
 on a mesh, and `files` knows safetensors, their index, and how a folder appears whole or not at all.
 """
 
-from dsa_jax.hf.checkpoint import Checkpoint
+from dsa_jax.hf.checkpoint import Checkpoint, layer_of
 from dsa_jax.hf.convert import MAX_SHARD_BYTES, convert_hf, load_hf, save_hf, to_hf
 from dsa_jax.hf.table import SCALE_SUFFIX, TABLE, leaves
 
@@ -17,6 +17,7 @@ __all__ = [
     "TABLE",
     "Checkpoint",
     "convert_hf",
+    "layer_of",
     "leaves",
     "load_hf",
     "save_hf",

@@ -1,10 +1,11 @@
 """Checks a checkpoint's folder against its configuration, and reads its tensors one at a time."""
 
 import collections
+import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -38,14 +39,19 @@ class Checkpoint:
     """A checkpoint's folder, its files checked against its configuration; tensors are read one at a time.
 
     Making one reads the configuration and every file's header, but no tensor, unless the head is there though it is
-    tied to the embedding: then both are compared. Tables of rotary frequencies and such a head are passed over. Two
-    things are no errors but are logged as warnings: layers past the last, which prediction layers are, and a
-    `deepseek_v3` checkpoint without any indexer.
+    tied to the embedding: then both are compared. Tables of rotary frequencies, such a head, and copies of embedding
+    and head in prediction layers are passed over. Three things are no errors but are logged as warnings: layers past
+    the last that are left out, prediction layers of which the files hold nothing, and a `deepseek_v3` checkpoint
+    without any indexer.
+
+    Args:
+      directory: the folder.
+      prediction_layers: whether those that `config.json` counts are part of the model.
 
     Attributes:
       directory: the folder.
       config_json: the contents of its `config.json`.
-      config: the same as a `Config`.
+      config: the same as a `Config`, with as many prediction layers as are taken.
       stored: the tensors that the files hold, by name.
       expected: the table's rows of the tensors that the model needs, by name.
       has_indexer: whether the files hold one.
@@ -55,13 +61,17 @@ class Checkpoint:
         tensors of a kind together.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, *, prediction_layers: bool = True):
         self.directory = Path(directory)
         self.config_json = read_json(self.directory)
         self.config = Config.from_hf(self.directory)
-        self.expected = _expected(self.config)
+        if not prediction_layers:
+            self.config = dataclasses.replace(self.config, num_nextn_predict_layers=0)
+        _check_count(self.config)
         headers = read_headers(self.directory, lambda name: not self._is_past(name) and not _is_derived(name))
         self.stored = headers.stored
+        self._leave_out_absent_predictions(self.stored.keys() | headers.unread)
+        self.expected = _expected(self.config)
         indexer = {name for name, entry in self.expected.items() if entry.indexer}
         present = indexer & (self.stored.keys() | headers.unread)
         self.has_indexer = self.config_json["model_type"] != "deepseek_v3" or bool(present)
@@ -69,7 +79,8 @@ class Checkpoint:
             self.expected = {name: entry for name, entry in self.expected.items() if not entry.indexer}
         missing = self.expected.keys() - self.stored.keys() - headers.unread
         extra = [name for name in self.stored if not self._has_place(name)]
-        unexpected = [name for name in extra if not self._is_past(name) and not _is_derived(name)]
+        copies = self.copies()
+        unexpected = [name for name in extra if not (self._is_past(name) or _is_derived(name) or name in copies)]
         tied = HEAD in unexpected and self.config.tie_word_embeddings and EMBEDDING in self.stored
         problems = [(name, "is missing") for name in self.expected if name in missing]
         for name in self.expected:
@@ -146,6 +157,20 @@ class Checkpoint:
             problems = grouped((name + SCALE_SUFFIX, "must be finite, got NaN or infinity") for name in wrong)
             raise ValueError(one_line(f"{shown_path(self.directory)} holds scales that are no numbers", problems))
 
+    def copies(self) -> dict[str, str]:
+        """Lists the tensors of prediction layers that repeat one of the model, each with the name of that."""
+        head = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        parts = {"embed_tokens": EMBEDDING, "shared_head.head": head}
+        names = {f"model.layers.{first + i}.{part}.weight": own for i in range(count) for part, own in parts.items()}
+        return {name: own for name, own in names.items() if name in self.stored}
+
+    def check_copies(self) -> None:
+        """Compares copies of embedding and head with these, and logs which differ: the model's own are used."""
+        for name, own in self.copies().items():
+            if not self._same_bytes(name, own):
+                logger.warning("%s differs from %s, which is used in its place", name, own)
+
     def check_experts_in_fp8(self) -> None:
         """Checks that the routed experts are stored in FP8.
 
@@ -181,8 +206,16 @@ class Checkpoint:
         return name in self.expected or (weight in self.expected and weight in self.stored and self.is_fp8(weight))
 
     def _is_past(self, name: str) -> bool:
-        """Tells whether a tensor is of a layer past the last."""
-        return self.config.num_hidden_layers <= layer_of(name) < math.inf
+        """Tells whether a tensor is of a layer past the last, prediction layers that are taken included."""
+        last = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        return last <= layer_of(name) < math.inf
+
+    def _leave_out_absent_predictions(self, names: Collection[str]) -> None:
+        """Takes the model to have no prediction layers where the files hold nothing of them, as after transformers."""
+        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        if count and not any(first <= layer_of(name) < first + count for name in names):
+            self.config = dataclasses.replace(self.config, num_nextn_predict_layers=0)
+            logger.warning("num_nextn_predict_layers = %d, of which the files hold nothing: taken for 0", count)
 
     def _same_bytes(self, name: str, other: str) -> bool:
         """Compares two tensors."""
@@ -207,17 +240,20 @@ class Checkpoint:
             logger.warning("skipped %d tensors of %s, past num_hidden_layers = %d", len(past), where, last)
 
 
-def _expected(config: Config) -> dict[str, Entry]:
-    """Lists the tensors of a model by name; raises ValueError if they are more than any model has."""
-    expected: dict[str, Entry] = {}
-    all_leaves = leaves(config)
-    count = sum(len(leaf.layers or (0,)) * (leaf.experts or 1) for leaf in all_leaves)
+def _check_count(config: Config) -> None:
+    """Raises ValueError if a model has more tensors than any has."""
+    count = sum(len(leaf.layers or (0,)) * (leaf.experts or 1) for leaf in leaves(config))
     if count > MAX_TENSORS:
         raise ValueError(
             f"config.json describes {count:,} tensors, more than {MAX_TENSORS:,}: num_hidden_layers is "
             f"{config.num_hidden_layers:,}, n_routed_experts {config.n_routed_experts:,}"
         )
-    for leaf in all_leaves:
+
+
+def _expected(config: Config) -> dict[str, Entry]:
+    """Lists the tensors of a model by name."""
+    expected: dict[str, Entry] = {}
+    for leaf in leaves(config):
         expected |= {name: leaf.entry for _, name in leaf.tensors()}
     return expected
 

@@ -29,7 +29,7 @@ from dsa_jax.indexer import LightningIndexer
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.sharding import check_model, parameter_shardings, path_names
 from dsa_jax.quantization import quantize_blocks
-from dsa_jax.stacks import is_stack, stacked_layers
+from dsa_jax.stacks import all_stacks, is_stack
 from dsa_jax.strict_json import shown_path
 
 MAX_SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
@@ -99,11 +99,11 @@ def _layer_numbers(arrays: dict[tuple[str, ...], Any], config: Config | None) ->
 
         def count_on(entry, name, count):
             if name not in first:
-                raise ValueError(f"this state holds {name}, of a model whose layers share selections: pass config=")
+                raise ValueError(f"this state holds {name}, of layers that it does not number: pass config=")
             return tuple(range(first[name], first[name] + count))
 
         return count_on
-    stacks = {stack.name: stack for stack in stacked_layers(config)}
+    stacks = {stack.name: stack for stack in all_stacks(config)}
 
     def look_up(entry, name, count):
         layers = layers_of(entry, stacks[name]) if name in stacks else ()
@@ -136,6 +136,7 @@ def load_hf(
     mesh: jax.sharding.Mesh | None = None,
     copies: bool = False,
     seed: int = 0,
+    prediction_layers: bool = True,
 ) -> Transformer:
     """Loads a Hugging Face checkpoint, `deepseek_v32` or `glm_moe_dsa`, single-file or sharded, FP8 or not.
 
@@ -153,12 +154,14 @@ def load_hf(
         them, with their scales, and results have the same bits. If None, `config` says, or it is `param_dtype`.
       config: what to use instead of the checkpoint's configuration, dtypes among it. All tensors that the files hold
         must have the same shapes in both; another K, another scaling of RoPE, or another size of the indexer that a
-        dense checkpoint lacks may be chosen.
+        dense checkpoint lacks may be chosen, or no prediction layers.
       mesh: the devices over which the parameters are sharded, by the table of `parallel.sharding`; the default device
         if None.
       copies: whether every shard of `data` gets the parameters whole, as generation has them, rather than in parts, as
         training does.
       seed: of a dense checkpoint's new indexer.
+      prediction_layers: whether those that the checkpoint holds are loaded; else a logged warning counts what is left
+        out. Their copies of embedding and head are compared with the model's own, and not kept.
 
     Raises:
       ValueError: one line that names everything wrong with the files, or a `config` or a mesh that does not fit them,
@@ -172,7 +175,10 @@ def load_hf(
       >>> model.config == Config.tiny()
       True
     """
-    checkpoint = Checkpoint(directory)
+    taken = prediction_layers and (config is None or config.num_nextn_predict_layers > 0)
+    checkpoint = Checkpoint(directory, prediction_layers=taken)
+    if config is not None and not checkpoint.config.num_nextn_predict_layers:
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
     if dtype is None and config is None:
         dtype = checkpoint.most_common_dtype
         if np.dtype(dtype if param_dtype is None else param_dtype) == BFLOAT16:
@@ -181,6 +187,7 @@ def load_hf(
     if config.expert_dtype == "fp8":
         checkpoint.check_experts_in_fp8()
     checkpoint.check_scales()
+    checkpoint.check_copies()
     if mesh is not None:
         check_model(mesh, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
@@ -237,7 +244,7 @@ def _draw_indexers(
 ) -> dict[tuple[str, ...], jax.Array]:
     """Draws the parameters of new indexers, by path, a layer's as `LightningIndexer` initialises them."""
     rngs, drawn = nnx.Rngs(seed), {}
-    for stack in stacked_layers(config):
+    for stack in all_stacks(config):
         name, count = stack.name, len(stack.indexers)
         if count == 0:
             continue
@@ -373,6 +380,7 @@ def convert_hf(
     dtype: Any = None,
     expert_dtype: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    prediction_layers: bool = True,
     track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> None:
     """Writes a Hugging Face checkpoint anew: sharded, FP8 as bfloat16 or the experts as FP8, cast to `dtype` if given.
@@ -388,6 +396,7 @@ def convert_hf(
       expert_dtype: "fp8" writes the routed experts in FP8: as they are where they are stored so, else rounded as by
         `save_hf`.
       max_shard_bytes: the most bytes that one file holds, unless a single tensor is larger.
+      prediction_layers: whether these are written too, as for `load_hf`; their copies of embedding and head are not.
       track: wraps the list of names, to show progress.
 
     Raises:
@@ -396,13 +405,14 @@ def convert_hf(
     """
     name_of_dtype = None if dtype is None else Config(dtype=dtype).dtype
     Config(expert_dtype=expert_dtype)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, prediction_layers=prediction_layers)
     checkpoint.check_scales()
+    checkpoint.check_copies()
     dropped = ("quantization_config", "auto_map")
     data = {key: value for key, value in checkpoint.config_json.items() if key not in dropped}
     data["dtype" if "dtype" in data else "torch_dtype"] = name_of_dtype or checkpoint.most_common_dtype
     if "num_nextn_predict_layers" in data:
-        data["num_nextn_predict_layers"] = 0
+        data["num_nextn_predict_layers"] = checkpoint.config.num_nextn_predict_layers
     if expert_dtype == "fp8":
         data["quantization_config"] = fp8_experts(checkpoint.config)
     names = sorted(checkpoint.expected, key=layer_of)

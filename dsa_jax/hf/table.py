@@ -8,7 +8,7 @@ from typing import Any
 
 from dsa_jax.config import Config
 from dsa_jax.quantization import WEIGHT_BLOCK
-from dsa_jax.stacks import StackedLayers, base_name, is_stack, stacked_layers
+from dsa_jax.stacks import KINDS, PREDICTION_LAYERS, StackedLayers, all_stacks, base_name, is_stack
 
 # Parts of paths and names alike. The first parameters are float32 if the file has them so, the second always; none of
 # them is ever rounded.
@@ -22,7 +22,7 @@ SCALE_SUFFIX = "_scale_inv"  # of the name of an FP8 weight's scales
 class Entry:
     """One row of the table: a parameter, its tensors and their dimensions."""
 
-    path: str  # in the model's state; "layers." at its beginning stands for both stacks of layers
+    path: str  # in the model's state; "layers." at its beginning stands for every kind of stack
     name: str  # of the tensors in the files, with places for layer and expert
     # The parameter's dimensions, without layers and experts. "Q -> N P+R" is a matrix of Q inputs, which the file holds
     # transposed and flattened, [N · (P+R), Q]; without an arrow the file holds what the parameter does. D/128 counts
@@ -34,7 +34,9 @@ class Entry:
         """Lists the leading names of its paths: stacks of layers, or "" for a parameter that is not stacked."""
         stack = self.path.split(".")[0]
         if stack == "layers":
-            return "dense_layers", "moe_layers"
+            return tuple(KINDS)
+        if ".mlp." in self.path:  # prediction layers have the feed-forward of one of the others
+            return stack, PREDICTION_LAYERS
         return (stack,) if is_stack(stack) else ("",)
 
     @property
@@ -110,6 +112,15 @@ TABLE = (
             ("self_attn.indexer.weights_proj", "", "D -> J"),
         )
     ),
+    *(
+        Entry(f"{PREDICTION_LAYERS}.{path}", f"model.layers.{{layer}}.{name}.weight", dims)
+        for path, name, dims in (
+            ("enorm.weight", "enorm", "D"),
+            ("hnorm.weight", "hnorm", "D"),
+            ("eh_proj", "eh_proj", "2D -> D"),
+            ("norm.weight", "shared_head.norm", "D"),
+        )
+    ),
     Entry("dense_layers.mlp.gate_proj", "model.layers.{layer}.mlp.gate_proj.weight", "D -> F"),
     Entry("dense_layers.mlp.up_proj", "model.layers.{layer}.mlp.up_proj.weight", "D -> F"),
     Entry("dense_layers.mlp.down_proj", "model.layers.{layer}.mlp.down_proj.weight", "F -> D"),
@@ -144,6 +155,7 @@ def _size(dim: str, config: Config) -> int:
     sizes = {
         "vocab": config.vocab_size,
         "D": config.hidden_size,
+        "2D": 2 * config.hidden_size,
         "Q": config.q_lora_rank,
         "C": config.kv_lora_rank,
         "N": config.num_attention_heads,
@@ -192,8 +204,8 @@ def leaves(config: Config) -> list[Leaf]:
       >>> leaf.path, list(leaf.tensors()), leaf.shape(Config.tiny())
       (('embed_tokens',), [((), 'model.embed_tokens.weight')], (256, 128))
     """
-    stacks: dict[str, list[StackedLayers]] = {"dense_layers": [], "moe_layers": []}
-    for stack in stacked_layers(config):
+    stacks: dict[str, list[StackedLayers]] = {name: [] for name in KINDS}
+    for stack in all_stacks(config):
         stacks[base_name(stack.name)].append(stack)
     result = []
     for entry in TABLE:
@@ -207,9 +219,16 @@ def leaves(config: Config) -> list[Leaf]:
             if not base:
                 result.append(Leaf(entry, _path(entry, base), None, experts))
             for stack in stacks.get(base, ()):
+                if not _has_feed_forward(entry, stack):
+                    continue
                 if layers := layers_of(entry, stack):
                     result.append(Leaf(entry, _path(entry, stack.name), layers, experts))
     return result
+
+
+def _has_feed_forward(entry: Entry, stack: StackedLayers) -> bool:
+    """Tells whether a stack has the feed-forward that a row is of; True for all other rows."""
+    return ".mlp." not in entry.path or entry.path.startswith("moe_layers.") == stack.moe
 
 
 def layers_of(entry: Entry, stack: StackedLayers) -> tuple[int, ...]:

@@ -12,12 +12,13 @@ from dsa_jax.inference.llm import LLM, Output, Result
 from dsa_jax.inference.pages import OutOfPages, PagedCache, check_table, pages_that_fit
 from dsa_jax.inference.params import PromptToken, Record, Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
-from dsa_jax.inference.speculative import Drafter, NGram
+from dsa_jax.inference.speculative import MTP, Drafter, NGram
 from dsa_jax.inference.step import Runner
 from dsa_jax.inference.turns import Drawn, Taken, Turns, greedy_settings, row_settings
 
 __all__ = [
     "LLM",
+    "MTP",
     "Completions",
     "Drafter",
     "Drawn",

@@ -14,7 +14,7 @@ from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Work
 from dsa_jax.inference.slots import pack_rows, read_draw
-from dsa_jax.inference.speculative import Drafted
+from dsa_jax.inference.speculative import Ahead, Drafted
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 
 KINDS: tuple[Kind, ...] = ("greedy", "random", "truncated", "full")
@@ -30,6 +30,7 @@ class Ran(NamedTuple):
       scored: pieces of prompts whose tokens were scored.
       taken: int32 [B], how many drafts of each row are right, where drafts were verified.
       found: what the tokens that were taken in have selected, [layers, B, 1, K], and where they were routed.
+      drafts: int32 [B, most], what prediction layers have drafted behind the last token of each row.
       packed: `drawn` as `read_draw` reads it, on its way to the host, where nothing else is needed of it.
     """
 
@@ -40,6 +41,7 @@ class Ran(NamedTuple):
     taken: jax.Array | None = None
     found: dict[str, jax.Array] = {}
     packed: jax.Array | None = None
+    drafts: jax.Array | None = None
 
     def read(self) -> tuple[list[int], list[float]]:
         """Waits for what was drawn; returns tokens and log-probabilities."""
@@ -57,10 +59,11 @@ class Batch:
     Args:
       runner: of the model.
       limits: of a step.
+      predicts: whether the model's prediction layers draft.
     """
 
-    def __init__(self, runner: Runner, limits: Limits):
-        self.runner, self.limits = runner, limits
+    def __init__(self, runner: Runner, limits: Limits, *, predicts: bool = False):
+        self.runner, self.limits, self._predicts = runner, limits, predicts
         self._last = jnp.zeros(limits.rows + 1, jnp.int32)  # the last token of each slot; the last slot is padding's
         self._tables = np.zeros((limits.rows + 1, runner.table_width), np.int32)  # the row of each slot
         self._tabled: dict[int, tuple[int, int]] = {}  # of which sequence each row is, and with how many pages
@@ -69,7 +72,9 @@ class Batch:
     def run(self, plan: Plan) -> list[Ran]:
         """Gives the device the work of a step, and waits for nothing."""
         ran = self._prefill(plan.prefill) if plan.prefill else []
-        decode = self._verify if any(work.drafts for work in plan.decode) else self._decode
+        # Prediction layers must see every token: where they draft, each is taken in by a verification.
+        verifies = self._predicts or any(work.drafts for work in plan.decode)
+        decode = self._verify if verifies else self._decode
         return [*ran, decode(plan.decode)] if plan.decode else ran
 
     def warm(self, kinds: Sequence[Kind]) -> None:
@@ -89,7 +94,9 @@ class Batch:
         owns: list[Any] = [work.sequence for work in works]
         chunks = [own.known[work.begin : work.begin + work.count] for own, work in zip(owns, works, strict=True)]
         targets = [own.scores and own.scores.targets(work) for own, work in zip(owns, works, strict=True)]
-        out = self.runner.prefill([own.cached for own in owns], chunks, extended=True, targets=targets)
+        behind = [(*own.known[work.begin + work.count :], -1)[0] for own, work in zip(owns, works, strict=True)]
+        names = [own.cached for own in owns]
+        out = self.runner.prefill(names, chunks, extended=True, targets=targets, following=behind)
         for row, own in enumerate(owns):
             if own.trace is not None:
                 found = dict(selected=out.selected, routed=out.routed)
@@ -100,7 +107,21 @@ class Batch:
         padding = [None] * (len(out.rows) - len(works))
         rows = [*(None if work.number is None else work for work in works), *padding]
         drawn = self._draw(out.rows, rows)
-        return [Ran(rows, drawn, _pack(rows, drawn), scored)]
+        ran = Ran(rows, drawn, _pack(rows, drawn), scored)
+        if self._predicts:
+            assert out.hidden is not None
+            last = [0 if work is None else work.begin + work.count - 1 for work in rows]
+            taken = np.zeros(len(rows), np.int32)
+            ran = ran._replace(drafts=self._draft(rows, out.hidden[:, None], drawn.token[:, None], taken, last))
+        return [ran]
+
+    def _draft(self, rows: list[Work | None], hidden, tokens, taken, first: list[int]) -> jax.Array:
+        """Has the prediction layers draft behind what was drawn, in columns that begin at the position `first`."""
+        settings, number, slots, kind = self._settings(rows)
+        room = self.runner.room([None if work is None else work.sequence.cached for work in rows])
+        ahead = Ahead(tokens, taken, np.array(first, np.int32), number, room)
+        table = self._table(rows, slots)
+        return self.runner.draft(hidden, ahead, table, settings, kind=kind, most=self.limits.drafts)
 
     def _draw(self, logits, rows: list[Work | None], kind: Kind | None = None) -> Draw:
         """Draws the first token of each row."""
@@ -137,7 +158,13 @@ class Batch:
         drafted = Drafted.of(rows, self.limits.drafts)
         verified, out = self.runner.verify(drafted, self._table(rows, slots), settings, kind=kind, controls=controls)
         self._keep(slots, verified.last, controls)
-        return Ran(rows, verified.drawn, _pack(rows, verified.drawn), taken=verified.taken, found=_found(out))
+        drafts = None
+        if self._predicts:
+            tokens = verified.drawn.token.reshape(len(rows), -1)
+            first = [0 if work is None else work.begin for work in rows]
+            drafts = self._draft(rows, out.hidden, tokens, verified.taken, first)
+        kept = _pack(rows, verified.drawn)
+        return Ran(rows, verified.drawn, kept, taken=verified.taken, found=_found(out), drafts=drafts)
 
     def _keep(self, slots: np.ndarray, tokens: jax.Array, controls: Controls | None) -> None:
         """Keeps the last tokens for the next step; rows that count theirs have drawn one, since they take no drafts."""

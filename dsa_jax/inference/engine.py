@@ -29,7 +29,7 @@ from dsa_jax.inference.params import Finished, Request, Stats, Token
 from dsa_jax.inference.prefix import Chain, PrefixCache
 from dsa_jax.inference.sampling import Kind
 from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Sequence, Work, pages_needed
-from dsa_jax.inference.speculative import Drafter, check_most, propose
+from dsa_jax.inference.speculative import MTP, Drafter, check_most, propose
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 from dsa_jax.inference.structured import Grammars
 from dsa_jax.inference.text import TextStream, encode_text
@@ -88,6 +88,9 @@ class Engine:
                 "drafter must be None with batch_invariant: a token has other bits where it is verified than where it "
                 f"is decoded, got {type(drafter).__name__}"
             )
+        predicts = isinstance(drafter, MTP)
+        if predicts and not runner.predicting:
+            raise ValueError("drafter MTP needs a Runner over PagedCache(…, predicting=True), got one without")
         chunk, drafts = runner.prefill_chunk, 0 if drafter is None else check_most(drafter.most)
         budget = chunk + rows * (1 + drafts) if budget is None else budget
         limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts)
@@ -105,7 +108,7 @@ class Engine:
         # A thread of its own: those that all share may be full of grammars.
         self._stepper = ThreadPoolExecutor(1, "dsa_jax engine")
         self._grammars: Grammars | None = None
-        self._batch = Batch(runner, limits)
+        self._batch = Batch(runner, limits, predicts=predicts)
         self._resumed = threading.Event()
         self._resumed.set()
         self._due: list[Token] = []  # read between two steps
@@ -333,7 +336,16 @@ class Engine:
                 if not own.ended:
                     found.append(self._judge(own, number, tokens[at], log_probs[at], own.top(likeliest, at)))
             self._count_drafts(work, taken[row])
+        self._learn(ran)
         return [token for token in found if token is not None]
+
+    def _learn(self, ran: Ran) -> None:
+        """Hands the drafter what prediction layers have drafted of those that go on."""
+        if ran.drafts is None or not isinstance(self.drafter, MTP):
+            return
+        for work, drafts in zip(ran.rows, np.asarray(ran.drafts).tolist(), strict=True):
+            if work is not None and not work.sequence.ended and work.sequence.runs:
+                self.drafter.learn(_of(work), drafts)
 
     def _count_drafts(self, work: Work, taken: int) -> None:
         """Counts the drafts of a row, and forgets the wrong ones."""

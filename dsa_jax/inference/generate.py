@@ -19,6 +19,7 @@ from jaxtyping import Array, Float32, Int, Int32
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Kind, Settings, check_sampling, kind_of, row_seeds
+from dsa_jax.inference.speculative import Ahead, Drafted, check_most
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.inference.text import Decoder
 from dsa_jax.layers import Attention
@@ -157,6 +158,8 @@ def stream(model: Transformer, tokens: Prompts, *, max_new_tokens: int, **option
         batch_invariant: makes logits the same bits whatever the other rows are and wherever chunks end.
         cache_format: "float32", "bfloat16" or "fp8"; the model's compute dtype if None.
         mesh: the devices that the model is on, one if None. Where pages are sharded, attention must be "sparse".
+        drafts: how many tokens of a row the model's prediction layers draft for a step to verify, up to 3; 0 for a
+          decode step a token. The tokens are the same, and rows wait for each other; `MTP` serves requests.
 
     Examples:
       >>> for step in stream(model, [[1, 2, 3]], max_new_tokens=2, temperature=0.0):
@@ -196,8 +199,12 @@ class _Stream:
         return_selected: bool = False,
         return_routed: bool = False,
         return_kept: bool = False,
+        drafts: int = 0,
     ):
         config = model.config
+        if drafts and (batch_invariant or return_selected or return_routed or return_kept):
+            raise ValueError(f"drafts must be 0 with batch_invariant and with return_…, got {drafts}")
+        self.drafts = check_most(drafts) if drafts else 0
         if mesh is not None:
             check_model(mesh, config)
         self.prompts = check_prompts(tokens, lengths, config.vocab_size)
@@ -221,12 +228,13 @@ class _Stream:
         self.settings = Settings(*chosen, row_seeds(key, seed, self.rows))
         self.return_kept = return_kept
         self.stopped, self.failed = np.zeros(self.rows, bool), np.zeros(self.rows, bool)
+        self.alive = np.ones(self.rows, bool)
         cache_format = cache_format or config.dtype
         row_shards, page_shards = (1, 1) if mesh is None else (shards(mesh, "rows"), shards(mesh, "pages"))
         of_shard = [row * row_shards // self.rows for row in range(self.rows)]
         pages = [math.ceil((len(prompt) + max_new_tokens) / PAGE / page_shards) for prompt in self.prompts]
         most = max(sum(n for n, own in zip(pages, of_shard, strict=True) if own == each) for each in range(row_shards))
-        cache = PagedCache(config, bucket(max(most, 1)), format=cache_format, mesh=mesh)
+        cache = PagedCache(config, bucket(max(most, 1)), format=cache_format, mesh=mesh, predicting=drafts > 0)
         self.runner = Runner(
             model,
             cache,
@@ -241,42 +249,78 @@ class _Stream:
         self.placed = self.runner.place(self.sequences)  # refuses too many rows before any work
 
     def __iter__(self) -> Iterator[Step]:
-        runner, cache = self.runner, self.runner.cache
-        self.prefilled = runner.prefill(self.sequences, self.prompts)
+        self.prefilled = self.runner.prefill(self.sequences, self.prompts)
         for sequence in self.sequences:
-            cache.extend(sequence, self.max_new_tokens - 1)  # room for every token that will be taken in
-        order = [self.sequences.index(sequence) if sequence is not None else None for sequence in self.placed]
-        at = np.array([self.placed.index(sequence) for sequence in self.sequences])
-        table = jnp.asarray(runner.table(self.placed))
-        take = lambda x: jnp.stack([x[0] if row is None else x[row] for row in order])  # noqa: E731
-        settings = jax.tree.map(take, self.settings)
-        live = np.array([row is not None for row in order])
-        length = np.array([0 if row is None else len(self.prompts[row]) for row in order], np.int32)
-        stops = jnp.asarray(np.pad(self.stops, (0, bucket(len(self.stops)) - len(self.stops)), constant_values=-1))
-
-        carry, drawn = runner.first(take(self.prefilled.logits), length, settings, stops, live, kind=self.kind)
-        details: dict[str, Array | None] = {}
-        ended = np.zeros(self.rows, bool)  # by a string, which the device does not know of
+            self.runner.cache.extend(sequence, self.max_new_tokens - 1)  # room for every token that will be taken in
         texts: list[list[int]] = [[] for _ in range(self.rows)]
-        alive = live
+        draws = self._draws_ahead() if self.drafts else self._draws()
+        for number, (tokens, log_probs, details) in enumerate(draws):
+            live = self._without_nan(self.alive, log_probs, number)
+            ended = np.isin(tokens, self.stops)
+            for row in np.flatnonzero(live):
+                texts[row].append(int(tokens[row]))
+                ended[row] |= bool(self.strings) and self._holds_string(texts[row])
+            self.stopped |= live & ended
+            self.alive = live & ~ended
+            yield self._repeat(Step(tokens, log_probs, live, details))
+            if not np.any(self.alive):
+                return
+
+    def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+        """Yields the tokens of all rows, their log-probabilities and details, a decode step at a time."""
+        runner, order, table, settings, live, length = self._placed()
+        stops = jnp.asarray(np.pad(self.stops, (0, bucket(len(self.stops)) - len(self.stops)), constant_values=-1))
+        at = np.array([self.placed.index(sequence) for sequence in self.sequences])
+        logits = order(self.prefilled.logits)
+        carry, drawn = runner.first(logits, length, settings, stops, live, kind=self.kind)
+        details: dict[str, Array | None] = {}
         for number in range(self.max_new_tokens):
             current, current_details = (carry, drawn), details
             if number + 1 < self.max_new_tokens:  # the device goes on while the host looks at what it has drawn
                 carry, drawn, out = runner.decode(carry, table, settings, stops, kind=self.kind)
                 details = dict(selected=out.selected, routed=out.routed)
-            tokens, after = np.asarray(current[0].token)[at], np.asarray(current[0].live)[at]
-            log_probs, before = np.asarray(current[1].log_prob)[at], alive[at] & ~ended
-            before = self._without_nan(before, log_probs, number)
-            step = Step(tokens, log_probs, before, self._host(current_details, current[1], at))
-            self.stopped |= before & ~after
-            alive = np.asarray(current[0].live)
-            for row in np.flatnonzero(before):
-                texts[row].append(int(tokens[row]))
-                if self.strings and self._holds_string(texts[row]):
-                    ended[row] = self.stopped[row] = True
-            yield self._repeat(step)
-            if not np.any(alive[at] & ~ended):
-                return
+            tokens, log_probs = np.asarray(current[0].token)[at], np.asarray(current[1].log_prob)[at]
+            yield tokens, log_probs, self._host(current_details, current[1], at)
+
+    def _draws_ahead(self) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+        """Yields the same, of steps that verify what the prediction layers have drafted: rows wait for the slowest."""
+        runner, order, table, settings, live, length = self._placed()
+        stops, zero, room = np.full(1, -1, np.int32), np.zeros_like(length), runner.room(self.placed)
+        options: dict[str, Any] = dict(kind=self.kind, most=self.drafts)
+        _, drawn = runner.first(order(self.prefilled.logits), length, settings, stops, live, kind=self.kind)
+        hidden: Any = order(self.prefilled.hidden)[:, None]
+        ahead = Ahead(drawn.token[:, None], zero, length - 1, zero, room)
+        drafts = runner.draft(hidden, ahead, table, settings, **options)
+        found = [[each] for each in zip(*map(np.asarray, (drawn.token, drawn.log_prob)), strict=True)][: self.rows]
+        for number in range(self.max_new_tokens):
+            while any(len(found[row]) <= number for row in np.flatnonzero(self.alive)):
+                done = zero + 1
+                done[: self.rows] = [len(own) for own in found]
+                last = np.array([own[-1][0] for own in found] + [0] * (len(zero) - self.rows), np.int32)
+                goes_on = np.pad(self.alive, (0, len(zero) - self.rows)) & (done < self.max_new_tokens)
+                count = np.where(goes_on, np.minimum(1 + self.drafts, self.max_new_tokens - done), 0)
+                tokens = np.concatenate([last[:, None], np.asarray(drafts)], axis=1)
+                drafted = Drafted(tokens, count.astype(np.int32), length + done - 1, done)
+                verified, out = runner.verify(drafted, table, settings, kind=self.kind)
+                tokens = verified.drawn.token.reshape(len(zero), -1)
+                ahead = Ahead(tokens, verified.taken, drafted.length, done, np.where(goes_on, room, 0))
+                hidden = out.hidden
+                drafts = runner.draft(hidden, ahead, table, settings, **options)
+                tokens, log_probs, taken = map(np.asarray, (tokens, verified.drawn.log_prob, verified.taken))
+                log_probs = log_probs.reshape(tokens.shape)
+                for row in np.flatnonzero(goes_on):
+                    found[row] += zip(tokens[row, : taken[row] + 1], log_probs[row, : taken[row] + 1], strict=True)
+            tokens, log_probs = zip(*(own[min(number, len(own) - 1)] for own in found), strict=True)
+            yield np.array(tokens, np.int32), np.array(log_probs, np.float32), {}
+
+    def _placed(self):
+        """Returns the runner, what lays rows of the prompts out as those of a step, and for a step its inputs."""
+        order = [self.sequences.index(sequence) if sequence is not None else None for sequence in self.placed]
+        take = lambda x: jnp.stack([x[0] if row is None else x[row] for row in order])  # noqa: E731
+        live = np.array([row is not None for row in order])
+        length = np.array([0 if row is None else len(self.prompts[row]) for row in order], np.int32)
+        table, settings = jnp.asarray(self.runner.table(self.placed)), jax.tree.map(take, self.settings)
+        return self.runner, take, table, settings, live, length
 
     def _without_nan(self, live, log_probs, number):
         """Ends the rows whose logits are NaN, and says which they are."""

@@ -11,7 +11,7 @@ from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
-from dsa_jax.inference.speculative import Drafter
+from dsa_jax.inference.speculative import MTP, Drafter
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.model import Transformer
@@ -81,7 +81,8 @@ class LLM:
       reuse_prefixes: whether pages of equal prefixes are computed once.
       return_selected: whether requests may ask for the selections of their tokens.
       return_routed: whether requests may ask for the experts of their tokens.
-      drafter: proposes tokens for steps to verify, as `NGram()` does; the tokens that come out are the same.
+      drafter: proposes tokens for steps to verify, as `NGram()` does, or `MTP()` by the model's prediction layers; the
+        tokens that come out are the same. Prediction layers of a folder are loaded for this alone.
 
     Examples:
       >>> llm = LLM(model, pages=16)
@@ -111,7 +112,7 @@ class LLM:
         if not isinstance(model, Transformer):
             folder = Path(model)
             end_tokens = read_end_tokens(folder)
-            model = load_hf(folder, expert_dtype=expert_dtype)
+            model = load_hf(folder, expert_dtype=expert_dtype, prediction_layers=isinstance(drafter, MTP))
             if tokenizer is None:
                 tokenizer = find_tokenizer(folder, model.config.vocab_size)
         config = model.config
@@ -121,9 +122,10 @@ class LLM:
         format = cache_format or config.dtype
         if pages is None:
             most = PREFIX_POOLS * rows * math.ceil(length / PAGE)
-            cache = PagedCache.sized(config, format=format, batch=rows, length=length, most=most)
+            sizes: dict[str, Any] = dict(batch=rows, length=length, most=most)
+            cache = PagedCache.sized(config, format=format, predicting=isinstance(drafter, MTP), **sizes)
         else:
-            cache = PagedCache(config, pages, format=format)
+            cache = PagedCache(config, pages, format=format, predicting=isinstance(drafter, MTP))
         runner = Runner(
             model, cache, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant, max_length=length,
             return_selected=return_selected, return_routed=return_routed,

@@ -87,7 +87,15 @@ class PagedCache:
       ([[0]], 7)
     """
 
-    def __init__(self, config: Config, pages: int, *, format: str = "bfloat16", mesh: Mesh | None = None):
+    def __init__(
+        self,
+        config: Config,
+        pages: int,
+        *,
+        format: str = "bfloat16",
+        mesh: Mesh | None = None,
+        predicting: bool = False,
+    ):
         """Makes empty pools.
 
         Args:
@@ -95,18 +103,23 @@ class PagedCache:
           pages: how many pages of each layer, on each shard of a mesh.
           format: "float32", "bfloat16" or "fp8", of the latents; index keys are FP8 under `index_fp8`.
           mesh: where the pools live; one device if None.
+          predicting: whether pages have entries of the prediction layers too, which then draft: on one device.
 
         Raises:
-          ValueError: if there is no page, the model cannot have the format, or it cannot be split over the mesh.
+          ValueError: if there is no page, or the model cannot have the format, the mesh or the predictions.
         """
         if pages < 1:
             raise ValueError(f"pages must be at least 1, got {pages}")
         if mesh is not None:
             check_model(mesh, config)
+        if predicting and (mesh is not None or not config.num_nextn_predict_layers):
+            got = f"num_nextn_predict_layers = {config.num_nextn_predict_layers}" if mesh is None else "a mesh"
+            raise ValueError(f"drafts by prediction layers need a model that has some, on one device, got {got}")
         self.config, self.format, self.mesh, self.pages = config, format, mesh, pages
+        self.predicting = predicting
         self.row_shards = 1 if mesh is None else shards(mesh, "rows")
         self.page_shards = 1 if mesh is None else shards(mesh, "pages")
-        shapes = page_shapes(config, pages * self.row_shards * self.page_shards, format)
+        shapes = page_shapes(config, pages * self.row_shards * self.page_shards, format, predicting=predicting)
         sharding = None if mesh is None else NamedSharding(mesh, spec(None, "pool"))
         make = jax.jit(lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shapes), out_shardings=sharding)
         self.latents, self.index_keys = make()
@@ -125,11 +138,12 @@ class PagedCache:
         memory: int | None = None,
         most: int | None = None,
         mesh: Mesh | None = None,
+        predicting: bool = False,
     ) -> Self:
         """Makes pools as large as the device's free memory allows.
 
         Args:
-          config, format, mesh: as in the constructor.
+          config, format, mesh, predicting: as in the constructor.
           batch: rows of a decode step on a shard, whose index scores need memory beside the pools.
           length: the longest sequence, in tokens.
           memory: free bytes of each device; measured if None.
@@ -139,8 +153,10 @@ class PagedCache:
           ValueError: if not even one page fits, or the device does not say how much memory is free.
         """
         free = _free_memory() if memory is None else memory
-        pages = pages_that_fit(config, format=format, batch=batch, length=length, memory=free)
-        return cls(config, pages if most is None else min(pages, most), format=format, mesh=mesh)
+        sizes: dict[str, Any] = dict(batch=batch, length=length, memory=free, predicting=predicting)
+        pages = pages_that_fit(config, format=format, **sizes)
+        pages = pages if most is None else min(pages, most)
+        return cls(config, pages, format=format, mesh=mesh, predicting=predicting)
 
     @property
     def free_pages(self) -> int:
@@ -424,7 +440,9 @@ def _write_pages(latents, index_keys, pages, new_latents, new_index_keys):
     return latents.at[:, pages].set(new_latents), index_keys.at[:, pages].set(new_index_keys)
 
 
-def pages_that_fit(config: Config, *, format: str, batch: int, length: int, memory: int) -> int:
+def pages_that_fit(
+    config: Config, *, format: str, batch: int, length: int, memory: int, predicting: bool = False
+) -> int:
     """Counts the pages of all layers that fit into `memory` bytes, beside the index scores of a decode step.
 
     Args:
@@ -433,12 +451,13 @@ def pages_that_fit(config: Config, *, format: str, batch: int, length: int, memo
       batch: rows of a decode step, each with float32 scores of `length` keys.
       length: the longest sequence, in tokens.
       memory: the free bytes, of which a tenth is left alone.
+      predicting: whether pages have entries of prediction layers.
 
     Raises:
       ValueError: if not even one page fits.
     """
     scores = 4 * batch * length
-    page = PAGE * cache_token_bytes(config, format)
+    page = PAGE * cache_token_bytes(config, format, predicting=predicting)
     pages = int((USABLE_FRACTION * memory - scores) // page)
     if pages < 1:
         raise ValueError(

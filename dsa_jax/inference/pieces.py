@@ -40,6 +40,7 @@ class Prefilled(NamedTuple):
     selected: list[np.ndarray] | None  # [layers, T, K] each
     routed: list[np.ndarray] | None  # [moe_layers, T, k] each
     scored: list[Scored]  # of the prompts that have targets, in order
+    hidden: Array | None = None  # [n, D] behind each prompt, where prediction layers draft
 
     @property
     def logits(self) -> Array:
@@ -59,7 +60,7 @@ def pack_targets(places, targets, shape):
 
 @jax.jit
 def collect(last, logits, ended, row, column):
-    """Takes the logits of the prompts that have ended in a step, and leaves the others."""
+    """Takes the logits, or hidden states, of the prompts that have ended in a step, and leaves the others."""
     found = logits[row, column]
     return found if last is None else jnp.where(ended[:, None], found, last)
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from dsa_jax.cache import Pages
 from dsa_jax.inference.sampling import Draw, Kind, Likeliest, Settings, draw, likeliest
 from dsa_jax.inference.slots import SlotStep, pack_draw, unpack_rows
-from dsa_jax.inference.speculative import Drafted, verify_drafts
+from dsa_jax.inference.speculative import Ahead, Drafted, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.paged import PAGE
@@ -47,6 +47,7 @@ class Options(NamedTuple):
     return_selected: bool = False
     return_routed: bool = False
     mesh: Mesh | None = None
+    predicting: bool = False  # prediction layers keep up with what is taken in, to draft
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +61,7 @@ class Rows:
       start: int32 [B, T], where their sequence begins in the row.
       stop: int32 [B, T], behind their own position in the row; 0 for padding.
       wanted: int32 [B, M], the columns of the tokens whose logits are wanted.
+      following: int32 [B, T], the token behind each, -1 where that is not known: for prediction layers.
     """
 
     tokens: Array | np.ndarray
@@ -67,6 +69,7 @@ class Rows:
     start: Array | np.ndarray
     stop: Array | np.ndarray
     wanted: Array | np.ndarray
+    following: Array | np.ndarray | None = None
 
 
 class StepOutput(NamedTuple):
@@ -76,6 +79,7 @@ class StepOutput(NamedTuple):
     selected: Array | None  # int32 [layers, B, T, K], positions of the token's own sequence
     routed: Array | None  # int32 [moe_layers, B, T, k]
     scores: Likeliest | None = None  # [B, T], of the targets
+    hidden: Array | None = None  # [B, M, D], where prediction layers go on from these
 
 
 @jax.tree_util.register_dataclass
@@ -145,8 +149,46 @@ def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, 
     if selected is not None:  # in the row they stand behind the beginning of their sequence
         selected = jnp.where(selected < 0, -1, selected - rows.start[..., None])
     scores = None if targets is None else _score(model, out.hidden, targets)
-    output = StepOutput(model.unembed(hidden), selected, out.routed, scores)
-    return output, (out.cache.latents, out.cache.index_keys)
+    output = StepOutput(model.unembed(hidden), selected, out.routed, scores, hidden if options.predicting else None)
+    pools = out.cache.latents, out.cache.index_keys
+    if rows.following is not None:
+        known, positions = jnp.asarray(rows.following) >= 0, jnp.asarray(rows.positions)
+        keys = KeyRange(keys.start, jnp.where(known, keys.stop, keys.start))
+        cache = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
+        following = jnp.where(known, rows.following, 0)
+        arguments: dict[str, Any] = dict(keys=keys, positions=positions, attention=options.attention, cache=cache)
+        cache: Any = model.predict(out.hidden, following, **arguments)[1]
+        pools = cache.latents, cache.index_keys
+    return output, pools
+
+
+def _draft(graph, options: Options, pools, hidden, ahead: Ahead, state, table, settings, *, kind: Kind, most: int):
+    """Drafts the tokens behind those that were drawn, by the first prediction layer and then by its own output.
+
+    The tokens that were drawn are taken in where they stand. Drafts are taken in behind them as far as a row has room,
+    to be written over; each is drawn as the token itself will be, from the same random numbers, so that close
+    distributions draw the same token.
+    """
+    model, room = nnx.merge(graph, state), jnp.asarray(ahead.room)[:, None]
+
+    def predict(pools, hidden, tokens, positions, is_real):
+        keys = KeyRange(jnp.zeros_like(positions), jnp.where(is_real, jnp.minimum(positions + 1, room), 0))
+        pages = Pages.at(pools[0], pools[1], table, keys, value_dim=model.config.kv_lora_rank)
+        pages = dataclasses.replace(pages, slots=jnp.where(positions < room, pages.slots, -1))
+        arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages)
+        hidden, cache = model.predict(hidden, tokens, keys=keys, **arguments)
+        return hidden, (cache.latents, cache.index_keys)
+
+    taken, length = jnp.asarray(ahead.taken)[:, None], jnp.asarray(ahead.length)[:, None]
+    columns, drafts = jnp.arange(hidden.shape[1], dtype=jnp.int32), []
+    hidden, pools = predict(pools, hidden, ahead.tokens, length + columns, (columns <= taken) & (room > 0))
+    hidden = jnp.take_along_axis(hidden, taken[..., None], axis=1)
+    for draft in range(1, most + 1):
+        number = jnp.asarray(ahead.number) + taken[:, 0] + draft
+        drafts.append(draw(model.unembed(hidden)[:, 0], settings, number, kind=kind).token)
+        if draft < most:
+            hidden, pools = predict(pools, hidden, drafts[-1][:, None], length + taken + draft, room > 0)
+    return jnp.stack(drafts, axis=1), pools
 
 
 def _score(model, hidden, targets) -> Likeliest:
@@ -307,6 +349,8 @@ class Programs(NamedTuple):
     verify: Callable
     # (pools, logits, carry, parameters, table, settings, stops, limit, kind, most, kept) -> (TurnOutput, pools)
     turn: Callable
+    # (pools, hidden, ahead, parameters, table, settings, kind, most) -> (drafts, pools)
+    draft: Callable
 
 
 @lru_cache(maxsize=MAX_PROGRAMS)
@@ -336,6 +380,10 @@ def programs(graph, tree, options: Options) -> Programs:
         state, sizes = jax.tree.unflatten(tree, parameters), dict(kind=kind, most=most, kept=kept)
         return _turn_on(graph, options, pools, logits, carry, state, table, settings, stops, limit, **sizes)
 
+    def draft(pools, hidden, ahead, parameters, table, settings, kind, most):
+        state = jax.tree.unflatten(tree, parameters)
+        return _draft(graph, options, pools, hidden, ahead, state, table, settings, kind=kind, most=most)
+
     compile = partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     return Programs(
         compile(prefill, donate_argnums=0),
@@ -343,6 +391,7 @@ def programs(graph, tree, options: Options) -> Programs:
         compile(decode_slots, donate_argnums=(0, 1), static_argnums=5),
         compile(verify, donate_argnums=0, static_argnums=5),
         compile(turn, donate_argnums=0, static_argnums=(8, 9, 10)),
+        compile(draft, donate_argnums=0, static_argnums=(6, 7)),
     )
 
 

@@ -55,6 +55,26 @@ class Drafted:
         return cls(tokens, count, length, number)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Holds where prediction layers go on to draft, of rows whose last `taken` + 1 tokens were just drawn.
+
+    Attributes:
+      tokens: int32 [B, T], the token that was drawn behind each column.
+      taken: int32 [B], the last column that counts.
+      length: int32 [B], the position of the first column.
+      number: int32 [B], of the token that was drawn behind the first column.
+      room: int32 [B], positions that the row's pages have; 0 for a row of padding.
+    """
+
+    tokens: Array | np.ndarray
+    taken: Array | np.ndarray
+    length: Array | np.ndarray
+    number: Array | np.ndarray
+    room: Array | np.ndarray
+
+
 class Verified(NamedTuple):
     """Holds the results of a verification: of each row the first `taken` + 1 tokens that were drawn count."""
 
@@ -126,6 +146,43 @@ def propose(drafter: Drafter, sequences: Sequence[Any], vocab: int) -> dict[Any,
         )
     rows = zip(sequences, drafts.tolist(), counts.tolist(), strict=True)
     return {sequence: row[:count] for sequence, row, count in rows if count}
+
+
+class MTP:
+    """Proposes what the model's own prediction layers draft (multi-token prediction).
+
+    The first of them drafts a token of the model's hidden state and the last token, and each further one of its own
+    output and the draft before. It has an indexer and entries in the cache of its own, which are of the true tokens as
+    soon as these are known. A draft is drawn by the row's settings from the random numbers that its token will be drawn
+    from, so the closer both distributions are, the more often they draw the same.
+
+    Args:
+      most: how many tokens to propose at most.
+
+    Examples:
+      >>> from dsa_jax import LLM, SamplingParams
+      >>> predicting = Transformer(Config.tiny(num_nextn_predict_layers=1), rngs=nnx.Rngs(0))
+      >>> llm = LLM(predicting, pages=16, rows=1, drafter=MTP())
+      >>> [result] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=4))
+      >>> llm.engine.stats().drafts_proposed
+      3
+    """
+
+    def __init__(self, most: int = MAX_DRAFTS):
+        self.most = check_most(most)
+        self._drafts: weakref.WeakKeyDictionary[Known, list[int]] = weakref.WeakKeyDictionary()
+
+    def learn(self, sequence: Known, drafts: list[int]) -> None:
+        """Takes what was drafted behind a sequence's last token, for the next call of `propose`."""
+        self._drafts[sequence] = drafts
+
+    def propose(self, sequences: Sequence[Known]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns drafts, int32 [B, most], and how many of each row count, int32 [B]."""
+        drafts, counts = np.zeros((len(sequences), self.most), np.int32), np.zeros(len(sequences), np.int32)
+        for row, sequence in enumerate(sequences):
+            found = self._drafts.pop(sequence, [])
+            drafts[row, : len(found)], counts[row] = found, len(found)
+        return drafts, counts
 
 
 class NGram:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.inference.pages import PagedCache
@@ -30,18 +30,17 @@ from dsa_jax.inference.programs import (
 )
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings
 from dsa_jax.inference.slots import SlotStep, padding_rows
-from dsa_jax.inference.speculative import MAX_DRAFTS, Drafted, Verified
+from dsa_jax.inference.speculative import MAX_DRAFTS, Ahead, Drafted, Verified
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import parameter_shardings, spec
+from dsa_jax.parallel.sharding import describe_mesh, place_copies, spec
 
 MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
 MAX_DECODED = 1 + MAX_DRAFTS  # tokens of a row in a decode step, as many as the kernels take
-MANY_ENDS = (
-    64  # prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights
-)
+# Prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights.
+MANY_ENDS = 64
 INVARIANT_ROWS = 64  # rows of every decode step under `batch_invariant`, the one shape that it has
 
 
@@ -93,12 +92,13 @@ class Runner:
             raise ValueError("the cache must be of the model's config: make it with PagedCache(model.config, …)")
         if attention == "dense" and cache.page_shards > 1:
             raise ValueError(
-                f"attention must be 'sparse' where pages are sharded, as on {_describe(cache.mesh)}, got 'dense'"
+                f"attention must be 'sparse' where pages are sharded, as on {describe_mesh(cache.mesh)}, got 'dense'"
             )
         self.cache, self.config = cache, config
-        self.options = Options(attention, return_selected, return_routed, cache.mesh)
+        self.predicting = cache.predicting
+        self.options = Options(attention, return_selected, return_routed, cache.mesh, cache.predicting)
         graph, state = nnx.split(model)
-        self.parameters, self._tree = jax.tree.flatten(_place(state, cache.mesh))
+        self.parameters, self._tree = jax.tree.flatten(place_copies(state, cache.mesh))
         self.programs = programs(graph, self._tree, self.options)
         self.dense_programs = programs(graph, self._tree, self.options._replace(attention="dense"))
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
@@ -124,7 +124,7 @@ class Runner:
                 raise ValueError(f"{jax.tree_util.keystr(path)} must be {own.dtype} {own.shape}, got {got}")
         if after:
             raise ValueError(f"the model has no {jax.tree_util.keystr(next(iter(after)))}, got one")
-        self.parameters = jax.tree.leaves(_place(state, self.cache.mesh))
+        self.parameters = jax.tree.leaves(place_copies(state, self.cache.mesh))
 
     # Prefill.
 
@@ -135,6 +135,7 @@ class Runner:
         *,
         extended: bool = False,
         targets: Sequence[np.ndarray | None] | None = None,
+        following: Sequence[int] | None = None,
     ) -> Prefilled:
         """Appends a prompt, int32 [T], to each sequence.
 
@@ -143,28 +144,33 @@ class Runner:
           prompts: one for each.
           extended: whether the sequences have room for them already.
           targets: for each prompt None, or int32 [T]: for each of its tokens, the one to be scored behind it.
+          following: for each prompt the token behind it, -1 if that is not known yet; then none is if None. Prediction
+            layers take it in.
 
         Raises:
           OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
           ValueError: for an empty prompt, or one that would make its sequence too long; for targets on a mesh.
         """
         targets = [None] * len(prompts) if targets is None else targets
+        following = [-1] * len(prompts) if following is None else following
         if self.cache.mesh is not None and any(own is not None for own in targets):
-            raise ValueError(f"targets must be None on a mesh, got some on {_describe(self.cache.mesh)}")
+            raise ValueError(f"targets must be None on a mesh, got some on {describe_mesh(self.cache.mesh)}")
         counts = [len(prompt) for prompt in prompts]
         lengths = map(self.cache.length, sequences)
         before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)
-        last, size = None, bucket(len(prompts), INVARIANT_ROWS if self.batch_invariant else 1)
+        last, hidden, size = None, None, bucket(len(prompts), INVARIANT_ROWS if self.batch_invariant else 1)
         selected: list[list[np.ndarray]] = [[] for _ in prompts]
         routed: list[list[np.ndarray]] = [[] for _ in prompts]
         scored: list[Scored] = []
         for step in self._steps(sequences, prompts, before):
-            rows, table, ends, places = self._pack(step, sequences, prompts, before)
+            rows, table, ends, places = self._pack(step, sequences, prompts, before, following)
             wanted = [(piece, place) for piece, place in places if targets[piece.item] is not None]
             dense, own = self._is_short(step, before), pack_targets(wanted, targets, rows.tokens.shape)
             out = self._run_prefill(rows, table, own, dense=dense)
             scored += [Scored(piece, out.scores, *place) for piece, place in wanted]
             last = collect(last, out.logits, *places_of(ends, size))
+            if out.hidden is not None:
+                hidden = collect(hidden, out.hidden, *places_of(ends, size))
             for kept, found in ((selected, out.selected), (routed, out.routed)):
                 if found is not None:
                     found = np.asarray(found)
@@ -176,6 +182,7 @@ class Runner:
             [join_parts(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
             [np.concatenate(parts, 1) for parts in routed] if self.options.return_routed else None,
             scored,
+            hidden,
         )
 
     def _extend(self, sequences, counts):
@@ -231,13 +238,15 @@ class Runner:
         reach = max(before[piece.item] + piece.begin + piece.count for row in step for piece in row)
         return reach <= self.dense_below
 
-    def _pack(self, step, sequences, prompts, before):
+    def _pack(self, step, sequences, prompts, before, following):
         """Makes the arrays of one step, and where in them each piece's last token and first column are."""
         width = self.prefill_chunk
         if not self.batch_invariant:
             width = min(width, bucket(max(sum(piece.count for piece in row) for row in step), MIN_TOKENS))
         shape = len(step), width
         arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "start", "stop")}
+        if self.predicting:
+            arrays["following"] = np.full(shape, -1, np.int32)
         ends, places, pages, wanted = {}, [], [], [[] for _ in step]
         for number, row in enumerate(step):
             column = page = 0
@@ -248,6 +257,9 @@ class Runner:
                 here = number, slice(column, column + piece.count)
                 own = np.arange(position, position + piece.count)
                 arrays["tokens"][here] = prompts[piece.item][piece.begin : piece.begin + piece.count]
+                if self.predicting:
+                    behind = np.append(prompts[piece.item], following[piece.item])[piece.begin + 1 :]
+                    arrays["following"][here] = behind[: piece.count]
                 arrays["positions"][here] = own
                 arrays["start"][here] = page * PAGE
                 arrays["stop"][here] = page * PAGE + own + 1
@@ -381,11 +393,28 @@ class Runner:
         What was not taken is forgotten by `PagedCache.truncate`. On a mesh the rows stand as `place` lays them out.
         """
         pools = self.cache.latents, self.cache.index_keys
-        verified, out, pools = self.programs.verify(
-            pools, drafted, self.parameters, table, settings, kind, controls
-        )  # fmt: skip
+        verified, out, pools = self.programs.verify(pools, drafted, self.parameters, table, settings, kind, controls)
         self.cache.update(*pools)
         return verified, out
+
+    def draft(self, hidden: Array, ahead: Ahead, table, settings: Settings, *, kind: Kind, most: int) -> Array:
+        """Drafts `most` tokens behind what was just drawn of each row, int32 [B, most], by the prediction layers.
+
+        Args:
+          hidden: [B, T, D], what a verification or a prefill left of the columns.
+          ahead: what was drawn there.
+          table, settings: of the rows.
+          kind: of the draw; "full" is taken for "truncated", without controls.
+        """
+        pools = self.cache.latents, self.cache.index_keys
+        kind = "truncated" if kind == "full" else kind
+        drafts, pools = self.programs.draft(pools, hidden, ahead, self.parameters, table, settings, kind, most)
+        self.cache.update(*pools)
+        return drafts
+
+    def room(self, rows: Sequence[int | None]) -> Int[np.ndarray, " B"]:
+        """Counts the positions that the pages of each row have; 0 for padding."""
+        return np.array([0 if row is None else PAGE * self._pages(row) for row in rows], np.int32)
 
     def read_rows(self, rows: Rows, table) -> StepOutput:
         """Takes in the tokens of rows that each hold one sequence, which have room for them, with sparse attention."""
@@ -451,30 +480,20 @@ class Runner:
                 if drafts:
                     drafted = Drafted(np.zeros((total, 1 + drafts), np.int32), length, length, length)
                     self.verify(drafted, table, settings, kind=kind, controls=own)
+                for count in (1, 1 + drafts) if drafts and self.predicting else ():
+                    hidden = jnp.zeros((total, count, self.config.hidden_size), self.config.dtype)
+                    ahead = Ahead(jnp.zeros((total, count), jnp.int32), length, length, length, length)
+                    self.draft(hidden, ahead, table, settings, kind=kind, most=drafts)
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
             empty = np.zeros((self.cache.row_shards, size), np.int32)
             arrays: dict[str, Any] = dict(tokens=empty, positions=empty, start=empty, stop=empty)
             arrays["wanted"] = np.zeros((self.cache.row_shards, self._ends(size)), np.int32)
+            if self.predicting:
+                arrays["following"] = empty - 1
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
-                logits = self._run_prefill(Rows(**arrays), table, dense=dense).logits
+                out = self._run_prefill(Rows(**arrays), table, dense=dense)
             for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in rows}:
-                collect(collect(None, logits, *places_of({}, most)), logits, *places_of({}, most))
-
-
-def _place(state, mesh: Mesh | None):
-    """Puts parameters of one device where a mesh has them, and leaves those that are there.
-
-    Raises:
-      ValueError: if they are on another mesh.
-    """
-    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(state))
-    for found in {x.mesh for x in shardings if isinstance(x, NamedSharding) and x.mesh.size > 1}:
-        if found != mesh:
-            raise ValueError(f"the cache must be on the model's mesh, {_describe(found)}, got {_describe(mesh)}")
-    return state if mesh is None else jax.device_put(state, parameter_shardings(state, mesh, copies=True))
-
-
-def _describe(mesh):
-    return "no mesh" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+                for found in (out.logits, out.hidden) if self.predicting else (out.logits,):
+                    collect(collect(None, found, *places_of({}, most)), found, *places_of({}, most))

@@ -15,6 +15,7 @@ Every function names a logical axis of `sharding.RULES`, and is the identity whe
 | `tokens_to_heads`     | tokens for heads (all-to-all)            | heads for tokens (all-to-all)                    |
 | `gather_head_weights` | all heads (all-gather)                   | sum, own heads kept (reduce-scatter, float32)    |
 | `gather_sequence`     | all tokens, natural order (all-gather)   | sum, own tokens kept (reduce-scatter, float32)   |
+| `take_sequence`       | own tokens of the whole sequence         | none                                             |
 | `gather_parameters`   | whole parameters (all-gather)            | sum, own part kept (reduce-scatter, float32)     |
 | `exchange_columns`    | all columns of own tokens (all-to-all)   | own columns of all tokens (all-to-all)           |
 | `gather_candidates`   | all shards' candidates (all-gather)      | none                                             |
@@ -289,6 +290,24 @@ def _gather_sequence_backward(axes, like, d):
 
 # The residual is empty: it only carries the dtype of `x`.
 _gather_sequence.defvjp(lambda axes, x: (_gather_sequence(axes, x), x[:0]), _gather_sequence_backward)
+
+
+def take_sequence(x: Array) -> Array:
+    """Takes this shard's tokens, in zigzag order, out of the whole sequence: the inverse of `gather_sequence`.
+
+    Args:
+      x: [B, T, …] in natural order, the same on all n sequence shards; no gradient is meant.
+
+    Returns:
+      [B, T / n, …].
+    """
+    axes = mesh_axes("sequence")
+    if not axes:
+        return x
+    count, own = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    chunks = x.reshape(x.shape[0], 2 * count, -1, *x.shape[2:])
+    mine = [jax.lax.dynamic_index_in_dim(chunks, i, axis=1, keepdims=False) for i in (own, 2 * count - 1 - own)]
+    return jnp.concatenate(mine, axis=1)
 
 
 # Pages of sequences that are served, spread over shards. No gradient is meant.

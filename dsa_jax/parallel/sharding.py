@@ -44,6 +44,7 @@ RULES["tokens"] = RULES["batch"] + RULES["sequence"]
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embed_tokens": ("vocabulary", "fsdp"),
     "lm_head": ("fsdp", "vocabulary"),
+    "eh_proj": ("fsdp", None),
     "q_a_proj": ("fsdp", None),
     "q_b_proj": ("fsdp", "heads", None),
     "kv_a_proj_with_mqa": ("fsdp", None),
@@ -279,6 +280,25 @@ def parameter_specs(tree: Any, *, copies: bool = False) -> Any:
 def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, *, copies: bool = False) -> Any:
     """Gives the sharding on a mesh of every array in a tree, by `parameter_specs`: what `jax.device_put` takes."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, copies=copies))
+
+
+def place_copies(state: Any, mesh: Mesh | None) -> Any:
+    """Puts parameters of one device where a mesh has them for decoding, and leaves those that are there.
+
+    Raises:
+      ValueError: if they are on another mesh.
+    """
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(state))
+    for found in {x.mesh for x in shardings if isinstance(x, NamedSharding) and x.mesh.size > 1}:
+        if found != mesh:
+            found, wanted = describe_mesh(found), describe_mesh(mesh)
+            raise ValueError(f"the cache must be on the model's mesh, {found}, got {wanted}")
+    return state if mesh is None else jax.device_put(state, parameter_shardings(state, mesh, copies=True))
+
+
+def describe_mesh(mesh: Any) -> str:
+    """Names a mesh's axes and their sizes, for messages."""
+    return "no mesh" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 # The sequence.

@@ -55,8 +55,8 @@ def parameter(model, path):
     [
         Config.tiny(),
         Config.tiny(first_k_dense_replace=0, tie_word_embeddings=True),
-        Config.tiny(first_k_dense_replace=9, n_shared_experts=0),
-        Config.tiny(n_shared_experts=0),
+        Config.tiny(first_k_dense_replace=9, n_shared_experts=0, num_nextn_predict_layers=1),
+        Config.tiny(n_shared_experts=0, num_nextn_predict_layers=2),
         Config.tiny(expert_dtype="fp8"),
         Config.deepseek_v32(),
     ],
@@ -492,5 +492,5 @@ def test_the_command_fails_in_one_line(tmp_path, capsys):
 
 
 def test_the_table_has_no_row_in_vain():
-    used = {leaf.entry for leaf in leaves(Config.tiny(expert_dtype="fp8"))}
+    used = {leaf.entry for leaf in leaves(Config.tiny(expert_dtype="fp8", num_nextn_predict_layers=1))}
     assert used == set(TABLE)

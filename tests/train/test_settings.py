@@ -156,7 +156,7 @@ def test_the_names_in_json_stay():
     values = tiny().to_json()
     names = "model phases data seed checkpoint_every checkpoint_minutes keep_checkpoints evaluation_batches"
     assert list(values) == [*names.split(), "evaluate_every", "keep_best"]
-    assert list(values["phases"][0]) == ["name", "stages", "backbone", "indexer", "bias_rate", "keep"]
+    assert list(values["phases"][0]) == ["name", "stages", "backbone", "indexer", "bias_rate", "keep", "predictions"]
     assert [phase["name"] for phase in values["phases"]] == ["BASE", "WARMUP", "SPARSE"]
     study = make_config(("a", "b")).to_json()
     assert study["data"] == {

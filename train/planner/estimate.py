@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding
 
 from dsa_jax import Config
 from dsa_jax.parallel.sharding import AXES, check_model, imbalance, parameter_specs, path_names, shards
-from dsa_jax.stacks import kind_of, stacked_layers
+from dsa_jax.stacks import KINDS, PREDICTION_LAYERS, all_stacks, kind_of, stacked_layers
 from train.optimizer import OptimizerSettings
-from train.phases import PHASES
+from train.phases import PHASES, trained_params
 from train.planner.costs import collective, executed, kept_bytes, layer_loops, peak_bytes
 from train.planner.hardware import measured_rates, measured_step, network_seconds, usable_memory, work
 from train.planner.overlap import exposed_seconds
@@ -68,20 +68,23 @@ class Job:
 
     @property
     def stacks(self) -> list[str]:
-        """The kind of layers of each stack, in their order."""
-        return ["MoE" if stack.moe else "dense" for stack in stacked_layers(self.config)]
+        """The kind of layers of each stack that runs, in their order."""
+        own = ["MoE" if stack.moe else "dense" for stack in stacked_layers(self.config)]
+        return [*own, KINDS[PREDICTION_LAYERS]] if self.settings.predictions else own
 
     @property
     def backward_stacks(self) -> list[str]:
         """The same of the stacks that have a backward pass: layers without an indexer may teach none."""
         alone = "backbone" not in self.settings.phase.trains and self.config.index_share_kl == "own"
-        stacks = zip(self.stacks, stacked_layers(self.config), strict=True)
+        stacks = zip(self.stacks, all_stacks(self.config), strict=False)  # prediction layers last, if they run
         return [kind for kind, stack in stacks if stack.indexers or not alone]
 
     @property
     def layers(self) -> dict[str, int]:
         """The number of layers of each kind, in their order."""
-        counts = {"dense": self.config.num_dense_layers, "MoE": self.config.num_moe_layers}
+        config = self.config
+        counts = {"dense": config.num_dense_layers, "MoE": config.num_moe_layers}
+        counts[KINDS[PREDICTION_LAYERS]] = config.num_nextn_predict_layers
         return {kind: count for kind, count in counts.items() if count}
 
     def check(self, shape: Shape) -> None:
@@ -168,7 +171,7 @@ def state_bytes(job: Job, shape: Shape) -> dict[str, ByPart]:
     """Counts bytes a device of parameters, gradients and optimizer state, by kind of layer."""
     job.check(shape)
     state = abstract_state(job.config, job.settings)
-    trained = {group: state.params[group] for group in job.settings.phase.trains}
+    trained = trained_params(state.params, job.settings.phase, predictions=job.settings.predictions)
     trees = {"parameters": state.params, "gradients": trained, "optimizer": state.opt_state}
     return {name: _sharded_bytes(tree, shape) for name, tree in trees.items()}
 

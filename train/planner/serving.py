@@ -126,8 +126,12 @@ PARTS = (ATTENTION, FEED_FORWARD, EXPERTS, VOCABULARY)
 
 
 def held_config(config: Config, weights: str) -> Config:
-    """Gives the configuration of the model as it is loaded to be served: its parameters are what a GPU holds."""
-    return dataclasses.replace(config, param_dtype="bfloat16", expert_dtype="fp8" if weights == "fp8" else None)
+    """Gives the configuration of the model as it is loaded to be served: its parameters are what a GPU holds.
+
+    Prediction layers are not among them, as where nothing drafts.
+    """
+    expert_dtype = "fp8" if weights == "fp8" else None
+    return dataclasses.replace(config, param_dtype="bfloat16", expert_dtype=expert_dtype, num_nextn_predict_layers=0)
 
 
 @functools.lru_cache(maxsize=32)

@@ -89,7 +89,7 @@ class InitialParams:
         """Reads the model's configuration, its parameters in float32 as training wants them."""
         if self.is_run:
             return read_model_config(self.folder)
-        return dataclasses.replace(Config.from_hf(self.folder), dtype=dtype, param_dtype="float32")
+        return dataclasses.replace(Checkpoint(self.folder).config, dtype=dtype, param_dtype="float32")
 
     def free_fields(self) -> tuple[str, ...]:
         """Lists the fields of the model that a run which begins here may have otherwise."""

@@ -368,3 +368,26 @@ def test_the_best_mesh(pretended):
     found = plan.best_plan(job(), 64)
     assert found is not None and found.shape == parse_mesh("data=4,expert=4,tensor=4")
     assert plan.best_plan(job(), 8) is None
+
+
+@pytest.mark.parametrize("phase", ["WARMUP", pytest.param("SPARSE", marks=pytest.mark.variants)])
+def test_prediction_layers_are_counted_by_themselves(phase):
+    """Two beside two MoE layers: they differ by what joins embedding and hidden state, and each has logits too."""
+    config = small_config(num_hidden_layers=2, first_k_dense_replace=0, num_attention_heads=4, kv_lora_rank=8)
+    config = dataclasses.replace(config, num_nextn_predict_layers=2)
+    alone = job(phase, config=config)
+    along = dataclasses.replace(alone, settings=dataclasses.replace(alone.settings, predictions=True))
+    without, plan = (estimate.traced_plan(each, EIGHT) for each in (alone, along))
+    dim, tokens = config.hidden_size, 8 * 32 // 4
+    joined = 2 * dim * dim // 2 + 3 * dim  # its rows are sharded over data, norms are on all
+    assert plan.parameters["prediction"] == plan.parameters["MoE"] + 4 * 2 * joined == without.parameters["prediction"]
+    assert "prediction" not in {**without.gradients, **without.optimizer, **without.flops["products"], **without.kept}
+    assert plan.optimizer["prediction"] == 2 * plan.gradients["prediction"] > 0 and plan.kept["prediction"] > 0
+    products, before = plan.flops["products"], without.flops["products"]
+    join = 2 * 2 * tokens * 2 * dim * dim
+    if phase == "WARMUP":  # forward, and again in the backward pass, whose gradients go to the indexers alone
+        assert plan.gradients["prediction"] == plan.gradients["MoE"]
+        assert products["prediction"] - products["MoE"] == 2 * join and "elsewhere" not in products
+    else:  # and gradients by both operands; logits of three depths in place of one
+        assert products["prediction"] - products["MoE"] >= 4 * join
+        assert products["elsewhere"] == 3 * before["elsewhere"]
