@@ -14,12 +14,12 @@ post:
 
 # A file's tests share what they compile, so one worker has them all.
 test: lint
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile --durations 40 $(ARGS)
 
 test-slow:
 	@.ci/install test,docs
 	@.ci/install_clients
-	$(bin)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(ARGS)
+	$(bin)/python -m pytest -m slow --numprocesses 2 --dist loadfile --durations 40 $(ARGS)
 
 test-variants:
 	@.ci/install test
