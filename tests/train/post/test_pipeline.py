@@ -57,8 +57,8 @@ def train(folder, *stages, resume=False, stopping=None, **changes):
 @pytest.mark.usefixtures("in_a_hurry")
 def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
     two = (start_stage(1, dense_alone=True), policy_stage(steps=1))
-    found = train(tmp_path, *two)
-    like = abstract_params(post_model())[1]
+    found = train(tmp_path, *two, model=ONE_LAYER)
+    like = abstract_params(ONE_LAYER)[1]
     origin = json.loads((tmp_path / "specialist" / "run.json").read_text())["init"]
     assert origin["name"] == "start"
     last = load_params(tmp_path / "start", like)
@@ -66,21 +66,22 @@ def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
     assert 0 < max(jax.tree.leaves(moved)) < 0.1  # from there, by one step
     assert found["specialist"]["tasks"]["copy"]["problems"] == 4.0
     assert 0 <= found["specialist"]["selection_overlap"] <= 1
-    assert train(tmp_path, *two, resume=True) == found  # nothing is done again
+    assert train(tmp_path, *two, model=ONE_LAYER, resume=True) == found  # nothing is done again
     with pytest.raises(ValueError, match="already holds a post-training: --resume continues it"):
-        train(tmp_path, *two)
+        train(tmp_path, *two, model=ONE_LAYER)
     with pytest.raises(ValueError, match="stage start .* has begun and must stay as it was, but is another here"):
-        train(tmp_path, start_stage(2, dense_alone=True), policy_stage(steps=1), resume=True)
-    report = write_report(post_config(*two), tmp_path).read_text()
+        train(tmp_path, start_stage(2, dense_alone=True), policy_stage(steps=1), model=ONE_LAYER, resume=True)
+    report = write_report(post_config(*two, model=ONE_LAYER), tmp_path).read_text()
     assert "| specialist |" in report and (tmp_path / "reward.png").stat().st_size > 1000
 
 
 @pytest.mark.usefixtures("in_a_hurry")
 def test_it_stops_between_steps_and_goes_on(tmp_path):
+    begun, options = (start_stage(3, dense_alone=True),), dict(model=ONE_LAYER, evaluation_prompts=0)
     with pytest.raises(StoppedError):
-        train(tmp_path, start_stage(3, dense_alone=True), evaluation_prompts=0, stopping=Stopping(after=1e-3))
+        train(tmp_path, *begun, **options, stopping=Stopping(after=1e-3))
     assert [record["step"] for record in read_metrics(tmp_path / "start" / "metrics.jsonl")] == [1]
-    train(tmp_path, start_stage(3, dense_alone=True), evaluation_prompts=0, resume=True)
+    train(tmp_path, *begun, **options, resume=True)
     assert [record["step"] for record in read_metrics(tmp_path / "start" / "metrics.jsonl")] == [1, 2, 3]
 
 
