@@ -160,7 +160,8 @@ class MTP:
       most: how many tokens to propose at most.
 
     Examples:
-      >>> from dsa_jax import LLM, SamplingParams
+      >>> from flax import nnx
+      >>> from dsa_jax import LLM, MTP, Config, SamplingParams, Transformer
       >>> predicting = Transformer(Config.tiny(num_nextn_predict_layers=1), rngs=nnx.Rngs(0))
       >>> llm = LLM(predicting, pages=16, rows=1, drafter=MTP())
       >>> [result] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=4))
