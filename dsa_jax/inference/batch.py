@@ -92,9 +92,10 @@ class Batch:
 
     def _prefill(self, works: list[Work]) -> list[Ran]:
         owns: list[Any] = [work.sequence for work in works]
-        chunks = [own.known[work.begin : work.begin + work.count] for own, work in zip(owns, works, strict=True)]
+        texts, ends = [own.known for own in owns], [work.begin + work.count for work in works]
+        chunks = [text[work.begin : end] for text, work, end in zip(texts, works, ends, strict=True)]
         targets = [own.scores and own.scores.targets(work) for own, work in zip(owns, works, strict=True)]
-        behind = [(*own.known[work.begin + work.count :], -1)[0] for own, work in zip(owns, works, strict=True)]
+        behind = [int(text[end]) if end < len(text) else -1 for text, end in zip(texts, ends, strict=True)]
         names = [own.cached for own in owns]
         out = self.runner.prefill(names, chunks, extended=True, targets=targets, following=behind)
         for row, own in enumerate(owns):
