@@ -131,7 +131,7 @@ def _where(founds: Sequence[Found]) -> str:
 
 
 def _trained(founds: Sequence[Found]) -> list[str]:
-    """What each variant is, and what its training took."""
+    """Says what each variant is, and what its training took."""
     sizes = founds[0]["sizes"]
     rows = []
     for name, own in founds[0]["variants"].items():

@@ -83,7 +83,7 @@ def test_other_weights_than_dense_ones_are_refused(tmp_path):
 
 
 def found(seed=0, loss=2.0, **changes):
-    """What was measured of a seed: the dense model and one that lies 10 % behind."""
+    """Makes up what was measured of a seed: the dense model and one that lies 10 % behind."""
 
     def variant(factor, right):
         losses = {"text": loss * factor, "positions 0 to 511": loss * factor, "needles": 1.0, "answers": factor}
