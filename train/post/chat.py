@@ -14,6 +14,10 @@ from dsa_jax.chat import ChatTemplate, check_messages, check_tools, message_of
 from train.checks import shown
 
 
+class NoTemplateError(ValueError):
+    """Tells that no conversation at all can be written, which is no fault of an episode."""
+
+
 class Chat:
     """Holds the conversation of one episode.
 
@@ -25,13 +29,18 @@ class Chat:
 
     Raises:
       ValueError: for messages or tools that are none, or that the template cannot write.
+      NoTemplateError: if the template needs a package that is not installed.
     """
 
     def __init__(self, template: ChatTemplate, end_id: int, messages: Any, tools: Any = None):
         self.template, self.end_id = template, end_id
         self.messages, self.tools = check_messages(messages), check_tools(tools)
         self._calls = 0
-        self._prompt = self._encode(self.messages, begins=True)
+        try:
+            self._prompt = self._encode(self.messages, begins=True)
+        except ModuleNotFoundError as error:
+            needs = f"prompts that are messages need {error.name}: pip install 'dsa-jax[serve]'"
+            raise NoTemplateError(needs) from error
 
     def prompt(self) -> np.ndarray:
         """Gives the tokens of the prompt, behind which the model's turn begins."""

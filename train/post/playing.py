@@ -17,7 +17,7 @@ from dsa_jax.inference.sampling import kind_of
 from dsa_jax.inference.turns import Drawn, Taken, Turns, row_settings
 from train.checks import shown
 from train.post.calls import UnansweredError, call_all
-from train.post.chat import Chat
+from train.post.chat import Chat, NoTemplateError
 from train.post.environment import Environment, Episode, Step, Task, Turn, no_tokens
 from train.post.recorded import Recorded, Recording, join_kept, narrow_routes
 
@@ -189,6 +189,8 @@ class Play:
                     raise TypeError("prompt must be a text where there is no template, got messages")
                 seat.chat = begin(prompt, getattr(episode.environment, "tools", None))
             episode.prompt_tokens = self._encode("prompt", prompt if seat.chat is None else seat.chat.prompt())
+        except NoTemplateError:  # every episode would end by it
+            raise
         except Exception as error:
             _end_by(episode, error)
             return

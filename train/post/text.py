@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from dsa_jax.chat import ChatTemplate
 from dsa_jax.inference.tokenizer import byte_tokenizer, find_tokenizer
 from train.checks import shown
-from train.post.chat import Chat
+from train.post.chat import Chat, NoTemplateError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,11 @@ class TurnText:
         """Begins a conversation by the template of the model.
 
         Raises:
-          ValueError: if there is no template, or it cannot write these messages.
+          ValueError: if the template cannot write these messages.
+          NoTemplateError: if there is no template, or no package for it.
         """
         if self.template is None:
-            raise ValueError("prompts that are messages need the model's template: give --tokenizer, or --init")
+            raise NoTemplateError("prompts that are messages need the model's template: give --tokenizer, or --init")
         return Chat(self.template, self.end_id, messages, tools)
 
     @functools.cached_property

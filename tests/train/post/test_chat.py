@@ -1,8 +1,11 @@
 """Prompts and answers that are messages: tokens by the template, and loss on what the model wrote alone."""
 
 import collections
+import dataclasses
+import importlib.util
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 from chat_cases import control_tokenizer, spelled
 
+from dsa_jax.chat import rendering
 from dsa_jax.inference.turns import Drawn, Taken
+from train.post.chat import NoTemplateError
 from train.post.environment import Step, Task
 from train.post.playing import Draws, Play
 from train.post.recorded import Recording
@@ -34,11 +39,11 @@ class Find:
 
     tools = TOOLS
 
-    def __init__(self, number):
-        self.number, self.heard = number, []
+    def __init__(self, number, role="user"):
+        self.number, self.role, self.heard = number, role, []
 
     def reset(self):
-        return [{"role": "user", "content": f"find {self.number}."}]
+        return [{"role": self.role, "content": f"find {self.number}."}]
 
     def step(self, text):
         self.heard.append(text)
@@ -96,12 +101,12 @@ class Scripted:
         return [None if each is None else drawn for each in sequences]
 
 
-def play(text, *script):
+def play(text, *script, task=TASK):
     """Plays two episodes of one problem."""
     turns = Scripted(text, *script)
     draws = Draws(1.0, 1.0, VOCAB, 0, False, 60.0, 400)
     playing = Play(turns, text, draws, rows=2, seq_len=2000, record=Recording(), version=0)  # pyright: ignore[reportArgumentType]
-    queue, episodes = collections.deque(enumerate([(TASK, 3)] * 2)), {}
+    queue, episodes = collections.deque(enumerate([(task, 3)] * 2)), {}
     while queue or playing.live:
         episodes |= dict(playing.round(queue))
     return turns, [episodes[i] for i in range(2)]
@@ -133,8 +138,20 @@ def test_demonstrations_are_learnt_where_the_model_writes(text):
 
 
 def test_what_a_template_cannot_write_ends_the_episode_alone(text):
-    _, (episode, _) = play(TurnText(text.tokenizer, text.end_of_turn), "7")
-    assert episode.ended == "error" and "prompts that are messages need the model's template" in episode.error
+    nobody = dataclasses.replace(TASK, make=lambda number: Find(number, role="nobody"))
+    _, (episode, _) = play(text, "7", task=nobody)
+    assert episode.ended == "error" and "messages[0].role must be one of" in episode.error
+
+
+def test_without_a_template_no_episode_is_played(text, tmp_path, monkeypatch):
+    """There is none, or it needs a package that is missing: that is said once, and the run ends."""
+    with pytest.raises(NoTemplateError, match="prompts that are messages need the model's template: give --tokenizer"):
+        play(TurnText(text.tokenizer, text.end_of_turn), "7")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}{{ tools }}")
+    monkeypatch.setattr(rendering, "_PROCESS", rendering.RenderProcess())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NoTemplateError, match=re.escape("need jinja2: pip install 'dsa-jax[serve]'")):
+        play(TurnText(text.tokenizer, text.end_of_turn, tmp_path), "7")
 
 
 def test_what_cannot_be_is_refused(text):
