@@ -26,18 +26,23 @@ class Chat:
       end_id: the token that ends a turn of the model.
       messages: the prompt, as OpenAI's interface has messages.
       tools: functions that the model may call, likewise; None for none.
+      thinking: whether the model thinks before it answers.
 
     Raises:
       ValueError: for messages or tools that are none, or that the template cannot write.
-      NoTemplateError: if the template needs a package that is not installed.
+      NoTemplateError: if the template knows no reasoning that is asked for, or needs a package that is not installed.
     """
 
-    def __init__(self, template: ChatTemplate, end_id: int, messages: Any, tools: Any = None):
-        self.template, self.end_id = template, end_id
+    def __init__(
+        self, template: ChatTemplate, end_id: int, messages: Any, tools: Any = None, *, thinking: bool = False
+    ):
+        if thinking and not template.format.thinks:
+            raise NoTemplateError("thinking must be False: this model's template knows no reasoning, got True")
+        self.template, self.end_id, self.thinking = template, end_id, thinking
         self.messages, self.tools = check_messages(messages), check_tools(tools)
         self._calls = 0
         try:
-            self._prompt = self._encode(self.messages, begins=True)
+            self._prompt = self._encode(self.messages, begins=True, thinking=thinking)
         except ModuleNotFoundError as error:
             needs = f"prompts that are messages need {error.name}: pip install 'dsa-jax[serve]'"
             raise NoTemplateError(needs) from error
@@ -59,12 +64,12 @@ class Chat:
         """Takes in a message of a demonstration; returns its tokens, to the turn's end, and what `hear` makes of them.
 
         Raises:
-          ValueError: for reasoning, which the prompt does not ask for, or a template that writes a prompt anew.
+          ValueError: for reasoning that the prompt does not ask for, or a template that writes a prompt anew.
         """
-        if message.get("reasoning_content") or message.get("reasoning"):
-            raise ValueError("a demonstration must be without reasoning_content: prompts are written without thinking")
-        prompt = self._encode(self.messages, begins=True)
-        answered = self._answered([*self.messages, *check_messages([message])])
+        if not self.thinking and (message.get("reasoning_content") or message.get("reasoning")):
+            raise ValueError("a demonstration must be without reasoning_content where its task is without thinking")
+        prompt = self._encode(self.messages, begins=True, thinking=self.thinking)
+        answered = self._answered([*self.messages, *check_messages([message])], thinking=self.thinking)
         if answered[: len(prompt)] != prompt:
             raise ValueError("the template must write a prompt as the beginning of its answer, and does not")
         tokens = answered[len(prompt) :]
@@ -83,11 +88,16 @@ class Chat:
         whole = self._encode(self.messages, begins=True)
         if whole[: len(before)] != before:
             raise ValueError("the template must write a conversation as the beginning of a longer one, and does not")
-        return np.asarray(whole[len(before) :], np.int32)
+        behind = len(before)
+        if self.thinking:  # earlier reasoning may be left out of what is written now, the ends of turns are not
+            whole = self._encode(self.messages, begins=True, thinking=True)
+            ends = [place for place, token in enumerate(whole) if token == self.end_id]
+            behind = ends[before.count(self.end_id) - 1] + 1
+        return np.asarray(whole[behind:], np.int32)
 
-    def _answered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _answered(self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False) -> list[int]:
         """Encodes a conversation that ends with the model, to the token that ends its turn."""
-        ids = self._encode(messages, begins=False)
+        ids = self._encode(messages, begins=False, thinking=thinking)
         behind = len(ids)
         while behind and ids[behind - 1] != self.end_id:
             behind -= 1
@@ -96,7 +106,7 @@ class Chat:
             raise ValueError(f"end_of_turn must be the token by which the template ends an answer: {shown(tail)}")
         return ids[:behind]
 
-    def _encode(self, messages: Sequence[Mapping[str, Any]], *, begins: bool) -> list[int]:
-        # Many templates leave out the reasoning of turns that were answered; what is appended is the same without it.
-        plain = [{name: x for name, x in each.items() if name != "reasoning_content"} for each in messages]
-        return self.template.encode(plain, tools=self.tools, add_generation_prompt=begins)
+    def _encode(self, messages: Sequence[Mapping[str, Any]], *, begins: bool, thinking: bool = False) -> list[int]:
+        if not thinking:  # many templates leave out the reasoning of turns that were answered, so none is compared
+            messages = [{name: x for name, x in each.items() if name != "reasoning_content"} for each in messages]
+        return self.template.encode(messages, tools=self.tools, thinking=thinking, add_generation_prompt=begins)

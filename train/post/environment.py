@@ -109,6 +109,8 @@ class Task:
             come from the environment), or None where a task has none. Turns are texts, or messages where prompts are.
         max_turns: The most turns an episode may take.
         held_out: Problems from this number on are never trained on.
+        thinking: Whether the model thinks before each of its answers, where prompts are messages. What it thought of
+            earlier answers stays in the episode.
     """
 
     name: str
@@ -117,3 +119,4 @@ class Task:
     demonstrate: Callable[[int], Sequence[Any]] | None = None
     max_turns: int = 1
     held_out: int = 1_000_000
+    thinking: bool = False

@@ -31,7 +31,7 @@ MAX_ERROR = 300  # characters of what an environment raised
 class Text(Protocol):
     """Turns texts into tokens and back; `end_id` ends a turn of the model.
 
-    Where it has a `chat(messages, tools)` as `TurnText` has, prompts and answers may be messages.
+    Where it has a `chat(messages, tools, thinking)` as `TurnText` has, prompts and answers may be messages.
     """
 
     @property
@@ -187,7 +187,7 @@ class Play:
                 begin: Any = getattr(self.text, "chat", None)
                 if begin is None:
                     raise TypeError("prompt must be a text where there is no template, got messages")
-                seat.chat = begin(prompt, getattr(episode.environment, "tools", None))
+                seat.chat = begin(prompt, getattr(episode.environment, "tools", None), thinking=seat.task.thinking)
             episode.prompt_tokens = self._encode("prompt", prompt if seat.chat is None else seat.chat.prompt())
         except NoTemplateError:  # every episode would end by it
             raise

@@ -43,7 +43,9 @@ def _played(task: Task, problem: int, text: TurnText) -> Document:
     assert task.demonstrate is not None
     environment = task.make(problem)
     prompt = environment.reset()
-    chat = None if isinstance(prompt, str) else text.chat(prompt, getattr(environment, "tools", None))
+    chat = None
+    if not isinstance(prompt, str):
+        chat = text.chat(prompt, getattr(environment, "tools", None), thinking=task.thinking)
     encode: Any = text.encode if chat is None else chat.answer
     parts, learnt = [encode(prompt) if chat is None else chat.prompt()], [False]
     done, turns = False, list(task.demonstrate(problem))

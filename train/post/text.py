@@ -68,16 +68,16 @@ class TurnText:
         """Encodes a turn of the model with its end."""
         return np.asarray([*self._ids(text), self.end_id], np.int32)
 
-    def chat(self, messages: Any, tools: Any = None) -> Chat:
+    def chat(self, messages: Any, tools: Any = None, *, thinking: bool = False) -> Chat:
         """Begins a conversation by the template of the model.
 
         Raises:
           ValueError: if the template cannot write these messages.
-          NoTemplateError: if there is no template, or no package for it.
+          NoTemplateError: if there is no template, or no package for it, or it knows no reasoning.
         """
         if self.template is None:
             raise NoTemplateError("prompts that are messages need the model's template: give --tokenizer, or --init")
-        return Chat(self.template, self.end_id, messages, tools)
+        return Chat(self.template, self.end_id, messages, tools, thinking=thinking)
 
     @functools.cached_property
     def template(self) -> ChatTemplate | None:

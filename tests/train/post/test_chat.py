@@ -14,6 +14,7 @@ import pytest
 from chat_cases import control_tokenizer, spelled
 
 from dsa_jax.chat import rendering
+from dsa_jax.inference.tokenizer import byte_tokenizer
 from dsa_jax.inference.turns import Drawn, Taken
 from train.post.chat import NoTemplateError
 from train.post.environment import Step, Task
@@ -68,10 +69,10 @@ def text(tmp_path):
     return TurnText(control_tokenizer(), END, tmp_path)
 
 
-def whole(text, environment, *said):
-    """The conversation as the template writes it, to the model's last end of a turn; and what the model wrote."""
+def whole(text, environment, *said, thinking=False):
+    """The conversation as the template writes it, to the model's last end of a turn."""
     messages = [*environment.reset(), *said]
-    ids = text.template.encode(messages, tools=TOOLS, add_generation_prompt=False)
+    ids = text.template.encode(messages, tools=TOOLS, thinking=thinking, add_generation_prompt=False)
     return ids[: len(ids) - ids[::-1].index(text.end_id)]
 
 
@@ -137,6 +138,39 @@ def test_demonstrations_are_learnt_where_the_model_writes(text):
     assert spelled(text.tokenizer, ids[learnt]) == f"{call}[{END}]7[{END}]"
 
 
+THINKING = dataclasses.replace(TASK, thinking=True, demonstrate=lambda number: thoughts(number)[::2])
+
+
+def thoughts(number):
+    """The conversation of one who thinks."""
+    call, answer, last = conversation(number)
+    return call | {"reasoning_content": "Look."}, answer, last | {"reasoning_content": "Seven."}
+
+
+def test_what_is_thought_is_learnt_as_the_template_writes_it(text):
+    _, episodes = play(text, "Look.</think>" + call_of("w3"), "Seven.</think>7", task=THINKING)
+    for episode in episodes:
+        row, heard = row_of(episode), episode.environment.heard
+        assert row.tokens.tolist() == whole(text, episode.environment, *thoughts(3), thinking=True)
+        assert spelled(text.tokenizer, row.tokens[row.sampled]).endswith(f"[{END}]Seven.[</think>]7[{END}]")
+        assert [each["reasoning_content"] for each in heard] == ["Look.", "Seven."] and heard[1]["content"] == "7"
+    ids, learnt = demonstration([THINKING], text, 0, 0)
+    number = int(text.decode(ids).partition("find ")[2].partition(".")[0])
+    assert ids.tolist() == whole(text, Find(number), *thoughts(number), thinking=True)
+    assert spelled(text.tokenizer, ids[learnt]).startswith("Look.[</think>]")
+
+
+def test_a_users_next_message_follows_what_was_thought(text):
+    """The template leaves out what was thought before it; the episode does not, and goes on as the template does."""
+    chat = text.chat([{"role": "user", "content": "a"}], thinking=True)
+    chat.hear("Hm.</think>b")
+    assert (
+        spelled(text.tokenizer, chat.answer([{"role": "user", "content": "c"}]))
+        == "[<｜User｜>]c[<｜Assistant｜>][<think>]"
+    )
+    assert chat.hear("Ah.</think>d") == {"role": "assistant", "content": "d", "reasoning_content": "Ah."}
+
+
 def test_what_a_template_cannot_write_ends_the_episode_alone(text):
     nobody = dataclasses.replace(TASK, make=lambda number: Find(number, role="nobody"))
     _, (episode, _) = play(text, "7", task=nobody)
@@ -152,6 +186,8 @@ def test_without_a_template_no_episode_is_played(text, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NoTemplateError, match=re.escape("need jinja2: pip install 'dsa-jax[serve]'")):
         play(TurnText(text.tokenizer, text.end_of_turn, tmp_path), "7")
+    with pytest.raises(NoTemplateError, match="thinking must be False: this model's template knows no reasoning"):
+        play(TurnText(byte_tokenizer(), "~", tmp_path / "none"), "7", task=THINKING)
 
 
 def test_what_cannot_be_is_refused(text):
