@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -155,6 +156,17 @@ def _note_cache_events() -> None:
 def _cache_folder() -> str | None:
     """Finds the folder of JAX's persistent cache, None where it is off."""
     return jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+
+
+@contextlib.contextmanager
+def compiling_quickly() -> Iterator[None]:
+    """Compiles without optimisation: of what shows that all runs, at sizes of no matter, most time goes to XLA."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def keep_compiled(folder: Path | str | None = None, environment: Mapping[str, str] = os.environ) -> None:

@@ -2,17 +2,14 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import jax
-import tyro
 from rich.console import Console
 
 from studies.needle import report, settings
-from studies.needle.corpus import CorpusConfig, make_corpus
+from studies.needle.arguments import StudyArguments
 from studies.needle.found import Found
 from studies.needle.kept import keep
 from studies.needle.measuring import found_path, measure_seed
@@ -20,7 +17,6 @@ from studies.needle.rows import NeedleConfig, NeedleCorpus, load
 from train.checks import check_integer
 from train.commands.command import parse, run_command
 from train.commands.describe import describe_run
-from train.compiling import keep_compiled
 from train.experiment import MAX_SEEDS, SEED_FOLDER, control_run, seed_runs
 from train.phases import CONTROLS, merge_groups
 from train.processes.stopping import Stopping
@@ -29,32 +25,17 @@ from train.watching.progress import RunProgress
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(StudyArguments):
     """Trains a dense model on long text with needles in it, makes it sparse, and measures what that costs."""
 
-    data: tuple[str, ...] = ()
-    """Globs of text files, of which a folder's are one document; without it the packages of the running Python."""
     preset: Literal["card", "long", "small"] = "card"
     """"card" is the study of one H200, "long" continues to 128K, "small" shows all of it on two CPU cores."""
     out: Path = Path("runs") / "needle"
     """Folder of the study."""
-    corpus: Path | None = None
-    """Folder of the corpus, made if it is not there; without it that of the study."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue what the folder holds; the other arguments must be those it was begun with."""
-    seed: int = 0
-    """The first seed."""
     seeds: int = 1
     """How many times, each from another seed."""
     controls: bool = True
     """Also train what SPARSE is compared with: the dense model continued, and one sparse with a window as selection."""
-    stop_after: str | None = None
-    """Save and stop after this time, like 9m, with exit status 75; `--resume` goes on."""
-    workers: int = 2
-    """Processes that tokenise."""
-    compile_cache: Path | None = None
-    """Folder where compiled programs are kept, for the next piece; without it `compiled` in that of the study, and on
-    CPUs none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,24 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def study(arguments: Arguments, console: Console, stopping: Stopping | None = None) -> None:
     """Makes the corpus, trains all seeds and their controls, measures and reports."""
-    if arguments.compile_cache is not None or jax.default_backend() != "cpu":
-        keep_compiled(arguments.compile_cache or arguments.out / "compiled")
+    arguments.keep_compiled()
     preset = settings.PRESETS[arguments.preset]()
-    folder = arguments.corpus or arguments.out / "corpus"
-    config = settings.make_config(preset, folder)
+    config = settings.make_config(preset, arguments.corpus_folder)
     check_integer("seeds", arguments.seeds, most=MAX_SEEDS)
     runs: list[Run] = []
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):  # each in a folder of its own, also if alone
         own, place = dataclasses.replace(config, seed=seed), arguments.out / SEED_FOLDER.format(seed)
         runs += seed_runs(own, place, 1, resume=arguments.resume)
-    made = CorpusConfig(arguments.data, vocab_size=preset.vocabulary, max_bytes=preset.text_bytes)
-    begun = time.monotonic()
-    record = make_corpus(made, folder, workers=arguments.workers, say=lambda text: console.print(f"corpus: {text}"))
-    console.print(
-        f"corpus: {record['tokens']['train']:,} tokens, {record['tokens']['held_out']:,} held out, "
-        f"{time.monotonic() - begun:.0f} s",
-        highlight=False,
-    )
+    record = arguments.make_corpus(preset, console)
     assert isinstance(config.data, NeedleConfig)
     corpus = load(config.data, vocab_size=preset.vocabulary)
     for stage in (stage for phase in config.phases for stage in phase.stages):  # too little text is said at once

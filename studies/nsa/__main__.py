@@ -3,15 +3,13 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import jax
-import tyro
 from rich.console import Console
 
-from studies.needle.corpus import CorpusConfig, make_corpus
+from studies.needle.arguments import StudyArguments
 from studies.needle.found import Ledger, circumstances
 from studies.needle.maps import NEEDLES, Maps, Subject, ask_subject
 from studies.needle.questions import attending
@@ -24,7 +22,7 @@ from studies.nsa.settings import DENSE, VARIANTS
 from train.checks import check_integer
 from train.commands.command import parse, run_command
 from train.commands.describe import describe_run
-from train.compiling import keep_compiled
+from train.compiling import compiling_quickly
 from train.evaluation.evaluate import held_out_losses
 from train.experiment import SEED_FOLDER
 from train.files import replace_text
@@ -36,32 +34,17 @@ from train.watching.progress import RunProgress
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(StudyArguments):
     """Trains dense attention, DSA and Native Sparse Attention on the same rows of long text, and measures them."""
 
-    data: tuple[str, ...] = ()
-    """Globs of text files, of which a folder's are one document; without it the packages of the running Python."""
     preset: Literal["card", "small"] = "card"
     """"card" is the study of one H200, "small" shows all of it on two CPU cores."""
     out: Path = Path("runs") / "nsa"
     """Folder of the study."""
-    corpus: Path | None = None
-    """Folder of the corpus, made if it is not there; without it that of the study."""
     only: tuple[Literal[tuple(VARIANTS)], ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """Attentions to train, the dense model beside them; all without it."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue what the folder holds; the other arguments must be those it was begun with."""
-    seed: int = 0
-    """Of weights, rows and questions."""
     timing: bool = True
     """Also time forward passes, steps and decoding by length."""
-    stop_after: str | None = None
-    """Save and stop after this time, like 9m, with exit status 75; `--resume` goes on."""
-    workers: int = 2
-    """Processes that tokenise."""
-    compile_cache: Path | None = None
-    """Folder where compiled programs are kept, for the next piece; without it `compiled` in that of the study, and on
-    CPUs none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,22 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         chosen = parse(Arguments, given, "python -m studies.nsa")
-        quick = contextlib.nullcontext() if settings.PRESETS[chosen.preset]().learns else _compiling_quickly()
+        quick = contextlib.nullcontext() if settings.PRESETS[chosen.preset]().learns else compiling_quickly()
         with Stopping.within(chosen.stop_after) as stopping, quick:
             study(chosen, Console(), stopping)
 
     return run_command(run)
-
-
-@contextlib.contextmanager
-def _compiling_quickly() -> Iterator[None]:
-    """Compiles without optimisation, which is most of the time of a study that shows that all runs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def study(arguments: Arguments, console: Console, stopping: Stopping | None = None) -> None:
@@ -98,13 +70,11 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
     folder = arguments.out / SEED_FOLDER.format(arguments.seed)
     if folder.exists() and not arguments.resume:
         raise ValueError(f"{folder} must be new, or be continued by --resume, got a folder that is there")
-    if arguments.compile_cache is not None or jax.default_backend() != "cpu":
-        keep_compiled(arguments.compile_cache or arguments.out / "compiled")
-    preset, place = settings.PRESETS[arguments.preset](), arguments.corpus or arguments.out / "corpus"
+    arguments.keep_compiled()
+    preset, place = settings.PRESETS[arguments.preset](), arguments.corpus_folder
     config = settings.make_config(preset, DENSE, place, seed=arguments.seed)
     model, data = config.model, config.data
-    made = CorpusConfig(arguments.data, vocab_size=preset.vocabulary, max_bytes=preset.text_bytes)
-    record = make_corpus(made, place, workers=arguments.workers, say=lambda text: console.print(f"corpus: {text}"))
+    record = arguments.make_corpus(preset, console)
     assert isinstance(data, NeedleConfig)
     corpus = load(data, vocab_size=preset.vocabulary)
     for length in {stage.seq_len for stage in (*preset.base, *preset.warmup, *preset.sparse)}:
