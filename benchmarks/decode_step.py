@@ -8,7 +8,6 @@ every kernel, and that in which the device did nothing.
 
 import argparse
 import functools
-import glob
 import itertools
 import math
 import pathlib
@@ -16,7 +15,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks import measure
+from benchmarks import measure, traces
 from benchmarks.decode_parts import LAYER, Parts, make_inputs, make_rows
 from dsa_jax import Config, PagedCache, Runner, Transformer, make_mesh
 from dsa_jax.inference.programs import Carry
@@ -140,38 +138,8 @@ def time_case(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             case.steps(STEPS, read=True)
-        found |= read_trace(folder, STEPS)
+        found |= traces.kernels_of_step(traces.read_launches(folder), STEPS)
     return found
-
-
-def read_trace(folder: str, steps: int) -> dict[str, Any]:
-    """Reads the device's seconds a step by kernel, and the share of the time in which it did nothing."""
-    events = []
-    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    events.append((event.start_ns, event.duration_ns, event.name))
-    if not events:
-        return {"trace": "no events of a GPU"}
-    events.sort()
-    by_name: dict[str, float] = defaultdict(float)
-    busy, end, begin = 0.0, events[0][0], events[0][0]
-    for start, duration, name in events:
-        by_name[name] += duration
-        busy += max(0.0, start + duration - max(start, end))
-        end = max(end, start + duration)
-    ranked = sorted(by_name.items(), key=lambda item: -item[1])[:14]
-    return {
-        "kernel_seconds": sum(by_name.values()) / steps / 1e9,
-        "idle_share": 1 - busy / (end - begin),
-        "kernels": len(events) / steps,
-        "longest": {name[:60]: ns / steps / 1e9 for name, ns in ranked},
-    }
 
 
 def time_parts(parts: Parts, runner: Runner, batch: int, length: int) -> dict[str, Any]:

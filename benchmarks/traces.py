@@ -62,12 +62,16 @@ def collective_seconds(launches: Iterable[Launch]) -> dict[str, Any]:
     Returns:
       "collective_seconds", "exposed_seconds", and "kinds", the seconds of each kind; all 0 and empty without any.
     """
-    by_gpu: dict[str, list[Launch]] = collections.defaultdict(list)
-    for launch in launches:
-        by_gpu[launch.gpu].append(launch)
-    rows = [_of_gpu(each) for each in by_gpu.values()]
+    rows = [_of_gpu(each) for each in _by_gpu(launches).values()]
     nothing = {"collective_seconds": 0.0, "exposed_seconds": 0.0, "kinds": {}}
     return max(rows, key=lambda row: row["exposed_seconds"], default=nothing)
+
+
+def _by_gpu(launches: Iterable[Launch]) -> dict[str, list[Launch]]:
+    found: dict[str, list[Launch]] = collections.defaultdict(list)
+    for launch in launches:
+        found[launch.gpu].append(launch)
+    return found
 
 
 def _of_gpu(launches: Sequence[Launch]) -> dict[str, Any]:
@@ -128,3 +132,29 @@ def seconds_by_instruction(launches: Iterable[Launch]) -> Mapping[str, list[floa
     for launch in launches:
         found[launch.instruction or launch.name].append(launch.end - launch.begin)
     return found
+
+
+def kernels_of_step(launches: Iterable[Launch], steps: int, longest: int = 14) -> dict[str, Any]:
+    """Says what the GPU that is busiest did in a step, of launches of so many.
+
+    Returns:
+      "kernel_seconds" and "kernels", their number, of a step; "idle_share", of the time from the first to the last in
+      which none ran; "longest", the seconds of a step by the names of those that take most. Without launches "trace"
+      alone, which says so.
+    """
+    by_gpu = _by_gpu(launches)
+    if not by_gpu:
+        return {"trace": "no events of a GPU"}
+    spans = {gpu: union((x.begin, x.end) for x in each) for gpu, each in by_gpu.items()}
+    busiest = max(spans, key=lambda gpu: length(spans[gpu]))
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for launch in by_gpu[busiest]:
+        seconds[launch.name] += launch.end - launch.begin
+    ranked = sorted(seconds.items(), key=lambda item: -item[1])[:longest]
+    began, ended = spans[busiest][0][0], spans[busiest][-1][1]
+    return {
+        "kernel_seconds": sum(seconds.values()) / steps,
+        "idle_share": 1 - length(spans[busiest]) / (ended - began),
+        "kernels": len(by_gpu[busiest]) / steps,
+        "longest": {name[:60]: each / steps for name, each in ranked},
+    }

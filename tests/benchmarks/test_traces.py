@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.traces import Launch, collective_seconds, overlap, union
+from benchmarks.traces import Launch, collective_seconds, kernels_of_step, overlap, union
 
 
 def launch(begin, end, name="fusion", instruction=None, gpu="GPU:0"):
@@ -35,3 +35,11 @@ def test_seconds_in_which_only_a_collective_ran():
 def test_spans_that_contain_each_other():
     assert union([(0, 10), (2, 3), (10, 11)]) == [(0, 11)]
     assert overlap([(0, 10)], [(2, 3), (9, 12)]) == 2
+
+
+def test_kernels_of_a_step_are_those_of_the_busiest_gpu():
+    launches = [launch(0, 1, "a"), launch(0.5, 2, "b"), launch(4, 5, "a"), launch(5, 8, "b"), launch(0, 3, gpu="GPU:1")]
+    found = kernels_of_step(launches, 2, longest=1)
+    assert found["kernel_seconds"] == pytest.approx(6.5 / 2) and found["kernels"] == 2
+    assert found["idle_share"] == pytest.approx(2 / 8) and found["longest"] == {"b": pytest.approx(4.5 / 2)}
+    assert kernels_of_step([], 2) == {"trace": "no events of a GPU"}
