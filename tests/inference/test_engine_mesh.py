@@ -17,9 +17,10 @@ CONFIG = small_config(num_attention_heads=4, moe_intermediate_size=24, max_posit
 SETTINGS = dict(seed=1, top_k=20, n=2), dict(seed=2, repetition_penalty=1.2, frequency_penalty=0.1)
 
 
-def make(mesh=None, *, rows=4, pages=12, **options) -> Engine:
+def make(mesh=None, *, rows=4, pages=12, invariant=False, **options) -> Engine:
     cache = PagedCache(CONFIG, pages, format="float32", mesh=None if mesh is None else mesh_of(mesh))
-    runner = Runner(small_model(CONFIG), cache, prefill_chunk=CHUNK, max_length=256, dense_below=0)
+    steps = dict(max_length=256, dense_below=0, batch_invariant=invariant)
+    runner = Runner(small_model(CONFIG), cache, prefill_chunk=CHUNK, **steps)
     return Engine(runner, rows=rows, **options)
 
 
@@ -31,13 +32,16 @@ def same(found, expected):
 
 
 CASES = (
-    ("expert=2", 2),
-    *(pytest.param(*case, marks=pytest.mark.meshes) for case in [("data=2,expert=2", 8), ("data=2,tensor=4", 4)]),
+    ("expert=2", 2, False),
+    *(
+        pytest.param(*case, marks=pytest.mark.meshes)
+        for case in [("data=2,expert=2", 8, False), ("data=2,tensor=4", 4, False), ("data=2", 4, True)]
+    ),
 )
 
 
-@pytest.mark.parametrize(("mesh", "rows"), CASES)
-def test_requests_come_out_as_on_one_device(mesh, rows):
+@pytest.mark.parametrize(("mesh", "rows", "invariant"), CASES)
+def test_requests_come_out_as_on_one_device(mesh, rows, invariant):
     """More than there are rows; prefixes are shared, and one is cancelled. With pages for few some are preempted."""
     shapes = [(60, 0, 12), (61, 1, 12), (70, 2, 6), (62, 3, 12), (9, 4, 20), (70, 2, 6), (63, 5, 8)]
     shapes = shapes[2:] if rows == 2 else shapes * 2
@@ -46,12 +50,12 @@ def test_requests_come_out_as_on_one_device(mesh, rows):
         Request(prompt(length, seed), SamplingParams(max_tokens=most, **kinds[place % len(kinds)]))
         for place, (length, seed, most) in enumerate(shapes)
     ]
-    engine = make(mesh, rows=rows, pages=3)
+    engine = make(mesh, rows=rows, pages=3, invariant=invariant)
     found = run(engine, *asked, cancels=[(9, 2)])
     assert found[2][-1].finished == "cancelled"
     assert engine.prefix.hits and engine.stats().pages == 3 * engine.cache.row_shards
     assert engine.scheduler.preemptions or rows == engine.cache.row_shards
-    expected = run(make(rows=rows, pages=40), *asked)
+    expected = run(make(rows=rows, pages=40, invariant=invariant), *asked)
     same([*found[:2], *found[3:]], [*expected[:2], *expected[3:]])
 
 
