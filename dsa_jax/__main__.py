@@ -193,7 +193,7 @@ def generate(
     max_length: int | None = None,
     pages: int | None = None,
     drafts: Drafts | None = None,
-    mesh: str = "",
+    mesh: str | None = None,
 ) -> int:
     """Continues a prompt, to standard output as it comes, or many prompts as JSON lines.
 
@@ -208,7 +208,7 @@ def generate(
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
-        mesh: Devices over which sequences and experts, heads and widths are split, such as expert=8; one if not given.
+        mesh: How the model is split over all devices, such as expert=8; one device runs it if not given.
     """
     from dsa_jax.chat import commands
 
@@ -229,7 +229,7 @@ def chat(
     max_length: int | None = None,
     pages: int | None = None,
     drafts: Drafts | None = None,
-    mesh: str = "",
+    mesh: str | None = None,
 ) -> int:
     """Talks with a model in the terminal; line by line where input or output is none.
 
@@ -243,7 +243,7 @@ def chat(
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
-        mesh: Devices over which sequences and experts, heads and widths are split, such as expert=8; one if not given.
+        mesh: How the model is split over all devices, such as expert=8; one device runs it if not given.
     """
     from dsa_jax.chat import commands
 
@@ -274,7 +274,7 @@ def serve(
     cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
     batch_invariant: bool = False,
     drafts: Drafts | None = None,
-    mesh: str = "",
+    mesh: str | None = None,
     warm: bool = True,
 ) -> None:
     """Serves a model over HTTP to the clients of OpenAI's interface, and a page to chat in a browser.
@@ -299,7 +299,7 @@ def serve(
         cache_format: Format of the cache; the model's dtype if not given.
         batch_invariant: Whether outputs are the same bits whatever else runs.
         drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
-        mesh: Devices over which sequences and experts, heads and widths are split, such as expert=8; one if not given.
+        mesh: How the model is split over all devices, such as expert=8; one device runs it if not given.
         warm: Whether every size of step is compiled before the server listens.
     """
     from dsa_jax import server

@@ -2,13 +2,11 @@
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -43,7 +41,13 @@ DRAFTERS = {"ngram": NGram, "mtp": MTP}
 
 
 def load_llm(
-    folder: Path, tokenizer: Tokenizer, *, rows: int = ROWS, drafts: str | None = None, mesh: str = "", **settings: Any
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    rows: int = ROWS,
+    drafts: str | None = None,
+    mesh: str | None = None,
+    **settings: Any,
 ) -> LLM:
     """Loads a checkpoint for a command.
 
@@ -52,11 +56,10 @@ def load_llm(
       tokenizer: of the model.
       rows: how many sequences run at a time, rounded up to a multiple of the mesh's shards of rows.
       drafts: names what proposes tokens.
-      mesh: sizes of axes as `parse_mesh` reads them, of the first devices; "" for one device.
+      mesh: of all devices, as `parse_mesh` reads it; one device if None.
       **settings: others of `LLM`.
     """
-    sizes = parse_mesh(mesh)
-    made = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]) if mesh else None
+    made = None if mesh is None else make_mesh(parse_mesh(mesh))
     if made is not None:
         rows = -(-rows // shards(made, "rows")) * shards(made, "rows")
     drafter = None if drafts is None else DRAFTERS[drafts]()
