@@ -29,7 +29,7 @@ from dsa_jax.inference.params import Finished, Request, Stats, Token
 from dsa_jax.inference.prefix import Chain, PrefixCache
 from dsa_jax.inference.sampling import Kind
 from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Sequence, Work, pages_needed
-from dsa_jax.inference.speculative import MTP, Drafter, check_most, propose
+from dsa_jax.inference.speculative import MTP, Drafter, check_drafter, propose
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 from dsa_jax.inference.structured import Grammars
 from dsa_jax.inference.text import TextStream, encode_text
@@ -83,7 +83,7 @@ class Engine:
     ):
         if runner.max_length is None:
             raise ValueError("an engine's tables have room for the longest sequence: give the Runner max_length")
-        mesh, shards = runner.options.mesh, runner.cache.row_shards
+        drafts, mesh, shards = check_drafter(drafter), runner.options.mesh, runner.cache.row_shards
         if mesh is not None and mesh.is_multi_process:
             raise ValueError(f"an engine runs in one process, got devices of several on {describe_mesh(mesh)}")
         if runner.batch_invariant and rows > INVARIANT_ROWS * shards:
@@ -96,7 +96,7 @@ class Engine:
         predicts = isinstance(drafter, MTP)
         if predicts and not runner.predicting:
             raise ValueError("drafter MTP needs a Runner over PagedCache(…, predicting=True), got one without")
-        chunk, drafts = runner.prefill_chunk, 0 if drafter is None else check_most(drafter.most)
+        chunk = runner.prefill_chunk
         budget = chunk * shards + rows * (1 + drafts) if budget is None else budget
         limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts)
         self.runner, self.cache, self.tokenizer = runner, runner.cache, tokenizer

@@ -13,7 +13,7 @@ from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
-from dsa_jax.inference.speculative import MTP, Drafter
+from dsa_jax.inference.speculative import MTP, Drafter, check_drafter
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.model import Transformer
@@ -114,6 +114,7 @@ class LLM:
         drafter: Drafter | None = None,
         mesh: Mesh | None = None,
     ):
+        check_drafter(drafter)
         end_tokens: list[int] = []
         if not isinstance(model, Transformer):
             folder = Path(model)
