@@ -247,8 +247,9 @@ def _decode_slots_on(graph, options: Options, pools, last, state, packed, table,
     _, drawn, out, pools = _decode_on(
         graph, options, pools, carry, state, table, settings, NO_STOPS, controls, kind=kind
     )
-    last, packed = _everywhere(options.mesh, (last.at[slots].set(drawn.token), pack_draw(drawn)))
-    return SlotStep(last, drawn, packed), out, pools
+    left = last.at[slots].set(drawn.token), drawn.token, pack_draw(drawn)
+    last, token, packed = _everywhere(options.mesh, left)
+    return SlotStep(last, dataclasses.replace(drawn, token=token), packed), out, pools
 
 
 def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, settings, controls, *, kind: Kind):

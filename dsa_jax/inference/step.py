@@ -496,6 +496,7 @@ class Runner:
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 out = self._run_prefill(Rows(**arrays), table, dense=dense)
-            for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in rows}:
+            prompts = {each * shards for each in rows for shards in range(1, self.cache.row_shards + 1)}
+            for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in prompts}:
                 for found in (out.logits, out.hidden) if self.predicting else (out.logits,):
                     collect(collect(None, found, *places_of({}, most)), found, *places_of({}, most))
