@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.decode_step import STEPS, Case, make_model, slice_of
-from dsa_jax import Config, Engine, NGram, PagedCache, Request, Runner, SamplingParams, load_hf
+from dsa_jax import Config, Engine, NGram, PagedCache, Request, Runner, SamplingParams, load_hf, make_mesh
+from dsa_jax.parallel.sharding import parse_mesh, shards
 
 OUT = measure.RESULTS / "serving.json"
 GPU_DOLLARS = 2.0  # an hour
@@ -226,19 +227,20 @@ def _window(engine) -> float:
 
 def make_engine(arguments) -> Engine:
     """Makes an engine whose pages hold the full batch of `steps`, and prefixes beside the rows of `load`."""
+    mesh = None if arguments.mesh is None else make_mesh(parse_mesh(arguments.mesh))
     if arguments.model is not None:
         config = dataclasses.replace(Config.from_hf(arguments.model), index_fp8=True)
-        model = load_hf(arguments.model, config=config)
+        model = load_hf(arguments.model, config=config, mesh=mesh, copies=True)
     else:
         tiny = dict(
             num_hidden_layers=2, index_fp8=True, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128,
             max_position_embeddings=4096,
         )  # fmt: skip
         config = Config.tiny(**tiny) if arguments.tiny else slice_of(arguments.layers, arguments.dense)
-        model = make_model(config)
+        model = make_model(config, mesh)
     longest = min(config.max_position_embeddings, arguments.max_length)
-    pages = 2 * max(arguments.batch) * -(-longest // 64)
-    cache = PagedCache(config, pages, format="fp8")
+    of_shard = -(-max(arguments.batch) // (1 if mesh is None else shards(mesh, "rows")))
+    cache = PagedCache(config, 2 * of_shard * -(-longest // 64), format="fp8", mesh=mesh)
     runner = Runner(model, cache, max_length=longest, prefill_chunk=arguments.chunk)
     return Engine(runner, rows=max(arguments.batch), drafter=NGram() if arguments.drafts else None)
 
@@ -256,6 +258,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, nargs="+", default=[4.0, 16.0, 32.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=20.0, help="in which requests come")
     parser.add_argument("--drafts", action="store_true", help="verify n-gram drafts")
+    parser.add_argument("--mesh", help="of all GPUs, such as expert=8; one GPU by default")
     parser.add_argument("--model", type=pathlib.Path, help="a checkpoint's folder, in place of the slice")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program on a CPU")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
@@ -268,6 +271,8 @@ def main() -> int:
     name = f"{config.num_hidden_layers} layers, {config.num_moe_layers} with experts"
     if arguments.model is not None:
         name += f", of {arguments.model.name}"
+    if arguments.mesh is not None:
+        name += f", {arguments.mesh}"
     short = dict(prefix_tokens=256, own_tokens=64, answer_tokens=16) if arguments.tiny else {}
     traffic = Traffic(arguments.rate[0], arguments.seconds, **short)
     cases: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {

@@ -193,6 +193,7 @@ def generate(
     max_length: int | None = None,
     pages: int | None = None,
     drafts: Drafts | None = None,
+    mesh: str | None = None,
 ) -> int:
     """Continues a prompt, to standard output as it comes, or many prompts as JSON lines.
 
@@ -207,12 +208,13 @@ def generate(
         max_length: Tokens of the longest sequence; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
+        mesh: How the model is split over all devices, such as expert=8; one device runs it if not given.
     """
     from dsa_jax.chat import commands
 
     return commands.generate(
         folder, prompt=prompt, prompt_file=prompt_file, input=input, output=output, options=sampling,
-        expert_dtype=expert_dtype, max_length=max_length, pages=pages, drafts=drafts,
+        expert_dtype=expert_dtype, max_length=max_length, pages=pages, drafts=drafts, mesh=mesh,
     )  # fmt: skip
 
 
@@ -227,6 +229,7 @@ def chat(
     max_length: int | None = None,
     pages: int | None = None,
     drafts: Drafts | None = None,
+    mesh: str | None = None,
 ) -> int:
     """Talks with a model in the terminal; line by line where input or output is none.
 
@@ -240,12 +243,13 @@ def chat(
         max_length: Tokens of the longest conversation; the model's positions if not given.
         pages: Pages of 64 tokens in the cache; as many as free memory has room for if not given.
         drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
+        mesh: How the model is split over all devices, such as expert=8; one device runs it if not given.
     """
     from dsa_jax.chat import commands
 
     return commands.chat(
         folder, system=system, thinking=thinking, tools=tools, options=sampling, expert_dtype=expert_dtype,
-        max_length=max_length, pages=pages, drafts=drafts,
+        max_length=max_length, pages=pages, drafts=drafts, mesh=mesh,
     )  # fmt: skip
 
 
@@ -270,6 +274,7 @@ def serve(
     cache_format: Literal["fp8", "bfloat16", "float32"] | None = None,
     batch_invariant: bool = False,
     drafts: Drafts | None = None,
+    mesh: str | None = None,
     warm: bool = True,
 ) -> None:
     """Serves a model over HTTP to the clients of OpenAI's interface, and a page to chat in a browser.
@@ -294,6 +299,7 @@ def serve(
         cache_format: Format of the cache; the model's dtype if not given.
         batch_invariant: Whether outputs are the same bits whatever else runs.
         drafts: What proposes tokens, to be verified up to four in a step; what a text repeats, or the model's layers.
+        mesh: How the model is split over all devices, such as expert=8; one device runs it if not given.
         warm: Whether every size of step is compiled before the server listens.
     """
     from dsa_jax import server
@@ -305,7 +311,7 @@ def serve(
     )  # fmt: skip
     server.serve(
         folder, settings, warm=warm, rows=rows, expert_dtype=expert_dtype, max_length=max_length, pages=pages,
-        cache_format=cache_format, batch_invariant=batch_invariant, drafts=drafts,
+        cache_format=cache_format, batch_invariant=batch_invariant, drafts=drafts, mesh=mesh,
     )  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a `config.json`, given itself or its folder; raises ValueError if it is not there or no JSON object."""
     file = _config_file(path)
     if not file.is_file():
-        raise ValueError(f"expected a folder with a config.json, or such a file, got {shown_path(path)}")
+        run = "; a run's folder becomes one by dsa-jax export" if (path / "run.json").is_file() else ""
+        raise ValueError(f"expected a folder with a config.json, or such a file, got {shown_path(path)}{run}")
     return read_object(file)
 
 

@@ -35,7 +35,12 @@ class KeyRange:
           batch: B.
           length: T.
           offset: the number of keys that precede the first query, of all rows or of each, as a cache holds them.
+
+        Raises:
+          ValueError: if length or a number as offset is negative.
         """
+        if length < 0 or isinstance(offset, int) and offset < 0:
+            raise ValueError(f"length and offset must be at least 0, got {length} and {offset}")
         offset = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
         stop = offset[:, None] + jnp.arange(1, length + 1, dtype=jnp.int32)
         return cls(jnp.zeros_like(stop), stop)
@@ -61,7 +66,9 @@ class KeyRange:
     @classmethod
     def lengths(cls, lengths: Int[Array, " B"], length: int) -> Self:
         """Makes the range of right-padded rows of `length` tokens: causal over the first `lengths[b]`."""
-        lengths = jnp.asarray(lengths, jnp.int32)
+        lengths = jnp.asarray(lengths)
+        if lengths.ndim != 1 or not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(f"lengths must be integers [B], got {lengths.dtype} {list(lengths.shape)}")
         causal = cls.causal(lengths.shape[0], length)
         return cls(causal.start, jnp.where(causal.stop > lengths[:, None], 0, causal.stop))
 
@@ -97,3 +104,5 @@ def check_keys(keys: KeyRange, batch: int, length: int) -> None:
             f"keys must hold start and stop of shape [{batch}, {length}], one for each query, "
             f"got {keys.start.shape} and {keys.stop.shape}"
         )
+    if not all(jnp.issubdtype(edge.dtype, jnp.integer) for edge in (keys.start, keys.stop)):
+        raise ValueError(f"keys must hold integers, got {keys.start.dtype} and {keys.stop.dtype}")

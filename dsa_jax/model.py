@@ -421,8 +421,8 @@ def _as_tokens(tokens):
             tokens = np.asarray(tokens)
         except ValueError:  # rows of different lengths
             raise ValueError("tokens must be integers [B, T], got rows of different lengths: pad them") from None
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.shape[1]:
+        raise ValueError(f"tokens must be integers [B, T], T at least 1, got {tokens.dtype} {tokens.shape}")
     return jnp.asarray(tokens)
 
 

@@ -34,16 +34,27 @@ def quantize(
     Returns:
       e4m3 values of the shape of `x`, and a float32 scale for each row.
 
+    Raises:
+      ValueError: if `x` is not of floats.
+
     Examples:
       >>> values, scale = quantize(jnp.array([[448.0, -1.0], [900.0, 3.0]]))
       >>> scale.tolist(), dequantize(values, scale).tolist()
       ([1.0, 4.0], [[448.0, -1.0], [896.0, 3.0]])
     """
-    x = jax.lax.stop_gradient(jnp.asarray(x))
+    x = jax.lax.stop_gradient(_floats("quantize", x))
     round_rows = choose_implementation(
         "quantize", implementation, kernels.why_not(x), xla=_round_rows, pallas=kernels.quantize
     )
     return round_rows(x)
+
+
+def _floats(name: str, x) -> Array:
+    """Returns an array of floats, and refuses any other."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} takes floats, got {x.dtype}")
+    return x
 
 
 def _round_rows(x):
@@ -109,9 +120,9 @@ def hadamard(x: Float[Array, "*rows E"], *, implementation: Implementation | Non
       the transform in the dtype of `x`.
 
     Raises:
-      ValueError: if the length is no power of two, or "pallas" has no kernel for `x`.
+      ValueError: if `x` is not of floats or the length is no power of two, or "pallas" has no kernel for `x`.
     """
-    x = jnp.asarray(x)
+    x = _floats("hadamard", x)
     size = x.shape[-1]
     if size < 1 or size & (size - 1):
         raise ValueError(f"hadamard needs a last dimension that is a power of two, got shape {x.shape}")

@@ -1,5 +1,6 @@
 """KeyRange: the only mask."""
 
+import re
 from typing import Any
 
 import chex
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_jax import KeyRange
+from dsa_jax.key_range import check_keys
 
 
 def edges(keys):
@@ -104,6 +107,23 @@ def test_numpy_arrays_are_accepted():
     assert edges(KeyRange.packed(array([[1, 1, 2]]))) == edges(KeyRange.packed(jnp.array([[1, 1, 2]])))
     assert edges(KeyRange.lengths(array([1]), 2)) == edges(KeyRange.lengths(jnp.array([1]), 2))
     assert edges(KeyRange.causal(1, 2, offset=array([1]))) == ([[0, 0]], [[2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: KeyRange.causal(1, -3), "length and offset must be at least 0, got -3 and 0"),
+        (lambda: KeyRange.causal(1, 3, offset=-2), "at least 0, got 3 and -2"),
+        (lambda: KeyRange.lengths(jnp.array([2.5]), 4), "lengths must be integers [B], got float32 [1]"),
+        (
+            lambda: check_keys(KeyRange(jnp.zeros((1, 8)), jnp.ones((1, 8))), 1, 8),
+            "keys must hold integers, got float32",
+        ),
+    ],
+)
+def test_what_is_no_range_is_refused(make, words):
+    with unchecked(), pytest.raises(ValueError, match=re.escape(words)):
+        make()
 
 
 def test_it_is_frozen():

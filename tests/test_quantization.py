@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,3 +160,9 @@ def test_wrong_scale_shapes_are_named(unchecked):
         dequantize_blocks(jnp.zeros((130, 7), jnp.float8_e4m3fn), jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match=r"scale of shape \(2,\), got \(3,\)"):
         dequantize(jnp.zeros((2, 8), jnp.float8_e4m3fn), jnp.zeros(3))
+
+
+@pytest.mark.parametrize("operation", [quantize, hadamard])
+def test_integers_are_refused(operation):
+    with unchecked(), pytest.raises(ValueError, match=f"{operation.__name__} takes floats, got int32"):
+        operation(jnp.array([[1, 2, 3, 5]]))

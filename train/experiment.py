@@ -58,6 +58,9 @@ class Experiment:
       watch: what is watched beside the losses; its held-out batches are drawn.
       stopping: signals and the clock, by which the runs are saved and stopped.
       compile_ahead: whether programs are compiled before the first step; see `Run.train`.
+
+    Raises:
+      ValueError: if a model that is to be measured has no indexer.
     """
 
     name: str
@@ -75,6 +78,10 @@ class Experiment:
     stopping: Stopping | None = None
     compile_ahead: bool | None = None
 
+    def __post_init__(self):
+        for run in self.runs if self.evaluate else ():
+            check_selects(run.config.model)
+
     def run(self, console: Console, *, began: float | None = None) -> Path | None:
         """Trains all runs and their controls, and reports.
 
@@ -85,8 +92,6 @@ class Experiment:
         Returns:
           the report's path, None where there is none.
         """
-        for run in self.runs if self.evaluate else ():
-            check_selects(run.config.model)
         began = time.monotonic() if began is None else began
         before = sum(record["seconds"] for run in self.runs for record in run.records())
         held_outs = [self._draw(run.config) for run in self.runs]  # here, so that too little text is said at once

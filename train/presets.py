@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -131,7 +131,13 @@ def read_preset(path: Path) -> Any:
 def main(arguments: Sequence[str]) -> None:
     """Prints a preset as a file that `--preset` takes, with every field; see `PresetArguments`."""
     parsed = parse(PresetArguments, arguments, "python -m train preset")
-    print(json.dumps(load_preset(parsed.name).to_json(), indent=2))
+    if parsed.post:
+        from train.post import presets  # a room above this one
+
+        made: Any = presets.load_preset(parsed.name)
+    else:
+        made = load_preset(parsed.name)
+    print(json.dumps(made.to_json(), indent=2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,3 +146,5 @@ class PresetArguments:
 
     name: tyro.conf.Positional[str]
     """tiny, sft, deepseek_v32, or a .json file, whose left-out fields are filled in."""
+    post: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A preset of post-training: tiny, controls, post, grpo, or a .json file."""

@@ -12,10 +12,15 @@ from dsa_jax.nn import show_arguments
 def window_selection(keys: KeyRange, k: int) -> Int[Array, "B T K"]:
     """Selects the last `k` keys in reach of each query, canonically: increasing positions, then -1.
 
+    Raises:
+      ValueError: if `k` is below 1.
+
     Examples:
       >>> window_selection(KeyRange.causal(1, 3), 2).tolist()
       [[[0, -1], [0, 1], [1, 2]]]
     """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     first = jnp.maximum(keys.start, keys.stop - k)[..., None]
     index = first + jnp.arange(k, dtype=jnp.int32)
     return jnp.where(index < keys.stop[..., None], index, -1)

@@ -19,7 +19,9 @@ from dsa_jax.chat.session import Conversation
 from dsa_jax.chat.template import ChatTemplate
 from dsa_jax.config import Config
 from dsa_jax.inference import LLM, MTP, Engine, NGram, Request
+from dsa_jax.inference.engine import ROWS
 from dsa_jax.inference.tokenizer import find_tokenizer
+from dsa_jax.parallel.sharding import make_mesh, parse_mesh, shards
 from dsa_jax.strict_json import parse_object, shown_path
 
 
@@ -38,9 +40,30 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 DRAFTERS = {"ngram": NGram, "mtp": MTP}
 
 
-def load_llm(folder: Path, tokenizer: Tokenizer, *, drafts: str | None = None, **settings: Any) -> LLM:
-    """Loads a checkpoint for a command; `drafts` names what proposes tokens, other settings are those of `LLM`."""
-    return LLM(folder, tokenizer=tokenizer, drafter=None if drafts is None else DRAFTERS[drafts](), **settings)
+def load_llm(
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    rows: int = ROWS,
+    drafts: str | None = None,
+    mesh: str | None = None,
+    **settings: Any,
+) -> LLM:
+    """Loads a checkpoint for a command.
+
+    Args:
+      folder: of the checkpoint.
+      tokenizer: of the model.
+      rows: how many sequences run at a time, rounded up to a multiple of the mesh's shards of rows.
+      drafts: names what proposes tokens.
+      mesh: of all devices, as `parse_mesh` reads it; one device if None.
+      **settings: others of `LLM`.
+    """
+    made = None if mesh is None else make_mesh(parse_mesh(mesh))
+    if made is not None:
+        rows = -(-rows // shards(made, "rows")) * shards(made, "rows")
+    drafter = None if drafts is None else DRAFTERS[drafts]()
+    return LLM(folder, tokenizer=tokenizer, rows=rows, drafter=drafter, mesh=made, **settings)
 
 
 def generate_text(engine: Engine, prompt: str, options: SamplingOptions) -> int:

@@ -169,9 +169,9 @@ def read_params(text: str, params: SamplingParams, thinking: bool) -> tuple[Samp
 def status(conversation: Conversation) -> str:
     """Tells in one line what the last answer took, and how full the cache is."""
     last, cache, prefix = conversation.last, conversation.engine.cache, conversation.engine.prefix
-    used = cache.pages - cache.free_pages
+    pages = cache.pages * cache.row_shards
     parts = [f"{last.tokens} tokens at {last.rate:.1f}/s after {last.prompt}"] if last.tokens else []
-    parts.append(f"cache: {used} of {cache.pages} pages, {prefix.hits} of {prefix.asked} reused")
+    parts.append(f"cache: {pages - cache.free_pages} of {pages} pages, {prefix.hits} of {prefix.asked} reused")
     return " · ".join([*parts, f"thinking {'on' if conversation.thinking else 'off'}", "/help"])
 
 

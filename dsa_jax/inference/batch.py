@@ -64,10 +64,11 @@ class Batch:
 
     def __init__(self, runner: Runner, limits: Limits, *, predicts: bool = False):
         self.runner, self.limits, self._predicts = runner, limits, predicts
-        self._last = jnp.zeros(limits.rows + 1, jnp.int32)  # the last token of each slot; the last slot is padding's
+        # The last token of each slot; the last slot is padding's.
+        self._last = runner.everywhere(jnp.zeros(limits.rows + 1, jnp.int32))
         self._tables = np.zeros((limits.rows + 1, runner.table_width), np.int32)  # the row of each slot
         self._tabled: dict[int, tuple[int, int]] = {}  # of which sequence each row is, and with how many pages
-        self._controls = SlotControls(limits.rows, runner.config.vocab_size)
+        self._controls = SlotControls(limits.rows, runner.config.vocab_size, runner.everywhere)
 
     def run(self, plan: Plan) -> list[Ran]:
         """Gives the device the work of a step, and waits for nothing."""
@@ -82,8 +83,9 @@ class Batch:
         limits, vocab = self.limits, self.runner.config.vocab_size
         kinds = ("full",) if limits.invariant else kinds
         controls = self._controls.padding
+        of_shard = limits.rows // self.runner.cache.row_shards
         self.runner.warm(
-            rows=_sizes(limits.rows), tokens=_sizes(limits.chunk), drafts=limits.drafts, kinds=kinds, controls=controls,
+            rows=_sizes(of_shard), tokens=_sizes(limits.chunk), drafts=limits.drafts, kinds=kinds, controls=controls,
             slots=limits.rows + 1,
         )  # fmt: skip
         for rows in [INVARIANT_ROWS] if limits.invariant else _sizes(limits.rows):
@@ -129,7 +131,7 @@ class Batch:
         settings, number, slots, needed = self._settings(rows)
         kind = kind or needed
         controls = self._controls.of(rows, slots) if kind == "full" else None
-        drawn = _draw(logits, settings, number, kind=kind, controls=controls)
+        drawn = _draw(self.runner.everywhere(logits), settings, number, kind=kind, controls=controls)
         self._keep(slots, drawn.token, controls)
         return drawn
 
@@ -199,7 +201,10 @@ class Batch:
                 slot, name = work.sequence.slot, work.sequence.cached
                 state = name, self.runner.cache.row_pages(name)
                 if self._tabled.get(slot) != state:
-                    self._tabled[slot], self._tables[slot] = state, self.runner.table([name])[0]
+                    self._tabled[slot], self._tables[slot] = (
+                        state,
+                        self.runner.cache.packed_table([[name]], self.runner.table_width)[0],
+                    )
         return self._tables[slots]
 
 

@@ -4,7 +4,7 @@ A sequence's own are written once, when a step first draws for it in its slot; w
 so that the next step need not wait for the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,11 @@ class SlotControls:
     Args:
       slots: how many; one more is padding's.
       vocab: how many logits there are.
+      place: puts arrays where steps take them.
     """
 
-    def __init__(self, slots: int, vocab: int):
-        self.slots, self.vocab = slots, vocab
+    def __init__(self, slots: int, vocab: int, place: Callable[[Any], Any] = lambda arrays: arrays):
+        self.slots, self.vocab, self._place = slots, vocab, place
         self._rules: Rules | None = None
         self._counts: Counts | None = None
         self._held: dict[int, int] = {}  # of each slot, the sequence in the cache whose rules it has
@@ -42,7 +43,7 @@ class SlotControls:
           slots: int32 [B].
         """
         if self._rules is None or self._counts is None:
-            self._rules, self._counts = _empty(self.slots + 1, self.vocab)
+            self._rules, self._counts = self._place(_empty(self.slots + 1, self.vocab))
         for work in rows:
             if work is not None and self._held.get(work.sequence.slot) != work.sequence.cached:
                 self._load(work.sequence, work.number)
@@ -70,7 +71,8 @@ class SlotControls:
         """Returns the packed masks of a batch; where nothing is forbidden, one that is on the device already."""
         if not any(work is not None and work.sequence.constraint is not None for work in rows):
             if len(rows) not in self._open:
-                self._open[len(rows)] = jnp.full((len(rows), -(-self.vocab // 32)), 2**32 - 1, jnp.uint32)
+                words = len(rows), -(-self.vocab // 32)
+                self._open[len(rows)] = self._place(jnp.full(words, 2**32 - 1, jnp.uint32))
             return self._open[len(rows)]
         mask = np.full((len(rows), -(-self.vocab // 32)), 2**32 - 1, np.uint32)
         for row, work in enumerate(rows):

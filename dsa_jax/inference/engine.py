@@ -29,12 +29,13 @@ from dsa_jax.inference.params import Finished, Request, Stats, Token
 from dsa_jax.inference.prefix import Chain, PrefixCache
 from dsa_jax.inference.sampling import Kind
 from dsa_jax.inference.scheduler import Limits, Plan, Scheduler, Sequence, Work, pages_needed
-from dsa_jax.inference.speculative import MTP, Drafter, check_most, propose
+from dsa_jax.inference.speculative import MTP, Drafter, check_drafter, propose
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 from dsa_jax.inference.structured import Grammars
 from dsa_jax.inference.text import TextStream, encode_text
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
+from dsa_jax.parallel.sharding import describe_mesh
 
 ROWS = 64  # sequences that run at a time
 PAUSE_SECONDS = 0.05  # that a step waits for while the engine is paused
@@ -47,11 +48,12 @@ class Engine:
     `add` and `cancel` may be called from any thread; they take effect at the next step.
 
     Args:
-      runner: with a cache of its own, on one device, and `max_length`.
+      runner: with a cache of its own and `max_length`; on one device, or on a mesh of one process that does not split
+        sequences.
       tokenizer: turns texts into tokens and back; needed for prompts that are text, and for stop strings.
       end_tokens: end every continuation that does not ignore them.
-      rows: how many sequences run at a time.
-      budget: tokens of a step, decoded and of prompts; None for a chunk of prompts beside full rows.
+      rows: how many sequences run at a time, on a mesh a multiple of its shards of rows.
+      budget: tokens of a step, decoded and of prompts; None for a chunk of prompts on each shard beside full rows.
       reuse_prefixes: whether pages of equal prefixes are computed once.
       drafter: proposes tokens that a step then verifies; the tokens that come out are the same. A draft follows the
         tokens before it, so a step is then read before the next is dispatched, and the device waits for the host in
@@ -81,8 +83,11 @@ class Engine:
     ):
         if runner.max_length is None:
             raise ValueError("an engine's tables have room for the longest sequence: give the Runner max_length")
-        if runner.batch_invariant and rows > INVARIANT_ROWS:
-            raise ValueError(f"rows must be at most {INVARIANT_ROWS} with batch_invariant, got {rows}")
+        drafts, mesh, shards = check_drafter(drafter), runner.options.mesh, runner.cache.row_shards
+        if mesh is not None and mesh.is_multi_process:
+            raise ValueError(f"an engine runs in one process, got devices of several on {describe_mesh(mesh)}")
+        if runner.batch_invariant and rows > INVARIANT_ROWS * shards:
+            raise ValueError(f"rows must be at most {INVARIANT_ROWS} a shard with batch_invariant, got {rows}")
         if runner.batch_invariant and drafter is not None:
             raise ValueError(
                 "drafter must be None with batch_invariant: a token has other bits where it is verified than where it "
@@ -91,8 +96,8 @@ class Engine:
         predicts = isinstance(drafter, MTP)
         if predicts and not runner.predicting:
             raise ValueError("drafter MTP needs a Runner over PagedCache(…, predicting=True), got one without")
-        chunk, drafts = runner.prefill_chunk, 0 if drafter is None else check_most(drafter.most)
-        budget = chunk + rows * (1 + drafts) if budget is None else budget
+        chunk = runner.prefill_chunk
+        budget = chunk * shards + rows * (1 + drafts) if budget is None else budget
         limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts)
         self.runner, self.cache, self.tokenizer = runner, runner.cache, tokenizer
         self.max_length, self.end_tokens = runner.max_length, frozenset(end_tokens)
@@ -181,6 +186,11 @@ class Engine:
         for wanted in ("return_selected", "return_routed"):
             if getattr(params, wanted) and not getattr(options, wanted):
                 raise ValueError(f"request {name} wants {wanted}: the engine's Runner must be made with it, got False")
+        if params.prompt_logprobs is not None and options.mesh is not None:
+            got = describe_mesh(options.mesh)
+            raise ValueError(
+                f"request {name} wants prompt_logprobs, which need a model on one device, got one on {got}"
+            )
         most = params.max_tokens
         if most is None:
             most = min(self.max_length, self.cache.pages * PAGE + 1) - len(ids)
@@ -240,8 +250,8 @@ class Engine:
         return Stats(
             queued=waiting + len(scheduler.waiting),
             running=len(scheduler.running),
-            pages=self.cache.pages,
-            pages_used=self.cache.pages - self.cache.free_pages,
+            pages=self.cache.pages * self.cache.row_shards,
+            pages_used=self.cache.pages * self.cache.row_shards - self.cache.free_pages,
             pages_kept=len(prefix),
             prefix_hits=prefix.hits,
             prefix_asked=prefix.asked,

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from dsa_jax.hf.convert import load_hf
 from dsa_jax.inference.engine import ROWS, Engine
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
-from dsa_jax.inference.speculative import MTP, Drafter
+from dsa_jax.inference.speculative import MTP, Drafter, check_drafter
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.inference.tokenizer import find_tokenizer
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
+from dsa_jax.parallel.sharding import shards
 
 PREFIX_POOLS = 2  # times the pages that full rows of the longest sequences need: the rest keeps prefixes
 
@@ -73,8 +76,8 @@ class LLM:
       tokenizer: of the model; that of the folder if None.
       expert_dtype: of the routed experts of a folder's checkpoint, as `load_hf` takes it.
       max_length: the longest sequence, prompt and continuation; the model's positions if None.
-      pages: of the cache; as many as free memory has room for if None.
-      rows: how many sequences run at a time.
+      pages: of the cache, on each shard of a mesh; as many as free memory has room for if None.
+      rows: how many sequences run at a time, on a mesh a multiple of its shards of rows.
       cache_format: "float32", "bfloat16" or "fp8"; the model's compute dtype if None.
       prefill_chunk: tokens of prompts that a step takes beside the tokens that it decodes.
       batch_invariant: makes the tokens independent of whatever else runs, to the last bit of their log-probabilities.
@@ -83,6 +86,8 @@ class LLM:
       return_routed: whether requests may ask for the experts of their tokens.
       drafter: proposes tokens for steps to verify, as `NGram()` does, or `MTP()` by the model's prediction layers; the
         tokens that come out are the same. Prediction layers of a folder are loaded for this alone.
+      mesh: the devices of this process over which sequences and experts (`data`, `expert`) and heads and widths
+        (`tensor`) are split; one device if None. A folder is loaded there, a model is moved there.
 
     Examples:
       >>> llm = LLM(model, pages=16)
@@ -107,12 +112,15 @@ class LLM:
         return_selected: bool = False,
         return_routed: bool = False,
         drafter: Drafter | None = None,
+        mesh: Mesh | None = None,
     ):
+        check_drafter(drafter)
         end_tokens: list[int] = []
         if not isinstance(model, Transformer):
             folder = Path(model)
             end_tokens = read_end_tokens(folder)
-            model = load_hf(folder, expert_dtype=expert_dtype, prediction_layers=isinstance(drafter, MTP))
+            own: dict[str, Any] = dict(expert_dtype=expert_dtype, prediction_layers=isinstance(drafter, MTP))
+            model = load_hf(folder, mesh=mesh, copies=True, **own)
             if tokenizer is None:
                 tokenizer = find_tokenizer(folder, model.config.vocab_size)
         config = model.config
@@ -120,12 +128,13 @@ class LLM:
             raise ValueError(f"expert_dtype must be None for a model that is loaded already, got {expert_dtype!r}")
         length = config.max_position_embeddings if max_length is None or batch_invariant else max_length
         format = cache_format or config.dtype
+        wanted: dict[str, Any] = dict(format=format, mesh=mesh, predicting=isinstance(drafter, MTP))
         if pages is None:
-            most = PREFIX_POOLS * rows * math.ceil(length / PAGE)
-            sizes: dict[str, Any] = dict(batch=rows, length=length, most=most)
-            cache = PagedCache.sized(config, format=format, predicting=isinstance(drafter, MTP), **sizes)
+            batch = rows if mesh is None else -(-rows // shards(mesh, "rows"))
+            most = PREFIX_POOLS * batch * math.ceil(length / PAGE)
+            cache = PagedCache.sized(config, batch=batch, length=length, most=most, **wanted)
         else:
-            cache = PagedCache(config, pages, format=format, predicting=isinstance(drafter, MTP))
+            cache = PagedCache(config, pages, **wanted)
         runner = Runner(
             model, cache, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant, max_length=length,
             return_selected=return_selected, return_routed=return_routed,

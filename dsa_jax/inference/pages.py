@@ -163,6 +163,10 @@ class PagedCache:
         """Counts the pages that nobody has, of all shards."""
         return sum(len(free) for row in self._free for free in row)
 
+    def free_on(self, rows: int) -> int:
+        """Counts the pages that nobody has on a shard of rows."""
+        return sum(map(len, self._free[rows]))
+
     @property
     def sequences(self) -> list[int]:
         """Lists the sequences that are in the cache."""

@@ -13,6 +13,16 @@ MAX_BIAS = 100.0
 
 Finished = Literal["stop", "length", "cancelled", "error"]
 
+# What kind of number each setting is, in words.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "a number": (
+        int | float | np.number,
+        "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty",
+    ),
+    "an integer": (int | np.integer, "top_k n min_tokens"),
+    "an integer or None": (int | np.integer | None, "seed max_tokens logprobs prompt_logprobs"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputs:
@@ -94,6 +104,13 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        for words, (kind, names) in _KINDS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    raise ValueError(f"{name} must be {words}, got {value!r}")
+        if not all(isinstance(token, int | np.integer) for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids must be integers, got {self.stop_token_ids!r}")
         for words, found in self._wrong().items():
             if found:
                 raise ValueError(f"{words}, got {getattr(self, words.split()[0])!r}")

@@ -2,7 +2,7 @@
 
 The keys of a sequence's pages are a chain: key i is SHA-256 of key i - 1 and the tokens of page i, and the chain begins
 with a salt, so two salts never share. A kept page is a sequence of its own in the paged cache, of one page: the counts
-of the cache then know of it as of any other.
+of the cache then know of it as of any other. On a mesh each shard of rows keeps pages of its own.
 """
 
 import collections
@@ -13,6 +13,7 @@ import numpy as np
 
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.paged import PAGE
+from dsa_jax.parallel.sharding import describe_mesh
 
 
 class Chain:
@@ -55,31 +56,41 @@ class PrefixCache:
     """
 
     def __init__(self, cache: PagedCache, *, enabled: bool = True):
-        if cache.row_shards > 1 or cache.page_shards > 1:
-            raise ValueError(f"an engine's cache must not be sharded, got {cache.row_shards} × {cache.page_shards}")
+        if cache.page_shards > 1:
+            raise ValueError(f"an engine's pages must not be sharded, got {describe_mesh(cache.mesh)}")
         self.cache, self.enabled = cache, enabled
         self.hits = self.asked = self.evicted = 0
-        self._kept: collections.OrderedDict[bytes, _Kept] = collections.OrderedDict()  # the longest unused first
+        # Of each shard of rows, the longest unused first.
+        self._kept = [collections.OrderedDict[bytes, _Kept]() for _ in range(cache.row_shards)]
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(map(len, self._kept))
 
-    def begin(self, tokens: np.ndarray, chain: Chain, spare: int = 0, *, reuse: bool = True) -> int | None:
+    def known(self, tokens: np.ndarray, chain: Chain, rows: int = 0, *, reuse: bool = True) -> int:
+        """Counts the pages that a sequence of these tokens would begin with on a shard of rows."""
+        return len(self._match(tokens, chain.keys(tokens, self._most(tokens, reuse)), rows))
+
+    def begin(
+        self, tokens: np.ndarray, chain: Chain, spare: int = 0, rows: int = 0, *, reuse: bool = True
+    ) -> int | None:
         """Begins a sequence with the pages that are known of its tokens, all but the last one's: its logits are wanted.
 
         Args:
           tokens: int32 [T], all that the sequence will have to hold.
           chain: their keys.
           spare: how many pages must be left when it holds them.
+          rows: the shard of rows that it will belong to.
           reuse: whether it may begin with pages that are known.
 
         Returns:
           the sequence, which is as long as what it reuses, or None, and nothing has begun, if pages are too few.
         """
-        most = (len(tokens) - 1) // PAGE if self.enabled and reuse else 0
-        known = self._match(tokens, chain.keys(tokens, most))
-        sequence = self.cache.begin([kept.page for kept in known])
-        if not self.room(self.cache.missing(sequence, len(tokens) - len(known) * PAGE) + spare):
+        most = self._most(tokens, reuse)
+        keys = chain.keys(tokens, most)
+        known = self._match(tokens, keys, rows)
+        self._touch(keys[: len(known)], rows)
+        sequence = self.cache.begin([kept.page for kept in known], rows)
+        if not self.room(self.cache.missing(sequence, len(tokens) - len(known) * PAGE) + spare, rows):
             self.cache.free(sequence)
             return None
         self.hits, self.asked = self.hits + len(known), self.asked + most
@@ -89,64 +100,74 @@ class PrefixCache:
         """Keeps the full pages of a sequence, of which the cache holds `tokens` at least, beside those known."""
         if not self.enabled:
             return
+        rows = self.cache.rows_of(sequence)
+        held = self._kept[rows]
         pages = self.cache.pages_of(sequence)[: len(tokens) // PAGE]
         keys = chain.keys(tokens, len(pages))
         parent = chain.root()
         for place, (key, page) in enumerate(zip(keys, pages, strict=True)):
-            if key not in self._kept:
+            if key not in held:
                 own = tokens[place * PAGE : (place + 1) * PAGE].tobytes()
-                self._kept[key] = _Kept(self.cache.begin([page]), page, own, parent)
-                if parent in self._kept:
-                    self._kept[parent].children += 1
+                held[key] = _Kept(self.cache.begin([page], rows), page, own, parent)
+                if parent in held:
+                    held[parent].children += 1
             parent = key
-        self._touch(keys)
+        self._touch(keys, rows)
 
-    def room(self, pages: int) -> bool:
-        """Tells whether so many pages are free, after forgetting as many as that takes of those nobody uses."""
-        for _ in range(len(self._kept)):
-            if self.cache.free_pages >= pages:
+    def room(self, pages: int, rows: int = 0) -> bool:
+        """Tells whether so many pages are free on a shard of rows, after forgetting as many as that takes."""
+        held = self._kept[rows]
+        for _ in range(len(held)):
+            if self.cache.free_on(rows) >= pages:
                 break
-            key, kept = next(iter(self._kept.items()))
-            if kept.children or self.cache.owners(kept.page) > 1:
-                self._kept.move_to_end(key)  # in use, by a sequence or by pages behind it
+            key, kept = next(iter(held.items()))
+            if kept.children or self.cache.owners(kept.page, rows) > 1:
+                held.move_to_end(key)  # in use, by a sequence or by pages behind it
             else:
-                self._forget(key)
+                self._forget(key, rows)
                 self.evicted += 1
-        return self.cache.free_pages >= pages
+        return self.cache.free_on(rows) >= pages
 
     def clear(self) -> None:
         """Forgets every page, as is due when weights change."""
-        for key in reversed(self._kept):
-            self.cache.free(self._kept[key].sequence)
-        self._kept.clear()
+        for held in self._kept:
+            for key in reversed(held):
+                self.cache.free(held[key].sequence)
+            held.clear()
 
     def check(self) -> None:
         """Raises AssertionError unless every kept page is one sequence's own, behind another or at the beginning."""
-        children = collections.Counter(kept.parent for kept in self._kept.values())
-        for key, kept in self._kept.items():
-            assert self.cache.pages_of(kept.sequence) == [kept.page], kept
-            assert hashlib.sha256(b"page " + kept.parent + kept.tokens).digest() == key, kept
-            assert kept.children == children[key], (kept, children[key])
-        assert len({kept.page for kept in self._kept.values()}) == len(self._kept), "a page is kept twice"
+        for rows, held in enumerate(self._kept):
+            children = collections.Counter(kept.parent for kept in held.values())
+            for key, kept in held.items():
+                assert self.cache.pages_of(kept.sequence) == [kept.page], kept
+                assert self.cache.rows_of(kept.sequence) == rows, kept
+                assert hashlib.sha256(b"page " + kept.parent + kept.tokens).digest() == key, kept
+                assert kept.children == children[key], (kept, children[key])
+            assert len({kept.page for kept in held.values()}) == len(held), "a page is kept twice"
 
-    def _match(self, tokens, keys):
+    def _most(self, tokens, reuse) -> int:
+        """Counts the pages that may be reused: all full ones but the last token's."""
+        return (len(tokens) - 1) // PAGE if self.enabled and reuse else 0
+
+    def _match(self, tokens, keys, rows):
         """Finds the kept pages that the tokens begin with; equal hashes are not trusted alone."""
         found = []
         for place, key in enumerate(keys):
-            kept = self._kept.get(key)
+            kept = self._kept[rows].get(key)
             if kept is None or kept.tokens != tokens[place * PAGE : (place + 1) * PAGE].tobytes():
                 break
             found.append(kept)
-        self._touch(keys[: len(found)])
         return found
 
-    def _touch(self, keys):
+    def _touch(self, keys, rows):
         """Marks pages as just used, the last of the chain first: what is forgotten first is then the end of a chain."""
         for key in reversed(keys):
-            self._kept.move_to_end(key)
+            self._kept[rows].move_to_end(key)
 
-    def _forget(self, key):
-        kept = self._kept.pop(key)
+    def _forget(self, key, rows):
+        held = self._kept[rows]
+        kept = held.pop(key)
         self.cache.free(kept.sequence)
-        if kept.parent in self._kept:
-            self._kept[kept.parent].children -= 1
+        if kept.parent in held:
+            held[kept.parent].children -= 1

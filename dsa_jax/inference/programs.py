@@ -224,9 +224,9 @@ def _forward_on(graph, options: Options, pools, state, table, rows, targets=None
     )(pools, state, table, rows)
 
 
-def _everywhere(mesh: Mesh | None, carry: Carry) -> Carry:
-    """Has every device get the carry: wherever else a step left it, the next would be compiled for that anew."""
-    return carry if mesh is None else jax.lax.with_sharding_constraint(carry, NamedSharding(mesh, spec()))
+def _everywhere[T](mesh: Mesh | None, arrays: T) -> T:
+    """Has every device get what a step hands on: wherever else it was, the next would be compiled for that anew."""
+    return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, NamedSharding(mesh, spec()))
 
 
 def _decode_on(graph, options: Options, pools, carry: Carry, state, table, settings, stops, controls, *, kind: Kind):
@@ -247,7 +247,9 @@ def _decode_slots_on(graph, options: Options, pools, last, state, packed, table,
     _, drawn, out, pools = _decode_on(
         graph, options, pools, carry, state, table, settings, NO_STOPS, controls, kind=kind
     )
-    return SlotStep(last.at[slots].set(drawn.token), drawn, pack_draw(drawn)), out, pools
+    left = last.at[slots].set(drawn.token), drawn.token, pack_draw(drawn)
+    last, token, packed = _everywhere(options.mesh, left)
+    return SlotStep(last, dataclasses.replace(drawn, token=token), packed), out, pools
 
 
 def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, settings, controls, *, kind: Kind):
@@ -258,7 +260,8 @@ def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, s
     wanted = jnp.broadcast_to(columns, real.shape)
     rows = Rows(drafted.tokens, positions, jnp.zeros_like(positions), jnp.where(real, positions + 1, 0), wanted)
     out, pools = _forward_on(graph, options, pools, state, table, rows)
-    return verify_drafts(out.logits, drafted, settings, kind=kind, controls=controls), out, pools
+    verified = verify_drafts(out.logits, drafted, settings, kind=kind, controls=controls)
+    return verified._replace(last=_everywhere(options.mesh, verified.last)), out, pools
 
 
 def _turn_on(

@@ -3,6 +3,9 @@
 First come, first served. In every step each running sequence decodes one token, and prompts take what the budget
 leaves, at most one chunk: a long prompt delays others by no more. Where pages run out, the youngest running sequence is
 preempted: its pages are free, it waits in front of all others, and is computed anew when there is room.
+
+On a mesh each shard of rows runs sequences of its own, and each takes a chunk of prompts in a step. A sequence begins
+on the shard that knows most of its prefix, and else on that which runs fewest: a step lasts as long as on the fullest.
 """
 
 import collections
@@ -23,9 +26,9 @@ class Limits:
     """Bounds a step.
 
     Attributes:
-      rows: how many sequences run at a time.
+      rows: how many sequences run at a time, on all shards together: a multiple of their number.
       budget: tokens, decoded and of prompts together.
-      chunk: tokens of prompts.
+      chunk: tokens of prompts, on each shard.
       invariant: whether a chunk is of one sequence and crosses no multiple of `chunk`, and what was preempted is
         generated anew instead of being taken for a longer prompt: its keys then have the same bits as before.
       drafts: of a sequence, at most.
@@ -121,18 +124,37 @@ class Plan:
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
 
 
+class _Left:
+    """Counts the tokens of prompts that a step may still take, in all and on each shard."""
+
+    def __init__(self, limits: Limits, decoding: int, shards: int):
+        self._total, self._on, self._invariant = limits.budget - decoding, [limits.chunk] * shards, limits.invariant
+
+    def on(self, shard: int) -> int:
+        return max(0, min(self._total, self._on[shard]))
+
+    def take(self, shard: int, count: int) -> None:
+        self._total -= count
+        self._on[shard] = 0 if count and self._invariant else self._on[shard] - count
+
+
 class Scheduler:
     """Plans steps over a cache.
 
-    `running` and `waiting` are in order of arrival, and everything that runs came before everything that waits.
+    `running` and `waiting` are in order of arrival. On one shard everything that runs came before everything that
+    waits; on several a sequence that was preempted waits although younger ones run elsewhere.
     """
 
     def __init__(self, pages: PrefixCache, limits: Limits):
+        shards = pages.cache.row_shards
+        if limits.rows % shards:
+            raise ValueError(f"rows must be a multiple of the mesh's {shards} shards of rows, got {limits.rows}")
         self.pages, self.limits = pages, limits
         self.running: list[Sequence] = []
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.preemptions = 0
-        self._slots = list(range(limits.rows - 1, -1, -1))
+        rows = limits.rows // shards
+        self._slots = [list(range((shard + 1) * rows - 1, shard * rows - 1, -1)) for shard in range(shards)]
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue."""
@@ -154,12 +176,12 @@ class Scheduler:
         """
         plan = Plan()
         decoding = sum(1 + len(drafts.get(sequence, ())) for sequence in self.running if sequence.decodes)
-        left = min(self.limits.chunk, self.limits.budget - decoding)
+        left = _Left(self.limits, decoding, len(self._slots))
         for sequence in list(self.running):  # the oldest first: who is preempted has not been planned yet
             if sequence.runs:
-                left -= self._plan_one(plan, sequence, left, drafts.get(sequence, []))
-        while not plan.preempted and self._takes_more(plan, left) and (admitted := self._admit()):
-            left -= self._plan_one(plan, admitted, left)
+                self._plan_one(plan, sequence, left, drafts.get(sequence, []))
+        while not plan.preempted and (admitted := self._admit(left)):
+            self._plan_one(plan, admitted, left)
         return plan
 
     def take(self, work: Work, count: int) -> None:
@@ -169,13 +191,13 @@ class Scheduler:
         sequence.filled = work.begin + count
         sequence.drawn -= 1 + len(work.drafts) - count
 
-    def _plan_one(self, plan, sequence, left, drafts=()) -> int:
-        """Plans a sequence's work; returns how many tokens of a prompt it takes."""
+    def _plan_one(self, plan, sequence, left, drafts=()) -> None:
+        """Plans a sequence's work."""
         decodes = sequence.decodes
         drafts = self._with_room(sequence, drafts) if drafts else []
-        count = 1 + len(drafts) if decodes else self._chunk(plan, sequence, left)
+        count = 1 + len(drafts) if decodes else self._chunk(sequence, left)
         if not count or not self._make_room(plan, sequence, count):
-            return 0
+            return
         begin, ends = sequence.filled, sequence.filled + count >= sequence.target
         self.pages.cache.extend(sequence.cached, count)
         sequence.filled += count
@@ -183,31 +205,42 @@ class Scheduler:
             Work(sequence, begin, count, sequence.drawn if ends else None, drafts)
         )
         sequence.drawn += ends + len(drafts)
-        return 0 if decodes else count
+        if not decodes:
+            left.take(self._shard(sequence), count)
 
     def _with_room(self, sequence, drafts) -> list[int]:
         """Returns the drafts that may be taken in: within `max_tokens`, and no page is taken that others will want."""
         drafts = drafts[: sequence.max_tokens - sequence.drawn - 1]
         least, most = (self.pages.cache.missing(sequence.cached, 1 + count) for count in (0, len(drafts)))
-        if most > least and not self.pages.room(most + sum(map(self._wants, self.running))):
+        shard = self._shard(sequence)
+        if most > least and not self.pages.room(most + self._wanted_on(shard), shard):
             return []
         return drafts
 
-    def _takes_more(self, plan, left) -> bool:
-        return left > 0 and not (self.limits.invariant and plan.prefill)
-
-    def _chunk(self, plan, sequence, left) -> int:
+    def _chunk(self, sequence, left) -> int:
         """Counts the tokens of a prompt that a step takes."""
-        if not self._takes_more(plan, left):
-            return 0
+        most = left.on(self._shard(sequence))
         if self.limits.invariant:
-            left = min(left, self.limits.chunk - sequence.filled % self.limits.chunk)
-        return max(0, min(left, sequence.target - sequence.filled))
+            most = min(most, self.limits.chunk - sequence.filled % self.limits.chunk)
+        return max(0, min(most, sequence.target - sequence.filled))
+
+    def _shard(self, sequence) -> int:
+        """Returns the shard of rows that a sequence runs on."""
+        return self.pages.cache.rows_of(sequence.cached)
+
+    def _on(self, shard) -> list[Sequence]:
+        """Lists what runs on a shard of rows, in order of arrival."""
+        return self.running if len(self._slots) == 1 else [own for own in self.running if self._shard(own) == shard]
+
+    def _wanted_on(self, shard) -> int:
+        """Counts the pages to leave to what runs on a shard of rows."""
+        return sum(map(self._wants, self._on(shard)))
 
     def _make_room(self, plan, sequence, count) -> bool:
-        """Preempts the youngest until there are pages; returns whether the sequence is still running."""
-        while (wanted := self.pages.cache.missing(sequence.cached, count)) and not self.pages.room(wanted):
-            youngest = self.running[-1]
+        """Preempts the youngest of its shard until there are pages; returns whether the sequence is still running."""
+        shard = self._shard(sequence)
+        while (wanted := self.pages.cache.missing(sequence.cached, count)) and not self.pages.room(wanted, shard):
+            youngest = self._on(shard)[-1]
             self._preempt(youngest)
             plan.preempted.append(youngest)
             if youngest is sequence:
@@ -222,9 +255,9 @@ class Scheduler:
     def _stop(self, sequence) -> None:
         """Takes a running sequence off the batch; its pages stay known as a prefix until they are wanted."""
         self.keep(sequence)
+        self._slots[self._shard(sequence)].append(sequence.slot)
         self.pages.cache.free(sequence.cached)
         self.running.remove(sequence)
-        self._slots.append(sequence.slot)
         sequence.cached = sequence.slot = -1
 
     def preempt_all(self) -> None:
@@ -248,24 +281,35 @@ class Scheduler:
             return self.pages.cache.missing(sequence.cached, sequence.target - sequence.filled)
         return min(1, self.pages.cache.missing(sequence.cached, sequence.max_tokens - sequence.drawn))
 
-    def _admit(self) -> Sequence | None:
-        """Lets the first in the queue run, if there are pages for all its tokens and for a while of the others."""
-        if not self.waiting or not self._slots:
+    def _admit(self, left: _Left) -> Sequence | None:
+        """Lets the first in the queue run, if a shard has pages for all its tokens and for a while of the others."""
+        open = [shard for shard, slots in enumerate(self._slots) if slots and left.on(shard)]
+        if not self.waiting or not open:
             return None
         sequence = self.waiting[0]
         leader = sequence.leader
         if leader is not None and not leader.ended and not leader.tokens:
             return None
-        spare = sum(map(self._wants, self.running))
         tokens = sequence.prompt if self.limits.invariant else sequence.known
-        cached = self.pages.begin(tokens, sequence.chain, spare, reuse=sequence.reuses)
-        if cached is None:
+        for shard in self._best(open, sequence, tokens):
+            spare = self._wanted_on(shard)
+            cached = self.pages.begin(tokens, sequence.chain, spare, shard, reuse=sequence.reuses)
+            if cached is not None:
+                break
+        else:
             return None
-        sequence.cached, sequence.slot = cached, self._slots.pop()
+        sequence.cached, sequence.slot = cached, self._slots[shard].pop()
         sequence.filled, sequence.target = self.pages.cache.length(cached), len(tokens)
         sequence.drawn = sequence.read = 0 if self.limits.invariant else len(sequence.tokens)
         self.running.append(self.waiting.popleft())
         return sequence
+
+    def _best(self, shards, sequence, tokens) -> list[int]:
+        """Orders shards of rows by what they know of a sequence's prefix, and then by how many more may run there."""
+        if len(shards) == 1:
+            return shards
+        known = lambda shard: self.pages.known(tokens, sequence.chain, shard, reuse=sequence.reuses)  # noqa: E731
+        return sorted(shards, key=lambda shard: (-known(shard), -len(self._slots[shard]), shard))
 
 
 def pages_needed(prompt: int, max_tokens: int) -> int:

@@ -276,6 +276,19 @@ def check_most(most: int) -> int:
     Raises:
       ValueError: unless a verification can take as many.
     """
-    if not 1 <= most <= MAX_DRAFTS:
-        raise ValueError(f"a drafter's most must be from 1 to {MAX_DRAFTS}, got {most}")
+    if not isinstance(most, int) or isinstance(most, bool) or not 1 <= most <= MAX_DRAFTS:
+        raise ValueError(f"a drafter's most must be from 1 to {MAX_DRAFTS}, got {most!r}")
     return most
+
+
+def check_drafter(drafter: Any) -> int:
+    """Returns how many tokens a drafter proposes at most, 0 without one.
+
+    Raises:
+      ValueError: for anything else than a drafter or None, or a wrong number.
+    """
+    if drafter is None:
+        return 0
+    if isinstance(drafter, type) or not hasattr(drafter, "most") or not hasattr(drafter, "propose"):
+        raise ValueError(f"drafter must be one such as NGram() or MTP(), or None, got {drafter!r}")
+    return check_most(drafter.most)

@@ -343,10 +343,12 @@ class Runner:
 
     def first(self, logits, length, settings: Settings, stops, live, *, kind: Kind = "truncated") -> tuple[Carry, Draw]:
         """Draws the first token of each row from logits [B, vocab], those of padding among them."""
+        return draw_first(self.cache.mesh, self.everywhere(logits), length, settings, stops, live, kind=kind)
+
+    def everywhere[T](self, arrays: T) -> T:
+        """Puts arrays on every device of the mesh, wherever they were, so that one program takes them."""
         mesh = self.cache.mesh
-        if mesh is not None:  # wherever they were: one program takes them
-            logits = jax.device_put(logits, NamedSharding(mesh, spec()))
-        return draw_first(mesh, logits, length, settings, stops, live, kind=kind)
+        return arrays if mesh is None else jax.device_put(arrays, NamedSharding(mesh, spec()))
 
     def decode(
         self,
@@ -472,7 +474,7 @@ class Runner:
             for kind in kinds:
                 own = controls(total) if kind == "full" and controls is not None else None
                 if slots is not None:
-                    last = jnp.zeros(slots, jnp.int32)
+                    last = self.everywhere(jnp.zeros(slots, jnp.int32))
                     self.decode_slots(last, padding_rows(total, slots - 1, settings), table, kind=kind, controls=own)
                 else:
                     carry, _ = self.first(logits, length, settings, stops, np.zeros(total, bool), kind=kind)
@@ -494,6 +496,7 @@ class Runner:
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 out = self._run_prefill(Rows(**arrays), table, dense=dense)
-            for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in rows}:
+            prompts = {each * shards for each in rows for shards in range(1, self.cache.row_shards + 1)}
+            for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in prompts}:
                 for found in (out.logits, out.hidden) if self.predicting else (out.logits,):
                     collect(collect(None, found, *places_of({}, most)), found, *places_of({}, most))

@@ -121,6 +121,12 @@ class Sampling(Body):
     structured_outputs: Constraint | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise conflict("stream_options", "stream_options needs stream to be true")
+        return self
+
 
 class CompletionRequest(Sampling):
     """Asks for continuations of prompts."""
@@ -260,6 +266,10 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise conflict(
+                "max_tokens", "max_tokens must equal max_completion_tokens, which means the same, or be absent"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise conflict("top_logprobs", "top_logprobs needs logprobs to be true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:

@@ -21,6 +21,8 @@ def test_the_last_keys_in_reach_are_selected():
     rows = reference.reachable(keys.start, keys.stop, 20)
     expected = [[[*row[-7:], *[-1] * (7 - len(row[-7:]))] for row in batch] for batch in rows]
     np.testing.assert_array_equal(window_selection(keys, 7), expected)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        window_selection(keys, 0)
 
 
 @pytest.mark.usefixtures("in_a_hurry")

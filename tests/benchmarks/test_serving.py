@@ -99,7 +99,7 @@ def test_an_engine_runs_the_model_of_a_folder(tmp_path):
     model = Transformer(config, rngs=nnx.Rngs(0))
     save_hf(model, tmp_path / "study")
     arguments = argparse.Namespace(
-        tiny=False, model=tmp_path / "study", max_length=16384, batch=[1, 2], chunk=64, drafts=False
+        tiny=False, model=tmp_path / "study", max_length=16384, batch=[1, 2], chunk=64, drafts=False, mesh=None
     )
     engine = serving.make_engine(arguments)
     assert engine.runner.config == dataclasses.replace(config, index_fp8=True, dtype="bfloat16")

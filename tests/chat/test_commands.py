@@ -71,6 +71,8 @@ def test_text_goes_to_standard_output_and_nothing_else(folder, llm, capsys, tmp_
         (["--prompt", "a", "--n", "2"], "n must be 1"), (["--prompt", ""], "at least one"),
         (["--prompt", "a" * 300], "max_length = 256"), (["--prompt-file", "/nowhere"], "No such file"),
         (["--prompt-file", sys.executable], "must be UTF-8"),
+        (["--prompt", "a", "--mesh", "data=3"], "must multiply to the 8 devices, got data=3"),
+        (["--prompt", "a", "--mesh", "model=8"], "mesh"),
     ],
     ids=str,
 )  # fmt: skip
@@ -78,6 +80,13 @@ def test_what_cannot_be_done_is_one_line_and_status_2(folder, capsys, arguments,
     assert main(["generate", str(folder), *arguments]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_a_mesh_gives_every_shard_of_rows_a_row(folder, llm, monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr(commands, "LLM", lambda folder, **options: given.update(options) or llm)
+    assert main(["generate", str(folder), "--prompt", "abc", *FLAGS, "--mesh", "data=2,expert=2,tensor=2"]) == 0
+    assert dict(given["mesh"].shape) == dict(data=2, context=1, expert=2, tensor=2) and given["rows"] == 4
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):

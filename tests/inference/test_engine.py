@@ -315,6 +315,7 @@ def test_a_request_that_can_never_fit_is_refused():
     [
         dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-2), dict(top_p=0), dict(top_p=1.1), dict(n=0),
         dict(max_tokens=0), dict(min_tokens=-1), dict(min_tokens=17), dict(stop=["a", ""]), dict(stop=[3]),
+        dict(temperature="0"), dict(seed=1.5), dict(n=True), dict(max_tokens=2.0), dict(stop_token_ids=(1.5,)),
     ],
     ids=str,
 )  # fmt: skip
@@ -327,7 +328,7 @@ def test_bad_engines_are_refused():
     runner = Runner(small_model(CONFIG), PagedCache(CONFIG, 2, format="float32"))
     with pytest.raises(ValueError, match="max_length"):
         Engine(runner)
-    with pytest.raises(ValueError, match="rows must be at most 64 with batch_invariant, got 65"):
+    with pytest.raises(ValueError, match="rows must be at most 64 a shard with batch_invariant, got 65"):
         make(invariant=True, rows=65)
 
 

@@ -106,7 +106,7 @@ def test_the_longest_unused_goes_first_and_the_end_before_the_beginning():
     assert prefix.cache.free_pages == 1 and reused(prefix, ids(1, 2, more=1)) == 128
     for pages, left in ((2, (128, 64)), (3, (128, 0)), (4, (64, 0)), (5, (0, 0))):
         assert prefix.room(pages) and prefix.cache.free_pages == pages == prefix.evicted + 1
-        known = [[key in prefix._kept for key in Chain().keys(tokens, 2)] for tokens in (ids(1, 2), ids(3, 4))]
+        known = [[key in prefix._kept[0] for key in Chain().keys(tokens, 2)] for tokens in (ids(1, 2), ids(3, 4))]
         assert known == [[64 * place < tokens for place in range(2)] for tokens in left]
         prefix.check(), prefix.cache.check()
 
@@ -167,7 +167,7 @@ def test_the_check_finds_what_is_wrong():
     for spoil in ("tokens", "children", "page"):
         prefix = make()
         filled(prefix, ids(1, 2))
-        kept = next(iter(prefix._kept.values()))
+        kept = next(iter(prefix._kept[0].values()))
         setattr(kept, spoil, dict(tokens=bytes(256), children=5, page=7)[spoil])
         with pytest.raises(AssertionError):
             prefix.check()
@@ -226,7 +226,7 @@ class Prefixes(RuleBasedStateMachine):
         assert self.prefix.room(pages) == (pages <= 6 - len(used)), "whatever no sequence uses can be had"
 
     def names(self):
-        kept = {kept.sequence for kept in self.prefix._kept.values()}
+        kept = {kept.sequence for kept in self.prefix._kept[0].values()}
         return [name for name in self.cache.sequences if name not in kept]
 
     @invariant()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import small_config
+from sharded_cases import mesh_of
 
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.prefix import Chain, PrefixCache
@@ -20,8 +21,9 @@ TINY = small_config(
 PAGES = 6
 
 
-def make(rows=3, budget=40, chunk=32, invariant=False, pages=PAGES) -> Scheduler:
-    return Scheduler(PrefixCache(PagedCache(TINY, pages, format="float32")), Limits(rows, budget, chunk, invariant))
+def make(rows=3, budget=40, chunk=32, invariant=False, pages=PAGES, mesh=None) -> Scheduler:
+    cache = PagedCache(TINY, pages, format="float32", mesh=mesh)
+    return Scheduler(PrefixCache(cache), Limits(rows, budget, chunk, invariant))
 
 
 def request(length, new, seed=0, leader=None) -> Sequence:
@@ -39,7 +41,7 @@ class Device:
     """Runs plans: writes tokens into pages, and tells what it drew when the next step is planned."""
 
     scheduler: Scheduler
-    written: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    written: dict[tuple[int, int, int], int] = dataclasses.field(default_factory=dict)
     unread: list = dataclasses.field(default_factory=list)
     steps: int = 0
 
@@ -49,14 +51,18 @@ class Device:
         plan = scheduler.plan()
         works = [*plan.decode, *plan.prefill]
         assert len(plan.decode) + sum(work.count for work in plan.prefill) <= limits.budget
-        assert sum(work.count for work in plan.prefill) <= limits.chunk
         assert all(work.count == 1 for work in plan.decode)
+        shards = scheduler.pages.cache.row_shards
+        on = [[w for w in plan.prefill if scheduler.pages.cache.rows_of(w.sequence.cached) == s] for s in range(shards)]
+        assert all(sum(work.count for work in prefill) <= limits.chunk for prefill in on)
         if limits.invariant:
-            assert len(plan.prefill) <= 1
+            assert all(len(prefill) <= 1 for prefill in on)
             assert all(work.begin // limits.chunk == (work.begin + work.count - 1) // limits.chunk for work in works)
         assert [work.sequence for work in plan.decode] == [each for each in deciding if each not in plan.preempted]
         assert len({work.sequence.slot for work in works}) == len(works)
-        assert all(0 <= work.sequence.slot < limits.rows for work in works)
+        rows = limits.rows // shards
+        for own in (work.sequence for work in works):
+            assert own.slot // rows == scheduler.pages.cache.rows_of(own.cached) and 0 <= own.slot < limits.rows
         for work in works:
             self.write(work)
         read, self.unread = self.unread, [work for work in works if work.number is not None]
@@ -70,10 +76,11 @@ class Device:
         """Writes the tokens that a sequence takes in, behind those that its pages must hold already."""
         own = work.sequence
         tokens = [*own.prompt, *(drawn(own, number) for number in range(own.max_tokens))]
-        pages = self.scheduler.pages.cache.pages_of(own.cached)
+        cache = self.scheduler.pages.cache
+        pages, shard = cache.pages_of(own.cached), cache.rows_of(own.cached)
         for position in range(work.begin, work.begin + work.count):
-            self.written[pages[position // 64], position % 64] = int(tokens[position])
-        held = [self.written[pages[at // 64], at % 64] for at in range(work.begin + work.count)]
+            self.written[shard, pages[position // 64], position % 64] = int(tokens[position])
+        held = [self.written[shard, pages[at // 64], at % 64] for at in range(work.begin + work.count)]
         assert held == [int(token) for token in tokens[: len(held)]]
         if work.number is not None:
             assert len(held) == len(own.prompt) + work.number, "what draws a token has taken in all before it"
@@ -111,12 +118,13 @@ REQUESTS = st.lists(
 
 @given(
     asked=REQUESTS, rows=st.integers(1, 4), chunk=st.sampled_from([5, 32, 64, 300]), invariant=st.booleans(),
-    pages=st.sampled_from([5, 8]),
+    pages=st.sampled_from([5, 8]), shards=st.sampled_from([1, 1, 2]),
 )  # fmt: skip
-@settings(max_examples=60)
-def test_any_requests_end_and_nothing_is_lost_or_repeated(asked, rows, chunk, invariant, pages):
+@settings(max_examples=80)
+def test_any_requests_end_and_nothing_is_lost_or_repeated(asked, rows, chunk, invariant, pages, shards):
     """Prompts of few seeds, so that they share; some are cancelled some steps after they came."""
-    scheduler = make(rows, chunk + rows, chunk, invariant, pages)
+    rows *= shards
+    scheduler = make(rows, chunk + rows, chunk, invariant, pages, mesh_of("data=2") if shards > 1 else None)
     device = Device(scheduler)
     coming = sorted(asked, key=lambda each: each[3])
     arrived: list[Sequence] = []
@@ -134,20 +142,23 @@ def test_any_requests_end_and_nothing_is_lost_or_repeated(asked, rows, chunk, in
             if not each.ended:
                 scheduler.end(each)
                 cancelled_early.add(each)
-        before = list(scheduler.running)
+        cache = scheduler.pages.cache
+        before = [(each, cache.rows_of(each.cached)) for each in scheduler.running]
         plan = device.step()
-        assert in_order(scheduler, arrived)
-        gone = plan.preempted[::-1]
-        assert gone == before[len(before) - len(gone) :], "the youngest go"
-        scheduler.pages.cache.check()
+        assert shards > 1 or in_order(scheduler, arrived)
+        for shard in range(shards):
+            ran = [each for each, own in before if own == shard]
+            gone = [each for each in ran if each in plan.preempted]
+            assert gone == ran[len(ran) - len(gone) :], "the youngest go"
+        cache.check()
     assert all(each.ended for each in arrived)
     for each in arrived:
         assert each.tokens == [drawn(each, number) for number in range(len(each.tokens))]
         assert len(each.tokens) == each.max_tokens or each in cancelled_early
-    assert sorted(scheduler._slots) == list(range(rows))
+    assert sorted(slot for slots in scheduler._slots for slot in slots) == list(range(rows))
     scheduler.pages.check()
     scheduler.pages.clear()
-    assert scheduler.pages.cache.free_pages == pages
+    assert scheduler.pages.cache.free_pages == pages * shards
 
 
 def test_a_long_prompt_takes_what_the_budget_leaves():
@@ -220,6 +231,31 @@ def test_followers_wait_for_the_pages_of_their_leader():
         scheduler.add(each)
     taken = [sum(work.count for work in device.step().prefill) for _ in range(4)]
     assert sum(taken) == 150 + 22 + 22 and scheduler.pages.hits == 4
+
+
+def test_sequences_spread_over_shards_and_go_where_their_prefix_is():
+    scheduler = make(rows=4, budget=300, chunk=200, mesh=mesh_of("data=2"))
+    device = Device(scheduler)
+    one, other = request(130, 60), request(10, 60, seed=1)
+    scheduler.add(one)
+    device.step(), device.step()  # now its full pages are known
+    for each in (other, again := request(130, 60), third := request(10, 60, seed=2)):
+        scheduler.add(each)
+    plan = device.step()
+    on = [scheduler.pages.cache.rows_of(each.cached) for each in (one, other, again, third)]
+    assert on == [0, 1, 0, 1] and [work.begin for work in plan.prefill] == [0, 128, 0]
+    assert scheduler.pages.hits == 2
+
+
+def test_each_shard_takes_a_chunk_and_has_slots_of_its_own():
+    scheduler = make(rows=2, budget=66, chunk=32, mesh=mesh_of("data=2"))
+    device = Device(scheduler)
+    for seed in range(3):
+        scheduler.add(request(50, 4, seed=seed))
+    counts = [[work.count for work in device.step().prefill] for _ in range(2)]
+    assert counts == [[32, 32], [18, 18]] and len(scheduler.waiting) == 1
+    with pytest.raises(ValueError, match="rows must be a multiple of the mesh's 2 shards of rows, got 3"):
+        make(rows=3, mesh=mesh_of("data=2"))
 
 
 @pytest.mark.parametrize(

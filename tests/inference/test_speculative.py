@@ -77,6 +77,7 @@ def test_a_long_prompt_is_indexed_in_several_steps():
         (dict(shortest=5), "shortest must be from 1 to longest = 4, got 5"),
         (dict(most=0), "most must be from 1 to 3, got 0"),
         (dict(most=4), "most must be from 1 to 3, got 4"),
+        (dict(most=True), "most must be from 1 to 3, got True"),
     ],
     ids=str,
 )
@@ -315,5 +316,8 @@ def test_bad_engines_are_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="drafter must be None with batch_invariant.*got NGram"):
         Engine(runner, drafter=NGram())
+    for wrong in ("mtp", NGram):
+        with unchecked(), pytest.raises(ValueError, match=r"drafter must be one such as NGram\(\) or MTP\(\), or None"):
+            make(drafter=wrong)
     with unchecked(), pytest.raises(ValueError, match="budget must be more than the 8 tokens that 2 rows decode"):
         make(drafter=NGram(), budget=8)

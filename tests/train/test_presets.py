@@ -18,6 +18,7 @@ from dsa_jax.hf.files import write_json
 from train.__main__ import main
 from train.commands.arguments import Arguments
 from train.phases import merge_groups, split_groups
+from train.post import presets as post_presets
 from train.presets import PRESETS, load_preset, merge_model
 from train.run import Run
 from train.saved.changes import Position
@@ -80,6 +81,13 @@ def test_a_preset_is_printed_as_a_file_that_loads_back(name, tmp_path, capsys):
     assert load_preset(str(path)) == PRESETS[name]()
     assert main(["preset", str(path)]) == 0
     assert capsys.readouterr().out == path.read_text()
+
+
+def test_a_preset_of_post_training_is_printed_likewise(tmp_path, capsys):
+    assert main(["preset", "grpo", "--post"]) == 0
+    path = tmp_path / "mine.json"
+    path.write_text(capsys.readouterr().out)
+    assert post_presets.load_preset(str(path)) == post_presets.grpo()
 
 
 def test_a_preset_that_there_is_not(capsys):

@@ -69,7 +69,7 @@ class Arguments:
     """Continue the run in the folder, which needs no other argument; what others change of it is said and recorded."""
     init: Path | None = None
     """Parameters to begin with: a Hugging Face folder or a run's folder. They decide the model."""
-    phases: tuple[Literal["BASE", "WARMUP", "SPARSE", "SFT"], ...] = ()
+    phases: tuple[Literal["BASE", "WARMUP", "SPARSE", "NATIVE", "SFT"], ...] = ()
     """Phases to run; without it all of the preset."""
     steps: tuple[str, ...] = ()
     """Steps of a phase, like SPARSE=2000; its last stage gets them."""
@@ -282,9 +282,7 @@ def train(arguments: Arguments) -> None:
         config = runs[0].config
         text = load(config.data, vocab_size=config.model.vocab_size)
         cluster.compare(runs[0].compared(text, arguments.resume) | {"started_with": dataclasses.asdict(command)})
-        if jax.process_index() == 0:
-            write_command(arguments.folder, command)
-        Experiment(
+        experiment = Experiment(
             name=command.name,
             folder=arguments.folder,
             runs=runs,
@@ -296,6 +294,9 @@ def train(arguments: Arguments) -> None:
             watch=watch,
             stopping=stopping,
             compile_ahead=arguments.compile_ahead or None,
-        ).run(console, began=began)
+        )
+        if jax.process_index() == 0:
+            write_command(arguments.folder, command)
+        experiment.run(console, began=began)
         if (line := describe_cache()) is not None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -69,8 +69,14 @@ def main(arguments: Sequence[str]) -> int:
     job = Job.of(load_run(parsed.config), parsed.phase, parsed.seq_len, parsed.batch, parsed.micro_batches)
     if parsed.moment_dtype is not None:
         job = with_moments(job, parsed.moment_dtype)
+    if parsed.keep is not None and AUTO in parsed.keep and parsed.keep != (AUTO,):
+        raise ValueError(f"keep must be auto alone, or names of results, got {' '.join(parsed.keep)}")
     if parsed.budget is not None and parsed.keep != (AUTO,):
         raise ValueError("budget needs --keep auto, which chooses within it")
+    if parsed.budget is not None and not 0 < parsed.budget < math.inf:
+        raise ValueError(f"budget must be GiB, more than 0, got {parsed.budget}")
+    if not parsed.mesh.strip():
+        raise ValueError("mesh must name an axis at least, such as data=1, got none")
     if parsed.keep is not None:
         job = with_keep(job, () if parsed.keep == (AUTO,) else parsed.keep)
     shape, console = parse_mesh(parsed.mesh), Console()

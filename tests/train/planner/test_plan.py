@@ -290,7 +290,10 @@ GOOD = {"--config": "deepseek_v32", "--mesh": "data=16,expert=16", "--seq-len": 
         ({"--config": "none.json"}, "preset must be a readable JSON file"),
         ({"--seq-len": "131073"}, "must be a multiple of 32"),
         ({"--seq-len": "262144"}, "at most the model's max_position_embeddings 163840, got 262144"),
-        ({"--colour": "blue"}, "unknown arguments: --colour blue"),
+        ({"--mesh": ""}, "mesh must name an axis at least, such as data=1, got none"),
+        ({"--keep": "auto", "--budget": "nan"}, "budget must be GiB, more than 0, got nan"),
+        ({"--keep": "auto", "--budget": "-1"}, "budget must be GiB, more than 0, got -1"),
+        ({"--keep": "auto", "--colour": "blue"}, "unknown arguments: --colour blue"),
     ],
 )
 def test_bad_arguments(capsys, monkeypatch, changes, words):
