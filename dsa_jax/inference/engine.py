@@ -186,11 +186,6 @@ class Engine:
         for wanted in ("return_selected", "return_routed"):
             if getattr(params, wanted) and not getattr(options, wanted):
                 raise ValueError(f"request {name} wants {wanted}: the engine's Runner must be made with it, got False")
-        if params.prompt_logprobs is not None and options.mesh is not None:
-            got = describe_mesh(options.mesh)
-            raise ValueError(
-                f"request {name} wants prompt_logprobs, which need a model on one device, got one on {got}"
-            )
         most = params.max_tokens
         if most is None:
             most = min(self.max_length, self.cache.pages * PAGE + 1) - len(ids)

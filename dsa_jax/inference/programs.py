@@ -22,7 +22,7 @@ from dsa_jax.inference.speculative import Ahead, Drafted, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.collectives import copied_parameters
+from dsa_jax.parallel.collectives import copied_parameters, gather_candidates
 from dsa_jax.parallel.sharding import parameter_specs, spec
 
 # XLA copies each layer's weights out of their stack before it multiplies by them, unless the slice goes into the call
@@ -198,13 +198,18 @@ def _score(model, hidden, targets) -> Likeliest:
     padding = blocks * SCORED_TOKENS - count
     hidden = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0))).reshape(blocks, SCORED_TOKENS, -1)
     blocked = jnp.pad(targets.reshape(-1), (0, padding)).reshape(blocks, SCORED_TOKENS)
-    scores = jax.lax.map(lambda block: likeliest(model.unembed(block[0]), block[1]), (hidden, blocked))
+
+    def score(block):
+        logits = gather_candidates(model.unembed(block[0])[None], "vocabulary")[0]
+        return likeliest(logits, block[1])
+
+    scores = jax.lax.map(score, (hidden, blocked))
     restore = lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*targets.shape, *x.shape[2:])  # noqa: E731
     return jax.tree.map(restore, scores)
 
 
 def _forward_on(graph, options: Options, pools, state, table, rows, targets=None):
-    """Runs `_forward` on one device, or on every shard of a mesh, which scores nothing."""
+    """Runs `_forward` on one device, or on every shard of a mesh."""
     if options.mesh is None:
         return _forward(graph, options, pools, state, table, rows, targets)
 
@@ -214,14 +219,15 @@ def _forward_on(graph, options: Options, pools, state, table, rows, targets=None
 
     row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
     selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
-    specs: Any = spec("rows", None, "vocabulary"), selected, routed
+    scored = None if targets is None else row
+    specs: Any = spec("rows", None, "vocabulary"), selected, routed, scored
     return jax.shard_map(
         run,
         mesh=options.mesh,
-        in_specs=((pool, pool), parameter_specs(state, copies=True), spec("rows", "pages"), row),
+        in_specs=((pool, pool), parameter_specs(state, copies=True), spec("rows", "pages"), row, scored),
         out_specs=(StepOutput(*specs), (pool, pool)),
         check_vma=False,
-    )(pools, state, table, rows)
+    )(pools, state, table, rows, targets)
 
 
 def _everywhere[T](mesh: Mesh | None, arrays: T) -> T:

@@ -149,12 +149,10 @@ class Runner:
 
         Raises:
           OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
-          ValueError: for an empty prompt, or one that would make its sequence too long; for targets on a mesh.
+          ValueError: for an empty prompt, or one that would make its sequence too long.
         """
         targets = [None] * len(prompts) if targets is None else targets
         following = [-1] * len(prompts) if following is None else following
-        if self.cache.mesh is not None and any(own is not None for own in targets):
-            raise ValueError(f"targets must be None on a mesh, got some on {describe_mesh(self.cache.mesh)}")
         counts = [len(prompt) for prompt in prompts]
         lengths = map(self.cache.length, sequences)
         before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)

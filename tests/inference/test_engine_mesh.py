@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from engine_cases import CHUNK, GREEDY, compilations, log_probs_of, prompt, run, tokens_of
+from engine_cases import CHUNK, compilations, log_probs_of, prompt, run, tokens_of
 from model_cases import small_config, small_model
 from sharded_cases import mesh_of
 
@@ -70,13 +70,21 @@ def test_drafts_are_verified_on_a_mesh_and_nothing_is_compiled_after_warming_up(
     same(found, run(make(), *asked))
 
 
-def test_an_llm_runs_on_a_mesh_and_says_what_it_cannot():
+@pytest.mark.slow
+def test_prompts_are_scored_on_a_mesh():
+    params = SamplingParams(max_tokens=0, prompt_logprobs=3)
+    asked = [Request(prompt(length, length), params) for length in (70, 5)]
+    found, expected = run(make("data=2,tensor=2", rows=2), *asked), run(make(rows=2), *asked)
+    for (mine,), (theirs,) in zip(found, expected, strict=True):
+        assert [each.token for each in mine.prompt] == [each.token for each in theirs.prompt]
+        for one, other in zip(mine.prompt[1:], theirs.prompt[1:], strict=True):
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            np.testing.assert_allclose(one.log_prob, other.log_prob, atol=1e-5)
+            np.testing.assert_allclose([x for _, x in one.top], [x for _, x in other.top], atol=1e-5)
+
+
+def test_meshes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="pages must not be sharded, got data=1,context=2"):
         LLM(small_model(CONFIG), pages=4, mesh=mesh_of("context=2"))
     with pytest.raises(ValueError, match="rows must be a multiple of the mesh's 2 shards of rows, got 3"):
         LLM(small_model(CONFIG), pages=4, rows=3, mesh=mesh_of("data=2"))
-    llm = LLM(small_model(CONFIG), pages=4, rows=2, mesh=mesh_of("data=2"))
-    with pytest.raises(
-        ValueError, match="request 0 wants prompt_logprobs, which need a model on one device, got one on data=2"
-    ):
-        llm.generate([[1, 2]], dataclasses.replace(GREEDY, prompt_logprobs=1))
