@@ -14,7 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from dsa_jax import Config
-from dsa_jax.cache import cache_token_bytes
+from dsa_jax.cache_shapes import cache_token_bytes
 from studies.needle import scaling
 from studies.needle.maps import NEEDLES, Maps, draw_maps, table_of
 from studies.needle.questions import Cell
