@@ -1,4 +1,4 @@
-"""Native Sparse Attention: its functions against float64 NumPy, its layer over packed rows, caches and pages."""
+"""Native Sparse Attention: its functions against float64 NumPy, and its layer over packed rows."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from flax import nnx
 from model_cases import forward, model_parts, small_config, small_model, tokens
 from sharded_cases import mesh_of
 
-from dsa_jax import Cache, Config, KeyRange, NSASizes, generate, save_hf
+from dsa_jax import Config, KeyRange, NSASizes, generate, save_hf
 from dsa_jax.baselines import compress_keys, native_sparse_attention, select_by_entries, span_attention
 from dsa_jax.baselines import nsa as module
 from dsa_jax.blockwise import BLOCK_ELEMENTS
@@ -239,7 +239,7 @@ def test_the_config_chooses_and_there_is_no_indexer():
     layer = next(small_model(CONFIG).layers()).self_attn
     assert type(layer) is module.NativeSparseMLA and layer.indexer is None
     assert not any("indexer" in str(path) for path, _ in jax.tree.leaves_with_path(model_parts(CONFIG)[1]))
-    assert CONFIG.num_index_layers == 0 and Cache.empty(CONFIG, 1, 8).k_index.size == 0
+    assert CONFIG.num_index_layers == 0
 
 
 def test_a_layer_is_its_branches_by_its_gates():
@@ -285,16 +285,6 @@ def test_padding_changes_nothing_and_documents_do_not_mix(whole):
     keys = KeyRange.lengths(jnp.array([20, 20]), 40)
     _, alone = forward(CONFIG, moved, keys=keys)
     np.testing.assert_allclose(logits[1, 16:36], alone[1, :20], rtol=1e-5, atol=1e-5)
-
-
-def test_prefill_in_chunks_over_a_cache_equals_the_whole():
-    ids = tokens(2, 40)
-    _, logits = forward(CONFIG, ids, keys=KeyRange.causal(2, 40))
-    cache = Cache.empty(CONFIG, 2, 44)
-    for first in (0, 20):
-        part, found = forward(CONFIG, ids[:, first : first + 20], cache=cache)
-        cache = part.cache
-        np.testing.assert_allclose(found, logits[:, first : first + 20], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
