@@ -301,12 +301,11 @@ class Compression(nnx.Module):
 
     def complete(
         self, store: KeyStore, strides: Int[Array, "B M"], dtype: DTypeLike, sizes: NSASizes
-    ) -> Float[Array, "B M2 H"]:
+    ) -> Float[Array, "B M H"]:
         """Computes the entries that `completed_strides` lists, of keys that a cache holds; where that has -1, any.
 
-        Returns:
-          one for each of `strides`, and more where M is many: these are computed as many at a time as M tokens of one
-          sequence complete, and no more often than is needed.
+        Of many tokens as many at a time as one sequence completes by them, and no more often than is needed: mostly
+        once, and again where a row holds more sequences.
         """
         batch, count = strides.shape
         some = max(-(-count // sizes.stride), min(count, FEW_QUERIES))
@@ -326,8 +325,8 @@ class Compression(nnx.Module):
 
         strides = jnp.pad(strides, ((0, 0), (0, -count % some)), constant_values=-1)
         turns = -(-jnp.max(jnp.sum(strides >= 0, axis=1)) // some)
-        shape = jax.eval_shape(compute, strides)
-        return jax.lax.fori_loop(0, turns, step, jnp.zeros(shape.shape, shape.dtype))
+        entries = jax.eval_shape(compute, strides)
+        return jax.lax.fori_loop(0, turns, step, jnp.zeros(entries.shape, entries.dtype))[:, :count]
 
 
 class Window(nnx.Module):
@@ -415,7 +414,7 @@ class NativeSparseMLA(SparseMLA):
         with jax.named_scope("compress"):
             strides = completed_strides(cache.positions(keys), sizes=sizes)
             entries = self.compression.complete(store, strides, dtype, sizes)
-            return cache.write_compressed(layer, strides, entries[:, : strides.shape[1]])
+            return cache.write_compressed(layer, strides, entries)
 
     def _latent_queries(self, q, weight):
         """Takes queries to latent form by one branch's matrix."""

@@ -19,6 +19,7 @@ from dsa_jax import Config, KeyRange, NSASizes, generate, save_hf
 from dsa_jax.baselines import compress_keys, native_sparse_attention, select_by_entries, span_attention
 from dsa_jax.baselines import nsa as module
 from dsa_jax.blockwise import BLOCK_ELEMENTS
+from dsa_jax.cache import LayerKeys
 from dsa_jax.pallas_kernels import assume_gpu
 from dsa_jax.parallel.sharding import check_model
 from train.evaluation.evaluate import check_selects
@@ -54,6 +55,14 @@ def attended(queries, kv, weights, keys):
     return entries, native_sparse_attention(queries, kv, entries, keys, sizes=SIZES, value_dim=C, scale=SCALE)
 
 
+@jax.jit
+def attended_in_cache(queries, kv, entries, keys):
+    """The same of a store that has each entry at its last stride, and NaN where nobody reaches."""
+    room = ((0, 0), (SIZES.compression // SIZES.stride - 1, 0), (0, 0))
+    store = LayerKeys(kv, jnp.pad(entries, room, constant_values=jnp.nan), None)
+    return module.attend_to_store(queries, store, keys, sizes=SIZES, value_dim=C, scale=SCALE)
+
+
 def expected(queries, kv, weights, keys):
     """The entries, the lists of each branch, and the blocks."""
     rows = reference.reachable(keys.start, keys.stop, S)
@@ -74,9 +83,16 @@ def test_values_are_the_definitions(name, small_blocks):
     own, lists, blocks = expected(queries, kv, weights, RANGES[name])
     close(entries, own, 1e-5)
     padded = [[[*row, *[-1] * (SIZES.blocks - len(row))] for row in batch] for batch in blocks]
-    np.testing.assert_array_equal(found.blocks, padded)
+    unread = np.ones((B, S), bool)
+    for b, batch in enumerate(reference.reachable(RANGES[name].start, RANGES[name].stop, S)):
+        unread[b, np.concatenate(batch).astype(int)] = False
+    kept = attended_in_cache(queries, poison(kv, unread), entries, RANGES[name])
+    for each in found, kept:
+        np.testing.assert_array_equal(each.blocks, padded)
     for branch, keys, q, rows in zip(module.BRANCHES, (own, kv, kv), queries, lists, strict=True):
-        close(getattr(found, branch), reference.latent_attention(q, keys, rows, C, SCALE)[0], 2e-5)
+        attended_to = reference.latent_attention(q, keys, rows, C, SCALE)[0]
+        for each in found, kept:
+            close(getattr(each, branch), attended_to, 2e-5)
 
 
 def test_gradients_are_the_definitions(small_blocks):

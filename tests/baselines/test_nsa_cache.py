@@ -1,12 +1,14 @@
 """Native Sparse Attention over caches: the entries that they keep, and how little a step computes and reads."""
 
+import dataclasses
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import nsa_reference
 import numpy as np
 import pytest
-from cases import normal, same_bits
+from cases import close, normal, same_bits
 from engine_cases import prompt, run, tokens_of
 from flax import nnx
 from model_cases import forward, small_config, small_model, tokens
@@ -90,6 +92,13 @@ def test_chunks_and_steps_over_pages_equal_the_whole():
         near(logits[row], whole(prefix)[-1])
     for _ in range(5):
         go_on(runner, [sequences[0], sequences[2]], [texts[0], texts[2]])
+    for number, layer in enumerate(small_model(CONFIG).layers()):
+        own, pages = layer.self_attn.compression, np.asarray(runner.cache.pages_of(sequences[2]))
+        kv, entries = (
+            np.asarray(x[number, pages]).reshape(1, -1, 24) for x in (runner.cache.latents, runner.cache.index_keys)
+        )
+        expected = nsa_reference.compress(kv[:, :131], own.position[...], own.up_proj[...], own.down_proj[...], SIZES)
+        close(entries[:, 1:65], expected, 1e-5)
 
 
 def test_a_chunk_of_many_sequences_completes_more_entries_than_its_share():
@@ -127,30 +136,29 @@ def test_a_shared_page_holds_nothing_of_what_follows():
 
 
 def test_what_is_nan_in_one_sequence_stays_there():
-    """Two sequences in one row of a prefill: one that is NaN, and one that does not reach it."""
+    """Two sequences in one row of a prefill: one whose entries are NaN, and one that does not reach them."""
     runner, ids = make(), text(9, 11)
     [lost], _ = begin(runner, text(8, 10))
     page = runner.cache.pages_of(lost)[0]
-    runner.cache.update(*(x.at[:, page].set(jnp.nan) for x in (runner.cache.latents, runner.cache.index_keys)))
+    runner.cache.update(runner.cache.latents, runner.cache.index_keys.at[:, page].set(jnp.nan))
     found = runner.prefill([lost, runner.cache.new()], [text(4, 12), ids]).logits
     assert np.all(np.isnan(found[0]))
     near(found[1], whole(ids)[-1])
 
 
 def test_a_contiguous_cache_keeps_entries_too():
-    """Chunks that end anywhere over what was NaN, then a token a row that comes after a wrong one."""
-    ids = jnp.asarray(np.stack([text(40, 13), text(40, 14)]))
-    expected = np.stack([whole(row) for row in np.asarray(ids)])
+    """In chunks that end anywhere over what was NaN; the last comes after a wrong one, which is taken back."""
+    ids = np.stack([text(39, 13), text(39, 14)])
+    expected = np.stack([whole(row) for row in ids])
     cache = Cache.empty(CONFIG, 2, 45)
     cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, cache)
+    assert cache.k_index.shape == (2, 2, 22, 24) and not cache.k_scale.size
     for first in (0, 13, 26):
-        part, found = forward(CONFIG, ids[:, first : first + 13], cache=cache)
-        cache = cast(Cache, part.cache)
+        chunk = jnp.asarray(ids[:, first : first + 13])
+        for own in ((chunk + 1) % 64, chunk) if first == 26 else (chunk,):
+            part, found = forward(CONFIG, own, cache=dataclasses.replace(cache, lengths=jnp.full(2, first, jnp.int32)))
+            cache = cast(Cache, part.cache)
         near(found, expected[:, first : first + 13])
-    for token in (ids[:, 39:] + 1) % 64, ids[:, 39:]:
-        out, found = forward(CONFIG, token, cache=cache)
-        assert out.cache.k_index.shape == (2, 2, 22, 24)
-    near(found[:, 0], expected[:, 39])
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "fp8"])
@@ -160,15 +168,20 @@ def test_entries_have_the_format_of_latents(format):
     pools = [jnp.zeros(x.shape, x.dtype) for x in page_shapes(config, 4, format)]
     assert pools[1].shape == (2, 4, 32, pools[0].shape[-1]) and pools[1].dtype == pools[0].dtype
     entries, strides = normal(0, 2, 3, 24, dtype="bfloat16"), jnp.array([[33, -1, 5], [64, 0, 63]])
-    pages = Pages(*pools, jnp.array([[2, 0], [1, 3]]), jnp.zeros((2, 3), jnp.int32), 16)
-    pages = jax.jit(Pages.write_compressed)(pages, 1, strides, entries)
-    found = np.asarray(pages.layer(1).compressed(jnp.bfloat16), np.float32)
-    own = paged.unpack_latents(paged.pack_latents(entries, 16), 16, jnp.bfloat16) if format == "fp8" else entries
+
+    @jax.jit
+    def write_and_read(pools):
+        pages = Pages(*pools, jnp.array([[2, 0], [1, 3]]), jnp.zeros((2, 3), jnp.int32), 16)
+        pages = pages.write_compressed(1, strides, entries)
+        own = paged.unpack_latents(paged.pack_latents(entries, 16), 16, jnp.bfloat16) if format == "fp8" else entries
+        return own, *(pages.layer(layer).compressed(jnp.bfloat16) for layer in (0, 1))
+
+    own, other, found = (np.asarray(x, np.float32) for x in write_and_read(pools))
     expected = np.zeros((2, 64, 24), np.float32)
     for row, place, entry in ((0, 33, 0), (0, 5, 2), (1, 0, 1), (1, 63, 2)):
         expected[row, place] = own[row, entry]
     same_bits(found, expected)
-    assert not np.any(pages.layer(0).compressed(jnp.float32))
+    assert not np.any(other)
 
 
 def test_bytes_of_a_token():
