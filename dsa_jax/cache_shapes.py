@@ -10,7 +10,7 @@ from dsa_jax.config import Config
 
 
 def cached_layers(config: Config, predicting: bool) -> tuple[int, int]:
-    """Counts the layers that have latents in a cache, and the indexers that have keys there, or layers with entries.
+    """Counts the layers that have latents in a cache, and those that have index keys, or compressed entries, there.
 
     Args:
       config: the model's.
@@ -60,7 +60,7 @@ def page_shapes(
 
 
 def token_bytes(config: Config, format: str) -> int:
-    """Counts the bytes of cache that a token takes in one layer that has an indexer, or entries, scales included.
+    """Counts the bytes of cache that a token takes in one layer with an indexer, or entries, scales included.
 
     Examples:
       >>> from dsa_jax import Config

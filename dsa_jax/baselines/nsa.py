@@ -451,7 +451,7 @@ def _keys_of(blocks, keys: KeyRange, size: int, sizes: NSASizes):
 
 
 def _reaches_any(marked: Array, keys: KeyRange) -> Array:
-    """Tells for each query whether one of the keys that it reaches is marked, bool [B, S]."""
+    """Tells for each query whether it reaches one of the keys that are marked, bool [B, S]."""
     counts = jnp.pad(jnp.cumsum(marked, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     below = [jnp.take_along_axis(counts, edge, axis=1, mode="clip") for edge in (keys.start, keys.stop)]
     return (below[1] > below[0]) & keys.nonempty()

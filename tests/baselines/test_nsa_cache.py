@@ -265,6 +265,22 @@ def test_steps_in_every_format_equal_one_chunk(format):
     np.testing.assert_allclose(logits, expected[0], atol=0.1 * scale)
 
 
+@pytest.mark.variants
+@pytest.mark.parametrize("sizes", [(8, 2, 8), (4, 4, 8), (5, 5, 5), (8, 1, 16), (32, 16, 64)], ids=str)
+def test_entries_of_other_sizes(sizes):
+    """That share many strides, or none; odd ones; one for each key; longer than the text, or than the cache."""
+    compression, stride, block = sizes
+    sizes = NSASizes(compression=compression, stride=stride, block=block, blocks=3, window=3)
+    config = dataclasses.replace(CONFIG, nsa=sizes)
+    ids = jnp.asarray(text(24, 16))[None]
+    expected = forward(config, ids, keys=KeyRange.causal(1, 24))[1]
+    cache = Cache.empty(config, 1, 24)
+    for first in range(0, 24, 6):
+        part, found = forward(config, ids[:, first : first + 6], cache=cache)
+        cache = cast(Cache, part.cache)
+        near(found, expected[:, first : first + 6])
+
+
 @pytest.mark.slow
 def test_an_engine_with_few_pages_drafts_and_samples_in_parallel():
     """Prefixes that are shared, preemptions and drafts that are taken back: tokens are as alone."""
