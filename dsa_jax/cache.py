@@ -329,7 +329,7 @@ class Pages:
         )
 
     def write_compressed(self, layer: Layer, strides: Int[Array, "B M"], entries: Float[Array, "B M H"]) -> Self:
-        """Writes compressed entries of one layer at the strides that complete them, in these' pages."""
+        """Writes compressed entries of one layer at the strides that complete them, in the pages of these."""
         rows, pool = self.index_keys.shape[2], self.index_keys.reshape(-1, *self.index_keys.shape[2:])
         slots = self._in_layer(layer, paged.to_slots(strides, self.table, rows=rows), rows)
         flat = entries.reshape(-1, entries.shape[-1])
