@@ -5,7 +5,6 @@ know no more of it than that. Without a cache they make the keys of their own to
 """
 
 import dataclasses
-import math
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax import paged
 from dsa_jax.attention import sparse_attention
+from dsa_jax.cache_shapes import cached_layers
 from dsa_jax.config import Config
 from dsa_jax.indexer import index_scores
 from dsa_jax.key_range import KeyRange
@@ -50,6 +50,14 @@ class KeyStore(Protocol):
         """Gives the latents in `dtype`, the index keys and their scales, by position; None where there are none."""
         ...
 
+    def gather(self, positions: Array, dtype: DTypeLike) -> Array:
+        """Gives the latents [B, M, C + R] at positions [B, M] in `dtype`; of what is no position, any."""
+        ...
+
+    def compressed(self, dtype: DTypeLike) -> Array:
+        """Gives the compressed entries in `dtype`, by the stride whose last key completes each."""
+        ...
+
 
 @runtime_checkable
 class AnyCache(Protocol):
@@ -72,6 +80,14 @@ class AnyCache(Protocol):
         """
         ...
 
+    def positions(self, keys: KeyRange) -> Array:
+        """Gives the positions [B, T] of the tokens that are written next, of these ranges; -1 for none."""
+        ...
+
+    def write_compressed(self, layer: Layer, strides: Array, entries: Array) -> Self:
+        """Writes compressed entries [B, M, C + R] of one layer at the strides [B, M] that complete them; -1 is none."""
+        ...
+
     def layer(self, layer: Layer, indexer: Layer | None = None) -> KeyStore:
         """Gives the keys of one layer, with the index keys of the indexer that selects for it."""
         ...
@@ -86,7 +102,8 @@ class AnyCache(Protocol):
 class LayerKeys:
     """Holds one layer's keys side by side: latents [B, S, C + R], index keys [B, S, E] and their scales [B, S].
 
-    A layer that reuses a selection may lack the latter two; it can then attend, but not select.
+    A layer that reuses a selection may lack the latter two; it can then attend, but not select. One that selects by
+    compressed entries has these in place of index keys, [B, S / stride, C + R].
     """
 
     kv: Array
@@ -114,6 +131,14 @@ class LayerKeys:
         """Gives the latents, the index keys and their scales."""
         return self.kv.astype(dtype), self.k_index, self.k_scale
 
+    def gather(self, positions, dtype):
+        """Gives the latents at positions."""
+        return jnp.take_along_axis(self.kv, positions[..., None], axis=1, mode="clip").astype(dtype)
+
+    def compressed(self, dtype):
+        """Gives the compressed entries."""
+        return self.k_index.astype(dtype)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +148,9 @@ class Cache:
     Attributes:
       kv: latents [layers, B, S, C + R], of which row b holds the first `lengths[b]` tokens. Those of prediction layers
         may stand behind the model's own.
-      k_index: index keys [indexers, B, S, E], of the layers that have an indexer; e4m3 under `index_fp8`.
-      k_scale: float32 [indexers, B, S], the scale of each index key; 1 without `index_fp8`.
+      k_index: index keys [indexers, B, S, E], of the layers that have an indexer; e4m3 under `index_fp8`. Under
+        baseline "nsa" compressed entries [layers, B, S / stride, C + R].
+      k_scale: float32 [indexers, B, S], the scale of each index key; 1 without `index_fp8`. Entries have none.
       lengths: int32 [B], the tokens that each row holds.
 
     Examples:
@@ -156,12 +182,16 @@ class Cache:
             raise ValueError(
                 f"a cache holds at most max_position_embeddings = {config.max_position_embeddings} tokens, got {size}"
             )
-        rows, indexed = ((layers, batch, size) for layers in cached_layers(config, predicting))
+        layers, indexers = cached_layers(config, predicting)
+        index = batch, size, config.index_head_dim
         index_dtype = jnp.float8_e4m3fn if config.index_fp8 else config.dtype
+        if config.baseline == "nsa":  # at least one entry, if one that nobody reaches
+            strides = max(size, config.nsa.compression) // config.nsa.stride
+            index, index_dtype = (batch, strides, config.latent_dim), config.dtype
         return cls(
-            kv=jnp.zeros((*rows, config.latent_dim), config.dtype),
-            k_index=jnp.zeros((*indexed, config.index_head_dim), index_dtype),
-            k_scale=jnp.ones(indexed, jnp.float32),
+            kv=jnp.zeros((layers, batch, size, config.latent_dim), config.dtype),
+            k_index=jnp.zeros((indexers, *index), index_dtype),
+            k_scale=jnp.ones((config.num_index_layers and indexers, batch, size), jnp.float32),
             lengths=jnp.zeros(batch, jnp.int32),
         )
 
@@ -201,7 +231,18 @@ class Cache:
         if not self.k_index.shape[0]:
             return LayerKeys(self.kv[layer], None, None)
         indexer = layer if indexer is None else indexer
-        return LayerKeys(self.kv[layer], self.k_index[indexer], self.k_scale[indexer])
+        k_scale = self.k_scale[indexer] if self.k_scale.shape[0] else None
+        return LayerKeys(self.kv[layer], self.k_index[indexer], k_scale)
+
+    def positions(self, keys: KeyRange) -> Int[Array, "B T"]:
+        """Gives the positions of the T tokens that are written next: behind the `lengths`, padding too."""
+        return self.lengths[:, None] + jnp.arange(keys.stop.shape[1], dtype=jnp.int32)
+
+    def write_compressed(self, layer: Layer, strides: Int[Array, "B M"], entries: Float[Array, "B M H"]) -> Self:
+        """Writes compressed entries of one layer at the strides that complete them; what does not fit is dropped."""
+        rows, size = jnp.arange(entries.shape[0])[:, None], self.k_index.shape[2]
+        at = jnp.where(strides < 0, size, strides)
+        return dataclasses.replace(self, k_index=self.k_index.at[layer, rows, at].set(entries, mode="drop"))
 
     def advance(self, tokens: Int[Array, " B"]) -> Self:
         """Counts the new tokens of each row, once all layers have written them."""
@@ -223,6 +264,8 @@ class Pages:
     Attributes:
       latents: [layers, n, 64, C + R], or uint8 [layers, n, 64, bytes].
       index_keys: [indexers, n, 64, E], or e4m3 [indexers, n, 64 + 256 / E, E]: of the layers that have an indexer.
+        Under baseline "nsa" compressed entries in the format of latents, [layers, n, 64 / stride, …]: each in the page
+        of its last key, so that a page holds nothing of the tokens behind it.
       table: int32 [B, P], the pages of each row.
       slots: int32 [B, T], where the T tokens of the next call are written; -1 writes nothing.
       value_dim: C.
@@ -247,10 +290,14 @@ class Pages:
 
         A token with an empty range is padding and is not written.
         """
-        positions = jnp.where(keys.nonempty(), keys.stop - 1, -1)
+        positions = _last_in_reach(keys)
         if num_shards("pages") > 1:
             positions = _own_positions(positions)
         return cls(latents, index_keys, table, paged.to_slots(positions, table), value_dim)
+
+    def positions(self, keys: KeyRange) -> Int[Array, "B T"]:
+        """Gives the positions of the T tokens that are written next, as `at` does; -1 for padding."""
+        return _last_in_reach(keys)
 
     def write(
         self,
@@ -281,9 +328,21 @@ class Pages:
             index_keys=index_keys.reshape(self.index_keys.shape),
         )
 
+    def write_compressed(self, layer: Layer, strides: Int[Array, "B M"], entries: Float[Array, "B M H"]) -> Self:
+        """Writes compressed entries of one layer at the strides that complete them, in the pages of these."""
+        rows, pool = self.index_keys.shape[2], self.index_keys.reshape(-1, *self.index_keys.shape[2:])
+        slots = self._in_layer(layer, paged.to_slots(strides, self.table, rows=rows), rows)
+        flat = entries.reshape(-1, entries.shape[-1])
+        pool = paged.write_latents(pool, slots, flat, value_dim=self.value_dim)
+        return dataclasses.replace(self, index_keys=pool.reshape(self.index_keys.shape))
+
     def _slots_of(self, layer: Layer) -> Int[Array, " M"]:
         """Gives the slots of the next tokens in the pages of all layers side by side; -1 stays."""
-        size, slots = self.latents.shape[1] * paged.PAGE, self.slots.reshape(-1)
+        return self._in_layer(layer, self.slots, paged.PAGE)
+
+    def _in_layer(self, layer: Layer, slots: Int[Array, "B M"], rows: int) -> Int[Array, " M2"]:
+        """Turns slots of pages of so many rows into those in the pages of all layers side by side; -1 stays."""
+        size, slots = self.latents.shape[1] * rows, slots.reshape(-1)
         return jnp.where((slots >= 0) & (slots < size), slots + layer * size, -1)
 
     def layer(self, layer: Layer, indexer: Layer | None = None) -> "LayerPages":
@@ -355,6 +414,19 @@ class LayerPages:
             return latents, None, None
         return latents, *paged.read_index_keys(self.index_keys, self._index_table)
 
+    def gather(self, positions, dtype):
+        """Gathers the latents at positions, where one shard has them all."""
+        return paged.gather_latents(self.latents, self.table, positions, value_dim=self.value_dim, dtype=dtype)
+
+    def compressed(self, dtype):
+        """Gathers the compressed entries, where one shard has them all."""
+        return paged.read_latents(self.index_keys, self._index_table, value_dim=self.value_dim, dtype=dtype)
+
+
+def _last_in_reach(keys):
+    """Gives the last position that each query reaches, where it stands itself; -1 for none."""
+    return jnp.where(keys.nonempty(), keys.stop - 1, -1)
+
 
 # Positions of a row whose pages are dealt out, and those of one shard's pages side by side.
 
@@ -388,83 +460,3 @@ def _best_of_all(scores, positions, k):
     scores, positions = (jnp.take_along_axis(x, order, axis=-1) for x in (scores, positions))
     best = select_topk(scores, k)
     return jnp.where(best < 0, -1, jnp.take_along_axis(positions, jnp.maximum(best, 0), axis=-1))
-
-
-# How much a cache takes.
-
-
-def cached_layers(config: Config, predicting: bool) -> tuple[int, int]:
-    """Counts the layers that have latents in a cache, and the indexers that have keys there.
-
-    Args:
-      config: the model's.
-      predicting: whether prediction layers are among them, behind the model's own.
-    """
-    more = config.num_nextn_predict_layers if predicting else 0
-    return config.num_hidden_layers + more, config.num_index_layers + more
-
-
-def page_shapes(
-    config: Config, pages: int, format: str, *, predicting: bool = False
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Gives the shapes of a pool of latents and of one of index keys.
-
-    Args:
-      config: the model's. Index keys are FP8 under `index_fp8`, else in the dtype of the format.
-      pages: how many pages of each layer.
-      format: "float32", "bfloat16" or "fp8", of the latents.
-      predicting: whether there are pages of prediction layers.
-
-    Raises:
-      ValueError: for another format, or where "fp8" is asked of a model without `index_fp8`.
-    """
-    if format not in ("float32", "bfloat16", "fp8"):
-        raise ValueError(f"the cache's format must be 'float32', 'bfloat16' or 'fp8', got {format!r}")
-    if format == "fp8" and not config.index_fp8:
-        raise ValueError("the cache's format 'fp8' needs a model with index_fp8=True, got index_fp8=False")
-    value_dim, dim = config.kv_lora_rank, config.index_head_dim
-    if format == "fp8":
-        latent = paged.latent_bytes(value_dim, config.qk_rope_head_dim), jnp.uint8
-    else:
-        latent = config.latent_dim, jnp.dtype(format)
-    index = jnp.float8_e4m3fn if config.index_fp8 else jnp.dtype(format)
-    rows = paged.index_page_rows(dim, config.index_fp8)
-    layers, indexers = cached_layers(config, predicting)
-    return (
-        jax.ShapeDtypeStruct((layers, pages, paged.PAGE, latent[0]), latent[1]),
-        jax.ShapeDtypeStruct((indexers, pages, rows, dim), index),
-    )
-
-
-def token_bytes(config: Config, format: str) -> int:
-    """Counts the bytes of cache that a token takes in one layer that has an indexer, scales included.
-
-    Examples:
-      >>> from dsa_jax import Config
-      >>> token_bytes(Config.deepseek_v32(index_fp8=True), "fp8")
-      788
-      >>> token_bytes(Config.deepseek_v32(), "bfloat16")
-      1408
-    """
-    return sum(_entry_bytes(config, format))
-
-
-def cache_token_bytes(config: Config, format: str, *, predicting: bool = False) -> int:
-    """Counts the bytes of cache that a token takes in all layers; those that share a selection have no index keys.
-
-    Prediction layers count if `predicting`.
-
-    Examples:
-      >>> from dsa_jax import Config
-      >>> cache_token_bytes(Config.deepseek_v32(index_fp8=True), "fp8") == 61 * 788
-      True
-    """
-    latent, index = _entry_bytes(config, format)
-    layers, indexers = cached_layers(config, predicting)
-    return layers * latent + indexers * index
-
-
-def _entry_bytes(config, format):
-    """Counts the bytes of one token's latent and of its index key in one layer, its scale included."""
-    shapes = page_shapes(config, 1, format)
-    return [math.prod(x.shape[1:]) * x.dtype.itemsize // paged.PAGE for x in shapes]

@@ -14,7 +14,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.blockwise import contract
-from dsa_jax.cache import AnyCache, Cache, Pages, page_shapes
+from dsa_jax.cache import AnyCache, Cache, Pages
+from dsa_jax.cache_shapes import page_shapes
 from dsa_jax.config import Config
 from dsa_jax.decoder import DecoderLayer, scan_layers, split_stack, stack_layers
 from dsa_jax.key_range import KeyRange, check_keys

@@ -138,13 +138,13 @@ def _write_both(latents, index_keys, kv, k_index, slots, *, value_dim):
 
 
 def write_latents(
-    pool: Shaped[Array, "n 64 W"], slots: Int[Array, " M"], kv: Float[Array, "M H"], *, value_dim: int
-) -> Shaped[Array, "n 64 W"]:
-    """Writes the latents of M tokens at their slots; a slot outside of the pool drops its token.
+    pool: Shaped[Array, "n rows W"], slots: Int[Array, " M"], kv: Float[Array, "M H"], *, value_dim: int
+) -> Shaped[Array, "n rows W"]:
+    """Writes M latents at their slots; a slot outside of the pool drops its latent.
 
     Args:
-      pool: the pages, uint8 of FP8.
-      slots: where, in [0, 64 · n).
+      pool: the pages, uint8 of FP8; of 64 rows, or of fewer where a row stands for several tokens.
+      slots: where, in [0, rows · n).
       kv: the latents.
       value_dim: C.
     """
@@ -175,10 +175,24 @@ def _at(slots, size):
 
 
 def read_latents(
-    pool: Shaped[Array, "n 64 W"], table: Int[Array, "B P"], *, value_dim: int, dtype: DTypeLike
+    pool: Shaped[Array, "n rows W"], table: Int[Array, "B P"], *, value_dim: int, dtype: DTypeLike
 ) -> Float[Array, "B S H"]:
-    """Gathers the latents of whole sequences, S = 64 · P, in `dtype`."""
+    """Gathers the latents of whole sequences, S = rows · P, in `dtype`."""
     rows = pool[table].reshape(table.shape[0], -1, pool.shape[-1])
+    return unpack_latents(rows, value_dim, dtype) if pool.dtype == jnp.uint8 else rows.astype(dtype)
+
+
+def gather_latents(
+    pool: Shaped[Array, "n 64 W"],
+    table: Int[Array, "B P"],
+    positions: Int[Array, "B M"],
+    *,
+    value_dim: int,
+    dtype: DTypeLike,
+) -> Float[Array, "B M H"]:
+    """Gathers the latents at positions of sequences in `dtype`; of what is no position, any."""
+    slots = jnp.maximum(to_slots(positions, table), 0)
+    rows = pool.reshape(-1, pool.shape[-1]).at[slots].get(mode="promise_in_bounds")
     return unpack_latents(rows, value_dim, dtype) if pool.dtype == jnp.uint8 else rows.astype(dtype)
 
 
@@ -194,12 +208,14 @@ def read_index_keys(
     return keys, jax.lax.bitcast_convert_type(scales, jnp.float32)
 
 
-def to_slots(positions: Int[Array, "B *places"], table: Int[Array, "B P"]) -> Int[Array, "B *places"]:
-    """Turns positions of sequences into slots of the pool; what is no position becomes -1."""
-    present = (positions >= 0) & (positions < PAGE * table.shape[1])
+def to_slots(
+    positions: Int[Array, "B *places"], table: Int[Array, "B P"], *, rows: int = PAGE
+) -> Int[Array, "B *places"]:
+    """Turns positions of sequences into slots of a pool whose pages have `rows`; what is no position becomes -1."""
+    present = (positions >= 0) & (positions < rows * table.shape[1])
     safe = jnp.where(present, positions, 0)
-    pages = jnp.take_along_axis(table, (safe // PAGE).reshape(table.shape[0], -1), axis=1).reshape(positions.shape)
-    return jnp.where(present, pages * PAGE + safe % PAGE, -1)
+    pages = jnp.take_along_axis(table, (safe // rows).reshape(table.shape[0], -1), axis=1).reshape(positions.shape)
+    return jnp.where(present, pages * rows + safe % rows, -1)
 
 
 # The operations.
@@ -251,10 +267,9 @@ def _gathered_attention(q, latents, table, indices, *, value_dim, scale, impleme
     attend = partial(sparse_attention, value_dim=value_dim, scale=scale, implementation=implementation)
     if length * k >= table.shape[1] * PAGE:
         return attend(q, read_latents(latents, table, value_dim=value_dim, dtype=q.dtype), indices)
-    slots = to_slots(indices, table).reshape(batch, -1)
-    rows = latents.reshape(-1, latents.shape[-1]).at[jnp.maximum(slots, 0)].get(mode="promise_in_bounds")
-    kv = unpack_latents(rows, value_dim, q.dtype) if rows.dtype == jnp.uint8 else rows.astype(q.dtype)
-    own = jnp.where(slots < 0, -1, jnp.arange(length * k)).reshape(indices.shape)
+    kv = gather_latents(latents, table, indices.reshape(batch, -1), value_dim=value_dim, dtype=q.dtype)
+    present = (indices >= 0) & (indices < table.shape[1] * PAGE)
+    own = jnp.where(present, jnp.arange(length * k).reshape(length, k), -1)
     return attend(q, kv, own)
 
 

@@ -9,8 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = (
     "strict_json yarn nsa_sizes config_hf config stacks remat key_range rope pallas_kernels quantization blockwise nn "
-    "indexer selection attention dense_attention indexer_loss paged grouped_ffn parallel cache layers baselines moe "
-    "decoder prediction model mesh_forward hf inference chat export server __init__ __main__"
+    "indexer selection attention dense_attention indexer_loss paged grouped_ffn parallel cache_shapes cache layers "
+    "baselines moe decoder prediction model mesh_forward hf inference chat export server __init__ __main__"
 ).split()
 TOPS = ("dsa_jax", "train", "studies", "benchmarks")  # each may import those before it
 FILES = {top: sorted((ROOT / top).rglob("*.py")) for top in TOPS}

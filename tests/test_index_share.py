@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from sharded_cases import mesh_of
 
 from dsa_jax import Cache, KeyRange, PagedCache, Runner, forward_on_mesh, load_hf, save_hf, to_hf
-from dsa_jax.cache import Pages, cache_token_bytes, page_shapes
+from dsa_jax.cache import Pages
+from dsa_jax.cache_shapes import cache_token_bytes, page_shapes
 from dsa_jax.hf.table import leaves
 from dsa_jax.rope import rotation
 from dsa_jax.stacks import leaders

@@ -9,7 +9,7 @@ from flax import nnx
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import Cache, PagedCache, Runner, load_hf, save_hf
-from dsa_jax.cache import page_shapes, token_bytes
+from dsa_jax.cache_shapes import page_shapes, token_bytes
 from dsa_jax.paged import latent_bytes, pack_latents, unpack_latents
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")

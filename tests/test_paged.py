@@ -13,7 +13,8 @@ from cases import INT_MAX, INT_MIN, normal, same_bits, unchecked
 from model_cases import small_config
 
 from dsa_jax import Config, KeyRange, index_scores, paged, quantize, select_keys, sparse_attention
-from dsa_jax.cache import Pages, page_shapes, token_bytes
+from dsa_jax.cache import Pages
+from dsa_jax.cache_shapes import page_shapes, token_bytes
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 

@@ -16,7 +16,7 @@ from prediction_cases import cross_entropy, module, wide_parameters
 from sharded_cases import mesh_of
 
 from dsa_jax import Cache, KeyRange
-from dsa_jax.cache import cache_token_bytes
+from dsa_jax.cache_shapes import cache_token_bytes
 from dsa_jax.parallel.sharding import parameter_specs, path_names, spec, zigzag_order
 from dsa_jax.prediction import shift_tokens, tokens_ahead
 

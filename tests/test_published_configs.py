@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dsa_jax import Config, Transformer
-from dsa_jax.cache import cache_token_bytes
+from dsa_jax.cache_shapes import cache_token_bytes
 from dsa_jax.hf.table import leaves
 from train.optimizer import OptimizerSettings
 from train.phases import PHASES

@@ -16,19 +16,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.attention import check_latents, check_value_dim, join_heads, static_scale, zero_unreached
 from dsa_jax.baselines.blocks import keys_of_blocks
 from dsa_jax.baselines.spans import span_attention
+from dsa_jax.baselines.window import window_selection
 from dsa_jax.blockwise import accumulator, map_queries, queries_per_block
-from dsa_jax.cache import AnyCache
+from dsa_jax.cache import AnyCache, KeyStore
 from dsa_jax.config import Config
 from dsa_jax.dense_attention import latent_attention
 from dsa_jax.key_range import KeyRange, check_keys
 from dsa_jax.layers import Attention, AttentionMaps, LayerOutput, Rotation, SharedIndex, SparseMLA
 from dsa_jax.nn import new_weight, project, show_arguments
 from dsa_jax.nsa_sizes import NSASizes
+from dsa_jax.paged import FEW_QUERIES
 from dsa_jax.pallas_kernels import Implementation
 from dsa_jax.selection import select_topk
 
@@ -208,12 +211,7 @@ def native_sparse_attention(
     if entries.shape != expected:
         raise ValueError(f"entries must be {list(expected)}, as compress_keys gives them, got {list(entries.shape)}")
     options: dict[str, Any] = dict(value_dim=value_dim, scale=static_scale(scale))
-    reach = compressed_range(keys, size, sizes=sizes)
-    with jax.named_scope("compressed"):
-        compressed, lse = latent_attention(queries[0], entries, reach, **options)
-    with jax.named_scope("select"):
-        blocks = select_by_entries(queries[0], entries, lse, keys, size=size, sizes=sizes, scale=scale)
-        blocks = checkpoint_name(blocks, "indices")
+    compressed, blocks = _attend_and_select(queries[0], entries, keys, size=size, sizes=sizes, **options)
     with jax.named_scope("selected"):
         begins = jnp.where(blocks < 0, -1, blocks * sizes.block)
         spans = dict(size=sizes.block, implementation=implementation)
@@ -227,6 +225,66 @@ def native_sparse_attention(
     return Branches(compressed, selected, window, blocks)
 
 
+def _attend_and_select(q, entries, keys, *, size, sizes, value_dim, scale):
+    """Attends to the entries, the one branch that reads all of them, and selects blocks by what it attends to."""
+    reach = compressed_range(keys, size, sizes=sizes)
+    with jax.named_scope("compressed"):
+        compressed, lse = latent_attention(q, entries, reach, value_dim=value_dim, scale=scale)
+    with jax.named_scope("select"):
+        blocks = select_by_entries(q, entries, lse, keys, size=size, sizes=sizes, scale=scale)
+        return compressed, checkpoint_name(blocks, "indices")
+
+
+def attend_to_store(
+    queries: Sequence[Float[Array, "B T N H"]],
+    store: KeyStore,
+    keys: KeyRange,
+    *,
+    sizes: NSASizes,
+    value_dim: int,
+    scale: float,
+) -> Branches:
+    """Attends as `native_sparse_attention` does to what a cache holds: all entries, and the latents of two branches.
+
+    Those of the selected blocks and of the window are gathered by position. No gradient is meant.
+
+    Args:
+      queries: in latent form, of each branch in the order of `BRANCHES`.
+      store: of one layer, with every entry that is complete.
+      keys, sizes, value_dim, scale: as in `native_sparse_attention`.
+    """
+    size, before = store.size, sizes.compression // sizes.stride - 1  # strides that complete no entry
+    start, stop = _clipped(keys, size)
+    options: dict[str, Any] = dict(value_dim=value_dim, scale=scale)
+    entries = store.compressed(queries[0].dtype)[:, before:]
+    # A row may hold several sequences, and a weight of 0 times NaN is NaN: only who reaches what is not finite gets it.
+    finite = jnp.all(jnp.isfinite(entries), axis=-1)
+    entries = jnp.where(finite[..., None], entries, 0)
+    compressed, blocks = _attend_and_select(queries[0], entries, keys, size=size, sizes=sizes, **options)
+    lost = _reaches_any(~finite, compressed_range(keys, size, sizes=sizes))
+    compressed = jnp.where(lost[..., None, None], jnp.nan, compressed)
+    with jax.named_scope("selected"):
+        selected, _ = store.attend(queries[1], _keys_of(blocks, keys, size, sizes), **options)
+    with jax.named_scope("window"):
+        last = window_selection(KeyRange(start, stop), min(sizes.window, size))
+        window, _ = store.attend(queries[2], last, **options)
+    return Branches(compressed, selected, window, blocks)
+
+
+def completed_strides(positions: Int[Array, "B T"], *, sizes: NSASizes) -> Int[Array, "B T"]:
+    """Lists the strides of keys whose last one stands at one of `positions` and completes an entry, the last first.
+
+    Entry i is complete with the last key of stride i + compression / stride - 1. Behind them stands -1.
+
+    Examples:
+      >>> completed_strides(jnp.array([[30, 31, 32, 47, -1]]), sizes=NSASizes()).tolist()
+      [[2, 1, -1, -1, -1]]
+    """
+    behind = positions + 1
+    completes = (behind % sizes.stride == 0) & (behind >= sizes.compression)
+    return -jnp.sort(jnp.where(completes, 1 - behind // sizes.stride, 1), axis=1)
+
+
 class Compression(nnx.Module):
     """Holds the map of keys to entries, and the matrix that expands these to each head's keys and values."""
 
@@ -236,6 +294,39 @@ class Compression(nnx.Module):
         self.up_proj = new_weight(config, rngs, dim, dim)
         self.down_proj = nnx.Param(jnp.zeros((dim, dim), config.param_dtype))  # it begins as the mean
         self.kv_b_proj = _expansion(config, rngs)
+
+    def __call__(self, kv: Float[Array, "B S H"], sizes: NSASizes) -> Float[Array, "B M H"]:
+        """Compresses keys as `compress_keys` does."""
+        return compress_keys(kv, self.position[...], self.up_proj[...], self.down_proj[...], sizes=sizes)
+
+    def complete(
+        self, store: KeyStore, strides: Int[Array, "B M"], dtype: DTypeLike, sizes: NSASizes
+    ) -> Float[Array, "B M H"]:
+        """Computes the entries that `completed_strides` lists, of keys that a cache holds; where that has -1, any.
+
+        Of many tokens as many at a time as one sequence completes by them, and no more often than is needed: mostly
+        once, and again where a row holds more sequences.
+        """
+        batch, count = strides.shape
+        some = max(-(-count // sizes.stride), min(count, FEW_QUERIES))
+
+        def compute(strides):
+            first = (strides + 1) * sizes.stride - sizes.compression
+            places = first[..., None] + jnp.arange(sizes.compression, dtype=first.dtype)
+            kv = store.gather(places.reshape(batch, -1), dtype)
+            return self(kv.reshape(-1, sizes.compression, kv.shape[-1]), sizes).reshape(batch, -1, kv.shape[-1])
+
+        if some == count:
+            return compute(strides)
+
+        def step(turn, entries):
+            own = jax.lax.dynamic_slice_in_dim(strides, turn * some, some, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(entries, compute(own), turn * some, axis=1)
+
+        strides = jnp.pad(strides, ((0, 0), (0, -count % some)), constant_values=-1)
+        turns = -(-jnp.max(jnp.sum(strides >= 0, axis=1)) // some)
+        entries = jax.eval_shape(compute, strides)
+        return jax.lax.fori_loop(0, turns, step, jnp.zeros(entries.shape, entries.dtype))[:, :count]
 
 
 class Window(nnx.Module):
@@ -258,8 +349,8 @@ class NativeSparseMLA(SparseMLA):
     dense attention; `kv_b_proj` is that of the selected blocks, the other branches have one of their own. The gates are
     a sigmoid of the hidden state for each head and branch. It runs on one device.
 
-    A cache holds latents alone. Each step reads all of them and compresses them anew, which takes time in proportion to
-    S where the paper's decoding keeps the entries.
+    A cache holds the latents and, in the place of index keys, the entries: with its last key an entry is computed and
+    kept. A step reads the entries, S / stride of them, the selected blocks and the window.
     """
 
     def __init__(self, config: Config, *, indexer: bool = True, rngs: nnx.Rngs):
@@ -294,23 +385,36 @@ class NativeSparseMLA(SparseMLA):
         if attention != "sparse" or selected is not None or shared is not None:
             got = "attention='dense'" if attention != "sparse" else "a selection"
             raise ValueError(f"baseline 'nsa' attends by its own three branches alone, got {got}")
-        p = self.project(x, rotation)
-        shard = self._to_shard(p, keys, None, cache, (layer, None))
-        config, kv = self.config, zero_unreached(shard.store.read(p.q.dtype)[0], keys)
+        p, config = self.project(x, rotation), self.config
         weights = [each[...] for each in (self.compression.kv_b_proj, self.kv_b_proj, self.window.kv_b_proj)]
-        with jax.named_scope("compress"):
-            own = self.compression
-            entries = compress_keys(kv, own.position[...], own.up_proj[...], own.down_proj[...], sizes=config.nsa)
         queries = [self._latent_queries(p.q, weight) for weight in weights]
-        options: dict[str, Any] = dict(value_dim=config.kv_lora_rank, scale=config.softmax_scale)
-        found = native_sparse_attention(queries, kv, entries, keys, sizes=config.nsa, **options)
+        options: dict[str, Any] = dict(sizes=config.nsa, value_dim=config.kv_lora_rank, scale=config.softmax_scale)
+        shard = self._to_shard(p, keys, None, cache, (layer, None))
+        cache, store = shard.cache, shard.store
+        if cache is None:
+            kv = zero_unreached(store.read(p.q.dtype)[0], keys)
+            with jax.named_scope("compress"):
+                entries = self.compression(kv, config.nsa)
+            found = native_sparse_attention(queries, kv, entries, keys, **options)
+        else:
+            cache = self._write_completed(cache, store, layer, keys, p.q.dtype)
+            store = cache.layer(layer)
+            found = attend_to_store(queries, store, keys, **options)
         outs = found.compressed, found.selected, found.window
         gates, out = self._gates(x), jnp.zeros((), accumulator(x))
         for branch, (each, weight) in enumerate(zip(outs, weights, strict=True)):
             values = project("btnc,cnv->btnv", each, weight[..., config.qk_nope_head_dim :])
             out = out + gates[..., branch, None] * values.astype(gates.dtype)
-        chosen = keys_of_blocks(found.blocks, *_clipped(keys, kv.shape[1]), config.nsa.block)[..., : kv.shape[1]]
-        return self._from_shard(p, out.astype(x.dtype), None, chosen, shard.cache)
+        chosen = _keys_of(found.blocks, keys, store.size, config.nsa)
+        return self._from_shard(p, out.astype(x.dtype), None, chosen, cache)
+
+    def _write_completed(self, cache: AnyCache, store: KeyStore, layer, keys: KeyRange, dtype) -> AnyCache:
+        """Writes the entries that the tokens of this call complete, which the cache holds already."""
+        sizes = self.config.nsa
+        with jax.named_scope("compress"):
+            strides = completed_strides(cache.positions(keys), sizes=sizes)
+            entries = self.compression.complete(store, strides, dtype, sizes)
+            return cache.write_compressed(layer, strides, entries)
 
     def _latent_queries(self, q, weight):
         """Takes queries to latent form by one branch's matrix."""
@@ -339,6 +443,18 @@ class NativeSparseMLA(SparseMLA):
           ValueError: always.
         """
         raise ValueError("baseline 'nsa' has three attentions and no index scores, and so no attention maps")
+
+
+def _keys_of(blocks, keys: KeyRange, size: int, sizes: NSASizes):
+    """Lists the keys in reach of the blocks as canonical positions, no wider than there are keys."""
+    return keys_of_blocks(blocks, *_clipped(keys, size), sizes.block)[..., :size]
+
+
+def _reaches_any(marked: Array, keys: KeyRange) -> Array:
+    """Tells for each query whether it reaches one of the keys that are marked, bool [B, S]."""
+    counts = jnp.pad(jnp.cumsum(marked, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    below = [jnp.take_along_axis(counts, edge, axis=1, mode="clip") for edge in (keys.start, keys.stop)]
+    return (below[1] > below[0]) & keys.nonempty()
 
 
 def _clipped(keys: KeyRange, size: int) -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Int, Int32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dsa_jax.cache import cache_token_bytes, page_shapes
+from dsa_jax.cache_shapes import cache_token_bytes, page_shapes
 from dsa_jax.config import Config
 from dsa_jax.paged import PAGE
 from dsa_jax.parallel.sharding import check_model, shards, spec

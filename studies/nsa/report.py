@@ -14,7 +14,8 @@ import tyro
 from matplotlib.figure import Figure
 
 from dsa_jax import Config
-from dsa_jax.cache import cache_token_bytes
+from dsa_jax.cache_shapes import cache_token_bytes, page_shapes
+from dsa_jax.paged import PAGE
 from studies.needle import scaling
 from studies.needle.maps import NEEDLES, Maps, draw_maps, table_of
 from studies.needle.questions import Cell
@@ -218,10 +219,10 @@ def _cache(founds: Sequence[Found]) -> list[str]:
     return [
         "## Cache",
         "",
-        "Bytes of cache that a token takes in all layers, latents and index keys in FP8. Held is what this library "
-        "keeps: for NSA latents alone, of which every step compresses the entries anew, and for the window all of "
-        "them. Needed is what the method has to keep: of NSA an entry beside every few latents, of the window the last "
-        "K latents however long the text, here a token's share of them at the length of the study.",
+        "Bytes of cache that a token takes in all layers, latents, entries and index keys in FP8. Held is what this "
+        "library keeps: for the window and for dense attention all latents and index keys. Needed is what the method "
+        "has to keep: of NSA an entry beside every few latents, of the window the last K latents however long the "
+        "text, here a token's share of them at the length of the study.",
         "",
         *_cache_table(founds),
     ]
@@ -232,15 +233,13 @@ def _cache_table(founds: Sequence[Found]) -> list[str]:
     rows = []
     for name, side in sides(preset, max(preset.lengths)).items():
         config = dataclasses.replace(side.config, index_fp8=True)
-        latents = cache_token_bytes(dataclasses.replace(config, baseline="nsa"), FORMAT)  # it has no index keys
-        held = cache_token_bytes(config, FORMAT)
+        pool = page_shapes(config, 1, FORMAT)[0]
+        latents, held = pool.size * pool.dtype.itemsize // PAGE, cache_token_bytes(config, FORMAT)
         rows.append((f"`{name}`", f"{held:,}", f"{_needed(name, config, latents, held, max(preset.lengths)):,.0f}"))
     return markdown_table(("cache of a token, bytes", "held", "needed"), rows)
 
 
 def _needed(name: str, config: Config, latents: int, held: int, length: int) -> float:
-    if name == "nsa":
-        return latents * (1 + 1 / config.nsa.stride)
     if name == "window":
         return latents * min(1.0, config.index_topk / length)
     return latents if name == DENSE else held
@@ -251,8 +250,8 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "## Time and memory by length",
         "",
         "One row of random tokens, random weights, one seed's machine. Memory is what a program needs beside its "
-        "arguments. Decode is of one sequence through pages of an FP8 cache, the host's time included. NSA's decoding "
-        "compresses all latents at every step: it is no measure of the method, whose cache keeps the entries.",
+        "arguments. Decode is of one sequence through pages of an FP8 cache, the host's time included. NSA's reads "
+        "the entries that its cache keeps, the selected blocks and the window.",
         "",
         *scaling.table([dict(row) for row in rows]),
     ]

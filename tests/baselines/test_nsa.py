@@ -1,4 +1,4 @@
-"""Native Sparse Attention: its functions against float64 NumPy, its layer over packed rows, caches and pages."""
+"""Native Sparse Attention: its functions against float64 NumPy, and its layer over packed rows."""
 
 import dataclasses
 import functools
@@ -15,10 +15,11 @@ from flax import nnx
 from model_cases import forward, model_parts, small_config, small_model, tokens
 from sharded_cases import mesh_of
 
-from dsa_jax import Cache, Config, KeyRange, NSASizes, generate, save_hf
+from dsa_jax import Config, KeyRange, NSASizes, generate, save_hf
 from dsa_jax.baselines import compress_keys, native_sparse_attention, select_by_entries, span_attention
 from dsa_jax.baselines import nsa as module
 from dsa_jax.blockwise import BLOCK_ELEMENTS
+from dsa_jax.cache import LayerKeys
 from dsa_jax.pallas_kernels import assume_gpu
 from dsa_jax.parallel.sharding import check_model
 from train.evaluation.evaluate import check_selects
@@ -54,6 +55,14 @@ def attended(queries, kv, weights, keys):
     return entries, native_sparse_attention(queries, kv, entries, keys, sizes=SIZES, value_dim=C, scale=SCALE)
 
 
+@jax.jit
+def attended_in_cache(queries, kv, entries, keys):
+    """The same of a store that has each entry at its last stride, and NaN where nobody reaches."""
+    room = ((0, 0), (SIZES.compression // SIZES.stride - 1, 0), (0, 0))
+    store = LayerKeys(kv, jnp.pad(entries, room, constant_values=jnp.nan), None)
+    return module.attend_to_store(queries, store, keys, sizes=SIZES, value_dim=C, scale=SCALE)
+
+
 def expected(queries, kv, weights, keys):
     """The entries, the lists of each branch, and the blocks."""
     rows = reference.reachable(keys.start, keys.stop, S)
@@ -74,9 +83,16 @@ def test_values_are_the_definitions(name, small_blocks):
     own, lists, blocks = expected(queries, kv, weights, RANGES[name])
     close(entries, own, 1e-5)
     padded = [[[*row, *[-1] * (SIZES.blocks - len(row))] for row in batch] for batch in blocks]
-    np.testing.assert_array_equal(found.blocks, padded)
+    unread = np.ones((B, S), bool)
+    for b, batch in enumerate(reference.reachable(RANGES[name].start, RANGES[name].stop, S)):
+        unread[b, np.concatenate(batch).astype(int)] = False
+    kept = attended_in_cache(queries, poison(kv, unread), entries, RANGES[name])
+    for each in found, kept:
+        np.testing.assert_array_equal(each.blocks, padded)
     for branch, keys, q, rows in zip(module.BRANCHES, (own, kv, kv), queries, lists, strict=True):
-        close(getattr(found, branch), reference.latent_attention(q, keys, rows, C, SCALE)[0], 2e-5)
+        attended_to = reference.latent_attention(q, keys, rows, C, SCALE)[0]
+        for each in found, kept:
+            close(getattr(each, branch), attended_to, 2e-5)
 
 
 def test_gradients_are_the_definitions(small_blocks):
@@ -239,7 +255,7 @@ def test_the_config_chooses_and_there_is_no_indexer():
     layer = next(small_model(CONFIG).layers()).self_attn
     assert type(layer) is module.NativeSparseMLA and layer.indexer is None
     assert not any("indexer" in str(path) for path, _ in jax.tree.leaves_with_path(model_parts(CONFIG)[1]))
-    assert CONFIG.num_index_layers == 0 and Cache.empty(CONFIG, 1, 8).k_index.size == 0
+    assert CONFIG.num_index_layers == 0
 
 
 def test_a_layer_is_its_branches_by_its_gates():
@@ -285,16 +301,6 @@ def test_padding_changes_nothing_and_documents_do_not_mix(whole):
     keys = KeyRange.lengths(jnp.array([20, 20]), 40)
     _, alone = forward(CONFIG, moved, keys=keys)
     np.testing.assert_allclose(logits[1, 16:36], alone[1, :20], rtol=1e-5, atol=1e-5)
-
-
-def test_prefill_in_chunks_over_a_cache_equals_the_whole():
-    ids = tokens(2, 40)
-    _, logits = forward(CONFIG, ids, keys=KeyRange.causal(2, 40))
-    cache = Cache.empty(CONFIG, 2, 44)
-    for first in (0, 20):
-        part, found = forward(CONFIG, ids[:, first : first + 20], cache=cache)
-        cache = part.cache
-        np.testing.assert_allclose(found, logits[:, first : first + 20], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
