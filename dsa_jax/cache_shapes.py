@@ -1,4 +1,4 @@
-"""How much a cache takes: the shapes of its pools, and the bytes of a token."""
+"""How much a cache takes: the shapes of its pools, the bytes of a token, and the pages that memory has room for."""
 
 import math
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from dsa_jax import paged
 from dsa_jax.config import Config
+
+USABLE_FRACTION = 0.9  # of the free memory: the rest is for what the compiler makes and for fragments
 
 
 def cached_layers(config: Config, predicting: bool) -> tuple[int, int]:
@@ -85,6 +87,33 @@ def cache_token_bytes(config: Config, format: str, *, predicting: bool = False) 
     latents, index_keys = _page_bytes(config, format)
     layers, indexers = cached_layers(config, predicting)
     return math.ceil((layers * latents + indexers * index_keys) / paged.PAGE)
+
+
+def pages_that_fit(
+    config: Config, *, format: str, batch: int, length: int, memory: int, predicting: bool = False
+) -> int:
+    """Counts the pages of all layers that fit into `memory` bytes, beside the index scores of a decode step.
+
+    Args:
+      config: the model's.
+      format: of the latents.
+      batch: rows of a decode step, each with float32 scores of `length` keys.
+      length: the longest sequence, in tokens.
+      memory: the free bytes, of which a tenth is left alone.
+      predicting: whether pages have entries of prediction layers.
+
+    Raises:
+      ValueError: if not even one page fits.
+    """
+    scores = 4 * batch * length
+    page = paged.PAGE * cache_token_bytes(config, format, predicting=predicting)
+    pages = int((USABLE_FRACTION * memory - scores) // page)
+    if pages < 1:
+        raise ValueError(
+            f"a page takes {page:,} bytes beside {scores:,} bytes of index scores, "
+            f"got {memory:,} bytes of memory, of which {USABLE_FRACTION:.0%} is used"
+        )
+    return pages
 
 
 def _page_bytes(config, format):

@@ -6,10 +6,11 @@ step. `Runner` runs a model over a `PagedCache` a step at a time, for engines of
 turns, each drawn on the device in one program, as rollouts with tools do.
 """
 
+from dsa_jax.cache_shapes import pages_that_fit
 from dsa_jax.inference.engine import Engine
 from dsa_jax.inference.generate import Completions, complete, generate, stream
 from dsa_jax.inference.llm import LLM, Output, Result
-from dsa_jax.inference.pages import OutOfPages, PagedCache, check_table, pages_that_fit
+from dsa_jax.inference.pages import OutOfPages, PagedCache, check_table
 from dsa_jax.inference.params import PromptToken, Record, Request, SamplingParams, StructuredOutputs, Token
 from dsa_jax.inference.sampling import sample
 from dsa_jax.inference.speculative import MTP, Drafter, NGram

@@ -43,7 +43,8 @@ class SlotControls:
           slots: int32 [B].
         """
         if self._rules is None or self._counts is None:
-            self._rules, self._counts = self._place(_empty(self.slots + 1, self.vocab))
+            made: tuple[Rules, Counts] = self._place(_empty(self.slots + 1, self.vocab))
+            self._rules, self._counts = made
         for work in rows:
             if work is not None and self._held.get(work.sequence.slot) != work.sequence.cached:
                 self._load(work.sequence, work.number)

@@ -25,12 +25,10 @@ from jaxtyping import Array, Int, Int32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dsa_jax.cache_shapes import cache_token_bytes, page_shapes
+from dsa_jax.cache_shapes import page_shapes, pages_that_fit
 from dsa_jax.config import Config
 from dsa_jax.paged import PAGE
 from dsa_jax.parallel.sharding import check_model, shards, spec
-
-USABLE_FRACTION = 0.9  # of the free memory: the rest is for what the compiler makes and for fragments
 
 
 class OutOfPages(RuntimeError):
@@ -442,33 +440,6 @@ def _copy_page(latents, index_keys, source, target):
 @partial(jax.jit, donate_argnums=(0, 1))
 def _write_pages(latents, index_keys, pages, new_latents, new_index_keys):
     return latents.at[:, pages].set(new_latents), index_keys.at[:, pages].set(new_index_keys)
-
-
-def pages_that_fit(
-    config: Config, *, format: str, batch: int, length: int, memory: int, predicting: bool = False
-) -> int:
-    """Counts the pages of all layers that fit into `memory` bytes, beside the index scores of a decode step.
-
-    Args:
-      config: the model's.
-      format: of the latents.
-      batch: rows of a decode step, each with float32 scores of `length` keys.
-      length: the longest sequence, in tokens.
-      memory: the free bytes, of which a tenth is left alone.
-      predicting: whether pages have entries of prediction layers.
-
-    Raises:
-      ValueError: if not even one page fits.
-    """
-    scores = 4 * batch * length
-    page = PAGE * cache_token_bytes(config, format, predicting=predicting)
-    pages = int((USABLE_FRACTION * memory - scores) // page)
-    if pages < 1:
-        raise ValueError(
-            f"a page takes {page:,} bytes beside {scores:,} bytes of index scores, "
-            f"got {memory:,} bytes of memory, of which {USABLE_FRACTION:.0%} is used"
-        )
-    return pages
 
 
 def _free_memory() -> int:

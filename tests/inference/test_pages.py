@@ -18,9 +18,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from model_cases import small_config, small_model, tokens
 from safetensors.numpy import save_file
 
-from dsa_jax.cache_shapes import token_bytes
+from dsa_jax.cache_shapes import pages_that_fit, token_bytes
 from dsa_jax.inference import pages as module
-from dsa_jax.inference.pages import FreePages, OutOfPages, PagedCache, check_table, pages_that_fit
+from dsa_jax.inference.pages import FreePages, OutOfPages, PagedCache, check_table
 from dsa_jax.inference.step import Runner
 from dsa_jax.layers import Attention
 from dsa_jax.parallel import make_mesh
