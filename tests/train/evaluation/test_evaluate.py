@@ -67,9 +67,9 @@ def make(config, seed):
 
     def draw(path, leaf):
         around = 1.0 if path[-1].key == "weight" and leaf.ndim < 3 else 0.0  # norms
-        return jnp.asarray(rng.normal(around, 0.3, leaf.shape), leaf.dtype)
+        return rng.normal(around, 0.3, leaf.shape).astype(leaf.dtype)
 
-    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+    return graphdef, jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 @pytest.fixture(scope="module")
