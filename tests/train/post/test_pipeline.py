@@ -47,16 +47,17 @@ TASKS = list(tasks().values())
 ONE_LAYER = post_model(num_hidden_layers=1, first_k_dense_replace=0)  # compiles in half the time
 
 
-def train(folder, *stages, resume=False, stopping=None, **changes):
-    config = post_config(*stages, **changes)
-    console = Console(quiet=True)
-    return PostTraining(config, folder, tasks(), stopping=stopping, console=console).run(resume=resume)
+def train(folder, *stages, resume=False, stopping=None, played=None, **changes):
+    config, console = post_config(*stages, **changes), Console(quiet=True)
+    return PostTraining(config, folder, played or tasks(), stopping=stopping, console=console).run(resume=resume)
 
 
 @pytest.mark.usefixtures("in_a_hurry")
 def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
-    two = (start_stage(1, dense_alone=True), policy_stage(steps=1))
-    options = dict(model=ONE_LAYER, evaluation_prompts=8)  # as many rows as in training, so the same programs
+    """Of one task, and of as many problems and rows in training as in measuring, so that programs serve both."""
+    specialist = policy_stage(steps=1, policy=dataclasses.replace(POLICY, num_generations=2))
+    two, config = (start_stage(1, dense_alone=True), specialist), dict(model=ONE_LAYER, evaluation_prompts=8)
+    options = dict(played={"copy": copy_task()}, **config)
     found = train(tmp_path, *two, **options)
     like = abstract_params(ONE_LAYER)[1]
     origin = json.loads((tmp_path / "specialist" / "run.json").read_text())["init"]
@@ -70,8 +71,8 @@ def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
     with pytest.raises(ValueError, match="already holds a post-training: --resume continues it"):
         train(tmp_path, *two, **options)
     with pytest.raises(ValueError, match="stage start .* has begun and must stay as it was, but is another here"):
-        train(tmp_path, start_stage(2, dense_alone=True), policy_stage(steps=1), **options, resume=True)
-    report = write_report(post_config(*two, **options), tmp_path).read_text()
+        train(tmp_path, start_stage(2, dense_alone=True), specialist, **options, resume=True)
+    report = write_report(post_config(*two, **config), tmp_path).read_text()
     assert "| specialist |" in report and (tmp_path / "reward.png").stat().st_size > 1000
 
 
