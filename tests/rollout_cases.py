@@ -11,11 +11,12 @@ from model_cases import small_config, small_model
 from train.data import Batch, Replay, window_row
 from train.phases import split_groups
 from train.post.environment import Episode, Step, Task
-from train.post.recorded import replay_of
+from train.post.recorded import Recording, replay_of
 from train.post.rollout import Rollouts
 
 CONFIG = small_config(vocab_size=16, num_attention_heads=4, moe_intermediate_size=24, max_position_embeddings=128)
 LENGTH = 96
+ALL = Recording(routes=True, kept=True, selections=True)
 
 
 class Letters:
@@ -72,14 +73,15 @@ def graphdef_and_params(config=CONFIG):
 
 
 def make(*, config=CONFIG, params=None, **options: Any) -> Rollouts:
+    """Makes them of four rows that record everything, as most tests have them: so they share what is compiled."""
     graphdef, own = graphdef_and_params(config)
-    values: dict[str, Any] = dict(seq_len=LENGTH, rows=4, cache_format=config.dtype) | options
+    values: dict[str, Any] = dict(seq_len=LENGTH, rows=4, record=ALL, cache_format=config.dtype) | options
     rollouts = Rollouts(graphdef, Letters(), **values)
     rollouts.update(own if params is None else params)
     return rollouts
 
 
-SETTINGS: dict[str, Any] = dict(num_generations=3, max_completion_length=48, temperature=0.9, seed=5)
+SETTINGS: dict[str, Any] = dict(num_generations=3, max_completion_length=48, temperature=0.9, top_p=0.8, seed=5)
 
 
 def tokens_of(episode: Episode) -> np.ndarray:

@@ -154,6 +154,11 @@ def state_of(run, phase=0):
     return dataclasses.replace(state, step=jnp.asarray(3, jnp.int32))
 
 
+@jax.jit
+def _one_more(params):
+    return jax.tree.map(lambda x: x + 1, params)
+
+
 def fake_step(bad_at):
     """Stands in for `make_step`: adds one to every parameter, and reports a loss that is NaN at one step of a phase."""
 
@@ -161,8 +166,7 @@ def fake_step(bad_at):
         def step(state, batch):
             done = int(state.step) + 1
             loss = np.nan if (settings.name, done) == bad_at else 1.0 / done
-            params = jax.tree.map(lambda x: x + 1, state.params)
-            state = dataclasses.replace(state, step=state.step + 1, params=params)
+            state = dataclasses.replace(state, step=state.step + 1, params=_one_more(state.params))
             return state, {"loss": jnp.asarray(loss), "lm_loss": jnp.asarray(loss)}
 
         return step

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from dsa_jax.inference.programs import padding_settings
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
-CONFIG = small_config(max_position_embeddings=256)
+CONFIG = small_config(max_position_embeddings=256, first_k_dense_replace=2)  # without experts compiled sooner
+EXPERTS = small_config(max_position_embeddings=256)
 FP8 = small_config(max_position_embeddings=256, index_fp8=True)
 ROUTED = small_config(max_position_embeddings=256, first_k_dense_replace=1)
 NEAR = 1e-5
+CHUNKED: dict[str, Any] = dict(prefill_chunk=50, max_length=256, return_selected=True)  # three tests share its programs
 LENGTHS = (70, 5, 131)  # below K, across a page, across two
 
 
@@ -53,12 +56,12 @@ def whole(config, length):
 @pytest.mark.parametrize("chunk", the_first(1, [50, 16, 4096]))
 def test_prefill_in_chunks_equals_the_forward_pass(chunk):
     """Ragged prompts, packed in rows of `chunk` tokens."""
-    sequences, found = prefilled(make(prefill_chunk=chunk, return_selected=True))
+    sequences, found = prefilled(make(EXPERTS, **CHUNKED | dict(prefill_chunk=chunk)))
     assert found.selected is not None
     for row, length in enumerate(LENGTHS):
-        logits, selected = whole(CONFIG, length)
+        logits, selected = whole(EXPERTS, length)
         np.testing.assert_allclose(found.logits[row], logits[-1], atol=NEAR)
-        width = min(selected.shape[-1], CONFIG.index_topk)
+        width = min(selected.shape[-1], EXPERTS.index_topk)
         np.testing.assert_array_equal(found.selected[row][..., :width], selected[..., :width])
         assert np.all(found.selected[row][..., width:] == -1)
     assert len(sequences) == len(set(sequences))
@@ -66,7 +69,7 @@ def test_prefill_in_chunks_equals_the_forward_pass(chunk):
 
 def test_short_prompts_attend_densely_and_agree_across_the_border():
     """Below K the multi-head form runs over the same keys; the index keys that it writes serve what comes later."""
-    config = small_config(max_position_embeddings=256, index_topk=80)
+    config = small_config(max_position_embeddings=256, first_k_dense_replace=2, index_topk=80)
     results = {}
     for below in (0, 80):
         runner = make(config, dense_below=below)
@@ -80,14 +83,14 @@ def test_short_prompts_attend_densely_and_agree_across_the_border():
 
 def test_a_prefix_is_shared_by_a_fork():
     """Both branches go on as the whole prompt does, whichever writes first, though the prefix ends within a page."""
-    runner = make()
+    runner = make(EXPERTS, **CHUNKED)
     ids = prompts([131])[0]
     first = runner.cache.new()
     runner.prefill([first], [ids[:70]])
     second = runner.cache.fork(first)
     runner.prefill([second], [np.flip(ids[:30])])
     found = runner.prefill([first], [ids[70:]])
-    np.testing.assert_allclose(found.logits[0], whole(CONFIG, 131)[0][-1], atol=NEAR)
+    np.testing.assert_allclose(found.logits[0], whole(EXPERTS, 131)[0][-1], atol=NEAR)
     runner.cache.check()
 
 
@@ -97,7 +100,7 @@ def test_a_prefix_is_shared_by_a_fork():
 @pytest.mark.parametrize("count", the_first(1, [3, 1, 2, 4]))
 def test_tokens_appended_together_equal_the_forward_pass(count):
     """One to four tokens a row, with a row of padding between; then they are taken back and appended again."""
-    runner = make()
+    runner = make(EXPERTS, **CHUNKED)
     sequences = [runner.cache.new() for _ in range(2)]
     ids = prompts([131, 70])
     runner.prefill(sequences, [ids[0][:-count], ids[1][:-count]])
@@ -106,7 +109,7 @@ def test_tokens_appended_together_equal_the_forward_pass(count):
     for _ in range(2):
         logits = np.asarray(runner.extend(rows, taken))
         for row, length in ((0, 131), (2, 70)):
-            np.testing.assert_allclose(logits[row], whole(CONFIG, length)[0][-count:], atol=NEAR)
+            np.testing.assert_allclose(logits[row], whole(EXPERTS, length)[0][-count:], atol=NEAR)
         for sequence in sequences:
             runner.cache.truncate(sequence, runner.cache.length(sequence) - count)
 
@@ -230,7 +233,7 @@ def test_pools_are_donated():
     arguments, stops = decode_arguments(runner, [sequence], 20)
     memory = runner.programs.decode.lower(*arguments, "greedy").compile().memory_analysis()
     assert memory.alias_size_in_bytes >= runner.cache.latents.nbytes + runner.cache.index_keys.nbytes
-    runner.decode(arguments[1], arguments[3], arguments[4], stops)
+    runner.decode(arguments[1], arguments[3], arguments[4], stops, kind="greedy")
     assert before.is_deleted()
 
 

@@ -203,12 +203,13 @@ def test_padding_rows_change_nothing():
 def flops(name, **changes):
     """FLOPs of a step as it is lowered: what nothing depends on is not even in the program that XLA gets.
 
-    Of a small model with 4 index heads, 256 words and a feed-forward layer of width 512 but for `changes`.
+    Of one dense layer with 4 index heads, 256 words and a feed-forward of width 512 but for `changes`.
     """
     adamw = small_phases()["SPARSE"].backbone  # Muon's FLOPs are another matter
     settings = small_phases()[name]
     settings = dataclasses.replace(settings, backbone=adamw) if settings.backbone else settings
-    graphdef, settings, state = start(settings, **dict(intermediate_size=512) | changes)
+    sizes = dict(num_hidden_layers=1, first_k_dense_replace=1, intermediate_size=512)
+    graphdef, settings, state = start(settings, **sizes | changes)
     return make_step(graphdef, settings).lower(state, small_batch(vocab=16)).cost_analysis()["flops"]
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import the_first
+from cases import as_numpy, keys_of, the_first, topk_of
 from flax import nnx
 
-from dsa_jax import Config, KeyRange, Transformer, select_keys, select_topk
+from dsa_jax import Config, KeyRange, Transformer
 from dsa_jax import blockwise as blocks
 from dsa_jax.rope import rotation
 from train.data import DataConfig, load
@@ -67,9 +67,9 @@ def make(config, seed):
 
     def draw(path, leaf):
         around = 1.0 if path[-1].key == "weight" and leaf.ndim < 3 else 0.0  # norms
-        return jnp.asarray(rng.normal(around, 0.3, leaf.shape), leaf.dtype)
+        return rng.normal(around, 0.3, leaf.shape).astype(leaf.dtype)
 
-    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+    return graphdef, jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +101,26 @@ def softmax(logits, reach):
 
 def inputs(seed, batch=2, length=40, heads=3, dim=8):
     rng = np.random.default_rng(seed)
-    q, k = (jnp.asarray(rng.normal(size=(batch, length, heads, dim)), jnp.float32) for _ in range(2))
+    q, k = (rng.normal(size=(batch, length, heads, dim)).astype(np.float32) for _ in range(2))
     segments = np.sort(rng.integers(0, 3, (batch, length)), axis=1)
     segments[:, -3:] = -1  # padding
-    keys = KeyRange.packed(jnp.asarray(segments))
-    selected = jnp.asarray(rng.integers(-1, length, (batch, length, K)), jnp.int32)
-    return q, k, keys, selected, jnp.asarray(rng.integers(2**31, size=(batch, length)), jnp.int32)
+    keys = as_numpy(KeyRange.packed(jnp.asarray(segments)))
+    selected = rng.integers(-1, length, (batch, length, K)).astype(np.int32)
+    return q, k, keys, selected, rng.integers(2**31, size=(batch, length)).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames=("top_k", "scale"))
+def mass_of(q, k, keys, given, seeds, *, top_k=K, scale=0.7):
+    """`kept_mass`, compiled once a shape."""
+    return kept_mass(q, k, keys, given, seeds, top_k=top_k, scale=scale)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_kept_mass_is_the_attention_on_the_selected_keys(seed):
     q, k, keys, selected, seeds = inputs(seed)
-    mass, found = kept_mass(q, k, keys, {"given": selected}, seeds, top_k=K, scale=0.7)
-    reach = np.asarray(keys.mask(q.shape[1]))
+    mass, found = mass_of(q, k, keys, {"given": selected}, seeds)
+    place = np.arange(q.shape[1])
+    reach = (place >= keys.start[..., None]) & (place < keys.stop[..., None])
     p = softmax(0.7 * np.einsum("btnh,bsnh->btns", np.asarray(q, np.float64), np.asarray(k, np.float64)), reach)
     np.testing.assert_allclose(p.sum(-1), reach.any(-1), atol=1e-12)  # of norm 1
     for name, chosen in {"given": selected, **found}.items():
@@ -125,9 +132,9 @@ def test_kept_mass_is_the_attention_on_the_selected_keys(seed):
 
 
 def test_random_keys_are_reachable_distinct_and_drawn_anew():
-    q, k, keys, _, seeds = inputs(0)
-    draws = [np.asarray(kept_mass(q, k, keys, {}, seeds + i, top_k=K, scale=1.0)[1]["random"]) for i in range(50)]
-    count = np.minimum(np.asarray(keys.stop - keys.start), K)
+    q, k, keys, selected, seeds = inputs(0)
+    draws = [np.asarray(mass_of(q, k, keys, {"given": selected}, seeds + i)[1]["random"]) for i in range(50)]
+    count = np.minimum(keys.stop - keys.start, K)
     counts = np.zeros((*q.shape[:2], q.shape[1]))
     for chosen in draws:
         assert ((chosen >= 0).sum(-1) == count).all()
@@ -136,7 +143,7 @@ def test_random_keys_are_reachable_distinct_and_drawn_anew():
             assert (np.diff(row) > 0).all()
             assert ((row >= keys.start[b, t]) & (row < keys.stop[b, t])).all()
             counts[b, t, row] += 1
-    wide = np.asarray(keys.stop - keys.start) >= 2 * K
+    wide = keys.stop - keys.start >= 2 * K
     assert wide.any()
     for b, t in np.argwhere(wide):
         assert (counts[b, t, keys.start[b, t] : keys.stop[b, t]] > 0).mean() > 0.9  # no key is left out for good
@@ -144,9 +151,10 @@ def test_random_keys_are_reachable_distinct_and_drawn_anew():
 
 def test_blocks_change_nothing(monkeypatch):
     q, k, keys, selected, seeds = inputs(3)
-    whole = kept_mass(q, k, keys, {"given": selected}, seeds, top_k=K, scale=1.0)
+    whole = mass_of(q, k, keys, {"given": selected}, seeds)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 4 * 40 * 3 * 7)
-    parts = kept_mass(q, k, keys, {"given": selected}, seeds, top_k=K, scale=1.0)
+    in_parts = jax.jit(partial(kept_mass, top_k=K, scale=0.7))  # traced anew
+    parts = in_parts(q, k, keys, {"given": selected}, seeds)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
 
 
@@ -176,8 +184,8 @@ def run_layer(graph, state, x, angles, keys):
 
 def layer_by_layer(model, batch):
     """Runs the layers one by one, dense, and yields what the attention of each sees."""
-    angles = rotation(batch.positions, model.config)
-    x = model.embed_tokens[...][batch.tokens]
+    angles = jax.jit(rotation, static_argnums=1)(batch.positions, model.config)
+    x = np.asarray(model.embed_tokens[...])[batch.tokens]
     for layer in model.layers():
         x, projections, k = run_layer(*nnx.split(layer), x, angles, batch.keys)
         yield projections, k
@@ -203,7 +211,7 @@ def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held
     for number, (p, k) in enumerate(layer_by_layer(model, batch)):
         q, k = (np.asarray(x, np.float64) for x in (p.q, k))
         attention = softmax(CONFIG.softmax_scale * np.einsum("btnh,bsnh->btns", q, k), reach)
-        rows = np.asarray(select_keys(p.q_index, p.k_index, p.weights, batch.keys, k=K))
+        rows = np.asarray(keys_of(p.q_index, p.k_index, p.weights, batch.keys, K))
         kept = np.where(rows >= 0, np.take_along_axis(attention, np.maximum(rows, 0), -1), 0).sum(-1)
         np.testing.assert_allclose(mass["indexer"][number], kept, atol=1e-5, err_msg=f"layer {number}")
         best = np.sort(attention, axis=-1)[..., -K:].sum(-1)
@@ -212,8 +220,9 @@ def test_a_model_is_measured_like_its_attention_in_float64(trained, models, held
             [attention[b, t, max(start[b, t], stop[b, t] - K) : stop[b, t]].sum() for t in range(T)] for b in range(2)
         ]
         np.testing.assert_allclose(mass["window"][number], last, atol=1e-5, err_msg=f"layer {number}")
-        oracles.append(select_topk(jnp.asarray(attention, jnp.float32), K, keys=batch.keys))
-    imposed = run_model(*nnx.split(model), batch, attention="sparse", selected=jnp.stack(oracles))
+        oracles.append(topk_of(attention.astype(np.float32), K, batch.keys))
+    imposed = np.asarray(run_model(*nnx.split(model), batch, attention="sparse", selected=np.stack(oracles)))
+    hidden = as_numpy(hidden)
     # Where two keys tie to the last bits the two may differ in one; nearly nowhere.
     assert (np.abs(hidden["oracle"] - imposed).max(-1) < 1e-3).mean() > 0.97
     assert (np.abs(hidden["oracle"] - hidden["dense"]).max(-1) > 1e-2).mean() > 0.5

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import FAST
 from train_cases import small_config, small_params, small_phases, write_preset
@@ -59,8 +60,8 @@ def as_on_cpu(monkeypatch):
 @pytest.mark.parametrize("phase", ["BASE", "SPARSE"])  # Muon's moments, and AdamW's of both groups
 def test_state_is_what_placed_arrays_take(phase):
     mesh, settings = make_mesh(EIGHT), small_phases()[phase]
-    params = jax.tree.map(jnp.asarray, small_params(CONFIG))
-    state = place_state(init_state(params, settings, jax.random.key_data(jax.random.key(0))), mesh)
+    begin = jax.jit(init_state, static_argnums=1, compiler_options=FAST)
+    state = place_state(begin(small_params(CONFIG), settings, np.zeros(2, np.uint32)), mesh)
     planned = estimate.state_bytes(job(phase), EIGHT)
     for name, tree in (("parameters", state.params), ("optimizer", state.opt_state)):
         taken = Counter()

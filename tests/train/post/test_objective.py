@@ -1,5 +1,7 @@
 """The objective against its equations in float64 NumPy, and the properties that it must have."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,18 @@ def case(seed=0, spread=0.4):
     return [new, old, ref, advantages, mask]
 
 
+@functools.partial(jax.jit, static_argnames=tuple(SETTINGS))
+def terms_and_gradient(new, *rest, **settings):
+    """The terms, and the gradient of the sum of their losses; compiled once for all settings that are the same."""
+
+    def total(new):
+        terms = grpo_terms(new, *rest, **settings)
+        return jnp.sum(terms.losses), terms
+
+    gradient, terms = jax.grad(total, has_aux=True)(new)
+    return terms, gradient
+
+
 def in_float64(new, old, ref, advantages, mask, *, epsilon, epsilon_high, beta, off_policy_mask_threshold):
     """The equation, one sequence and one token at a time."""
     losses, masked = [], []
@@ -51,7 +65,7 @@ def in_float64(new, old, ref, advantages, mask, *, epsilon, epsilon_high, beta, 
 def test_the_terms_are_those_of_the_equation(seed, threshold):
     arguments, settings = case(seed), SETTINGS | {"off_policy_mask_threshold": threshold}
     losses, masked = in_float64(*arguments, **settings)
-    found = grpo_terms(*map(jnp.asarray, arguments), **settings)
+    found, _ = terms_and_gradient(*arguments, **settings)
     np.testing.assert_allclose(found.losses, losses, atol=2e-6)
     np.testing.assert_array_equal(found.masked, masked)
     if threshold == 0.0:
@@ -61,14 +75,14 @@ def test_the_terms_are_those_of_the_equation(seed, threshold):
 def test_gradients_are_those_of_differences():
     new, *rest = case(3)
     settings = SETTINGS | {"off_policy_mask_threshold": 0.0}
-    gradient = jax.grad(lambda x: jnp.sum(grpo_terms(x, *map(jnp.asarray, rest), **settings).losses))(jnp.asarray(new))
+    gradient = np.asarray(terms_and_gradient(new, *rest, **settings)[1])
     step = 1e-6
     for i, t in [(0, 1), (1, 1), (2, 2), (3, 1), (5, 3), (0, 0)]:
         moved = new.copy()
         moved[i, t] += step
         difference = (in_float64(moved, *rest, **settings)[0] - in_float64(new, *rest, **settings)[0]).sum() / step
         assert float(gradient[i, t]) == pytest.approx(difference, abs=1e-5)
-    assert not np.any(np.asarray(gradient)[~rest[-1]])
+    assert not np.any(gradient[~rest[-1]])
 
 
 def test_the_gradient_of_the_kl_where_the_policy_is_the_one_that_sampled():
@@ -95,44 +109,26 @@ def test_the_kl_is_unbiased_for_samples_of_an_older_policy():
 
 def test_what_is_outside_the_mask_carries_nothing():
     new, old, ref, advantages, mask = case(4)
-    outside = np.where(mask, new, np.nan)
-
-    def losses(x):
-        return jnp.sum(
-            grpo_terms(
-                x,
-                *map(jnp.asarray, (np.where(mask, old, np.nan), np.where(mask, ref, np.nan))),
-                jnp.asarray(advantages),
-                jnp.asarray(mask),
-                **SETTINGS,
-            ).losses
-        )
-
-    value, gradient = jax.value_and_grad(losses)(jnp.asarray(outside))
-    assert float(value) == pytest.approx(
-        float(np.sum(in_float64(new, old, ref, advantages, mask, **SETTINGS)[0])), abs=2e-6
-    )
+    outside = [np.where(mask, x, np.nan) for x in (new, old, ref)]
+    terms, gradient = terms_and_gradient(*outside, advantages, mask, **SETTINGS)
+    expected = in_float64(new, old, ref, advantages, mask, **SETTINGS)[0].sum()
+    assert np.asarray(terms.losses).sum() == pytest.approx(expected, abs=2e-6)
     assert not np.any(np.asarray(gradient)[~mask])
 
 
 def test_far_ratios_give_no_nan():
-    new, old = jnp.full((1, 2), -500.0), jnp.zeros((1, 2))
+    new, old, mask = np.full((ROWS, LENGTH), -500.0), np.zeros((ROWS, LENGTH)), np.ones((ROWS, LENGTH), bool)
     for sign in (1.0, -1.0):
         for a, b in ((new, old), (old, new)):
-            value, gradient = jax.value_and_grad(
-                lambda x, b=b, sign=sign: jnp.sum(
-                    grpo_terms(x, b, b, jnp.full(1, sign), jnp.ones((1, 2), bool), **SETTINGS).losses
-                )
-            )(a)
-            assert np.isfinite(value) and np.isfinite(gradient).all()
+            terms, gradient = terms_and_gradient(a, b, b, np.full(ROWS, sign), mask, **SETTINGS)
+            assert np.isfinite(terms.losses).all() and np.isfinite(gradient).all()
 
 
 def test_advantages_by_token():
-    new, old, ref, advantages, mask = case(5)
-    arguments = [jnp.asarray(x) for x in (new, old, ref)]
-    rows = grpo_terms(*arguments, jnp.asarray(advantages), jnp.asarray(mask), **SETTINGS)
-    by_token = jnp.broadcast_to(jnp.asarray(advantages)[:, None], mask.shape)
-    tokens = grpo_terms(*arguments, by_token, jnp.asarray(mask), **SETTINGS)
+    *arguments, advantages, mask = case(5)
+    rows, _ = terms_and_gradient(*arguments, advantages, mask, **SETTINGS)
+    by_token = np.broadcast_to(advantages[:, None], mask.shape)
+    tokens, _ = terms_and_gradient(*arguments, by_token, mask, **SETTINGS)
     np.testing.assert_allclose(rows.losses, tokens.losses, atol=1e-7)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -48,30 +47,32 @@ TASKS = list(tasks().values())
 ONE_LAYER = post_model(num_hidden_layers=1, first_k_dense_replace=0)  # compiles in half the time
 
 
-def train(folder, *stages, resume=False, stopping=None, **changes):
-    config = post_config(*stages, **changes)
-    console = Console(quiet=True)
-    return PostTraining(config, folder, tasks(), stopping=stopping, console=console).run(resume=resume)
+def train(folder, *stages, resume=False, stopping=None, played=None, **changes):
+    config, console = post_config(*stages, **changes), Console(quiet=True)
+    return PostTraining(config, folder, played or tasks(), stopping=stopping, console=console).run(resume=resume)
 
 
 @pytest.mark.usefixtures("in_a_hurry")
 def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
-    two = (start_stage(1, dense_alone=True), policy_stage(steps=1))
-    found = train(tmp_path, *two, model=ONE_LAYER)
+    """Of one task, and of as many problems and rows in training as in measuring, so that programs serve both."""
+    specialist = policy_stage(steps=1, policy=dataclasses.replace(POLICY, num_generations=2))
+    two, config = (start_stage(1, dense_alone=True), specialist), dict(model=ONE_LAYER, evaluation_prompts=8)
+    options = dict(played={"copy": copy_task()}, **config)
+    found = train(tmp_path, *two, **options)
     like = abstract_params(ONE_LAYER)[1]
     origin = json.loads((tmp_path / "specialist" / "run.json").read_text())["init"]
     assert origin["name"] == "start"
-    last = load_params(tmp_path / "start", like)
-    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), last, load_params(tmp_path / "specialist", like))
+    last, after = (jax.device_get(load_params(tmp_path / name, like)) for name in ("start", "specialist"))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), last, after)
     assert 0 < max(jax.tree.leaves(moved)) < 0.1  # from there, by one step
-    assert found["specialist"]["tasks"]["copy"]["problems"] == 4.0
+    assert found["specialist"]["tasks"]["copy"]["problems"] == 8.0
     assert 0 <= found["specialist"]["selection_overlap"] <= 1
-    assert train(tmp_path, *two, model=ONE_LAYER, resume=True) == found  # nothing is done again
+    assert train(tmp_path, *two, **options, resume=True) == found  # nothing is done again
     with pytest.raises(ValueError, match="already holds a post-training: --resume continues it"):
-        train(tmp_path, *two, model=ONE_LAYER)
+        train(tmp_path, *two, **options)
     with pytest.raises(ValueError, match="stage start .* has begun and must stay as it was, but is another here"):
-        train(tmp_path, start_stage(2, dense_alone=True), policy_stage(steps=1), model=ONE_LAYER, resume=True)
-    report = write_report(post_config(*two, model=ONE_LAYER), tmp_path).read_text()
+        train(tmp_path, start_stage(2, dense_alone=True), specialist, **options, resume=True)
+    report = write_report(post_config(*two, **config), tmp_path).read_text()
     assert "| specialist |" in report and (tmp_path / "reward.png").stat().st_size > 1000
 
 
@@ -210,7 +211,7 @@ def test_a_policy_learns_what_is_rewarded(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_path):
+def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_path, environment):
     """Runs the command in a process that is killed again and again, and compares with a run that was left alone."""
     policy = dataclasses.replace(POLICY, steps_per_generation=2)
     stages = start_stage(1, dense_alone=True), policy_stage(steps=6, policy=policy)
@@ -223,7 +224,7 @@ def test_killed_at_any_moment_it_resumes_and_nothing_is_trained_on_twice(tmp_pat
     def start(out):
         command = [sys.executable, "-m", "train", "post", "--out", str(out), *options]
         with (tmp_path / "output.txt").open("a") as output:
-            return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=output, stderr=output)
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()

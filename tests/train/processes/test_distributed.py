@@ -1,5 +1,6 @@
 """Runs on meshes, in one process and in two: the numbers are those of one device, and a mesh may change on the way."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -40,8 +41,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """BASE alone, which the command begins from nothing."""
-    model = small_config(num_attention_heads=4)
+    """BASE alone, which the command begins from nothing, of the MoE layer alone, which compiles sooner."""
+    model = small_config(num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=4)
     phases = (small_phases(Stage(STEPS, 4, 32, 2))["BASE"],)
     watched = dict(checkpoint_every=2, evaluate_every=2, keep_best=True)
     return small_run(folder / "text", model=model, phases=phases, **watched)
@@ -179,8 +180,7 @@ def test_bad_processes(capsys, config, tmp_path):
 
 
 def test_another_models_checkpoint_is_refused_on_a_mesh(config, alone, folder):
-    model = small_config(num_attention_heads=4, index_topk=5)
-    other = small_run(folder / "text", model=model, phases=config.phases)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, index_topk=5))
     with pytest.raises(ValueError, match="index_topk 4, here 5"):
         train(other, folder / "alone", mesh_of("data=2,tensor=2"), resume=True)
 
