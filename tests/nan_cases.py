@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from cases import close, hostile_indices, normal, poison_unselected, pulled
+from cases import array, close, hostile_indices, normal, poison_unselected, pulled
 
 PLACES = ("nan key", "inf key", "nan query", "inf query")
 SCALE = 0.3
@@ -10,7 +10,7 @@ SCALE = 0.3
 
 def aligned(x):
     """Makes the last column positive, so that where one is infinite every logit is +inf."""
-    return x.at[..., -1].set(jnp.abs(x[..., -1]) + jnp.asarray(0.5, x.dtype))
+    return x.at[..., -1].set(jnp.abs(x[..., -1]) + array(0.5, x.dtype))
 
 
 def selected(indices, size):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FAST, normal, the_first
+from cases import FAST, array, normal, the_first
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 from safetensors.numpy import load_file, save_file
@@ -134,7 +134,7 @@ def indexer_gradients(indexer, inputs, d_index):
     """Gradients of an indexer's parameters by those of what it makes."""
     graph, state = nnx.split(indexer)
     pull = jax.vjp(lambda state: nnx.merge(graph, state)(*inputs), state)[1]
-    return pull(tuple(jnp.asarray(x, jnp.float32) for x in d_index))[0]
+    return pull(tuple(array(x, jnp.float32) for x in d_index))[0]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_pages_have_index_keys_by_the_number_of_the_indexer():
     config = dataclasses.replace(MIXED, index_fp8=True)
     latents, index_keys = (jnp.zeros(x.shape, x.dtype) for x in page_shapes(config, 3, "fp8"))
     kv, k_index = normal(0, 1, 5, 24), normal(1, 1, 5, 16)
-    table, slots = jnp.array([[2, 0]], jnp.int32), jnp.array([[128, 129, 130, -1, 131]], jnp.int32)  # page 2
+    table, slots = array([[2, 0]], jnp.int32), array([[128, 129, 130, -1, 131]], jnp.int32)  # page 2
     pages = Pages(latents, index_keys, table, slots, 16).write(4, kv, k_index, 2).write(5, 2 * kv, None, 2)
     values, scale = reference.quantize(k_index)
     kept = np.array([0, 1, 2, 4])

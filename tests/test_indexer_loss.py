@@ -10,6 +10,7 @@ import reference
 from cases import (
     INT_MAX,
     INT_MIN,
+    array,
     causal_indices,
     close,
     hostile_indices,
@@ -172,7 +173,7 @@ def test_gradient_by_shared_keys_accumulates_in_float32(monkeypatch):
     t = 2000
     many_blocks(monkeypatch, (1, t), 2000)
     q_index, weights = jnp.ones((1, t, 1, 4), "bfloat16"), jnp.ones((1, t, 1))
-    k_index = jnp.asarray([[[1.0] * 4, [0.5] * 4]], "bfloat16")
+    k_index = array([[[1.0] * 4, [0.5] * 4]], "bfloat16")
     q, kv, indices = (
         jnp.zeros((1, t, 1, 4), "bfloat16"),
         jnp.zeros((1, 2, 4), "bfloat16"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, close, normal, same_bits, the_first, unchecked
+from cases import FAST, array, close, normal, same_bits, the_first, unchecked
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 
@@ -178,9 +178,7 @@ def test_prefill_and_decode_equal_one_full_forward(config, attention):
     for begin in (0, 8):
         real = np.clip(prompt - begin, 0, 8)
         column = np.arange(8)
-        stop = jnp.asarray(
-            np.where(column < real[:, None], np.asarray(cache.lengths)[:, None] + column + 1, 0), jnp.int32
-        )
+        stop = array(np.where(column < real[:, None], np.asarray(cache.lengths)[:, None] + column + 1, 0), jnp.int32)
         keys = KeyRange(jnp.zeros_like(stop), stop)
         out, _ = forward(config, ids[:, begin : begin + 8], keys=keys, cache=cache, attention=attention)
         for row in range(2):

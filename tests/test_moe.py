@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import the_first
+from cases import array, the_first
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,7 +89,7 @@ SHAPES = {  # tokens, experts of a token, experts, skew
 def test_values_and_gradients_match_a_loop_over_tokens(shape):
     tokens, slots, num_experts, skew = shape
     arrays = problem(0, tokens, slots, num_experts, skew=skew)
-    dy = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
+    dy = array(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
     y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, arrays[1], gates, *w), arrays[0], *arrays[2:])
     np.testing.assert_allclose(y, reference_ffn(*map(np.asarray, arrays)), atol=1e-5)
     expected = reference_gradients(*map(np.asarray, arrays), dy)
@@ -302,8 +302,8 @@ def test_the_bias_chooses_and_does_not_weigh():
 def test_routing_is_float32_whatever_the_input():
     config = Config.tiny()
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((3, 50, 16)), jnp.bfloat16)
-    weight = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
+    x = array(rng.standard_normal((3, 50, 16)), jnp.bfloat16)
+    weight = array(rng.standard_normal((16, 8)), jnp.float32)
     low, wide = (route(a, weight, jnp.zeros(8), config=config) for a in (x, x.astype(jnp.float32)))
     jax.tree.map(np.testing.assert_array_equal, low, wide)
 
@@ -323,8 +323,8 @@ def test_the_bias_moves_against_the_load():
 def test_updating_the_bias_evens_the_load():
     config = Config.tiny()
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((512, 16)) + 0.5, jnp.float32)
-    weight = jnp.asarray(rng.standard_normal((16, 8)) * 0.3, jnp.float32)
+    x = array(rng.standard_normal((512, 16)) + 0.5, jnp.float32)
+    weight = array(rng.standard_normal((16, 8)) * 0.3, jnp.float32)
     step = jax.jit(
         lambda bias: (
             update_bias(bias, load := expert_load(route(x, weight, bias, config=config)[0], None, 8), 0.01),
@@ -340,7 +340,7 @@ def test_updating_the_bias_evens_the_load():
 def test_module_is_experts_plus_shared():
     config = Config.tiny()
     layer = MoE(config, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
+    x = array(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
     valid = jnp.arange(9)[None] < jnp.asarray([9, 4])[:, None]
     y, load, chosen = jax.jit(lambda x: layer(x, valid=valid))(x)
     flat = np.asarray(x).reshape(18, -1)
@@ -356,7 +356,7 @@ def test_module_is_experts_plus_shared():
 def test_imposed_experts_get_the_routers_gates():
     config = Config.tiny()
     layer = MoE(config, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
+    x = array(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
     y, load, chosen = layer(x)
     again = layer(x, routed=chosen[..., ::-1])
     np.testing.assert_allclose(again[0], y, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import nan_cases
 import numpy as np
 import pytest
-from cases import index_inputs, normal, pulled, random_range, the_first, variants_except
+from cases import array, index_inputs, normal, pulled, random_range, the_first, variants_except
 from nan_cases import SCALE, check_attention, check_kl, is_nan_alone_at, selected, spoil, spoil_index
 
 from dsa_jax import (
@@ -94,7 +94,7 @@ def test_dense_attention(place, form):
     elif form == "heads":
         attend = lambda q, k: multihead_attention(q, k, v, keys, scale=SCALE, implementation="xla")
     else:
-        indices = jnp.asarray(np.random.default_rng(5).integers(-9, s, (b, t, 20)), jnp.int32)
+        indices = array(np.random.default_rng(5).integers(-9, s, (b, t, 20)), jnp.int32)
         attend = lambda q, k: multihead_attention(q, k, v, keys, scale=SCALE, indices=indices)
         reached = reached & selected(indices, s)
     empty = ~reached.any(-1)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from cases import INT_MAX, INT_MIN, normal, same_bits, unchecked
+from cases import INT_MAX, INT_MIN, array, normal, same_bits, unchecked
 from model_cases import small_config
 
 from dsa_jax import Config, KeyRange, index_scores, paged, quantize, select_keys, sparse_attention
@@ -279,7 +279,7 @@ def selections(length, k=16):
     absent = random.choice(np.array([-1, S, -S, INT_MIN, INT_MAX]), indices.shape)
     indices = np.where(random.random(indices.shape) < 0.3, absent, indices)
     indices[1, 0] = -1
-    return jnp.asarray(indices, jnp.int32)
+    return array(indices, jnp.int32)
 
 
 @pytest.mark.parametrize(("length", "format"), SHAPES + LONG)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import unchecked
+from cases import array, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +63,7 @@ def test_rounding_is_to_nearest_even_between_every_two_neighbours():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dequantize_is_exact_and_close(dtype):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 128)), jnp.float32)
+    x = array(np.random.default_rng(0).standard_normal((2, 3, 128)), jnp.float32)
     values, scale = quantize(x)
     restored = dequantize(values, scale, dtype=dtype)
     assert restored.dtype == dtype
@@ -74,14 +74,14 @@ def test_dequantize_is_exact_and_close(dtype):
 
 
 def test_requantizing_changes_nothing():
-    x = straight_through_quantize(jnp.asarray(np.random.default_rng(3).standard_normal((4, 32)), jnp.float32))
+    x = straight_through_quantize(array(np.random.default_rng(3).standard_normal((4, 32)), jnp.float32))
     np.testing.assert_array_equal(straight_through_quantize(x), x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_straight_through_rounds_forward_and_passes_gradients(dtype):
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 16)), dtype)
-    weight = jnp.asarray(np.random.default_rng(2).standard_normal((3, 16)), dtype)
+    x = array(np.random.default_rng(1).standard_normal((3, 16)), dtype)
+    weight = array(np.random.default_rng(2).standard_normal((3, 16)), dtype)
     rounded, pull = jax.vjp(straight_through_quantize, x)
     assert rounded.dtype == dtype
     np.testing.assert_array_equal(rounded, dequantize(*quantize(x)).astype(dtype))
@@ -116,19 +116,19 @@ def test_hadamard_is_the_orthonormal_matrix(size, rows):
 
 
 def test_hadamard_keeps_products_when_on_both_sides_only():
-    q, k = (jnp.asarray(row, jnp.float32) for row in np.random.default_rng(0).standard_normal((2, 128)))
+    q, k = (array(row, jnp.float32) for row in np.random.default_rng(0).standard_normal((2, 128)))
     np.testing.assert_allclose(jnp.vdot(hadamard(q), hadamard(k)), jnp.vdot(q, k), atol=1e-4)
     assert abs(jnp.vdot(hadamard(q), k) - jnp.vdot(q, k)) > 1
 
 
 def test_hadamard_computes_in_float32_and_keeps_the_dtype():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64)), jnp.bfloat16)
+    x = array(np.random.default_rng(0).standard_normal((4, 64)), jnp.bfloat16)
     assert hadamard(x).dtype == jnp.bfloat16
     np.testing.assert_array_equal(hadamard(x), hadamard(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
 def test_bits_of_a_row_do_not_depend_on_its_company():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((37, 128)), jnp.float32)
+    x = array(np.random.default_rng(0).standard_normal((37, 128)), jnp.float32)
     whole = jax.jit(hadamard)(x)
     np.testing.assert_array_equal(whole[5], hadamard(x[5]))
     np.testing.assert_array_equal(whole[5:6], jax.jit(hadamard)(x[5:6]))

@@ -7,6 +7,7 @@ import pytest
 import reference
 from cases import (
     FP8,
+    array,
     as_numpy,
     index_inputs,
     integers,
@@ -29,7 +30,7 @@ INF, NAN = np.inf, np.nan
 
 
 def topk(row, k):
-    return topk_of(jnp.asarray(row, jnp.float32)[None, None], k)[0, 0].tolist()
+    return topk_of(array(row, jnp.float32)[None, None], k)[0, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_hostile_rows_against_the_definition(data, shape, k):
     )
     everything = reference.reachable(np.zeros((b, t)), np.full((b, t), s), s)
     assert np.array_equal(topk_of(jnp.asarray(scores), k), reference.select_topk(scores, k, everything))
-    keys = KeyRange(jnp.asarray(edge[..., 0], jnp.int32), jnp.asarray(edge[..., 1], jnp.int32))
+    keys = KeyRange(array(edge[..., 0], jnp.int32), array(edge[..., 1], jnp.int32))
     rows = reference.reachable(keys.start, keys.stop, s)
     assert np.array_equal(topk_of(jnp.asarray(scores), k, keys), reference.select_topk(scores, k, rows))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, FP8, normal, same_bits
+from cases import FAST, FP8, array, normal, same_bits
 from sharded_cases import mesh_of, whole
 
 from dsa_jax.parallel import sharding
@@ -207,7 +207,7 @@ def test_fp8_travels_bit_for_bit():
 @pytest.mark.parametrize("dtype", ["float32", "int32", FP8])
 def test_tokens_are_sliced_and_gathered_again(dtype):
     """Every n-th to each shard; what comes back has the bits that were there."""
-    x = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 24, 3)), dtype)
+    x = array(np.random.default_rng(0).integers(0, 99, (2, 24, 3)), dtype)
 
     def run(x):
         mine = slice_tokens(x, "heads")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, INT_MAX, INT_MIN, as_numpy, same_bits
+from cases import FAST, INT_MAX, INT_MIN, array, as_numpy, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
@@ -180,7 +180,7 @@ def test_two_gpus_exchange_the_same_bits(capacity):
 
 def test_the_emulation_gives_the_documented_example():
     inputs = ([1, 2, 2, 3, 4, 0], [0, 1] * 2, [1, 2, 1, 1], [0, 0, 1, 2], [1, 1, 2, 1])
-    operand, *slices = (jnp.asarray(a, jnp.float32 if i == 0 else jnp.int32) for i, a in enumerate(inputs))
+    operand, *slices = (array(a, jnp.float32 if i == 0 else jnp.int32) for i, a in enumerate(inputs))
     run = lambda operand, *slices: emulated(operand, jnp.zeros((4, 1)), *slices, axis_name="expert")
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=BY_EXPERT, out_specs=BY_EXPERT, check_vma=False))

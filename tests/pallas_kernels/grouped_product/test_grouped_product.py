@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import normal, same_bits
+from cases import array, normal, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import f64
@@ -38,7 +38,7 @@ from dsa_jax.quantization import quantize_blocks
 @settings(max_examples=40, deadline=None)
 def test_tiles_cover_every_block_once(blocks, tile_blocks):
     slots = 6 * 30 * BLOCK_ROWS
-    plan = np.asarray(tiles.make_tiles(jnp.asarray(blocks, jnp.int32), slots, tile_blocks))
+    plan = np.asarray(tiles.make_tiles(array(blocks, jnp.int32), slots, tile_blocks))
     count = plan[-1, 0]
     assert count <= len(plan) - 1
     assert count == sum(-(-b // tile_blocks) for b in blocks)
@@ -80,7 +80,7 @@ def laid_out(sizes):
     expert = np.full(tiles.padded_rows(sum(sizes), len(sizes)), -1)
     for e, (first, size) in enumerate(zip(np.cumsum(blocks) - blocks, sizes, strict=True)):
         expert[first * BLOCK_ROWS : first * BLOCK_ROWS + size] = e
-    return jnp.asarray(blocks, jnp.int32), expert
+    return array(blocks, jnp.int32), expert
 
 
 def per_expert(x, weight, expert):
@@ -106,10 +106,10 @@ def make(sizes, dim=DIM, width=WIDTH):
     """Makes rows, gradients by their results, row gates and weights."""
     blocks, expert = laid_out(sizes)
     there = expert >= 0
-    x, dy = (jnp.asarray(np.where(there[:, None], normal(i, len(expert), dim), 0), jnp.bfloat16) for i in (0, 1))
-    gates = jnp.asarray(np.where(there, np.random.default_rng(2).uniform(0.1, 1, len(expert)), 0), jnp.float32)
+    x, dy = (array(np.where(there[:, None], normal(i, len(expert), dim), 0), jnp.bfloat16) for i in (0, 1))
+    gates = array(np.where(there, np.random.default_rng(2).uniform(0.1, 1, len(expert)), 0), jnp.float32)
     shapes = ((len(sizes), dim, width),) * 2 + ((len(sizes), width, dim),)
-    gate, up, down = (jnp.asarray(0.1 * normal(3 + i, *shape), jnp.bfloat16) for i, shape in enumerate(shapes))
+    gate, up, down = (array(0.1 * normal(3 + i, *shape), jnp.bfloat16) for i, shape in enumerate(shapes))
     return blocks, expert, there, x, dy, gates, gate, up, down
 
 
@@ -131,7 +131,7 @@ def test_forward_products_equal_the_definition(sizes, few):
 def test_backward_products_equal_the_definition():
     blocks, expert, there, x, dy, gates, gate, up, down = make(SIZES[0])
     plan = tiles.make_tiles(blocks, sum(SIZES[0]), rows.tile_blocks(few=False))
-    g, u = (jnp.asarray(per_expert(x, w, expert), jnp.bfloat16) for w in (gate, up))
+    g, u = (array(per_expert(x, w, expert), jnp.bfloat16) for w in (gate, up))
     d_gate, d_up, hidden, d_gates = rows.d_hidden(dy, down, g, u, gates, plan, interpret=True)
     d_weighted = per_expert(dy, np.swapaxes(f64(down), 1, 2), expert)
     sigmoid, over = 1 / (1 + np.exp(-f64(g))), f64(gates)[:, None]
@@ -148,7 +148,7 @@ def test_backward_products_equal_the_definition():
 @pytest.mark.parametrize(("width", "dtype"), [(128, "bfloat16"), (256, "float32")])
 def test_gradients_by_weights_are_sums_over_an_experts_rows(width, dtype):
     blocks, expert, _, x, _, _, *_ = make(SIZES[0])
-    d = jnp.asarray(np.where((expert >= 0)[:, None], normal(9, len(expert), width), 0), jnp.bfloat16)
+    d = array(np.where((expert >= 0)[:, None], normal(9, len(expert), width), 0), jnp.bfloat16)
     found = weights.d_weights(x, d, blocks, dtype=dtype, interpret=True)
     want = np.stack([f64(x)[expert == e].T @ f64(d)[expert == e] for e in range(len(blocks))])
     rounding = 1e-5 if dtype == "float32" else 2**-8
@@ -161,10 +161,10 @@ def problem(seed, tokens, slots, num_experts, dim, width, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     experts = np.argsort(rng.gumbel(size=(tokens, num_experts + 1)))[:, :slots]  # the last is none of these
     shapes = ((num_experts, dim, width),) * 2 + ((num_experts, width, dim),)
-    of_weights = [jnp.asarray(0.1 * normal(seed + i, *shape), dtype) for i, shape in enumerate(shapes)]
+    of_weights = [array(0.1 * normal(seed + i, *shape), dtype) for i, shape in enumerate(shapes)]
     x, dy = (normal(seed + i, tokens, dim, dtype="bfloat16") for i in (4, 5))
-    gates = jnp.asarray(rng.uniform(0.1, 1, experts.shape), jnp.float32)
-    return dy, x, jnp.asarray(experts, jnp.int32), gates, *of_weights
+    gates = array(rng.uniform(0.1, 1, experts.shape), jnp.float32)
+    return dy, x, array(experts, jnp.int32), gates, *of_weights
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import normal, random_range, same_bits
+from cases import array, normal, random_range, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import f64
@@ -231,8 +231,8 @@ def test_empty_ranges_give_zeros_on_the_card():
 @pytest.mark.gpu
 def test_ranges_may_exceed_the_keys_on_the_card():
     q, k, w, _, _, _, k_scale = inputs(3, 1, 4, 300, 64, 128)
-    start = jnp.asarray([[-(2**31), 250, 2**31 - 1, -7]], jnp.int32)
-    stop = jnp.asarray([[2**31 - 1, 301, -(2**31), 9]], jnp.int32)
+    start = array([[-(2**31), 250, 2**31 - 1, -7]], jnp.int32)
+    stop = array([[2**31 - 1, 301, -(2**31), 9]], jnp.int32)
     arguments = inputs(3, 1, 4, 300, 64, 128, keys=KeyRange(start, stop))
     compare(compiled(*arguments), arguments)
 

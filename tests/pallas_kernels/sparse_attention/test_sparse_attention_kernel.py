@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import hostile_indices, normal, poison, same_bits, the_first
+from cases import array, hostile_indices, normal, poison, same_bits, the_first
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparse_kernel_cases import abstract, check, compare, inputs, kernel
 
@@ -60,8 +60,8 @@ def test_absent_blocks_and_empty_rows():
 def huge_logits(dim):
     """Makes logits far above zero for half of the heads, far below for the others: none overflows or is absent."""
     q = jnp.full((1, 1, 64, dim), 1e12, jnp.bfloat16).at[:, :, 1::2].multiply(-1)
-    kv = jnp.ones((1, 4, dim), jnp.bfloat16).at[0, 2].set(2.0) * jnp.asarray(1e16, jnp.bfloat16)
-    return q, kv, jnp.asarray([[[0, 2]]], jnp.int32)
+    kv = jnp.ones((1, 4, dim), jnp.bfloat16).at[0, 2].set(2.0) * array(1e16, jnp.bfloat16)
+    return q, kv, array([[[0, 2]]], jnp.int32)
 
 
 def test_logits_of_any_size():
@@ -280,7 +280,7 @@ def test_maxima_that_grow_on_the_card():
 def test_the_published_size_on_the_card(size):
     """256 queries of 128 heads with 2048 keys each: the error, and 20 runs with the same bits."""
     q, kv = normal(0, 1, 256, 128, 576, dtype="bfloat16"), normal(1, 1, size, 576, dtype="bfloat16")
-    indices = jnp.asarray(np.random.default_rng(0).integers(0, size, (1, 256, 2048)), jnp.int32)
+    indices = array(np.random.default_rng(0).integers(0, size, (1, 256, 2048)), jnp.int32)
     call = kernel(512, 0.04)
     first = jax.device_get(call(q, kv, indices))
     compare(jax.tree.map(jnp.asarray, first), q, kv, indices, 512, 0.04)
