@@ -34,9 +34,14 @@ def normal(seed, *shape, dtype="float32"):
     return array(noise(seed, *shape, dtype=dtype), dtype)
 
 
-def integers(seed, *shape, low=-2, high=3):
-    """Small integers as float32: every product and sum of them is exact in any order."""
-    return array(np.random.default_rng(seed).integers(low, high, shape))
+def integers(seed, *shape, low=-2, high=3, dtype="float32"):
+    """Small integers as float32, or narrower: every product and sum of them is exact in any order."""
+    return array(np.random.default_rng(seed).integers(low, high, shape), dtype)
+
+
+def powers(seed, *shape, spread=1):
+    """Powers of two near 1."""
+    return array(np.exp2(np.round(spread * noise(seed, *shape))))
 
 
 def index_inputs(seed, b, t, s, j, e, dtype="float32") -> tuple[jax.Array, jax.Array, jax.Array, Any]:
