@@ -19,8 +19,9 @@ FP8 = "float8_e4m3fn"
 FAST = {"xla_backend_optimization_level": 0}  # what runs once or twice spends most of its time in the compiler
 
 
-def array(x, dtype="float32") -> jax.Array:
-    """`x` as JAX's, cast by NumPy: by JAX it would be a program more for every shape."""
+def array(x, dtype=None) -> jax.Array:
+    """`jnp.asarray`, cast by NumPy: by JAX it would be a program more for every shape."""
+    dtype = jax.dtypes.canonicalize_dtype(np.asarray(x).dtype if dtype is None else dtype)
     return jnp.asarray(np.asarray(x).astype(dtype), dtype)
 
 
@@ -109,7 +110,7 @@ def pulled(function, *arguments, cotangent=jnp.ones_like):
 
     def run(*arguments):
         value, pull = jax.vjp(function, *arguments)
-        return value, pull(cotangent(value))
+        return value, pull(jax.tree.map(jnp.asarray, cotangent(value)))
 
     return jax.jit(run)(*arguments)
 
