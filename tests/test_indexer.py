@@ -84,7 +84,7 @@ def test_quantised_path_equals_the_dequantised_path_in_every_bit(j):
     q, k, w, k_scale = index_inputs(5, 2, 33, 150, j, 128, FP8)
     keys = causal_range(2, 33, 100)
     wide_k = np.asarray(k, np.float32) * np.asarray(k_scale)[..., None]
-    wide = scores_of(array(q), array(wide_k), w, keys)
+    wide = scores_of(array(q, "float32"), array(wide_k), w, keys)
     same_bits(scores_of(q, k, w, keys, k_scale), wide)
 
 

@@ -157,7 +157,7 @@ def test_bfloat16_computes_in_bfloat16_and_accumulates_weight_gradients_in_float
     """2000 equal rows: adding them up in bfloat16 would stop growing at 256 times the first."""
     x, experts, gates, *weights = problem(4, 2000, 1, 1, dtype=jnp.bfloat16)
     x = array(np.broadcast_to(np.asarray(x)[:1], x.shape), x.dtype)
-    weights = [array(w) for w in weights]
+    weights = [array(w, "float32") for w in weights]
     y, gradients = pull_back(x, experts, array(np.ones(gates.shape)), *weights)
     assert y.dtype == jnp.bfloat16 and [g.dtype for g in gradients] == [jnp.bfloat16] + [jnp.float32] * 4
     rounded = [np.asarray(array(w, jnp.bfloat16), np.float64) for w in weights]
@@ -260,7 +260,7 @@ def test_routing_is_float32_whatever_the_input():
     x = array(rng.standard_normal((3, 50, 16)), jnp.bfloat16)
     weight = array(rng.standard_normal((16, 8)), jnp.float32)
     of = jax.jit(lambda x: route(x, weight, jnp.zeros(8), config=config))
-    low, wide = of(x), of(array(x))
+    low, wide = of(x), of(array(x, "float32"))
     jax.tree.map(np.testing.assert_array_equal, low, wide)
 
 

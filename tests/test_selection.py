@@ -33,7 +33,7 @@ INF, NAN = np.inf, np.nan
 
 
 def topk(row, k):
-    return np.asarray(topk_of(array([[row]]), k))[0, 0].tolist()
+    return np.asarray(topk_of(array([[row]], "float32"), k))[0, 0].tolist()
 
 
 @pytest.mark.parametrize(
