@@ -93,7 +93,7 @@ def test_gradients_in_the_interpreter():
     """
     edge = [[[0, 150], [10, 140], [150, 20], [7, 150], [1, 150]], [[0, 0], [0, 0], [100, 150], [3, 90], [30, 149]]]
     start, stop = np.moveaxis(np.asarray(edge, np.int32), 2, 0)
-    arguments = inputs(0, 2, 5, 150, 64, 64, keys=KeyRange(jnp.asarray(start), jnp.asarray(stop)))
+    arguments = inputs(0, 2, 5, 150, 64, 64, keys=KeyRange(array(start), array(stop)))
     total = normal(9, 2, 150, 64)
     results = compiled(*arguments, total=total, interpret=True)
     compare(results, arguments, total)

@@ -79,7 +79,7 @@ def test_interpreted_equals_the_definition():
     """
     q, k, lse = inputs(0, 2, 67, 141, 3, 64)
     edge = random_range(1, 2, 67, 100)
-    start, stop = edge.start.at[1, 5:8].set(jnp.array([-9, 3, INT_MIN])), edge.stop.at[1, 5:8].set(jnp.array([9, 3, 1]))
+    start, stop = edge.start.at[1, 5:8].set(array([-9, 3, INT_MIN])), edge.stop.at[1, 5:8].set(array([9, 3, 1]))
     keys = KeyRange(start, stop)
     hidden = poison(k, jnp.broadcast_to(jnp.arange(141) >= 100, (2, 141)))
     sums = compiled(q, hidden, lse, keys, clusters=1, interpret=True)

@@ -39,7 +39,7 @@ def inputs(seed, b, t, s, k, j, e, scale=0.02) -> tuple[Any, ...]:
     sums[0, -1] = 0
     k_index = poison_unselected(normal(seed + 1, b, s, e, dtype="bfloat16"), indices)
     k_scale = poison_unselected(array(random.uniform(0.5, 2, (b, s)), jnp.float32), indices)
-    sums, indices = array(sums.reshape(b * t, k), jnp.float32), jnp.asarray(indices.reshape(b * t, k))
+    sums, indices = array(sums.reshape(b * t, k), jnp.float32), array(indices.reshape(b * t, k))
     q_index, weights = normal(seed + 2, b * t, j, e, dtype="bfloat16"), scale * normal(seed + 3, b * t, j)
     return sums, q_index, k_index, weights, indices, k_scale, normal(seed + 4, b * t)
 

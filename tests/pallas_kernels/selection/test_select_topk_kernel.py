@@ -330,7 +330,7 @@ def _with_bits(bits):
 def on_card(scores, k, start=None, stop=None, config=None):
     """Compares both implementations; scores go there as bits, so that nothing on the way flushes or quiets them."""
     if isinstance(scores, np.ndarray):
-        scores = _with_bits(jnp.asarray(scores.view(np.uint32)))
+        scores = _with_bits(array(scores.view(np.uint32)))
     batch, length, size = scores.shape
     start = jnp.zeros((batch, length), jnp.int32) if start is None else array(start, jnp.int32)
     stop = jnp.full((batch, length), size, jnp.int32) if stop is None else array(stop, jnp.int32)

@@ -29,7 +29,7 @@ def inputs(seed, m, w, counts, dtype="bfloat16", unsorted=3):
     unused[order[unsorted : offsets[-1]]] = False
     rows = np.where(unused[:, None], np.nan, normal(seed, m, w))
     total = normal(seed + 1, len(counts), w)
-    return array(rows, dtype), jnp.asarray(order), jnp.asarray(offsets), total
+    return array(rows, dtype), array(order), array(offsets), total
 
 
 def expected(rows, order, offsets, total):
