@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import array, close, hostile_indices, noise, normal, poison, poison_unselected, pulled
+from cases import array, close, hostile_indices, normal, poison, poison_unselected, pulled
 
 PLACES = ("nan key", "inf key", "nan query", "inf query")
 SCALE = 0.3
@@ -99,7 +99,7 @@ def check_attention(clean, spoilt, bad, empty, keys, repeats=True):
 def cotangents(value):
     """Makes cotangents of out and lse."""
     out, lse = value
-    return noise(7, *out.shape, dtype=out.dtype), noise(8, *lse.shape)
+    return normal(7, *out.shape, dtype=out.dtype), normal(8, *lse.shape)
 
 
 def with_gradients(attend, count):
