@@ -1,7 +1,7 @@
 """Shapes, inputs and cotangents for the tests of the attention."""
 
-import jax.numpy as jnp
-from cases import hostile_indices, normal
+import numpy as np
+from cases import hostile_indices, noise, normal
 
 from dsa_jax import sparse_attention
 
@@ -30,8 +30,9 @@ def heads_inputs(b, t, s, n, p, r, v, dtype="float32"):
 def cotangents(value):
     """Makes cotangents of `out` and `lse`; zero where `lse` is −inf, as a mask downstream would leave it."""
     out, lse = value
-    d_lse = jnp.where(jnp.isfinite(lse), normal(8, *lse.shape), 0.0)
-    return normal(7, *out.shape).astype(out.dtype), d_lse
+    numpy = lse.__array_namespace__()  # JAX's in a program, NumPy's of its results
+    d_lse = numpy.where(numpy.isfinite(lse), noise(8, *lse.shape), np.float32(0))
+    return noise(7, *out.shape, dtype=out.dtype), d_lse
 
 
 def sparse(value_dim, indices, scale=SCALE):

@@ -19,35 +19,56 @@ FP8 = "float8_e4m3fn"
 FAST = {"xla_backend_optimization_level": 0}  # what runs once or twice spends most of its time in the compiler
 
 
+def array(x, dtype=None) -> jax.Array:
+    """`jnp.asarray`, cast by NumPy: by JAX it would be a program more for every shape."""
+    dtype = jax.dtypes.canonicalize_dtype(np.asarray(x).dtype if dtype is None else dtype)
+    return jnp.asarray(np.asarray(x).astype(dtype), dtype)
+
+
+def noise(seed, *shape, dtype="float32"):
+    """Standard normal values, rounded to `dtype`, in NumPy."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
 def normal(seed, *shape, dtype="float32"):
     """Standard normal values, rounded to `dtype`."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return array(noise(seed, *shape, dtype=dtype), dtype)
 
 
-def integers(seed, *shape, low=-2, high=3):
-    """Small integers as float32: every product and sum of them is exact in any order."""
-    return jnp.asarray(np.random.default_rng(seed).integers(low, high, shape), jnp.float32)
+def integers(seed, *shape, low=-2, high=3, dtype="float32"):
+    """Small integers as float32, or narrower: every product and sum of them is exact in any order."""
+    return array(np.random.default_rng(seed).integers(low, high, shape), dtype)
+
+
+def powers(seed, *shape, spread=1):
+    """Powers of two near 1."""
+    return array(np.exp2(np.round(spread * noise(seed, *shape))))
 
 
 def index_inputs(seed, b, t, s, j, e, dtype="float32") -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """q_index, k_index, weights and k_scale (None but for FP8, where the weights carry q's scale)."""
-    q, k = normal(seed, b, t, j, e), normal(seed + 1, b, s, e)
     weights = normal(seed + 2, b, t, j)
     if dtype != FP8:
-        return q.astype(dtype), k.astype(dtype), weights, None
-    (q, q_scale), (k, k_scale) = quantize(q), quantize(3 * k)
-    return jnp.asarray(q), jnp.asarray(k), weights * q_scale, jnp.asarray(k_scale)
+        return normal(seed, b, t, j, e, dtype=dtype), normal(seed + 1, b, s, e, dtype=dtype), weights, None
+    (q, q_scale), (k, k_scale) = quantize(noise(seed, b, t, j, e)), quantize(3 * noise(seed + 1, b, s, e))
+    return array(q, FP8), array(k, FP8), array(np.asarray(weights) * q_scale), array(k_scale)
 
 
 def as_numpy(tree) -> Any:
-    """The arrays of a tree as NumPy's, which the operations accept as well."""
+    """The arrays of a tree as NumPy's: the operations accept them as well, and parts of them cost no program."""
     return jax.tree.map(np.asarray, tree)
 
 
 def random_range(seed, b, t, s):
     """Ranges of every kind, empty and reversed ones among them."""
     edge = np.random.default_rng(seed).integers(0, s + 1, (b, t, 2)).astype(np.int32)
-    return KeyRange(jnp.asarray(edge[..., 0]), jnp.asarray(edge[..., 1]))
+    return KeyRange(array(edge[..., 0], "int32"), array(edge[..., 1], "int32"))
+
+
+def causal_range(b, t, offset=0):
+    """`KeyRange.causal`, written again in NumPy, where it compiles nothing."""
+    stop = np.broadcast_to(np.arange(t) + offset + 1, (b, t))
+    return KeyRange(array(np.zeros((b, t)), "int32"), array(stop, "int32"))
 
 
 def hostile_indices(seed, b, t, k, size):
@@ -60,18 +81,20 @@ def hostile_indices(seed, b, t, k, size):
     if t > 1:
         indices[-1, 0] = -1
         indices[-1, 0, k // 2] = size - 1
-    return jnp.asarray(indices)
+    return array(indices, "int32")
 
 
 def causal_indices(b, t, s, k):
     """Every key up to the query's own, in canonical form: K ≥ S sparse attention is dense."""
     row = np.arange(k)
-    return jnp.asarray(np.broadcast_to(np.where(row <= np.arange(t)[:, None] + s - t, row, -1), (b, t, k)), jnp.int32)
+    return array(np.broadcast_to(np.where(row <= np.arange(t)[:, None] + s - t, row, -1), (b, t, k)), "int32")
 
 
-def poison(x, absent):
-    """NaN in the rows of x [B, S, …] where `absent` [B, S]."""
-    return jnp.where(jnp.reshape(absent, absent.shape + (1,) * (x.ndim - 2)), jnp.nan, x)
+def poison(x, absent, value=np.nan):
+    """NaN, or another value, in the rows of x [B, S, …] where `absent` [B, S]."""
+    poisoned = np.array(x)
+    poisoned[np.asarray(absent)] = value
+    return array(poisoned, x.dtype)
 
 
 def poison_unselected(x, indices):
@@ -79,7 +102,7 @@ def poison_unselected(x, indices):
     absent = np.ones(x.shape[:2], bool)
     for row, keys in zip(absent, np.asarray(indices), strict=True):
         row[keys[(keys >= 0) & (keys < x.shape[1])]] = False
-    return poison(x, jnp.asarray(absent))
+    return poison(x, absent)
 
 
 def pulled(function, *arguments, cotangent=jnp.ones_like):
@@ -87,7 +110,7 @@ def pulled(function, *arguments, cotangent=jnp.ones_like):
 
     def run(*arguments):
         value, pull = jax.vjp(function, *arguments)
-        return value, pull(cotangent(value))
+        return value, pull(jax.tree.map(jnp.asarray, cotangent(value)))
 
     return jax.jit(run)(*arguments)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import FAST
+from cases import FAST, array
 from flax import nnx
 
 from dsa_jax import Config, KeyRange, Transformer
@@ -56,12 +56,12 @@ def model_parts(config: Config):
         *_, parent, name = ("", *(key.key for key in path if hasattr(key, "key")))
         noise = rng.normal(size=leaf.shape)
         if name in ("weight", "bias") and parent.endswith("norm"):
-            return jnp.asarray((name == "weight") + 0.2 * noise, leaf.dtype)
+            return array((name == "weight") + 0.2 * noise, leaf.dtype)
         if name in ("e_score_correction_bias", "embed_tokens"):
-            return jnp.asarray(noise * (0.1 if parent == "gate" else 1.0), leaf.dtype)
+            return array(noise * (0.1 if parent == "gate" else 1.0), leaf.dtype)
         dims = leaf.shape if name == "lm_head" else leaf.shape[1:]
         fan_in = {"o_proj": np.prod(dims[:2]), "experts": dims[-2]}.get(name if name == "o_proj" else parent, dims[0])
-        return jnp.asarray(noise * fan_in**-0.5, leaf.dtype)
+        return array(noise * fan_in**-0.5, leaf.dtype)
 
     with jax.ensure_compile_time_eval():  # cached, so never a tracer of whoever asks first
         return graph, jax.tree_util.tree_map_with_path(draw, shapes)
@@ -74,7 +74,7 @@ def small_model(config: Config) -> Transformer:
 
 def tokens(batch: int, length: int, seed: int = 0, vocab: int = 64):
     """Random token ids."""
-    return jnp.asarray(np.random.default_rng(seed).integers(vocab, size=(batch, length)), jnp.int32)
+    return array(np.random.default_rng(seed).integers(vocab, size=(batch, length)), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("attention", "return_selected"), compiler_options=FAST)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from cases import array
 
 
 def problem(seed, tokens, slots, num_experts, dim=8, width=6, *, skew=0.0, dtype=jnp.float32):
@@ -14,4 +15,4 @@ def problem(seed, tokens, slots, num_experts, dim=8, width=6, *, skew=0.0, dtype
     ]
     arrays = [rng.standard_normal((tokens, dim)), experts, rng.uniform(0.1, 1, (tokens, slots)), *weights]
     dtypes = [dtype, jnp.int32, jnp.float32, dtype, dtype, dtype]
-    return [jnp.asarray(x, x_dtype) for x, x_dtype in zip(arrays, dtypes, strict=True)]
+    return [array(x, x_dtype) for x, x_dtype in zip(arrays, dtypes, strict=True)]

@@ -1,8 +1,9 @@
 """Inputs with one NaN or infinite number among them, and what may come of it: for any platform, and for the card."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import close, hostile_indices, normal, poison_unselected, pulled
+from cases import array, close, hostile_indices, normal, poison, poison_unselected, pulled
 
 PLACES = ("nan key", "inf key", "nan query", "inf query")
 SCALE = 0.3
@@ -10,7 +11,9 @@ SCALE = 0.3
 
 def aligned(x):
     """Makes the last column positive, so that where one is infinite every logit is +inf."""
-    return x.at[..., -1].set(jnp.abs(x[..., -1]) + jnp.asarray(0.5, x.dtype))
+    x = np.array(x)
+    x[..., -1] = np.abs(x[..., -1]) + x.dtype.type(0.5)
+    return array(x, x.dtype)
 
 
 def selected(indices, size):
@@ -25,18 +28,18 @@ def spoil(place, q, keys, reached):
     Returns:
       q and keys, spoilt; which queries [B, T] meet it.
     """
-    value = float(place.split()[0])
+    value, q, keys = float(place.split()[0]), np.array(q), np.array(keys)
     t = int(np.argmax(reached[0].sum(-1)))  # a query with many keys
     bad = np.zeros(q.shape[:2], bool)
     if place.endswith("query"):
-        q = q.at[0, t, ..., -1].set(value)
+        q[0, t, ..., -1] = value
         bad[0, t] = True
     else:
         s = int(np.argmax(reached[0, t] & (reached[0].sum(0) < reached[0].any(-1).sum())))  # which others have not
-        keys = keys.at[0, s, ..., -1].set(value)
+        keys[0, s, ..., -1] = value
         bad[0] = reached[0, :, s]
     assert bad.any() and not bad.all()
-    return q, keys, bad
+    return array(q, q.dtype), array(keys, keys.dtype), bad
 
 
 def sparse_inputs(seed, b, t, s, n, c, r, k, dtype):
@@ -59,7 +62,7 @@ def sparse_results(call, place, inputs, size):
     q, kv, indices, empty = inputs
     reached = selected(indices, size)
     spoilt_q, spoilt_kv, bad = spoil(place, q, kv, reached)
-    spoilt_q = jnp.where(empty[..., None, None], jnp.nan, spoilt_q)  # asks for nothing
+    spoilt_q = poison(spoilt_q, empty)  # asks for nothing
     spoilt_kv = poison_unselected(spoilt_kv, indices)
     clean, spoilt = call(q, kv, indices), call(spoilt_q, spoilt_kv, indices)
     return clean, spoilt, bad, empty, (reached & bad[..., None]).any(1)
@@ -106,7 +109,7 @@ def with_gradients(attend, count):
         value, gradients = pulled(lambda *first: attend(*first, *arrays[count:]), *arrays[:count], cotangent=cotangents)
         return *value, *gradients
 
-    return call
+    return jax.jit(call)
 
 
 def kl_with_gradients(loss):
@@ -121,21 +124,21 @@ def kl_with_gradients(loss):
 
 def spoil_index(what, index, reached):
     """Spoils one of (q_index, k_index, weights), NaN or, of the weights, +inf; returns the queries that meet it."""
-    q_index, k_index, weights = index
+    q_index, k_index, weights = (np.array(x) for x in index)
     t = int(np.argmax(reached[0].sum(-1)))
     bad = np.zeros(weights.shape[:2], bool)
     if what == "k_index":
         s = int(np.argmax(reached[0, t] & (reached[0].sum(0) < reached[0].any(-1).sum())))
-        k_index = k_index.at[0, s].set(jnp.nan)
+        k_index[0, s] = np.nan
         bad[0] = reached[0, :, s]
     else:
         bad[0, t] = True
     if what == "q_index":
-        q_index = q_index.at[0, t].set(jnp.nan)
+        q_index[0, t] = np.nan
     if what == "weights":
-        weights = weights.at[0, t, 0].set(jnp.inf)
+        weights[0, t, 0] = np.inf
     assert bad.any() and not bad.all()
-    return (q_index, k_index, weights), bad
+    return tuple(array(x, x.dtype) for x in (q_index, k_index, weights)), bad
 
 
 def check_kl(clean, spoilt, bad, keys, *, alone=True, repeats=True):

@@ -11,16 +11,20 @@ from attention_cases import SCALE, SHAPES, cotangents, heads_inputs, inputs, spa
 from cases import (
     INT_MAX,
     INT_MIN,
+    array,
     as_numpy,
     causal_indices,
+    causal_range,
     close,
     hostile_indices,
     many_blocks,
+    noise,
     normal,
     poison,
     pulled,
     random_range,
     same_bits,
+    topk_of,
     unchecked,
 )
 
@@ -29,9 +33,10 @@ from dsa_jax import (
     attention_target,
     latent_attention,
     multihead_attention,
-    select_topk,
     sparse_attention,
 )
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 def test_gradients_of_the_reference_are_central_differences():
@@ -58,7 +63,7 @@ def test_sparse_values_and_gradients(shape, monkeypatch):
     b, t, s, n, c, r, k = shape
     q, kv, indices = inputs(shape)
     rows = reference.listed(indices, s)
-    (out, lse), (dq, dkv) = pulled(sparse(c, indices), q, kv, cotangent=cotangents)
+    (out, lse), (dq, dkv) = as_numpy(pulled(sparse(c, indices), q, kv, cotangent=cotangents))
     assert out.shape == (b, t, n, c) and lse.shape == (b, t, n) and out.dtype == lse.dtype == jnp.float32
     expected_out, expected_lse = reference.latent_attention(q, kv, rows, c, SCALE)
     close(out, expected_out, 2e-5)
@@ -75,10 +80,10 @@ def test_each_cotangent_is_honoured_alone(which):
 
     def one(value):
         d = list(cotangents(value))
-        d[1 - which] = jnp.zeros_like(d[1 - which])
+        d[1 - which] = np.zeros(d[1 - which].shape, d[1 - which].dtype)
         return tuple(d)
 
-    value, gradients = pulled(sparse(8, indices), q, kv, cotangent=one)
+    value, gradients = as_numpy(pulled(sparse(8, indices), q, kv, cotangent=one))
     d = one(value)
     expected = reference.latent_attention_vjp(q, kv, reference.listed(indices, 17), 8, SCALE, *d)
     assert np.abs(expected[0]).max() > 0.01
@@ -91,7 +96,7 @@ def test_bfloat16_accumulates_in_float32():
     carry the roundings of bfloat16 (2^-9 for the probabilities and for the result)."""
     q, kv, indices = inputs((1, 70, 300, 4, 64, 16, 40), "bfloat16")
     rows = reference.listed(indices, 300)
-    (out, lse), (dq, dkv) = pulled(sparse(64, indices, 0.1), q, kv, cotangent=cotangents)
+    (out, lse), (dq, dkv) = as_numpy(pulled(sparse(64, indices, 0.1), q, kv, cotangent=cotangents))
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     expected_out, expected_lse = reference.latent_attention(q, kv, rows, 64, 0.1)
     close(lse, expected_lse, 2e-5)
@@ -104,7 +109,7 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def ones(value):
-    return jax.tree.map(jnp.ones_like, value)
+    return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), value)
 
 
 @pytest.mark.parametrize("spread", ["one row", "many rows", "many blocks"])
@@ -113,9 +118,9 @@ def test_two_thousand_duplicates_of_one_key_accumulate_in_float32(spread, monkey
     t, k = (1, 2048) if spread == "one row" else (512, 4)
     if spread == "many blocks":
         many_blocks(monkeypatch, (1, t), 2000)
-    q, kv = jnp.ones((1, t, 1, 8), "bfloat16"), normal(1, 1, 6, 8, dtype="bfloat16")
-    indices = jnp.full((1, t, k), 3, jnp.int32)
-    (out, lse), (_, dkv) = pulled(sparse(8, indices), q, kv, cotangent=ones)
+    q, kv = array(np.ones((1, t, 1, 8)), "bfloat16"), normal(1, 1, 6, 8, dtype="bfloat16")
+    indices = array(np.full((1, t, k), 3), "int32")
+    (out, lse), (_, dkv) = as_numpy(pulled(sparse(8, indices), q, kv, cotangent=ones))
     close(lse[0, :, 0], np.full(t, SCALE * reference.f64(kv)[0, 3].sum() + np.log(k)), 2e-5)
     expected = reference.latent_attention_vjp(q, kv, reference.listed(indices, 6), 8, SCALE, *ones((out, lse)))[1]
     np.testing.assert_allclose(reference.f64(dkv), expected, rtol=6e-3, atol=1e-6)
@@ -130,19 +135,21 @@ def test_absent_is_absent_wherever_it_stands():
     def attend(indices):
         return pulled(sparse(8, indices), q, kv, cotangent=cotangents)
 
-    expected = attend(present)
+    expected = as_numpy(attend(present))
     for absent in (-1, -2, -17, 17, 18, INT_MIN, INT_MAX):
         with_absent = np.full((1, 2, 6), absent, np.int32)
         with_absent[..., [1, 2, 4]] = present
-        actual = attend(with_absent)
+        actual = as_numpy(attend(with_absent))
         jax.tree.map(lambda a, b: close(a, b, 1e-6), actual, expected)
         assert not np.any(actual[1][1][0, [0, 1, 3, 16]])
 
 
 def test_a_key_listed_twice_counts_twice():
     q, kv, _ = inputs((1, 1, 5, 2, 8, 4, 1))
-    out, lse = sparse(8, jnp.array([[[1, 3, 1]]]))(q, kv)
-    copied, copied_lse = sparse(8, jnp.array([[[1, 3, 5]]]))(q, jnp.concatenate([kv, kv[:, 1:2]], 1))
+    copied_kv = np.concatenate([kv, np.asarray(kv)[:, 1:2]], 1)
+    attend = jax.jit(lambda q, kv, indices: sparse(8, indices)(q, kv))
+    out, lse = attend(q, kv, np.array([[[1, 3, 1]]], np.int32))
+    copied, copied_lse = attend(q, copied_kv, np.array([[[1, 3, 5]]], np.int32))
     close(out, copied, 1e-6)
     close(lse, copied_lse, 1e-6)
 
@@ -151,13 +158,13 @@ def test_nan_in_unselected_keys_changes_nothing():
     """The first and the last key, where clamped and wrapped indices would land, among them."""
     shape = (2, 9, 40, 3, 8, 4, 6)
     q, kv, _ = inputs(shape)
-    indices = hostile_indices(3, 2, 9, 6, 40)
-    indices = jnp.where((indices == 0) | (indices == 39) | (indices % 5 == 0), -1, indices)
-    absent = np.stack([~np.isin(np.arange(40), row) for row in np.asarray(indices)])
-    attend = jax.jit(lambda kv: pulled(sparse(8, indices), q, kv, cotangent=cotangents))
+    indices = np.array(hostile_indices(3, 2, 9, 6, 40))
+    indices[(indices == 0) | (indices == 39) | (indices % 5 == 0)] = -1
+    absent = np.stack([~np.isin(np.arange(40), row) for row in indices])
+    attend = jax.jit(lambda kv: pulled(sparse(8, array(indices, "int32")), q, kv, cotangent=cotangents))
     results = []
-    for keys in (jnp.where(absent[..., None], 0.0, kv), poison(kv, absent)):
-        results.append(attend(keys))
+    for keys in (poison(kv, absent, 0.0), poison(kv, absent)):
+        results.append(as_numpy(attend(keys)))
     jax.tree.map(same_bits, *results)
     assert not np.any(np.where(absent[..., None], results[1][1][1], 0))
 
@@ -166,33 +173,37 @@ def test_nan_in_unselected_keys_changes_nothing():
 def test_empty_rows_give_zero_minus_infinity_and_zero_gradients(dtype):
     q, kv, _ = inputs((1, 3, 5, 2, 8, 4, 1), dtype)
     indices = jnp.array([[[-1, 5], [INT_MIN, INT_MAX], [-1, 2]]])
+    run = jax.jit(
+        lambda d: pulled(sparse(8, indices), q, kv, cotangent=lambda v: (jnp.ones_like(v[0]), jnp.full_like(v[1], d)))
+    )
     for d_lse in (0.0, 1.0):
-        (out, lse), (dq, dkv) = pulled(
-            sparse(8, indices), q, kv, cotangent=lambda v, d=d_lse: (jnp.ones_like(v[0]), jnp.full_like(v[1], d))
-        )
+        (out, lse), (dq, dkv) = as_numpy(run(d_lse))
         assert not np.any(out[0, :2]) and np.all(lse[0, :2] == -np.inf) and np.all(np.isfinite(lse[0, 2]))
         assert not np.any(dq[0, :2]) and np.all(np.isfinite(dq)) and np.all(np.isfinite(dkv))
-        assert np.any(dkv[0, 2]) and not np.any(dkv[0, jnp.array([0, 1, 3, 4])])
+        assert np.any(dkv[0, 2]) and not np.any(dkv[0, [0, 1, 3, 4]])
 
 
 def test_all_rows_empty():
     q, kv, _ = inputs((1, 2, 3, 2, 4, 2, 1))
-    (out, lse), gradients = pulled(sparse(4, jnp.full((1, 2, 3), -1)), q, kv, cotangent=ones)
+    nothing = array(np.full((1, 2, 3), -1), "int32")
+    (out, lse), gradients = as_numpy(pulled(sparse(4, nothing), q, kv, cotangent=ones))
     assert not np.any(out) and np.all(lse == -np.inf) and not any(np.any(x) for x in gradients)
 
 
 def test_large_logits_do_not_overflow():
     q, kv, indices = inputs((1, 9, 17, 3, 8, 4, 6))
+    q, kv = array(300 * np.asarray(q)), array(300 * np.asarray(kv))
     rows = reference.listed(indices, 17)
-    (out, lse), gradients = pulled(sparse(8, indices), 300 * q, 300 * kv, cotangent=cotangents)
-    expected = reference.latent_attention(300 * q, 300 * kv, rows, 8, SCALE)
+    (out, lse), gradients = as_numpy(pulled(sparse(8, indices), q, kv, cotangent=cotangents))
+    expected = reference.latent_attention(q, kv, rows, 8, SCALE)
     close(lse, expected[1], 1e-5)
     assert np.all(np.isfinite(out)) and all(np.all(np.isfinite(x)) for x in gradients)
 
 
 def test_order_of_the_selection_is_free():
     q, kv, indices = inputs((2, 9, 17, 3, 8, 4, 6))
-    close(sparse(8, indices)(q, kv)[0], sparse(8, indices[..., ::-1])(q, kv)[0], 1e-6)
+    attend = jax.jit(lambda indices: sparse(8, indices)(q, kv)[0])
+    close(attend(indices), attend(np.asarray(indices)[..., ::-1]), 1e-6)
 
 
 # Dense forms
@@ -206,7 +217,7 @@ def test_latent_values_and_gradients(shape, monkeypatch):
     keys = random_range(5, b, t, s)
     rows = reference.reachable(keys.start, keys.stop, s)
     attend = functools.partial(latent_attention, keys=keys, value_dim=c, scale=SCALE)
-    (out, lse), gradients = pulled(attend, q, kv, cotangent=cotangents)
+    (out, lse), gradients = as_numpy(pulled(attend, q, kv, cotangent=cotangents))
     expected = reference.latent_attention(q, kv, rows, c, SCALE)
     close(out, expected[0], 2e-5)
     close(lse, expected[1], 2e-5)
@@ -232,7 +243,7 @@ def test_multihead_values_and_gradients(shape, selected, monkeypatch):
     def attend(q, k, v):
         return multihead_attention(q, k, v, keys, scale=SCALE, indices=indices)
 
-    (out, lse), gradients = pulled(attend, q, k, value, cotangent=cotangents)
+    (out, lse), gradients = as_numpy(pulled(attend, q, k, value, cotangent=cotangents))
     assert out.shape == (b, t, n, v) and out.dtype == lse.dtype == jnp.float32
     expected = reference.attention(q, k, value, rows, SCALE)
     close(out, expected[0], 2e-5)
@@ -247,17 +258,17 @@ def test_dense_bfloat16_accumulates_in_float32(form, monkeypatch):
     """2048 queries, in many blocks, share one key, whose gradient a bfloat16 sum would leave far short."""
     t = 2048
     many_blocks(monkeypatch, (1, t), 24)
-    keys = KeyRange(jnp.zeros((1, t), jnp.int32), jnp.full((1, t), 2))
-    q = jnp.ones((1, t, 1, 8), "bfloat16")
+    keys = KeyRange(array(np.zeros((1, t)), "int32"), array(np.full((1, t), 2), "int32"))
+    q = array(np.ones((1, t, 1, 8)), "bfloat16")
     if form == "latent":
         kv = normal(1, 1, 2, 8, dtype="bfloat16")
         attend = functools.partial(latent_attention, keys=keys, value_dim=8, scale=SCALE)
-        (out, lse), gradients = pulled(attend, q, kv, cotangent=ones)
-        k = v = kv[:, :, None]
+        (out, lse), gradients = as_numpy(pulled(attend, q, kv, cotangent=ones))
+        k = v = np.asarray(kv)[:, :, None]
     else:
         k, v = normal(1, 1, 2, 1, 8, dtype="bfloat16"), normal(2, 1, 2, 1, 8, dtype="bfloat16")
         attend = functools.partial(multihead_attention, keys=keys, scale=SCALE)
-        (out, lse), gradients = pulled(attend, q, k, v, cotangent=ones)
+        (out, lse), gradients = as_numpy(pulled(attend, q, k, v, cotangent=ones))
     rows = reference.reachable(keys.start, keys.stop, 2)
     assert out.dtype == jnp.bfloat16
     close(lse, reference.attention(q, k, v, rows, SCALE)[1], 2e-5)
@@ -270,9 +281,9 @@ def test_dense_bfloat16_accumulates_in_float32(form, monkeypatch):
 @pytest.mark.parametrize("form", ["latent", "multihead", "selected"])
 def test_nan_in_unreached_keys_changes_nothing(form):
     keys = KeyRange(jnp.array([[3, 5, 0, 7], [20] * 4]), jnp.array([[6, 9, 0, 30], [22, 20, 21, 22]]))
-    absent = ~np.asarray(keys.mask(40)).any(1)
+    absent = ~np.asarray(jax.jit(keys.mask, static_argnums=0)(40)).any(1)
     q, k, v = heads_inputs(2, 4, 40, 3, 8, 4, 6)
-    indices = select_topk(normal(3, 2, 4, 40), 9, keys=keys) if form == "selected" else None
+    indices = topk_of(normal(3, 2, 4, 40), 9, keys) if form == "selected" else None
 
     @jax.jit
     def attend(k, v):
@@ -282,17 +293,17 @@ def test_nan_in_unreached_keys_changes_nothing(form):
         call = functools.partial(multihead_attention, keys=keys, scale=SCALE, indices=indices)
         return pulled(call, q, k, v, cotangent=cotangents)
 
-    results = [attend(*(jnp.where(absent.reshape(2, 40, 1, 1), fill, x) for x in (k, v))) for fill in (0.0, jnp.nan)]
+    results = [as_numpy(attend(*(poison(x, absent, fill) for x in (k, v)))) for fill in (0.0, np.nan)]
     jax.tree.map(same_bits, *results)
     out, lse = results[1][0]
     assert not np.any(out[0, 2]) and np.all(lse[0, 2] == -np.inf) and not np.any(results[1][1][0][0, 2])
 
 
 def test_all_ranges_empty():
-    keys = KeyRange(jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32))
+    keys = KeyRange(array(np.zeros((1, 3)), "int32"), array(np.zeros((1, 3)), "int32"))
     q, k, v = heads_inputs(1, 3, 5, 2, 4, 2, 4)
     attend = functools.partial(multihead_attention, keys=keys, scale=SCALE)
-    (out, lse), gradients = pulled(attend, q, k, v, cotangent=ones)
+    (out, lse), gradients = as_numpy(pulled(attend, q, k, v, cotangent=ones))
     assert not np.any(out) and np.all(lse == -np.inf) and not any(np.any(x) for x in gradients)
 
 
@@ -303,8 +314,8 @@ def test_a_selection_of_everything_is_dense_attention():
     """K ≥ S: canonical selections of all reachable keys, values and gradients."""
     b, t, s, n, c, r, k = 2, 21, 50, 3, 8, 4, 64
     q, kv, _ = inputs((b, t, s, n, c, r, k))
-    keys = KeyRange.causal(b, t, offset=s - t)
-    indices = select_topk(normal(4, b, t, s), k, keys=keys)
+    keys = causal_range(b, t, s - t)
+    indices = topk_of(normal(4, b, t, s), k, keys)
     assert np.array_equal(indices, causal_indices(b, t, s, k))
     dense = functools.partial(latent_attention, keys=keys, value_dim=c, scale=SCALE)
     both = [pulled(attend, q, kv, cotangent=cotangents) for attend in (sparse(c, indices), dense)]
@@ -318,11 +329,11 @@ def test_multihead_and_multiquery_forms_agree(selected):
     q, kv, w_uk, w_uv = (
         normal(0, b, t, n, p + r),
         normal(1, b, s, c + r),
-        normal(2, c, n, p) / 3,
-        normal(3, c, n, v) / 3,
+        noise(2, c, n, p) / 3,
+        noise(3, c, n, v) / 3,
     )
-    keys = KeyRange.causal(b, t, offset=s - t)
-    indices = select_topk(normal(4, b, t, s), 7, keys=keys) if selected else None
+    keys = causal_range(b, t, s - t)
+    indices = topk_of(normal(4, b, t, s), 7, keys) if selected else None
 
     def multihead(q, kv, w_uk, w_uv):
         k_rope = jnp.broadcast_to(kv[:, :, None, c:], (b, s, n, r))
@@ -354,24 +365,30 @@ def test_packed_sequences_do_not_leak(form):
         return multihead_attention(q, k, v, keys, scale=SCALE)
 
     attend = jax.jit(attend)
-    whole = attend(q, k, v, packed)
+    q, k, v = as_numpy((q, k, v))
+    whole = as_numpy(attend(q, k, v, packed))
     for part in (slice(0, 8), slice(8, 20)):
-        apart = attend(q[:, part], k[:, part], v[:, part], KeyRange.causal(1, part.stop - part.start))
+        apart = attend(q[:, part], k[:, part], v[:, part], causal_range(1, part.stop - part.start))
         jax.tree.map(lambda a, b, part=part: close(a[:, part], b, 2e-6), whole, apart)
 
 
 # Boundaries
 
 
+def eager_inputs():
+    """q, k, v, kv, indices and keys, of one shape for all tests that run an operation outside of a program."""
+    q, k, v = heads_inputs(1, 5, 9, 2, 4, 2, 3)
+    return q, k, v, array(np.asarray(k)[:, :, 0]), hostile_indices(2, 1, 5, 3, 9), causal_range(1, 5, 4)
+
+
 def test_jit_gives_the_same():
-    q, kv, indices = inputs((2, 9, 17, 3, 8, 4, 6))
-    eager, jitted = sparse(8, indices)(q, kv), jax.jit(lambda q, kv, i: sparse(8, i)(q, kv))(q, kv, indices)
+    q, _, _, kv, indices, _ = eager_inputs()
+    eager, jitted = sparse(4, indices)(q, kv), jax.jit(lambda q, kv, i: sparse(4, i)(q, kv))(q, kv, indices)
     jax.tree.map(lambda a, b: close(a, b, 1e-6), eager, jitted)
 
 
 def test_numpy_arrays_are_accepted():
-    q, k, v = heads_inputs(1, 5, 9, 2, 4, 2, 3)
-    kv, indices, keys = k[:, :, 0], hostile_indices(2, 1, 5, 3, 9), KeyRange.causal(1, 5, offset=4)
+    q, k, v, kv, indices, keys = eager_inputs()
     lse = sparse(4, indices)(q, kv)[1]
 
     def everything(q, k, v, kv, lse, indices, keys):
@@ -395,43 +412,43 @@ def refused(call, *words):
 
 def test_mismatched_shapes_and_dtypes_are_named():
     q, kv, indices, keys = (
-        jnp.ones((2, 5, 3, 12)),
-        jnp.ones((2, 9, 12)),
-        jnp.zeros((2, 5, 4), jnp.int32),
-        KeyRange.causal(2, 5),
+        np.ones((2, 5, 3, 12), np.float32),
+        np.ones((2, 9, 12), np.float32),
+        np.zeros((2, 5, 4), np.int32),
+        causal_range(2, 5),
     )
     attend = functools.partial(sparse_attention, value_dim=8, scale=1.0)
     refused(lambda: attend(q, kv[..., :11], indices), "kv", "11", "12")
     refused(lambda: attend(q, kv[:1], indices), "kv", "1", "2")
     refused(lambda: attend(q[0], kv, indices), "q")
     refused(lambda: attend(q, kv, indices[:, :4]), "indices", "4", "5")
-    refused(lambda: attend(q, kv, indices.astype(jnp.float32)), "indices", "float32")
-    refused(lambda: attend(q, kv.astype("bfloat16"), indices), "float32", "bfloat16")
+    refused(lambda: attend(q, kv, indices.astype(np.float32)), "indices", "float32")
+    refused(lambda: attend(q, kv.astype(jnp.bfloat16), indices), "float32", "bfloat16")
     refused(lambda: sparse_attention(q, kv, indices, value_dim=13, scale=1.0), "value_dim", "13")
     refused(lambda: sparse_attention(q, kv, indices, value_dim=0, scale=1.0), "value_dim", "0")
-    refused(lambda: latent_attention(q, kv, KeyRange.causal(2, 6), value_dim=8, scale=1.0), "keys", "6")
+    refused(lambda: latent_attention(q, kv, causal_range(2, 6), value_dim=8, scale=1.0), "keys", "6")
     refused(lambda: latent_attention(q, kv[..., :11], keys, value_dim=8, scale=1.0), "kv", "11", "12")
-    k, v = jnp.ones((2, 9, 3, 12)), jnp.ones((2, 9, 3, 7))
+    k, v = np.ones((2, 9, 3, 12), np.float32), np.ones((2, 9, 3, 7), np.float32)
     multihead = functools.partial(multihead_attention, scale=1.0)
     refused(lambda: multihead(q, k[:, :, :2], v, keys), "k", "2", "3")
     refused(lambda: multihead(q, k, v[:, :8], keys), "v", "8", "9")
-    refused(lambda: multihead(q, k, v, KeyRange.causal(1, 5)), "keys")
+    refused(lambda: multihead(q, k, v, causal_range(1, 5)), "keys")
     refused(lambda: multihead(q, k, v, keys, indices=indices[:1]), "indices")
-    refused(lambda: multihead(q, k, v.astype("bfloat16"), keys), "float32", "bfloat16")
-    lse = jnp.zeros((2, 5, 3))
+    refused(lambda: multihead(q, k, v.astype(jnp.bfloat16), keys), "float32", "bfloat16")
+    lse = np.zeros((2, 5, 3), np.float32)
     refused(lambda: attention_target(q, kv, lse[..., :2], indices, scale=1.0), "lse", "2", "3")
     refused(lambda: attention_target(q, kv, lse, indices[:, :2], scale=1.0), "indices", "2", "5")
 
 
 @pytest.mark.parametrize("op", ["sparse", "latent", "multihead", "target"])
 def test_implementation_insists_or_says_why_it_cannot(op):
-    q, k, v = heads_inputs(1, 2, 3, 2, 4, 2, 4)
-    indices, keys, lse = jnp.zeros((1, 2, 1), jnp.int32), KeyRange.causal(1, 2), jnp.zeros((1, 2, 2))
+    q, k, v, kv, indices, keys = eager_inputs()
+    lse = array(np.zeros((1, 5, 2)))
     call = dict(
-        sparse=functools.partial(sparse_attention, q, k[:, :, 0], indices, value_dim=4, scale=1.0),
-        latent=functools.partial(latent_attention, q, k[:, :, 0], keys, value_dim=4, scale=1.0),
+        sparse=functools.partial(sparse_attention, q, kv, indices, value_dim=4, scale=1.0),
+        latent=functools.partial(latent_attention, q, kv, keys, value_dim=4, scale=1.0),
         multihead=functools.partial(multihead_attention, q, k, v, keys, scale=1.0),
-        target=functools.partial(attention_target, q, k[:, :, 0], lse, indices, scale=1.0),
+        target=functools.partial(attention_target, q, kv, lse, indices, scale=1.0),
     )[op]
     jax.tree.map(same_bits, call(implementation="xla"), call())
     with pytest.raises(ValueError, match="(?i)cpu|gpu|hopper|sm_90|kernel"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FAST, normal, the_first
+from cases import FAST, array, as_numpy, causal_range, noise, the_first
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 from safetensors.numpy import load_file, save_file
@@ -41,7 +41,10 @@ def full_state():
     """The state of the model with an indexer in every layer: the shared model's, and drawn ones that may not matter."""
     own = {leaf.path: leaf for leaf in leaves(MIXED)}
     _, state = model_parts(MIXED)
-    arrays = {tuple(key.key for key in path if hasattr(key, "key")): x for path, x in jax.tree.leaves_with_path(state)}
+    arrays = {
+        tuple(key.key for key in path if hasattr(key, "key")): np.asarray(x)
+        for path, x in jax.tree.leaves_with_path(state)
+    }
     by_name = {}
     for path, leaf in own.items():
         for index, name in leaf.tensors():
@@ -51,28 +54,35 @@ def full_state():
     for path, x in filled.items():
         names = tuple(key.key for key in path if hasattr(key, "key"))
         leaf = next(each for each in leaves(FULL) if each.path == names)
+        x = np.array(x)
         for index, name in leaf.tensors():
-            x = x.at[index].set(by_name[name]) if name in by_name else x
-        filled[path] = x
+            x[index] = by_name.get(name, x[index])
+        filled[path] = array(x)
     return graph, jax.tree.unflatten(jax.tree.structure(other), list(filled.values()))
 
 
 @pytest.mark.parametrize("fp8", [pytest.param(False, marks=pytest.mark.variants), True])
 def test_it_is_the_full_model_over_imposed_selections(fp8):
     config = dataclasses.replace(MIXED, index_fp8=fp8)
-    out, logits = forward(config, IDS)
-    selected = np.asarray(out.selected)
+    out, logits = as_numpy(forward(config, IDS))
+    selected = out.selected
     for layer, leader in enumerate(leaders(config)):
         np.testing.assert_array_equal(selected[layer], selected[leader])
     assert np.any(selected[0] != selected[2]) and np.any(selected[2] != selected[4])
     graph, state = full_state()
     graph = abstract_parts(dataclasses.replace(FULL, index_fp8=fp8))[0]
-    model = nnx.merge(graph, state)
-    other: Any = model(IDS, selected=out.selected)
-    np.testing.assert_allclose(model.unembed(other.hidden), logits, atol=1e-5)
+
+    @jax.jit
+    def imposed(state, selected):
+        model = nnx.merge(graph, state)
+        other: Any = model(IDS, selected=selected)
+        return other.indexer_kl, model.unembed(other.hidden)
+
+    kl, other_logits = as_numpy(imposed(state, selected))
+    np.testing.assert_allclose(other_logits, logits, atol=1e-5)
     # Indexers are made alike: a layer that has one diverges as much, whoever else uses its selection.
     mine = [layer for layer, leader in enumerate(leaders(config)) if layer == leader]
-    np.testing.assert_allclose(other.indexer_kl[np.array(mine)], out.indexer_kl[np.array(mine)], atol=1e-5)
+    np.testing.assert_allclose(kl[mine], out.indexer_kl[mine], atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=FAST)
@@ -89,7 +99,7 @@ def run_layer(graph, state, x, shared, attention):
 
 def in_float64(model, attention) -> Iterator[Any]:
     """Of each layer its indexer and what that reads, q, k and lse of all heads, its keys, and the index over these."""
-    keys, shared = KeyRange.causal(*IDS.shape), None
+    keys, shared = causal_range(*IDS.shape), None
     index: Any = None
     x = model.embed(IDS)
     for layer in model.layers():
@@ -110,7 +120,8 @@ def test_the_divergence_of_every_layer_is_its_definition(attention):
     out, _ = forward(CONFIG, IDS, attention=attention)
     found = list(in_float64(small_model(CONFIG), attention))
     assert len(found) == CONFIG.num_hidden_layers
-    for kl, (_, _, (q, k, lse), rows, (q_index, k_index, weights)) in zip(out.indexer_kl, found, strict=True):
+    divergences = np.asarray(out.indexer_kl)
+    for kl, (_, _, (q, k, lse), rows, (q_index, k_index, weights)) in zip(divergences, found, strict=True):
         expected = reference.indexer_kl(q_index, k_index, weights, q, k, lse, rows, CONFIG.softmax_scale)
         np.testing.assert_allclose(kl, expected, atol=2e-5)
 
@@ -127,14 +138,18 @@ def kl_gradients(config, attention):
 
         return jax.grad(loss)(state)
 
-    return {name: np.asarray(x) for name, x in to_hf(gradients(state), config=config)}
+    return {name: np.asarray(x) for name, x in to_hf(as_numpy(gradients(state)), config=config)}
 
 
 def indexer_gradients(indexer, inputs, d_index):
     """Gradients of an indexer's parameters by those of what it makes."""
     graph, state = nnx.split(indexer)
-    pull = jax.vjp(lambda state: nnx.merge(graph, state)(*inputs), state)[1]
-    return pull(tuple(jnp.asarray(x, jnp.float32) for x in d_index))[0]
+    return _indexer_gradients(graph, state, inputs, tuple(array(x, "float32") for x in d_index))
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+def _indexer_gradients(graph, state, inputs, d_index):
+    return jax.vjp(lambda state: nnx.merge(graph, state)(*inputs), state)[1](d_index)[0]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +200,7 @@ def test_the_backbone_learns_through_shared_selections_as_through_imposed_ones()
             return (out.hidden**2).sum(), out.selected
 
         found, selected = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(state)
-        return {name: np.asarray(x) for name, x in to_hf(found, config=config)}, selected
+        return {name: np.asarray(x) for name, x in to_hf(as_numpy(found), config=config)}, selected
 
     state, whole = model_parts(shared)[1], model_parts(full)[1]
     kept = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
@@ -209,12 +224,13 @@ def test_the_backbone_learns_through_shared_selections_as_through_imposed_ones()
 def test_prefill_and_decode_equal_the_whole(fp8):
     config = dataclasses.replace(CONFIG, index_fp8=fp8)
     whole, logits = forward(config, IDS)
+    ids = np.asarray(IDS)
     cache = Cache.empty(config, 2, 48)
     chex.assert_shape(cache.k_index, (2, 2, 48, 16))
-    out, first = forward(config, IDS[:, :30], cache=cache)
+    out, first = forward(config, ids[:, :30], cache=cache)
     found, selected = [first], [np.asarray(out.selected)[..., :8]]
     for at in range(30, 40):
-        out, next_logits = forward(config, IDS[:, at : at + 1], cache=out.cache)
+        out, next_logits = forward(config, ids[:, at : at + 1], cache=out.cache)
         found.append(next_logits)
         selected.append(np.asarray(out.selected))
     np.testing.assert_allclose(np.concatenate(found, axis=1), logits, atol=2e-5)
@@ -231,30 +247,39 @@ def test_pages_serve_it():
     sequences = [runner.cache.new() for _ in PROMPTS]
     first: Any = runner.prefill(sequences, [prompt[:-3] for prompt in PROMPTS])
     last = runner.extend(sequences, np.stack([prompt[-3:] for prompt in PROMPTS]))
-    for row, prompt in enumerate(PROMPTS):
-        out, logits = forward(CONFIG, jnp.asarray(prompt)[None])
-        np.testing.assert_allclose(first.logits[row], logits[0, -4], atol=1e-5)
-        np.testing.assert_allclose(last[row], logits[0, -3:], atol=1e-5)
-        np.testing.assert_array_equal(first.selected[row], np.asarray(out.selected)[:, 0, :-3])
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    padded = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in PROMPTS])
+    out, logits = as_numpy(forward(CONFIG, padded, keys=KeyRange.lengths(array(lengths), lengths.max())))
+    first_logits, last = as_numpy((first.logits, last))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(first_logits[row], logits[row, length - 4], atol=1e-5)
+        np.testing.assert_allclose(last[row], logits[row, length - 3 : length], atol=1e-5)
+        np.testing.assert_array_equal(first.selected[row], out.selected[:, row, : length - 3])
 
 
 def test_pages_have_index_keys_by_the_number_of_the_indexer():
     """In FP8: layer 4 writes those of indexer 2, which layers 4 and 5 read; layer 5 writes its latents alone."""
     config = dataclasses.replace(MIXED, index_fp8=True)
-    latents, index_keys = (jnp.zeros(x.shape, x.dtype) for x in page_shapes(config, 3, "fp8"))
-    kv, k_index = normal(0, 1, 5, 24), normal(1, 1, 5, 16)
-    table, slots = jnp.array([[2, 0]], jnp.int32), jnp.array([[128, 129, 130, -1, 131]], jnp.int32)  # page 2
-    pages = Pages(latents, index_keys, table, slots, 16).write(4, kv, k_index, 2).write(5, 2 * kv, None, 2)
+    pools = [array(np.zeros(x.shape), x.dtype) for x in page_shapes(config, 3, "fp8")]
+    kv, k_index = noise(0, 1, 5, 24), noise(1, 1, 5, 16)
+    table, slots = array([[2, 0]], jnp.int32), array([[128, 129, 130, -1, 131]], jnp.int32)  # page 2
+
+    @jax.jit
+    def written_and_read(latents, index_keys, kv, k_index):
+        pages = Pages(latents, index_keys, table, slots, 16).write(4, kv, k_index, 2).write(5, 2 * kv, None, 2)
+        return pages.latents, pages.index_keys, {at: pages.layer(at, 2).read(jnp.float32) for at in (4, 5)}
+
+    latents, index_keys, read = as_numpy(written_and_read(*pools, kv, k_index))
     values, scale = reference.quantize(k_index)
     kept = np.array([0, 1, 2, 4])
     for layer, factor in ((4, 1), (5, 2)):
-        found, keys, scales = pages.layer(layer, 2).read(jnp.float32)
-        np.testing.assert_allclose(found[0, :4], factor * np.asarray(kv)[0, kept], atol=0.5)
-        np.testing.assert_array_equal(np.asarray(keys)[0, :4].astype(np.float32), values[0, kept].astype(np.float32))
+        found, keys, scales = read[layer]
+        np.testing.assert_allclose(found[0, :4], factor * kv[0, kept], atol=0.5)
+        np.testing.assert_array_equal(keys[0, :4].astype(np.float32), values[0, kept].astype(np.float32))
         np.testing.assert_array_equal(scales[0, :4], scale[0, kept])
     for indexer in (0, 1):
-        assert not np.asarray(pages.index_keys[indexer]).astype(np.float32).any()
-    assert not np.asarray(pages.latents[:4]).any()
+        assert not index_keys[indexer].astype(np.float32).any()
+    assert not latents[:4].any()
 
 
 def test_layers_that_share_keep_no_index_keys():
@@ -367,7 +392,7 @@ def test_maps_show_the_index_scores_of_the_layer_that_selects():
     model = small_model(CONFIG)
     out, _ = forward(CONFIG, IDS)
     maps = model.attention_maps(IDS, layer=3)
-    np.testing.assert_array_equal(maps.selected, out.selected[3])
+    np.testing.assert_array_equal(maps.selected, np.asarray(out.selected)[3])
     np.testing.assert_array_equal(maps.index_scores, model.attention_maps(IDS, layer=2).index_scores)
 
 
@@ -389,7 +414,6 @@ def test_wrong_patterns_are_refused(changes, message):
 
 def test_a_layer_without_an_indexer_must_be_handed_a_selection():
     layer = list(small_model(CONFIG).layers())[1]
-    x = jnp.ones((1, 4, 32))
-    turn = rotation(jnp.arange(4)[None], CONFIG)
+    x, turn = jax.eval_shape(lambda: (jnp.ones((1, 4, 32)), rotation(jnp.arange(4)[None], CONFIG)))
     with pytest.raises(ValueError, match="shared must be given to a layer without an indexer"):
-        layer(x, turn, KeyRange.causal(1, 4))
+        jax.eval_shape(lambda x, turn: layer(x, turn, KeyRange.causal(1, 4)), x, turn)

@@ -1,6 +1,7 @@
 """Index scores (Eq. 1) against float64 NumPy, and their bits against every layout of the same row."""
 
-import cases
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +9,15 @@ import pytest
 import reference
 from cases import (
     FP8,
+    array,
     as_numpy,
+    causal_range,
     close,
     index_inputs,
+    integers,
     normal,
     poison,
+    powers,
     random_range,
     same_bits,
     scores_of,
@@ -54,38 +59,38 @@ def test_literal_numbers():
 def test_unreachable_keys_score_minus_infinity_and_empty_rows_nothing_else():
     q, k, w, _ = index_inputs(0, 1, 3, 5, 2, 4)
     keys = KeyRange(jnp.array([[1, 4, 5]]), jnp.array([[3, 2, 9]]))
-    finite = np.isfinite(scores_of(q, k, w, keys))[0]
+    finite = np.isfinite(np.asarray(scores_of(q, k, w, keys)))[0]
     assert finite.tolist() == [[False, True, True, False, False], [False] * 5, [False] * 5]
 
 
 def test_small_integers_are_exact():
-    q, k = cases.integers(0, 2, 9, 4, 8), cases.integers(1, 2, 21, 8)
-    w, keys = cases.integers(2, 2, 9, 4), KeyRange.causal(2, 9, offset=12)
+    w, keys = integers(2, 2, 9, 4), causal_range(2, 9, 12)
     for dtype in ("float32", "bfloat16", FP8):
-        scores = scores_of(q.astype(dtype), k.astype(dtype), w, keys)
+        q, k = integers(0, 2, 9, 4, 8, dtype=dtype), integers(1, 2, 21, 8, dtype=dtype)
+        scores = scores_of(q, k, w, keys)
         assert np.array_equal(scores, expected_scores(q, k, w, keys))
 
 
 def test_key_scale_multiplies_the_head_sum():
     q, k, w, _ = index_inputs(0, 2, 5, 9, 4, 8)
-    k_scale = jnp.exp2(jnp.round(2 * normal(7, 2, 9)))
-    keys = KeyRange.causal(2, 5, offset=4)
+    k_scale, keys = powers(7, 2, 9, spread=2), causal_range(2, 5, 4)
     plain, scaled = scores_of(q, k, w, keys), scores_of(q, k, w, keys, k_scale)
-    same_bits(scaled, plain * k_scale[:, None])
+    same_bits(scaled, np.asarray(plain) * np.asarray(k_scale)[:, None])
 
 
 @pytest.mark.parametrize("j", [2, 64])
 def test_quantised_path_equals_the_dequantised_path_in_every_bit(j):
     """Scales are powers of two, so they commute with every rounding of float32."""
     q, k, w, k_scale = index_inputs(5, 2, 33, 150, j, 128, FP8)
-    keys = KeyRange.causal(2, 33, offset=100)
-    wide = scores_of(q.astype(jnp.float32), k.astype(jnp.float32) * k_scale[..., None], w, keys)
+    keys = causal_range(2, 33, 100)
+    wide_k = np.asarray(k, np.float32) * np.asarray(k_scale)[..., None]
+    wide = scores_of(array(q, "float32"), array(wide_k), w, keys)
     same_bits(scores_of(q, k, w, keys, k_scale), wide)
 
 
 def test_gradients_of_the_reference_are_central_differences():
     q, k, w, _ = (None if x is None else reference.f64(x) for x in index_inputs(0, 1, 3, 4, 2, 3))
-    keys, scale = KeyRange.causal(1, 3, offset=1), np.array([[1.0, 2.0, 0.5, 4.0]])
+    keys, scale = causal_range(1, 3, 1), np.array([[1.0, 2.0, 0.5, 4.0]])
     rows, cotangent = reference.reachable(keys.start, keys.stop, 4), reference.f64(normal(5, 1, 3, 4))
 
     def total(q, k, w):
@@ -117,7 +122,7 @@ def test_gradients_against_float64(shape):
     b, t, s, j, e = shape
     q, k, w, _ = index_inputs(0, b, t, s, j, e)
     keys, cotangent = random_range(3, b, t, s), normal(4, b, t, s)
-    k_scale = jnp.exp2(jnp.round(normal(7, b, s)))
+    k_scale = powers(7, b, s)
     rows = reference.reachable(keys.start, keys.stop, s)
     expected = reference.index_scores_vjp(q, k, w, rows, cotangent, k_scale)
     for actual, want in zip(score_gradients(q, k, w, keys, cotangent, k_scale), expected, strict=True):
@@ -125,8 +130,8 @@ def test_gradients_against_float64(shape):
 
 
 def test_gradient_is_zero_where_the_logit_is_exactly_zero():
-    q, k = jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 2))
-    dq, dk, dw = score_gradients(q, k, jnp.ones((1, 1, 1)), KeyRange.causal(1, 1), jnp.ones((1, 1, 1)))
+    q, k, one = array(np.zeros((1, 1, 1, 2))), array(np.ones((1, 1, 2))), array(np.ones((1, 1, 1)))
+    dq, dk, dw = as_numpy(score_gradients(q, k, one, causal_range(1, 1), one))
     assert not np.any(dq) and not np.any(dk) and not np.any(dw)
 
 
@@ -134,17 +139,17 @@ def test_nan_in_unreached_keys_changes_nothing():
     """Values and gradients: the gradient of where(mask, relu(q·k), 0) alone would be NaN."""
     q, k, w, _ = index_inputs(0, 2, 5, 40, 4, 8)
     keys = KeyRange(jnp.array([[3, 5, 0, 7, 7], [20] * 5]), jnp.array([[6, 9, 0, 30, 7], [22] * 5]))
-    absent = ~np.asarray(keys.mask(40)).any(1)
+    absent = ~np.asarray(jax.jit(keys.mask, static_argnums=0)(40)).any(1)
     assert absent[:, [0, -1]].all()
-    clean, dirty = jnp.where(absent[..., None], 0.0, k), poison(k, absent)
+    clean, dirty = poison(k, absent, 0.0), poison(k, absent)
     cotangent = normal(4, 2, 5, 40)
     same_bits(scores_of(q, dirty, w, keys), scores_of(q, clean, w, keys))
     for a, b in zip(
         score_gradients(q, dirty, w, keys, cotangent), score_gradients(q, clean, w, keys, cotangent), strict=True
     ):
         same_bits(a, b)
-    dirty_scale = jnp.where(absent, jnp.nan, 2.0)
-    same_bits(scores_of(q, dirty, w, keys, dirty_scale), 2 * scores_of(q, clean, w, keys))
+    dirty_scale = array(np.where(absent, np.nan, 2.0))
+    same_bits(scores_of(q, dirty, w, keys, dirty_scale), 2 * np.asarray(scores_of(q, clean, w, keys)))
 
 
 @pytest.mark.parametrize(("j", "dtype"), the_first(1, [(16, FP8), (4, "bfloat16"), (2, "float32")]))
@@ -152,25 +157,27 @@ def test_bits_do_not_depend_on_the_layout(j, dtype):
     """One row alone, in a batch, padded, in a longer buffer, at another place, jitted: the same bits."""
     b, t, s, e = 2, 70, 333, 32
     q, k, w, scale = index_inputs(11, b, t, s, j, e, dtype)
-    keys = KeyRange.causal(b, t, offset=s - t)
+    keys = causal_range(b, t, s - t)
     scores = np.asarray(scores_of(q, k, w, keys, scale))
     same_bits(index_scores(q, k, w, keys, k_scale=scale), scores)
 
+    q, k, w, scale, keys = as_numpy((q, k, w, scale, keys))
     row = slice(1, 2)
-    own = KeyRange(keys.start[row], keys.stop[row])
+    own = jax.tree.map(lambda x: x[row], keys)
     of_row = None if scale is None else scale[row]
     same_bits(scores_of(q[row], k[row], w[row], own, of_row), scores[row])
     for at in (0, 31, t - 1):
-        one, where = slice(at, at + 1), KeyRange(own.start[:, at : at + 1], own.stop[:, at : at + 1])
+        one = slice(at, at + 1)
+        where = jax.tree.map(lambda x, one=one: x[:, one], own)
         same_bits(scores_of(q[row, one], k[row], w[row, one], where, of_row), scores[row, one])
 
     long = s + 900
-    padded_k = jnp.concatenate([k, jnp.full((b, long - s, e), jnp.nan, k.dtype)], 1)
-    padded_scale = None if scale is None else jnp.pad(scale, ((0, 0), (0, long - s)))
+    padded_k = np.concatenate([k, np.full((b, long - s, e), np.nan).astype(k.dtype)], 1)
+    padded_scale = None if scale is None else np.pad(scale, ((0, 0), (0, long - s)))
     pad = ((0, 0), (5, 72))
-    padded_q, padded_w = jnp.pad(q, (*pad, (0, 0), (0, 0))), jnp.pad(w, (*pad, (0, 0)))
-    padded_keys = KeyRange(jnp.pad(keys.start, pad), jnp.pad(keys.stop, pad))
-    padded = scores_of(padded_q, padded_k, padded_w, padded_keys, padded_scale)
+    padded_q, padded_w = np.pad(q, (*pad, (0, 0), (0, 0))), np.pad(w, (*pad, (0, 0)))
+    padded_keys = jax.tree.map(lambda x: np.pad(x, pad), keys)
+    padded = np.asarray(scores_of(padded_q, padded_k, padded_w, padded_keys, padded_scale))
     same_bits(padded[:, 5 : 5 + t, :s], scores)
     assert np.all(padded[:, :, s:] == -np.inf)
 
@@ -190,10 +197,10 @@ def test_bits_do_not_depend_on_the_layout(j, dtype):
 )
 def test_mismatched_shapes_are_named(change, words):
     shapes = dict(q=(2, 5, 4, 8), k=(2, 9, 8), w=(2, 5, 4), t=5) | change
-    keys, k_scale = KeyRange.causal(2, shapes["t"]), shapes.get("k_scale")
+    keys, k_scale = causal_range(2, shapes["t"]), shapes.get("k_scale")
     with unchecked(), pytest.raises(ValueError) as error:
-        q, k, w = (jnp.ones(shapes[name]) for name in "qkw")
-        index_scores(q, k, w, keys, k_scale=None if k_scale is None else jnp.ones(k_scale))
+        q, k, w = (np.ones(shapes[name], np.float32) for name in "qkw")
+        index_scores(q, k, w, keys, k_scale=None if k_scale is None else np.ones(k_scale, np.float32))
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -202,23 +209,24 @@ def test_mismatched_shapes_are_named(change, words):
 )
 def test_mismatched_dtypes_are_named(q, k, words):
     with unchecked(), pytest.raises(ValueError) as error:
-        index_scores(jnp.ones((1, 1, 1, 4), q), jnp.ones((1, 2, 4), k), jnp.ones((1, 1, 1)), KeyRange.causal(1, 1))
+        ones = [array(np.ones(shape), dtype) for shape, dtype in (((1, 1, 1, 4), q), ((1, 2, 4), k))]
+        index_scores(*ones, array(np.ones((1, 1, 1))), causal_range(1, 1))
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_numpy_arrays_are_accepted():
     q, k, w, scale = index_inputs(0, 2, 5, 9, 4, 8, FP8)
-    keys = KeyRange.causal(2, 5)
+    keys = causal_range(2, 5)
     with unchecked():
         numpy = index_scores(*as_numpy((q, k, w, keys)), k_scale=as_numpy(scale))
     same_bits(numpy, index_scores(q, k, w, keys, k_scale=scale))
 
 
 def test_implementation_insists_or_says_why_it_cannot():
-    q, k, w, _ = index_inputs(0, 1, 2, 3, 2, 8)
-    keys = KeyRange.causal(1, 2)
-    same_bits(index_scores(q, k, w, keys, implementation="xla"), index_scores(q, k, w, keys))
+    q, k, w, scale = index_inputs(0, 2, 5, 9, 4, 8, FP8)
+    call = functools.partial(index_scores, q, k, w, causal_range(2, 5), k_scale=scale)
+    same_bits(call(implementation="xla"), call())
     with pytest.raises(ValueError, match="(?i)cpu|gpu|hopper|sm_90|kernel"):
-        index_scores(q, k, w, keys, implementation="pallas")
+        call(implementation="pallas")
     with unchecked(), pytest.raises(ValueError, match="cuda_magic"):
-        index_scores(q, k, w, keys, implementation="cuda_magic")
+        call(implementation="cuda_magic")

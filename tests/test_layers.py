@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import FAST, close, keys_of, normal, same_bits, scores_of, topk_of
+from cases import FAST, array, close, keys_of, normal, same_bits, scores_of, topk_of
 from layer_reference import f64, reference_attention, reference_indexer, rms_norm
 from model_cases import model_parts, small_config, small_model
 
@@ -34,14 +34,14 @@ POSITIONS = np.arange(T)[None] + np.array([[0], [5]])
 @functools.partial(jax.jit, static_argnums=0, static_argnames="attention", compiler_options=FAST)
 def run(config, x, keys, cache=None, *, attention="sparse"):
     """The attention of the first layer, and its projections."""
-    layer, turn = first_layer(config), rotation(jnp.asarray(POSITIONS), config)
+    layer, turn = first_layer(config), rotation(array(POSITIONS), config)
     return layer(x, turn, keys, attention=attention, cache=cache), layer.project(x, turn)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=FAST)
 def with_cache(config, x, keys, last):
     """The dense attention of the `last` tokens, the others being in a cache."""
-    layer, turn = first_layer(config), rotation(jnp.asarray(POSITIONS), config)
+    layer, turn = first_layer(config), rotation(array(POSITIONS), config)
     cache = Cache.empty(config, B, T + 5)
     for part in (slice(0, T - last), slice(T - last, T)):
         arrays = jax.tree.map(lambda leaf, part=part: leaf[:, part], (x, turn, keys))
@@ -57,7 +57,7 @@ def test_indexer_against_float64(x, interleave, fp8):
     config = small_config(index_rope_interleave=interleave, index_fp8=fp8)
     indexer = first_layer(config).indexer
     q_latent = normal(2, B, T, config.q_lora_rank)
-    actual = jax.jit(lambda x, y: indexer(x, y, rotation(jnp.asarray(POSITIONS), config)))(x, q_latent)
+    actual = jax.jit(lambda x, y: indexer(x, y, rotation(array(POSITIONS), config)))(x, q_latent)
     for value, want in zip(actual, reference_indexer(indexer, x, q_latent, POSITIONS, config), strict=True):
         assert value.dtype == jnp.float32
         close(value, want, 2e-5)
@@ -66,7 +66,7 @@ def test_indexer_against_float64(x, interleave, fp8):
 def test_index_weights_stay_float32_in_a_bfloat16_model(x):
     config = small_config(dtype="bfloat16")
     indexer = first_layer(config).indexer
-    call = jax.jit(lambda x, y: indexer(x, y, rotation(jnp.asarray(POSITIONS), config)))
+    call = jax.jit(lambda x, y: indexer(x, y, rotation(array(POSITIONS), config)))
     q, k, weights = call(x.astype("bfloat16"), normal(2, B, T, 24, dtype="bfloat16"))
     assert (q.dtype, k.dtype, weights.dtype) == ("bfloat16", "bfloat16", "float32")
     want = reference.f64(x.astype("bfloat16")) @ f64(indexer.weights_proj) / 8
@@ -88,8 +88,8 @@ def test_fp8_indexer_selects_and_learns_by_the_dequantised_scores(x):
     out, p = run(FP8, x, keys)
     (q, q_scale), (k, k_scale) = reference.quantize(p.q_index), reference.quantize(p.k_index)
     weights = p.weights * q_scale
-    scores = scores_of(jnp.asarray(q), jnp.asarray(k), weights, keys, jnp.asarray(k_scale))
-    wide_q, wide_k = (jnp.asarray(y.astype(np.float32) * s[..., None]) for y, s in ((q, q_scale), (k, k_scale)))
+    scores = scores_of(array(q), array(k), weights, keys, array(k_scale))
+    wide_q, wide_k = (array(y.astype(np.float32) * s[..., None]) for y, s in ((q, q_scale), (k, k_scale)))
     same_bits(scores_of(wide_q, wide_k, p.weights, keys), scores)
     same_bits(out.selected, topk_of(scores, FP8.index_topk))
     unquantised = keys_of(p.q_index, p.k_index, p.weights, keys, FP8.index_topk)
@@ -105,7 +105,7 @@ def test_fp8_indexer_selects_and_learns_by_the_dequantised_scores(x):
 def test_sparse_mla_against_float64(x, attention, rotary):
     """Output, selection and KL, over packed sequences with padding at the end; with and without a rotary part."""
     config = small_config(qk_rope_head_dim=rotary)
-    keys = KeyRange.packed(jnp.array([[0] * T, [0] * 9 + [1] * 11 + [-1] * 4]))
+    keys = KeyRange.packed(array([[0] * T, [0] * 9 + [1] * 11 + [-1] * 4]))
     layer = first_layer(config)
     out, p = run(config, x, keys, attention=attention)
     rows = reach = reference.reachable(keys.start, keys.stop, T)

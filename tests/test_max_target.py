@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import reference
 from cases import (
+    array,
+    as_numpy,
     close,
     hostile_indices,
     index_inputs,
@@ -34,6 +36,8 @@ from dsa_jax import (
 )
 from dsa_jax.parallel.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 SCALE, E, C, R = 0.3, 8, 8, 4
 SHAPES = [(2, 9, 17, 3, 2, 6), (1, 70, 300, 4, 4, 40)]  # B, T, S, N, J, K; the second in many blocks of queries
 FORMS = pytest.mark.parametrize("form", ["sparse", "dense"])
@@ -52,8 +56,8 @@ def inputs_of(form, shape, dtype="float32"):
     else:
         kv, which = normal(5, b, s, n, C + R, dtype=dtype), random_range(6, b, t, s)
         lse = jax.jit(lambda q, k: multihead_attention(q, k, k[..., :1], which, scale=SCALE)[1])(q, kv)
-    assert np.any(np.isneginf(lse))
-    return q_index, k_index, weights / 2, q, kv, lse, which
+    assert np.any(np.isneginf(np.asarray(lse)))
+    return q_index, k_index, array(np.asarray(weights) / 2), q, kv, lse, which
 
 
 def wide(inputs):
@@ -68,7 +72,7 @@ def wide(inputs):
 
 def with_gradients(form, inputs, cotangent, target="max", **options):
     kl = functools.partial(KLS[form], scale=SCALE, target=target, **options)
-    return pulled(lambda *index: kl(*index, *inputs[3:]), *inputs[:3], cotangent=lambda _: cotangent)
+    return as_numpy(pulled(lambda *index: kl(*index, *inputs[3:]), *inputs[:3], cotangent=lambda _: cotangent))
 
 
 @FORMS
@@ -88,7 +92,7 @@ def test_values_and_gradients(form, shape, monkeypatch):
 @FORMS
 def test_with_one_head_it_is_the_sum(form):
     inputs = inputs_of(form, (2, 9, 17, 1, 2, 6))
-    results = [with_gradients(form, inputs, jnp.ones((2, 9)), target) for target in ("sum", "max")]
+    results = [with_gradients(form, inputs, np.ones((2, 9), np.float32), target) for target in ("sum", "max")]
     jax.tree.map(same_bits, *results)
 
 
@@ -96,18 +100,19 @@ def test_with_one_head_it_is_the_sum(form):
 def test_everything_but_the_indexer_is_constant(form):
     inputs = inputs_of(form, SHAPES[0])
     kl = functools.partial(KLS[form], scale=SCALE, target="max")
-    for gradient in pulled(lambda *x: kl(*inputs[:3], *x, inputs[6]), *inputs[3:6])[1]:
+    for gradient in as_numpy(pulled(lambda *x: kl(*inputs[:3], *x, inputs[6]), *inputs[3:6])[1]):
         assert not np.any(gradient)  # nor NaN, though rows are empty
 
 
 def test_target_values():
     b, t, s, n, _, k = SHAPES[0]
     *_, q, kv, lse, indices = inputs_of("sparse", SHAPES[0], "bfloat16")
-    target = attention_target(q, kv, lse, indices, scale=SCALE, target="max")
+    run = jax.jit(functools.partial(attention_target, scale=SCALE, target="max"))
+    target = np.asarray(run(q, kv, lse, indices))
     assert target.shape == (b, t, k) and target.dtype == jnp.float32
     close(target, reference.attention_target(q, kv, lse, indices, SCALE, target="max"), 2e-5)
     present = (np.asarray(indices) >= 0) & (np.asarray(indices) < s)
-    assert not np.any(np.asarray(target)[~present])
+    assert not np.any(target[~present])
     close(target.sum(-1), present.any(-1).astype(float), 1e-6)
 
 
@@ -115,8 +120,8 @@ def test_target_values():
 def test_float64(form):
     inputs = inputs_of(form, SHAPES[0])
     with jax.enable_x64(True):
-        inputs = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x, inputs)
-        value, gradients = with_gradients(form, inputs, jnp.ones((2, 9), np.float64))
+        inputs = jax.tree.map(lambda x: array(x, np.float64) if x.dtype.kind == "f" else x, inputs)
+        value, gradients = with_gradients(form, inputs, np.ones((2, 9)))
     np.testing.assert_allclose(value, reference.indexer_kl(*wide(inputs), target="max"), rtol=1e-11, atol=1e-12)
     wanted = reference.indexer_kl_vjp(*wide(inputs), cotangent=np.ones((2, 9)), target="max")
     for actual, want in zip(gradients, wanted, strict=True):
@@ -129,6 +134,7 @@ def test_nan_shows_where_it_is_reached(place):
     inputs = nan_cases.sparse_inputs(0, 1, 5, 60, 3, 8, 4, 12, "float32")
     (*index, _), size = index_inputs(3, 1, 5, 60, 16, 8), 60
 
+    @jax.jit
     def run(q, kv, indices):
         _, lse = sparse_attention(q, kv, indices, value_dim=8, scale=nan_cases.SCALE)
         options = dict(scale=nan_cases.SCALE, target="max")
@@ -150,9 +156,11 @@ def test_one_head_of_nan_is_not_hidden_by_the_others(form):
     """A maximum that drops NaN would."""
     *inputs, lse, which = inputs_of(form, SHAPES[0])
     kl = jax.jit(functools.partial(KLS[form], scale=SCALE, target="max"))
-    clean = kl(*inputs, lse, which)
+    clean = np.asarray(kl(*inputs, lse, which))
     at = np.unravel_index(np.argmax(clean), clean.shape)
-    value = np.array(kl(*inputs, lse.at[(*at, 1)].set(jnp.nan), which))
+    spoilt = np.array(lse)
+    spoilt[(*at, 1)] = np.nan
+    value = np.array(kl(*inputs, spoilt, which))
     assert np.isnan(value[at])
     value[at] = clean[at]
     same_bits(value, clean)
@@ -170,7 +178,6 @@ def test_it_has_no_kernel_and_says_so(form):
         call(target="mean")
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 @pytest.mark.parametrize(("attention",), the_first(1, [("sparse",), ("dense",)]))
 def test_the_config_chooses_and_heads_of_all_shards_count(attention):
     """Only the divergence changes; on a mesh that shards heads the maximum is over all of them."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import array
 
 from dsa_jax import (
     KeyRange,
@@ -156,12 +157,12 @@ def block():
     """A few queries at the end of 131072 keys, narrow enough to be quick: the values of all inputs."""
     t, j, e, n, c, r = QUERIES, 4, 16, 2, 16, 8
     rng = np.random.default_rng(0)
-    normal = lambda *dims: jnp.asarray(rng.normal(size=dims), "bfloat16")
+    normal = lambda *dims: array(rng.normal(size=dims), "bfloat16")
     keys = KeyRange(jnp.zeros((1, t), jnp.int32), LONG - t + 1 + jnp.arange(t, dtype=jnp.int32)[None])
     return dict(
         q_index=normal(1, t, j, e),
         k_index=normal(1, LONG, e),
-        weights=jnp.asarray(rng.normal(size=(1, t, j)), jnp.float32),
+        weights=array(rng.normal(size=(1, t, j)), jnp.float32),
         q=normal(1, t, n, c + r),
         kv=normal(1, LONG, c + r),
         k_heads=normal(1, LONG, n, c + r),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, close, normal, same_bits, the_first, unchecked
+from cases import FAST, array, as_numpy, causal_range, close, normal, same_bits, the_first, unchecked
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 
@@ -19,12 +19,14 @@ from dsa_jax.rope import rotation
 
 CONFIG = small_config()
 FP8 = small_config(index_fp8=True)
+lengths_range = jax.jit(KeyRange.lengths, static_argnums=1)
 BOTH = pytest.mark.parametrize("attention", the_first(1, ["sparse", "dense"]))
 NEAR = 5e-5  # between layouts: what float32 leaves of two orders of summation, through two layers
 
 
 def at(out: Output, row, columns):
     """Hidden states, KL and selection of some columns of one row."""
+    out = as_numpy(out)
     selected = None if out.selected is None else out.selected[:, row, columns]
     return out.hidden[row, columns], out.indexer_kl[:, row, columns], selected
 
@@ -34,7 +36,7 @@ def agree(actual, expected, shift=0):
     close(actual[0], expected[0], NEAR)
     close(actual[1], expected[1], NEAR)
     if expected[2] is not None:
-        same_bits(actual[2], jnp.where(expected[2] >= 0, expected[2] + shift, -1))
+        same_bits(actual[2], np.where(expected[2] >= 0, expected[2] + shift, np.int32(-1)))
 
 
 # Layouts
@@ -42,31 +44,31 @@ def agree(actual, expected, shift=0):
 
 @BOTH
 def test_packed_sequences_equal_separate_ones(attention):
-    ids = jnp.tile(tokens(1, 32), (2, 1))
-    keys = KeyRange.packed(jnp.array([[0] * 20 + [1] * 12, [0] * 32]))
-    positions = jnp.arange(32)[None] - keys.start
+    ids = np.tile(tokens(1, 32), (2, 1))
+    keys = jax.jit(KeyRange.packed)(array([[0] * 20 + [1] * 12, [0] * 32]))
+    positions = np.arange(32, dtype=np.int32)[None] - np.asarray(keys.start)
     packed, _ = forward(CONFIG, ids, keys=keys, positions=positions, attention=attention)
-    rows = jnp.stack([ids[0, :20], jnp.pad(ids[0, 20:], (0, 8), constant_values=9)])
-    apart, _ = forward(CONFIG, rows, keys=KeyRange.lengths(jnp.array([20, 12]), 20), attention=attention)
+    rows = np.stack([ids[0, :20], np.pad(ids[0, 20:], (0, 8), constant_values=9)])
+    apart, _ = forward(CONFIG, rows, keys=lengths_range(array([20, 12]), 20), attention=attention)
     agree(at(packed, 0, slice(0, 20)), at(apart, 0, slice(0, 20)))
     agree(at(packed, 0, slice(20, 32)), at(apart, 1, slice(0, 12)), shift=20)
     whole, _ = forward(CONFIG, ids, attention=attention)
     agree(at(packed, 1, slice(None)), at(whole, 1, slice(None)))
-    close(packed.expert_load, apart.expert_load + whole.expert_load / 2, 0)
+    close(packed.expert_load, np.asarray(apart.expert_load) + np.asarray(whole.expert_load) / 2, 0)
 
 
 @BOTH
 def test_padding_on_either_side_changes_nothing(attention):
     """Padding may hold any ids; its KL is zero and no expert counts it."""
-    ids, pad = tokens(2, 20), tokens(2, 12, seed=1)
+    ids, pad = as_numpy((tokens(2, 20), tokens(2, 12, seed=1)))
     plain, _ = forward(CONFIG, ids, attention=attention)
-    wide = jnp.concatenate([pad[:, :5], ids, pad[:, 5:]], 1)
-    column = jnp.arange(32)
+    wide = np.concatenate([pad[:, :5], ids, pad[:, 5:]], 1)
+    column = np.arange(32)
     real = (column >= 5) & (column < 25)
-    start = jnp.broadcast_to(jnp.where(real, 5, 0), (2, 32))
-    keys = KeyRange(start, jnp.broadcast_to(jnp.where(real, column + 1, 0), (2, 32)))
-    positions = jnp.broadcast_to(jnp.maximum(column - 5, 0), (2, 32))
-    padded, _ = forward(CONFIG, wide, keys=keys, positions=positions, attention=attention)
+    rows = lambda x: array(np.broadcast_to(x, (2, 32)))
+    keys = KeyRange(rows(np.where(real, 5, 0)), rows(np.where(real, column + 1, 0)))
+    positions = rows(np.maximum(column - 5, 0))
+    padded = as_numpy(forward(CONFIG, wide, keys=keys, positions=positions, attention=attention)[0])
     for row in range(2):
         agree(at(padded, row, slice(5, 25)), at(plain, row, slice(None)), shift=5)
     assert not np.any(padded.indexer_kl[..., ~real]) and np.all(np.isfinite(padded.hidden))
@@ -77,7 +79,7 @@ def test_padding_on_either_side_changes_nothing(attention):
 def test_expert_load_counts_valid_slots():
     """A batch's load is the sum of its rows', counted one by one from the router's own choice in the first layer."""
     config, ids = small_config(num_hidden_layers=1), tokens(2, 20)
-    keys = KeyRange.lengths(jnp.array([20, 7]), 20)
+    keys = lengths_range(array([20, 7]), 20)
     load = np.asarray(forward(config, ids, keys=keys)[0].expert_load)
     assert load.shape == (1, 8) and load.dtype == np.float32
     assert load.sum() == (20 + 7) * config.num_experts_per_tok
@@ -92,7 +94,7 @@ def test_expert_load_counts_valid_slots():
         x = x + layer.self_attn(layer.input_layernorm(x), turn, keys).x
         return layer.mlp.gate(layer.post_attention_layernorm(x))[0]
 
-    experts = np.asarray(chosen(ids))[np.asarray(keys.nonempty())]
+    experts = np.asarray(chosen(ids))[np.arange(20) < np.array([[20], [7]])]
     assert load[0].tolist() == np.bincount(experts.reshape(-1), minlength=8).tolist()
 
 
@@ -110,7 +112,7 @@ def test_expert_load_counts_valid_slots():
 )
 def test_the_scan_equals_the_layers_one_by_one(changes):
     config, ids = small_config(**changes), tokens(2, 20)
-    out, logits = forward(config, ids)
+    out, logits = as_numpy(forward(config, ids))
     assert out.expert_load.shape == (config.num_moe_layers, 8)
     model = small_model(config)
 
@@ -119,16 +121,16 @@ def test_the_scan_equals_the_layers_one_by_one(changes):
         turn = rotation(jnp.broadcast_to(jnp.arange(20), (2, 20)), config)
         return nnx.merge(graph, state)(x, turn, KeyRange.causal(2, 20))
 
-    x, loads = model.embed_tokens[...][ids], []
+    x, loads = np.asarray(model.embed_tokens[...])[np.asarray(ids)], []
     for number, layer in enumerate(model.layers()):
         one = apply(*nnx.split(layer), x)
         x = one.x
         close(out.indexer_kl[number], one.indexer_kl, NEAR)
         same_bits(out.selected[number], one.selected)
         loads += [] if one.expert_load is None else [one.expert_load]
-    close(out.hidden, model.norm(x), NEAR)
+    close(out.hidden, jax.jit(model.norm)(x), NEAR)
     close(out.expert_load, np.reshape(loads, (-1, 8)), 0)
-    head = model.embed_tokens[...].T if config.tie_word_embeddings else model.lm_head[...]  # pyright: ignore[reportOptionalSubscript]
+    head = np.asarray(model.embed_tokens[...]).T if config.tie_word_embeddings else model.lm_head[...]  # pyright: ignore[reportOptionalSubscript]
     close(logits, np.asarray(out.hidden, np.float64) @ np.asarray(head, np.float64), NEAR)
     assert (model.lm_head is None) == config.tie_word_embeddings
 
@@ -143,16 +145,17 @@ def test_a_replayed_selection_gives_the_same_output():
     same_bits(again.selected, first.selected)
     close(again.hidden, first.hidden, 2e-6)
     close(again.indexer_kl, first.indexer_kl, 2e-6)
-    window = jnp.arange(20)[:, None] - jnp.arange(7, -1, -1)
-    imposed, _ = forward(CONFIG, ids, selected=jnp.broadcast_to(jnp.where(window >= 0, window, -1), (2, 2, 20, 8)))
-    assert np.abs(imposed.hidden - first.hidden).max() > 0.1
+    window = np.arange(20)[:, None] - np.arange(7, -1, -1)
+    window = array(np.broadcast_to(np.where(window >= 0, window, -1), (2, 2, 20, 8)))
+    imposed, _ = forward(CONFIG, ids, selected=window)
+    assert np.abs(np.asarray(imposed.hidden) - np.asarray(first.hidden)).max() > 0.1
 
 
 def test_sparse_equals_dense_while_every_key_is_selected():
     """The first K tokens, and all of them where K ≥ S."""
     ids = tokens(2, 20)
-    dense, _ = forward(CONFIG, ids, attention="dense")
-    sparse, _ = forward(CONFIG, ids)
+    dense, _ = as_numpy(forward(CONFIG, ids, attention="dense"))
+    sparse, _ = as_numpy(forward(CONFIG, ids))
     close(sparse.hidden[:, :8], dense.hidden[:, :8], NEAR)
     close(sparse.indexer_kl[..., :8], dense.indexer_kl[..., :8], NEAR)
     assert np.abs(sparse.hidden - dense.hidden).max() > 0.1
@@ -171,17 +174,15 @@ def test_sparse_equals_dense_while_every_key_is_selected():
 )
 def test_prefill_and_decode_equal_one_full_forward(config, attention):
     """Ragged rows, padded on the right: two chunks, one of them empty for the shorter row, then one token at a time."""
-    ids, lengths = tokens(2, 20), np.array([20, 10])
-    full, full_logits = forward(config, ids, keys=KeyRange.lengths(jnp.asarray(lengths), 20), attention=attention)
+    ids, lengths = np.asarray(tokens(2, 20)), np.array([20, 10])
+    full, full_logits = forward(config, ids, keys=lengths_range(array(lengths), 20), attention=attention)
     cache = Cache.empty(config, 2, 24)
     prompt = np.array([16, 6])
     for begin in (0, 8):
         real = np.clip(prompt - begin, 0, 8)
         column = np.arange(8)
-        stop = jnp.asarray(
-            np.where(column < real[:, None], np.asarray(cache.lengths)[:, None] + column + 1, 0), jnp.int32
-        )
-        keys = KeyRange(jnp.zeros_like(stop), stop)
+        stop = array(np.where(column < real[:, None], np.asarray(cache.lengths)[:, None] + column + 1, 0), jnp.int32)
+        keys = KeyRange(array(np.zeros((2, 8), np.int32)), stop)
         out, _ = forward(config, ids[:, begin : begin + 8], keys=keys, cache=cache, attention=attention)
         for row in range(2):
             columns = slice(begin, begin + int(real[row]))
@@ -193,20 +194,20 @@ def test_prefill_and_decode_equal_one_full_forward(config, attention):
         out, logits = forward(config, ids[np.arange(2), column][:, None], cache=cache, attention=attention)
         for row in range(2):
             agree(at(out, row, slice(None)), at(full, row, slice(column[row], column[row] + 1)))
-            close(logits[row, 0], full_logits[row, column[row]], NEAR)
+            close(np.asarray(logits)[row, 0], np.asarray(full_logits)[row, column[row]], NEAR)
         cache = out.cache
     assert cache.lengths.tolist() == lengths.tolist()
     assert cache.k_index.dtype == ("float8_e4m3fn" if config.index_fp8 else "float32")
 
 
 def test_a_cache_is_never_mutated_and_needs_its_index_keys():
-    ids = tokens(2, 20)
+    ids = np.asarray(tokens(2, 20))
     before = Cache.empty(CONFIG, 2, 24)
     filled = forward(CONFIG, ids, cache=before)[0].cache
-    assert not any(np.any(leaf) for leaf in (before.kv, before.k_index, before.lengths))
+    assert not any(np.any(leaf) for leaf in as_numpy((before.kv, before.k_index, before.lengths)))
     good, _ = forward(CONFIG, ids[:, :1], cache=filled)
-    lost, _ = forward(CONFIG, ids[:, :1], cache=dataclasses.replace(filled, k_index=jnp.zeros_like(filled.k_index)))
-    assert np.any(good.selected != lost.selected)
+    lost, _ = forward(CONFIG, ids[:, :1], cache=dataclasses.replace(filled, k_index=before.k_index))
+    assert np.any(np.asarray(good.selected) != np.asarray(lost.selected))
 
 
 # Gradients
@@ -228,7 +229,7 @@ def gradients(config, attention):
         _, pull = jax.vjp(losses, state)
         return pull((1.0, 0.0))[0], pull((0.0, 1.0))[0]
 
-    return [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in both(state)]
+    return [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in as_numpy(both(state))]
 
 
 @pytest.mark.parametrize(
@@ -308,9 +309,9 @@ def test_no_array_of_a_training_step_is_quadratic(attention):
 def test_bfloat16_is_close_to_float32():
     """Over one selection: 8 bits of mantissa through two layers; parameters stay float32."""
     ids = tokens(2, 20)
-    exact, logits = forward(CONFIG, ids)
+    exact, logits = as_numpy(forward(CONFIG, ids))
     config = small_config(dtype="bfloat16")
-    rounded, rounded_logits = forward(config, ids, selected=exact.selected)
+    rounded, rounded_logits = as_numpy(forward(config, ids, selected=exact.selected))
     assert rounded.hidden.dtype == jnp.bfloat16 and rounded_logits.dtype == jnp.float32
     assert rounded.indexer_kl.dtype == rounded.expert_load.dtype == jnp.float32
     error = np.linalg.norm(rounded_logits - logits) / np.linalg.norm(logits)
@@ -359,7 +360,7 @@ def test_the_671b_model_traces(attention):
 
 
 def shaped(*dims, dtype="int32"):
-    return jnp.zeros(dims, dtype)
+    return array(np.zeros(dims), dtype)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def shaped(*dims, dtype="int32"):
         (dict(tokens=shaped(20)), ["tokens", "[B, T]", "(20,)"]),
         (dict(tokens=shaped(2, 20, dtype="float32")), ["tokens", "integers", "float32"]),
         (dict(tokens=shaped(1, 97)), ["tokens", "max_position_embeddings", "96", "97"]),
-        (dict(keys=KeyRange.causal(2, 19)), ["keys", "[2, 20]", "(2, 19)"]),
+        (dict(keys=causal_range(2, 19)), ["keys", "[2, 20]", "(2, 19)"]),
         (dict(keys=KeyRange(shaped(2, 20), shaped(2, 1))), ["keys", "(2, 1)"]),
         (dict(positions=shaped(1, 20)), ["positions", "[2, 20]", "(1, 20)"]),
         (dict(attention="linear"), ["attention", "'sparse'", "'dense'", "'linear'"]),
@@ -409,7 +410,7 @@ def test_a_model_starts_from_its_seed():
     """The constructor: normal(initializer_range) weights, norms of one, biases of zero, and the same twice."""
     config = small_config(num_hidden_layers=1, first_k_dense_replace=1, initializer_range=0.1)
     make = lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(3)))
-    first, second = (jax.jit(lambda: make(), compiler_options=FAST)() for _ in range(2))
+    first, second = (as_numpy(jax.jit(lambda: make(), compiler_options=FAST)()) for _ in range(2))
     jax.tree.map(same_bits, first, second)
     assert np.std(first["embed_tokens"][...]) == pytest.approx(0.1, rel=0.1)
     attention = first["dense_layers"]["self_attn"]
@@ -424,7 +425,7 @@ def test_a_model_starts_from_its_seed():
 def test_attention_maps_show_what_a_layer_attends_to(index_fp8, attention):
     config = small_config(first_k_dense_replace=2, index_fp8=index_fp8)
     model, ids = small_model(config), tokens(2, 20)
-    keys = KeyRange.packed(jnp.array([[0] * 12 + [1] * 8, [3] * 18 + [-1] * 2]))
+    keys = KeyRange.packed(array([[0] * 12 + [1] * 8, [3] * 18 + [-1] * 2]))
     maps = model.attention_maps(ids, -1, keys=keys, attention=attention)
     output = model(ids, keys=keys, attention=attention, return_selected=True)
     np.testing.assert_array_equal(maps.selected, output.selected[-1])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import the_first
+from cases import array, as_numpy, pulled, the_first
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +16,8 @@ from dsa_jax import grouped_ffn
 from dsa_jax.config import Config
 from dsa_jax.grouped_ffn import block_rows, expert_ffn
 from dsa_jax.moe import MoE, expert_load, route, update_bias
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 WEIGHTS = (3, 4, 5)
 
@@ -74,6 +76,11 @@ def reference_gradients(x, experts, gates, gate_proj, up_proj, down_proj, dy):
     return dx, dgates, dgate_proj, dup_proj, ddown_proj
 
 
+def pull_back(x, experts, gates, *weights, **options):
+    """`expert_ffn` and its gradients by all but the experts."""
+    return as_numpy(pulled(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, gates, *weights, **options))
+
+
 SHAPES = {  # tokens, experts of a token, experts, skew
     "idle_experts": (40, 2, 8, 3.0),
     "few_rows": (5, 2, 8, 0.5),
@@ -89,11 +96,11 @@ SHAPES = {  # tokens, experts of a token, experts, skew
 def test_values_and_gradients_match_a_loop_over_tokens(shape):
     tokens, slots, num_experts, skew = shape
     arrays = problem(0, tokens, slots, num_experts, skew=skew)
-    dy = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
-    y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, arrays[1], gates, *w), arrays[0], *arrays[2:])
+    dy = array(np.random.default_rng(1).standard_normal(arrays[0].shape))
+    y, gradients = pull_back(*arrays, cotangent=lambda _: dy)
     np.testing.assert_allclose(y, reference_ffn(*map(np.asarray, arrays)), atol=1e-5)
     expected = reference_gradients(*map(np.asarray, arrays), dy)
-    for name, gradient, reference in zip(["x", "gates", "gate", "up", "down"], pull(dy), expected, strict=True):
+    for name, gradient, reference in zip(["x", "gates", "gate", "up", "down"], gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, reference, atol=1e-5 * max(1, np.abs(reference).max()), err_msg=name)
 
 
@@ -108,7 +115,7 @@ def test_values_and_gradients_match_a_loop_over_tokens(shape):
 def test_every_slot_has_its_own_row(seed, tokens, num_experts, slots, skew):
     slots = min(slots, num_experts)
     experts = np.asarray(problem(seed, tokens, slots, num_experts, 2, 2, skew=skew)[1])
-    layout = jax.jit(grouped_ffn._lay_out, static_argnums=(1, 2))(jnp.asarray(experts), num_experts, 3)
+    layout = jax.jit(grouped_ffn._lay_out, static_argnums=(1, 2))(experts, num_experts, 3)
     slot, row = np.asarray(layout.slot).ravel(), np.asarray(layout.row).ravel()
     np.testing.assert_array_equal(slot[row], np.arange(tokens * slots))
     assert (np.sort(slot)[tokens * slots :] == tokens * slots).all()
@@ -119,19 +126,19 @@ def test_every_slot_has_its_own_row(seed, tokens, num_experts, slots, skew):
 
 def test_slots_of_experts_outside_the_range_contribute_nothing():
     """Two shards that hold half of the experts each add up to the whole, gradients included."""
-    x, experts, gates, *weights = problem(2, 50, 3, 8)
-    dy = jnp.ones_like(x)
+    x, experts, gates, *weights = as_numpy(problem(2, 50, 3, 8))
 
+    @jax.jit
     def run(experts, weights):
-        y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, gates, *weights)
-        return y, *pull(dy)
+        y, gradients = pulled(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, gates, *weights)
+        return y, *gradients
 
-    whole = run(experts, weights)
-    halves = [run(experts - 4 * i, [w[4 * i : 4 * i + 4] for w in weights]) for i in range(2)]
+    whole = as_numpy(run(experts, weights))
+    halves = [as_numpy(run(experts - 4 * i, [w[4 * i : 4 * i + 4] for w in weights])) for i in range(2)]
     for i in range(3):  # y, dx, dgates
         np.testing.assert_allclose(halves[0][i] + halves[1][i], whole[i], atol=1e-5)
     for i in WEIGHTS:
-        np.testing.assert_allclose(jnp.concatenate([h[i] for h in halves]), whole[i], atol=1e-5)
+        np.testing.assert_allclose(np.concatenate([h[i] for h in halves]), whole[i], atol=1e-5)
 
 
 @pytest.mark.parametrize("num_experts", [8, 40])
@@ -149,12 +156,11 @@ def test_chunks_of_blocks_change_nothing(monkeypatch, num_experts):
 def test_bfloat16_computes_in_bfloat16_and_accumulates_weight_gradients_in_float32():
     """2000 equal rows: adding them up in bfloat16 would stop growing at 256 times the first."""
     x, experts, gates, *weights = problem(4, 2000, 1, 1, dtype=jnp.bfloat16)
-    x = jnp.broadcast_to(x[:1], x.shape)
-    weights = [w.astype(jnp.float32) for w in weights]
-    y, pull = jax.vjp(lambda x, gates, *w: expert_ffn(x, experts, gates, *w), x, jnp.ones_like(gates), *weights)
-    gradients = pull(jnp.ones_like(y))
+    x = array(np.broadcast_to(np.asarray(x)[:1], x.shape), x.dtype)
+    weights = [array(w, "float32") for w in weights]
+    y, gradients = pull_back(x, experts, array(np.ones(gates.shape)), *weights)
     assert y.dtype == jnp.bfloat16 and [g.dtype for g in gradients] == [jnp.bfloat16] + [jnp.float32] * 4
-    rounded = [np.asarray(w.astype(jnp.bfloat16), np.float64) for w in weights]
+    rounded = [np.asarray(array(w, jnp.bfloat16), np.float64) for w in weights]
     arrays = np.asarray(x, np.float64), np.asarray(experts), np.ones(gates.shape), *rounded
     np.testing.assert_allclose(np.asarray(y, np.float64), reference_ffn(*arrays), rtol=0.03, atol=0.02)
     expected = reference_gradients(*arrays, np.ones(x.shape))
@@ -164,9 +170,7 @@ def test_bfloat16_computes_in_bfloat16_and_accumulates_weight_gradients_in_float
 
 def test_bfloat16_parameters_get_bfloat16_gradients():
     x, experts, gates, *weights = problem(5, 20, 2, 4, dtype=jnp.bfloat16)
-    gradients = jax.grad(lambda *w: expert_ffn(x, experts, gates, *w).sum().astype(jnp.float32), argnums=(0, 1, 2))(
-        *weights
-    )
+    _, gradients = pulled(lambda *w: expert_ffn(x, experts, gates, *w), *weights)
     assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
 
 
@@ -195,60 +199,6 @@ def test_no_scatter_adds_to_rows_that_repeat():
 
     found = list(scatters(jaxpr.jaxpr))
     assert found and all(equation.params["unique_indices"] for equation in found)
-
-
-def flops(fn, *arrays):
-    """Counts the FLOPs of a compiled function."""
-    analysis = jax.jit(fn).lower(*arrays).compile().cost_analysis()
-    assert analysis is not None
-    return analysis["flops"]
-
-
-def abstract(tokens, slots, num_experts, dim, width, dtype=jnp.float32):
-    weight = jax.ShapeDtypeStruct((num_experts, dim, width), dtype)
-    down = jax.ShapeDtypeStruct((num_experts, width, dim), dtype)
-    gates = jax.ShapeDtypeStruct((tokens, slots), jnp.float32)
-    experts = jax.ShapeDtypeStruct((tokens, slots), jnp.int32)
-    return jax.ShapeDtypeStruct((tokens, dim), dtype), experts, gates, weight, weight, down
-
-
-def gradients(x, experts, gates, *weights):
-    loss = lambda x, gates, *w: jnp.sum(jnp.square(expert_ffn(x, experts, gates, *w)))
-    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4))(x, gates, *weights)
-
-
-def ragged(x, experts, gates, gate_proj, up_proj, down_proj):
-    """Computes the same by `jax.lax.ragged_dot`, to show that the count sees rows which are multiplied in vain."""
-    order = jnp.argsort(experts.reshape(-1))
-    sizes = jnp.bincount(experts.reshape(-1), length=gate_proj.shape[0])
-    rows = x[order // experts.shape[1]]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_proj, sizes)) * jax.lax.ragged_dot(rows, up_proj, sizes)
-    return jax.lax.ragged_dot(hidden, down_proj, sizes), gates
-
-
-@pytest.mark.parametrize(("num_experts", "dim"), [(8, 128), (64, 64)])
-def test_flops_stay_near_the_ideal_at_512_rows_an_expert(num_experts, dim):
-    slots, rows = 2, 512
-    arrays = abstract(rows * num_experts // slots, slots, num_experts, dim, dim)
-    ideal = 6 * rows * num_experts * dim * dim
-    forward, both = flops(expert_ffn, *arrays) / ideal, flops(gradients, *arrays) / (3 * ideal)
-    # The count sees a loop's body once. No product of rows and weights is in one here; the only loop sums the weight
-    # gradients of the 319 blocks of 64 experts, whose products with zeros and ones are added to the count by hand.
-    blocks = (rows * num_experts + num_experts * 127) // 128
-    if num_experts > grouped_ffn.BLOCKS_PER_SUM:
-        both += 3 * 2 * grouped_ffn.BLOCKS_PER_SUM * blocks * dim * dim / (3 * ideal)
-    assert 1 <= forward <= 1.5 and 1 <= both <= 1.5, (forward, both)
-    assert flops(ragged, *arrays) / ideal > 1.5
-
-
-def test_memory_at_published_sizes_is_bounded():
-    """4096 tokens through 32 of the 256 experts, as on one of 8 shards; the weights of all 287 blocks are 24 GiB."""
-    arrays = abstract(4096, 8, 32, 7168, 2048, jnp.bfloat16)
-    forward = jax.jit(expert_ffn).lower(*arrays).compile().memory_analysis()
-    assert forward.temp_size_in_bytes < 2 * 2**30, forward.temp_size_in_bytes / 2**30
-    both = jax.jit(gradients).lower(*arrays).compile().memory_analysis()
-    weight_gradients = 3 * 32 * 7168 * 2048 * 4
-    assert both.temp_size_in_bytes < weight_gradients + 3 * 2**30, both.temp_size_in_bytes / 2**30
 
 
 @pytest.mark.parametrize(
@@ -282,29 +232,35 @@ def test_routing_matches_a_loop_over_tokens(config):
 
 def test_ties_go_to_the_lowest_expert_of_the_lowest_groups():
     config = Config.tiny(num_experts_per_tok=3)
-    experts, gates = route(jnp.zeros((2, 4)), jnp.zeros((4, 8)), jnp.zeros(8), config=config)
+    experts, gates = jax.jit(lambda *a: route(*a, config=config))(
+        *(np.zeros(n, np.float32) for n in [(2, 4), (4, 8), 8])
+    )
     np.testing.assert_array_equal(experts, [[0, 1, 2], [0, 1, 2]])
     np.testing.assert_allclose(gates, config.routed_scaling_factor / 3, rtol=1e-6)
 
 
 def test_the_bias_chooses_and_does_not_weigh():
     config = Config.tiny(n_group=1, topk_group=1, num_experts_per_tok=1, norm_topk_prob=False)
-    weight = jnp.zeros((4, 8)).at[0, 2].set(1.0)
-    x = jnp.zeros((1, 4)).at[0, 0].set(1.0)
-    bias = jnp.zeros(8).at[5].set(10.0)
-    experts, gates = route(x, weight, bias, config=config)
-    assert experts[0, 0] == 5
-    np.testing.assert_allclose(gates[0, 0], 0.5 * config.routed_scaling_factor, rtol=1e-6)
-    gradient = jax.grad(lambda b: route(x, weight, b, config=config)[1].sum())(bias)
+    x, weight, bias = np.zeros((1, 4), np.float32), np.zeros((4, 8), np.float32), np.zeros(8, np.float32)
+    x[0, 0], weight[0, 2], bias[5] = 1.0, 1.0, 10.0
+
+    def total(bias):
+        experts, gates = route(jnp.asarray(x), jnp.asarray(weight), bias, config=config)
+        return gates.sum(), (experts, gates)
+
+    gradient, (experts, gates) = jax.jit(jax.grad(total, has_aux=True))(bias)
+    np.testing.assert_array_equal(experts, [[5]])
+    np.testing.assert_allclose(gates, [[0.5 * config.routed_scaling_factor]], rtol=1e-6)
     np.testing.assert_array_equal(gradient, 0)
 
 
 def test_routing_is_float32_whatever_the_input():
     config = Config.tiny()
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((3, 50, 16)), jnp.bfloat16)
-    weight = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
-    low, wide = (route(a, weight, jnp.zeros(8), config=config) for a in (x, x.astype(jnp.float32)))
+    x = array(rng.standard_normal((3, 50, 16)), jnp.bfloat16)
+    weight = array(rng.standard_normal((16, 8)), jnp.float32)
+    of = jax.jit(lambda x: route(x, weight, jnp.zeros(8), config=config))
+    low, wide = of(x), of(array(x, "float32"))
     jax.tree.map(np.testing.assert_array_equal, low, wide)
 
 
@@ -323,8 +279,8 @@ def test_the_bias_moves_against_the_load():
 def test_updating_the_bias_evens_the_load():
     config = Config.tiny()
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((512, 16)) + 0.5, jnp.float32)
-    weight = jnp.asarray(rng.standard_normal((16, 8)) * 0.3, jnp.float32)
+    x = array(rng.standard_normal((512, 16)) + 0.5, jnp.float32)
+    weight = array(rng.standard_normal((16, 8)) * 0.3, jnp.float32)
     step = jax.jit(
         lambda bias: (
             update_bias(bias, load := expert_load(route(x, weight, bias, config=config)[0], None, 8), 0.01),
@@ -340,14 +296,14 @@ def test_updating_the_bias_evens_the_load():
 def test_module_is_experts_plus_shared():
     config = Config.tiny()
     layer = MoE(config, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
+    x = array(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
     valid = jnp.arange(9)[None] < jnp.asarray([9, 4])[:, None]
     y, load, chosen = jax.jit(lambda x: layer(x, valid=valid))(x)
     flat = np.asarray(x).reshape(18, -1)
     experts, gates = reference_route(flat, layer.gate.weight[...], layer.gate.e_score_correction_bias[...], config)
     weights = (layer.experts.gate_proj[...], layer.experts.up_proj[...], layer.experts.down_proj[...])
     routed = reference_ffn(flat, experts, gates, *weights).reshape(x.shape)
-    np.testing.assert_allclose(y, routed + np.asarray(layer.shared_experts(x)), atol=1e-5)
+    np.testing.assert_allclose(y, routed + np.asarray(jax.jit(layer.shared_experts)(x)), atol=1e-5)
     assert load.sum() == 13 * config.num_experts_per_tok and load.dtype == jnp.float32
     without = MoE(dataclasses.replace(config, n_shared_experts=0), rngs=nnx.Rngs(0))
     assert without.shared_experts is None and jax.eval_shape(without, x)[0].shape == x.shape
@@ -356,22 +312,23 @@ def test_module_is_experts_plus_shared():
 def test_imposed_experts_get_the_routers_gates():
     config = Config.tiny()
     layer = MoE(config, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
-    y, load, chosen = layer(x)
-    again = layer(x, routed=chosen[..., ::-1])
+    x = array(np.random.default_rng(0).standard_normal((2, 9, config.hidden_size)), jnp.float32)
+    graph, state = nnx.split(layer)
+    run = jax.jit(lambda x, **options: nnx.merge(graph, state)(x, **options))
+    y, load, chosen = as_numpy(run(x))
+    again = run(x, routed=chosen[..., ::-1])
     np.testing.assert_allclose(again[0], y, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(again[1], load)
-    np.testing.assert_array_equal(
-        layer(x, routed=jnp.where(jnp.arange(x.shape[1])[:, None] < 2, -1, chosen))[2], chosen
-    )
+    some = np.where(np.arange(x.shape[1])[:, None] < 2, np.int32(-1), chosen)
+    np.testing.assert_array_equal(run(x, routed=some)[2], chosen)
     other = (chosen + 1) % config.n_routed_experts
-    experts, gates = layer.gate(x, other)
+    experts, gates = jax.jit(lambda x, other: nnx.merge(graph, state).gate(x, other))(x, other)
     np.testing.assert_array_equal(experts, other)
-    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ layer.gate.weight[...])
-    picked = np.take_along_axis(np.asarray(scores), np.asarray(other), -1)
+    scores = 1 / (1 + np.exp(-np.asarray(x, np.float64) @ np.asarray(layer.gate.weight[...], np.float64)))
+    picked = np.take_along_axis(scores, other, -1)
     want = config.routed_scaling_factor * picked / picked.sum(-1, keepdims=True)
     np.testing.assert_allclose(gates, want, rtol=1e-5)
-    assert np.abs(layer(x, routed=other)[0] - y).max() > 1e-3
+    assert np.abs(np.asarray(run(x, routed=other)[0]) - y).max() > 1e-3
 
 
 def test_module_state_is_named_as_in_checkpoints():

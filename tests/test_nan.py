@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import nan_cases
 import numpy as np
 import pytest
-from cases import index_inputs, normal, pulled, random_range, the_first, variants_except
+from cases import (
+    array,
+    as_numpy,
+    index_inputs,
+    normal,
+    poison,
+    powers,
+    pulled,
+    random_range,
+    the_first,
+    variants_except,
+)
 from nan_cases import SCALE, check_attention, check_kl, is_nan_alone_at, selected, spoil, spoil_index
 
 from dsa_jax import (
@@ -76,10 +87,12 @@ def test_cotangents_of_rows_without_keys_are_not_looked_at():
 
 
 def reach(b, t, s):
-    keys = random_range(3, b, t, s)
-    start, stop = keys.start.at[0, 1].set(5), keys.stop.at[0, 1].set(5)
-    keys = KeyRange(start, stop)
-    return keys, np.asarray(keys.mask(s))
+    start, stop = as_numpy(jax.tree.leaves(random_range(3, b, t, s)))
+    start, stop = start.copy(), stop.copy()
+    start[0, 1] = stop[0, 1] = 5
+    place = np.arange(s)
+    mask = (place >= start[..., None]) & (place < stop[..., None])
+    return KeyRange(array(start, "int32"), array(stop, "int32")), mask
 
 
 @pytest.mark.parametrize("place", nan_cases.PLACES)
@@ -94,14 +107,14 @@ def test_dense_attention(place, form):
     elif form == "heads":
         attend = lambda q, k: multihead_attention(q, k, v, keys, scale=SCALE, implementation="xla")
     else:
-        indices = jnp.asarray(np.random.default_rng(5).integers(-9, s, (b, t, 20)), jnp.int32)
+        indices = array(np.random.default_rng(5).integers(-9, s, (b, t, 20)), jnp.int32)
         attend = lambda q, k: multihead_attention(q, k, v, keys, scale=SCALE, indices=indices)
         reached = reached & selected(indices, s)
     empty = ~reached.any(-1)
     spoilt_q, spoilt_k, bad = spoil(place, q, k, reached)
-    spoilt_q = jnp.where(empty[..., None, None] & place.endswith("key"), jnp.nan, spoilt_q)
+    spoilt_q = poison(spoilt_q, empty & place.endswith("key"))
     call = nan_cases.with_gradients(attend, 2)
-    clean, spoilt = call(q, k), call(spoilt_q, spoilt_k)
+    clean, spoilt = as_numpy((call(q, k), call(spoilt_q, spoilt_k)))
     check_attention(clean[:2], spoilt[:2], bad, empty, None)
     assert np.isnan(spoilt[2][bad]).all()
     assert np.isnan(spoilt[3][(reached & bad[..., None]).any(1)]).all()
@@ -121,10 +134,12 @@ def test_values_have_gradients_where_they_are_reached(place):
     )
     spoilt_q, spoilt_k, bad = spoil(place, q, k, reached)
     attend = functools.partial(multihead_attention, keys=keys, scale=SCALE, implementation="xla")
-    clean, spoilt = (
-        pulled(lambda v, q=q, k=k: attend(q, k, v), v, cotangent=nan_cases.cotangents)[1][0]
-        for q, k in ((q, k), (spoilt_q, spoilt_k))
-    )
+
+    @jax.jit
+    def by_values(q, k):
+        return pulled(lambda v: attend(q, k, v), v, cotangent=nan_cases.cotangents)[1][0]
+
+    clean, spoilt = by_values(q, k), by_values(spoilt_q, spoilt_k)
     is_nan_alone_at(spoilt, clean, (reached & bad[..., None]).any(1), "d_v")
 
 
@@ -152,7 +167,7 @@ def targets(implementation):
             return attention_target(q, kv, lse, indices, scale=SCALE, implementation="xla")
         return head_sums(q, kv, lse, indices, scale=SCALE, interpret=True)
 
-    return call
+    return jax.jit(call) if implementation == "xla" else call
 
 
 TARGETS = [(way, place) for way in ("xla", "interpreted") for place in nan_cases.PLACES]
@@ -197,19 +212,20 @@ def test_sparse_loss(what, implementation):
     b, t, s, k = 1, 3, 300, 70
     q, kv, indices, empty = nan_cases.sparse_inputs(0, b, t, s, 16, 64, 64, k, "bfloat16")
     *index, _ = index_inputs(3, b, t, s, 16, 64, "bfloat16")
-    index = (*index[:2], 0.1 * index[2])
+    index = (*index[:2], array(0.1 * np.asarray(index[2])))
     reached = selected(indices, s)
     spoilt_index, spoilt_q, spoilt_kv = index, q, kv
     if what in INDEX:
         spoilt_index, bad = spoil_index(what, index, reached)
     else:
         spoilt_q, spoilt_kv, bad = spoil(what, q, kv, reached)
-    run = sparse_loss(implementation, jnp.exp2(jnp.round(normal(6, b, s))))
+    run = sparse_loss(implementation, powers(6, b, s))
 
     def results_of(index, q, kv):
         _, lse = sparse_attention(q, kv, indices, value_dim=64, scale=SCALE, implementation="xla")
         return run(index, q, kv, lse, indices)
 
+    results_of = jax.jit(results_of) if implementation == "xla" else results_of
     results = results_of(index, q, kv), results_of(spoilt_index, spoilt_q, spoilt_kv)
     check_kl(*results, bad, (reached & bad[..., None]).any(1))
     for x in (results[1][0], results[1][1], results[1][3]):
@@ -229,11 +245,12 @@ def test_dense_loss(what):
         spoilt_q, spoilt_k, bad = spoil(what, q, k, reached)
     loss = functools.partial(dense_indexer_kl, scale=SCALE, implementation="xla")
 
+    @jax.jit
     def results_of(index, q, k):
         _, lse = multihead_attention(q, k, k[..., :8], keys, scale=SCALE, implementation="xla")
         return nan_cases.kl_with_gradients(loss)(tuple(index), q, k, lse, keys)
 
-    results = results_of(index, q, k), results_of(spoilt_index, spoilt_q, spoilt_k)
+    results = as_numpy((results_of(tuple(index), q, k), results_of(spoilt_index, spoilt_q, spoilt_k)))
     bad_keys = (reached & bad[..., None]).any(1)
     if what == "k_index":  # in the products of all queries of the batch row
         is_nan_alone_at(results[1][0], results[0][0], bad, "KL")
@@ -275,8 +292,8 @@ def test_scores(what):
     def cotangent(scores):
         return jnp.where(scores == -jnp.inf, 0.0, normal(9, *scores.shape))
 
-    (clean, d_clean), (spoilt, d_spoilt) = (pulled(score, *x, cotangent=cotangent) for x in (index, spoilt_index))
-    clean, spoilt = np.asarray(clean), np.asarray(spoilt)
+    run = jax.jit(lambda *index: pulled(score, *index, cotangent=cotangent))
+    (clean, d_clean), (spoilt, d_spoilt) = (as_numpy(run(*x)) for x in (index, spoilt_index))
     np.testing.assert_array_equal(spoilt[~reached], -np.inf)
     assert not np.isfinite(spoilt[bad & reached.any(-1)]).all(-1).any()
     assert spoilt[~bad].tobytes() == clean[~bad].tobytes()
@@ -309,7 +326,10 @@ def test_gradients_of_scores_interpreted(what):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_quantised_rows(value):
     x = normal(0, 5, 64)
-    clean, spoilt = (quantize(x, implementation="xla") for x in (x, x.at[2, 7].set(value)))
+    x_spoilt = np.array(x)
+    x_spoilt[2, 7] = value
+    run = jax.jit(functools.partial(quantize, implementation="xla"))
+    clean, spoilt = run(x), run(x_spoilt)
     values = np.asarray(spoilt[0], np.float32)
     assert np.isnan(values[2, 7]) and np.isnan(values).sum() == 1
     others = np.arange(5) != 2

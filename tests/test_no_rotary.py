@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import array
 from flax import nnx
 from model_cases import forward, small_config, small_model, tokens
 
@@ -22,7 +23,7 @@ def test_formats_have_no_rotary_bytes():
     assert latent_bytes(512, 0) == 512 + 16
     assert [x.shape[-1] for x in page_shapes(FP8, 1, "fp8")] == [16 + 4, 16]
     assert token_bytes(FP8, "fp8") == 16 + 4 + 16 + 4
-    kv = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
+    kv = array(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
     packed = pack_latents(kv, 16)
     chex.assert_shape(packed, (3, 20))
     np.testing.assert_allclose(unpack_latents(packed, 16, jnp.float32), kv, atol=0.2)

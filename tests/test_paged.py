@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from cases import INT_MAX, INT_MIN, normal, same_bits, unchecked
+from cases import INT_MAX, INT_MIN, array, as_numpy, causal_range, normal, same_bits, unchecked
 from model_cases import small_config
 
 from dsa_jax import Config, KeyRange, index_scores, paged, quantize, select_keys, sparse_attention
@@ -89,11 +89,12 @@ def test_pools_that_cannot_be_are_refused(changes, format, words):
 def test_latents_are_packed_as_numpy_packs_them(value_dim, rotary_dim, dtype):
     kv = entries(0, 5, value_dim + rotary_dim).astype(dtype)
     kv[3, -1] = np.nan
-    rows = jax.jit(paged.pack_latents, static_argnums=1)(jnp.asarray(kv), value_dim)
+    rows = jax.jit(paged.pack_latents, static_argnums=1)(array(kv), value_dim)
     same_bits(rows, latent_rows(kv, value_dim))
     assert rows.shape[1] == paged.latent_bytes(value_dim, rotary_dim)
     groups = 4 if value_dim == 512 else 1
-    values, scale = quantize(jnp.asarray(kv[:, :value_dim]).reshape(5, groups, -1))
+    values, scale = as_numpy(jax.jit(quantize)(kv[:, :value_dim].reshape(5, groups, -1)))
+    rows = np.asarray(rows)
     same_bits(rows[:, :value_dim], bits(values).reshape(5, -1))
     stored = bits(rows)[:, value_dim : value_dim + 4 * groups].copy().view("<f4")
     same_bits(stored, scale)
@@ -110,7 +111,7 @@ def test_any_scale_of_latents_is_read(value_dim, rotary_dim, dtype):
     rotary = noise(2, 40, rotary_dim, dtype=BF16)
     rows = np.concatenate([values.view(np.uint8), scale.view(np.uint8), rotary.view(np.uint8)], axis=1)
     unpack = jax.jit(functools.partial(paged.unpack_latents, value_dim=value_dim, dtype=dtype))
-    latents = np.asarray(unpack(jnp.asarray(rows)))
+    latents = np.asarray(unpack(array(rows)))
     with np.errstate(invalid="ignore"):  # of NaN that signals
         wide = values.astype(np.float32) * np.repeat(scale, value_dim // groups, axis=1)
         expected = reference.f64(np.concatenate([wide.astype(dtype), rotary.astype(dtype)], axis=1))
@@ -125,7 +126,7 @@ def test_index_keys_are_read_byte_by_byte(dim):
     pages = noise(0, 3, 64 * dim + 256)
     pool = pages.view(E4M3).reshape(3, -1, dim)
     assert pool.shape[1] == paged.index_page_rows(dim, fp8=True) == 64 + 256 // dim
-    keys, scales = jax.jit(paged.read_index_keys)(jnp.asarray(pool), table)
+    keys, scales = jax.jit(paged.read_index_keys)(array(pool), table)
     assert keys.dtype == E4M3 and scales.dtype == np.float32
     for row, entry in enumerate(table):
         same_bits(bits(keys)[row], np.concatenate([pages[page, : 64 * dim].reshape(64, dim) for page in entry]))
@@ -137,9 +138,10 @@ def test_numbers_are_read_as_they_stand(dtype):
     table: Any = np.array([[3, 1]], np.int32)
     latents, index_keys = normal(0, 4, 64, 24, dtype=dtype), normal(1, 4, 64, 16, dtype=dtype)
     rows = lambda pool: np.asarray(pool)[table].reshape(1, 128, -1)
-    same_bits(paged.read_latents(latents, table, value_dim=16, dtype=dtype), rows(latents))
-    same_bits(paged.read_latents(latents, table, value_dim=16, dtype="float32"), rows(latents).astype(np.float32))
-    keys, scales = paged.read_index_keys(index_keys, table)
+    read = jax.jit(functools.partial(paged.read_latents, value_dim=16), static_argnames="dtype")
+    same_bits(read(latents, table, dtype=dtype), rows(latents))
+    same_bits(read(latents, table, dtype="float32"), rows(latents).astype(np.float32))
+    keys, scales = jax.jit(paged.read_index_keys)(index_keys, table)
     same_bits(keys, rows(index_keys))
     same_bits(scales, np.ones((1, 128), np.float32))
 
@@ -168,7 +170,7 @@ def test_latents_are_written_to_their_slots_and_nothing_else_is(value_dim, rotar
     else:
         pool, rows = noise(4, 3, 64, kv.shape[1], dtype=format), kv.astype(format)
     write = jax.jit(functools.partial(paged.write_latents, value_dim=value_dim))
-    found = write(jnp.asarray(pool), SLOTS, jnp.asarray(kv))
+    found = write(array(pool), SLOTS, array(kv))
     assert found.dtype == pool.dtype
     same_bits(bits(found), written(pool, SLOTS, rows))
 
@@ -179,12 +181,12 @@ def test_index_keys_are_written_to_their_slots_and_nothing_else_is(dim, format):
     write = jax.jit(paged.write_index_keys)
     if format != "fp8":
         pool = noise(6, 3, 64, dim, dtype=format)
-        found = write(jnp.asarray(pool), SLOTS, jnp.asarray(k_index))
+        found = write(array(pool), SLOTS, array(k_index))
         same_bits(bits(found), written(pool, SLOTS, k_index.astype(format)))
         return
     pages = noise(6, 3, 64 * dim + 256)
-    found = write(jnp.asarray(pages.view(E4M3).reshape(3, -1, dim)), SLOTS, jnp.asarray(k_index))
-    values, scale = quantize(jnp.asarray(k_index))
+    found = write(array(pages.view(E4M3).reshape(3, -1, dim)), SLOTS, array(k_index))
+    values, scale = as_numpy(jax.jit(quantize)(k_index))
     assert np.all(np.frexp(scale)[0] == 0.5)
     for slot, row, own in zip(SLOTS, bits(values), bits(np.asarray(scale)[:, None]), strict=True):
         if 0 <= slot < 192:
@@ -198,10 +200,10 @@ def test_index_keys_are_written_to_their_slots_and_nothing_else_is(dim, format):
 def test_both_pools_are_written_together(format):
     config = small_config(index_fp8=format == "fp8")
     shapes = [(x.shape[1:], x.dtype) for x in page_shapes(config, 3, format)]
-    latents, index_keys = (jnp.asarray(noise(7, *shape, dtype=dtype)) for shape, dtype in shapes)
-    kv, k_index = jnp.asarray(entries(8, 13, 24)), jnp.asarray(entries(9, 13, 16))
+    latents, index_keys = (array(noise(7, *shape, dtype=dtype)) for shape, dtype in shapes)
+    kv, k_index = array(entries(8, 13, 24)), array(entries(9, 13, 16))
     write, options = jax.jit(paged.write_entries, static_argnames="value_dim"), dict(value_dim=16)
-    found = write(latents, index_keys, jnp.asarray(SLOTS), kv, k_index, **options)
+    found = write(latents, index_keys, array(SLOTS), kv, k_index, **options)
     write = jax.jit(paged.write_latents, static_argnames="value_dim")
     same_bits(bits(found[0]), bits(write(latents, SLOTS, kv, **options)))
     same_bits(bits(found[1]), bits(jax.jit(paged.write_index_keys)(index_keys, SLOTS, k_index)))
@@ -209,34 +211,42 @@ def test_both_pools_are_written_together(format):
 
 def test_what_is_written_is_read_back():
     """Through a table, by the functions that read: the two halves of the format fit together."""
-    kv, k_index = jnp.asarray(entries(10, 64, 24)), jnp.asarray(entries(11, 64, 16))
-    slots = jnp.arange(64) + 128
-    latents = paged.write_latents(jnp.full((3, 64, paged.latent_bytes(16, 8)), 255, jnp.uint8), slots, kv, value_dim=16)
-    found = paged.read_latents(latents, jnp.array([[2]]), value_dim=16, dtype="float32")[0]
-    values, scale = quantize(kv[:, :16])
-    same_bits(found[:, :16], values.astype(jnp.float32) * scale[:, None])
-    same_bits(found[:, 16:], kv[:, 16:].astype(jnp.bfloat16).astype(jnp.float32))
-    keys = paged.write_index_keys(jnp.full((3, 80, 16), jnp.nan, E4M3), slots, k_index)
-    found, scales = paged.read_index_keys(keys, jnp.array([[2]]))
-    values, scale = quantize(k_index)
-    same_bits(found[0], values)
-    same_bits(scales[0], scale)
+    kv, k_index = array(entries(10, 64, 24)), array(entries(11, 64, 16))
+    slots, table = array(np.arange(128, 192)), array([[2]])
+
+    @jax.jit
+    def through(latents, index_keys):
+        latents = paged.write_latents(latents, slots, kv, value_dim=16)
+        index_keys = paged.write_index_keys(index_keys, slots, k_index)
+        read = paged.read_latents(latents, table, value_dim=16, dtype="float32")
+        return read, *paged.read_index_keys(index_keys, table)
+
+    pools = np.full((3, 64, paged.latent_bytes(16, 8)), 255, np.uint8), np.full((3, 80, 16), np.nan).astype(E4M3)
+    (found,), (keys,), (scales,) = as_numpy(through(*pools))
+    rotary = np.asarray(kv)[:, 16:].astype(BF16)
+    values, scale = as_numpy(jax.jit(quantize)(np.asarray(kv)[:, :16]))
+    same_bits(found[:, :16], values.astype(np.float32) * scale[:, None])
+    same_bits(found[:, 16:], rotary.astype(np.float32))
+    values, scale = jax.jit(quantize)(k_index)
+    same_bits(keys, values)
+    same_bits(scales, scale)
 
 
 def test_slots_of_positions():
     table: Any = np.array([[5, 0, 2], [1, 4, 3]], np.int32)
     positions = np.random.default_rng(0).integers(0, 192, (2, 3, 7)).astype(np.int32)
     expected = np.take_along_axis(table, positions.reshape(2, -1) // 64, 1).reshape(2, 3, 7) * 64 + positions % 64
-    same_bits(paged.to_slots(jnp.asarray(positions), table), expected.astype(np.int32))
+    to_slots = jax.jit(paged.to_slots)
+    same_bits(to_slots(positions, table), expected.astype(np.int32))
     none = np.array([[-1, 192, -64, INT_MIN], [INT_MAX, -192, 193, -2]], np.int32)
-    assert np.all(np.asarray(paged.to_slots(jnp.asarray(none), table)) == -1)
+    assert np.all(np.asarray(to_slots(none, table)) == -1)
 
 
 def test_tokens_are_written_where_they_stand():
     """At the last position that each reaches; one that reaches nothing, wherever its range is, is not written."""
-    keys = KeyRange(jnp.array([[0, 64, 5, 0, 0]]), jnp.array([[3, 131, 5, 0, 193]]))
-    pools = jnp.zeros((1, 8, 64, 24)), jnp.zeros((1, 8, 64, 16))
-    pages = Pages.at(*pools, jnp.array([[5, 0, 2]]), keys, value_dim=16)
+    keys = KeyRange(array([[0, 64, 5, 0, 0]]), array([[3, 131, 5, 0, 193]]))
+    pools = array(np.zeros((1, 8, 64, 24))), array(np.zeros((1, 8, 64, 16)))
+    pages = jax.jit(functools.partial(Pages.at, value_dim=16))(*pools, array([[5, 0, 2]]), keys)
     assert pages.slots.tolist() == [[5 * 64 + 2, 2 * 64 + 2, -1, -1, -1]] and pages.size == 192
 
 
@@ -255,7 +265,7 @@ def spread(rows, fill) -> jax.Array:
     for row, entry, length in zip(rows, TABLE, LENGTHS, strict=True):
         for position in range(length):
             pool[entry[position // 64], position % 64] = row[position]
-    return jnp.asarray(pool)
+    return array(pool)
 
 
 def latents_of(format):
@@ -264,12 +274,12 @@ def latents_of(format):
     if format != "fp8":
         kv = np.array(normal(20, B, S, C + R, dtype=format))
         kv[past] = np.nan
-        return format, jnp.asarray(kv), spread(kv, np.nan)
+        return format, array(kv), spread(kv, np.nan)
     bytes_ = latent_rows(np.asarray(normal(20, B * S, C + R)), C).reshape(B, S, -1)
     bytes_[..., C : C + 4].view("<f4")[...] *= 0.7
-    kv = np.array(paged.unpack_latents(jnp.asarray(bytes_), C, "bfloat16"))
+    kv = np.array(jax.jit(paged.unpack_latents, static_argnums=(1, 2))(bytes_, C, "bfloat16"))
     kv[past] = np.nan
-    return "bfloat16", jnp.asarray(kv), spread(bytes_, 255)
+    return "bfloat16", array(kv), spread(bytes_, 255)
 
 
 def selections(length, k=16):
@@ -279,7 +289,7 @@ def selections(length, k=16):
     absent = random.choice(np.array([-1, S, -S, INT_MIN, INT_MAX]), indices.shape)
     indices = np.where(random.random(indices.shape) < 0.3, absent, indices)
     indices[1, 0] = -1
-    return jnp.asarray(indices, jnp.int32)
+    return array(indices, jnp.int32)
 
 
 @pytest.mark.parametrize(("length", "format"), SHAPES + LONG)
@@ -291,6 +301,7 @@ def test_attention_equals_that_to_contiguous_latents(length, format):
     expected = jax.jit(functools.partial(sparse_attention, **options))(q, kv, indices)
     same_bits(out, expected[0])
     same_bits(lse, expected[1])
+    out, lse = as_numpy((out, lse))
     assert np.isfinite(out.astype(np.float32)).all() and out.dtype == dtype
     assert not np.any(out[1, 0]) and np.all(lse[1, 0] == -np.inf)
 
@@ -301,8 +312,8 @@ def test_attention_gathers_what_is_less(monkeypatch):
     monkeypatch.setattr(paged, "read_latents", lambda *x, **options: whole.append(x) or read(*x, **options))
     attend = functools.partial(paged.paged_sparse_attention, value_dim=C, scale=0.2)
     for length, times in ((11, 0), (12, 1)):
-        q = jnp.ones((B, length, 3, C + R))
-        jax.eval_shape(attend, q, jnp.ones((8, 64, C + R)), TABLE, selections(length))
+        q = array(np.ones((B, length, 3, C + R)))
+        jax.eval_shape(attend, q, array(np.ones((8, 64, C + R))), TABLE, selections(length))
         assert len(whole) == times
 
 
@@ -316,7 +327,7 @@ def index_keys_of(format):
     if format != "fp8":
         keys = keys.astype(format)
         keys[past] = np.nan
-        return jnp.asarray(keys), None, spread(keys, np.nan)
+        return array(keys), None, spread(keys, np.nan)
     keys, scale = reference.quantize(keys)
     scale = (scale * np.random.default_rng(31).uniform(0.5, 2, scale.shape)).astype(np.float32)  # no powers of two
     keys[past], scale[past] = np.nan, np.nan
@@ -326,23 +337,22 @@ def index_keys_of(format):
         for position in range(LENGTHS[row]):
             at = entry[position // 64], position % 64
             values[at], scales[at] = keys[row, position].view(np.uint8), scale[row, position, None].view(np.uint8)
-    return jnp.asarray(keys), jnp.asarray(scale), jnp.asarray(pool.view(E4M3).reshape(8, -1, E))
+    return array(keys), array(scale), array(pool.view(E4M3).reshape(8, -1, E))
 
 
 def index_queries(length, format):
     """Queries, their weights, and ranges of every kind within what exists."""
-    q = normal(32, B, length, 4, E)
-    q = q.astype(E4M3) if format == "fp8" else q.astype(format)
+    q = normal(32, B, length, 4, E, dtype=E4M3 if format == "fp8" else format)
     edge = np.random.default_rng(length).integers(0, LENGTHS[:, None, None] + 1, (B, length, 2)).astype(np.int32)
     edge[0, 0] = 0, LENGTHS[0]
-    return q, normal(33, B, length, 4), KeyRange(jnp.asarray(edge[..., 0]), jnp.asarray(edge[..., 1]))
+    return q, normal(33, B, length, 4), KeyRange(array(edge[..., 0]), array(edge[..., 1]))
 
 
 @pytest.mark.parametrize(("length", "format"), SHAPES + LONG)
 def test_index_scores_equal_those_of_contiguous_keys(length, format):
     k_index, k_scale, pool = index_keys_of(format)
     q, weights, keys = index_queries(length, format)
-    scores = jax.jit(paged.paged_index_scores)(q, pool, weights, TABLE, keys)
+    scores = np.asarray(jax.jit(paged.paged_index_scores)(q, pool, weights, TABLE, keys))
     same_bits(scores, jax.jit(index_scores)(q, k_index, weights, keys, k_scale=k_scale))
     assert not np.isnan(scores).any() and np.isfinite(scores[0, 0, : LENGTHS[0]]).all()
 
@@ -351,7 +361,8 @@ def test_index_scores_equal_those_of_contiguous_keys(length, format):
 def test_selections_equal_those_of_contiguous_keys(length, format, k):
     k_index, k_scale, pool = index_keys_of(format)
     q, weights, keys = index_queries(length, format)
-    selected = jax.jit(functools.partial(paged.paged_select_keys, k=k))(q, pool, weights, TABLE, keys)
+    select = jax.jit(functools.partial(paged.paged_select_keys, k=k))
+    selected = np.asarray(select(q, pool, weights, TABLE, keys))
     same_bits(selected, jax.jit(functools.partial(select_keys, k=k))(q, k_index, weights, keys, k_scale=k_scale))
     assert np.sum(selected[0, 0] >= 0) == min(k, LENGTHS[0])
 
@@ -362,11 +373,11 @@ def test_bfloat16_pages_serve_float32_queries():
     options: dict[str, Any] = dict(value_dim=C, scale=0.2)
     found, _ = jax.jit(functools.partial(paged.paged_sparse_attention, **options))(q, pool, TABLE, indices)
     attend = jax.jit(functools.partial(sparse_attention, **options))
-    same_bits(found, attend(q, kv.astype(jnp.float32), indices)[0])
+    same_bits(found, attend(q, array(kv, "float32"), indices)[0])
     k_index, _, pool = index_keys_of("bfloat16")
     q, weights, keys = index_queries(2, "float32")
     found = jax.jit(paged.paged_index_scores)(q, pool, weights, TABLE, keys)
-    same_bits(found, jax.jit(index_scores)(q, k_index.astype(jnp.float32), weights, keys))
+    same_bits(found, jax.jit(index_scores)(q, array(k_index, "float32"), weights, keys))
 
 
 def test_entries_of_a_table_that_hold_nothing_may_be_any():
@@ -399,7 +410,7 @@ def attention_arguments(**changes) -> dict[str, Any]:
     values: dict[str, Any] = dict(
         q=zeros((B, 2, 3, C + R)),
         latents=zeros((8, 64, C + R)),
-        table=jnp.asarray(TABLE),
+        table=array(TABLE),
         indices=zeros((B, 2, 4), jnp.int32),
         value_dim=C,
         scale=0.2,
@@ -418,9 +429,9 @@ def attention_arguments(**changes) -> dict[str, Any]:
         (dict(latents=zeros((8, 64, C + R), jnp.uint8)), ["[n, 64, 36]", "(8, 64, 24)"]),
         (dict(latents=zeros((8, 64, C + R), jnp.int32)), ["pages of latents", "uint8", "int32"]),
         (dict(latents=zeros((8, 64, C + R), E4M3)), ["pages of latents", "uint8", "float8_e4m3fn"]),
-        (dict(table=jnp.asarray(TABLE[:1])), ["table", "int32 [2, P]", "(1, 3)"]),
-        (dict(table=jnp.asarray(TABLE[0])), ["table", "int32 [2, P]", "(3,)"]),
-        (dict(table=jnp.asarray(TABLE[:, :0])), ["table", "int32 [2, P]", "(2, 0)"]),
+        (dict(table=array(TABLE[:1])), ["table", "int32 [2, P]", "(1, 3)"]),
+        (dict(table=array(TABLE[0])), ["table", "int32 [2, P]", "(3,)"]),
+        (dict(table=array(TABLE[:, :0])), ["table", "int32 [2, P]", "(2, 0)"]),
         (dict(table=TABLE.astype(np.int64)), ["table", "int32", "int64"]),
         (dict(table=TABLE.astype(np.float32)), ["table", "int32", "float32"]),
         (dict(indices=zeros((B, 3, 4), jnp.int32)), ["indices", "[2, 2, K]", "(2, 3, 4)"]),
@@ -448,8 +459,8 @@ def test_attention_refuses_by_name(changes, words):
         (dict(index_keys=zeros((8, 64, E), E4M3)), ["float32 [n, 64, 16]", "float8_e4m3fn"]),
         (dict(q_index=zeros((B, 2, 4, E), E4M3)), ["float8_e4m3fn [n, 80, 16]", "float32"]),
         (dict(keys=None), ["KeyRange", "NoneType"]),
-        (dict(keys=KeyRange.causal(B, 3)), ["[2, 2]", "(2, 3)"]),
-        (dict(table=jnp.asarray(TABLE[:1])), ["table", "int32 [2, P]", "(1, 3)"]),
+        (dict(keys=causal_range(B, 3)), ["[2, 2]", "(2, 3)"]),
+        (dict(table=array(TABLE[:1])), ["table", "int32 [2, P]", "(1, 3)"]),
         (dict(table=TABLE.astype(np.int64)), ["table", "int32", "int64"]),
         (dict(implementation="pallas"), ["implementation='pallas'", "has no kernel for this"]),
     ],
@@ -460,8 +471,8 @@ def test_scores_and_selections_refuse_by_name(operation, changes, words):
         q_index=zeros((B, 2, 4, E)),
         index_keys=zeros((8, 64, E)),
         weights=zeros((B, 2, 4)),
-        table=jnp.asarray(TABLE),
-        keys=KeyRange.causal(B, 2),
+        table=array(TABLE),
+        keys=causal_range(B, 2),
     )
     with unchecked(), pytest.raises(ValueError) as error:
         operation(**values | changes)
@@ -469,7 +480,7 @@ def test_scores_and_selections_refuse_by_name(operation, changes, words):
 
 
 def test_selections_refuse_k_by_name():
-    arrays: Any = zeros((B, 2, 4, E)), zeros((8, 64, E)), zeros((B, 2, 4)), TABLE, KeyRange.causal(B, 2)
+    arrays: Any = zeros((B, 2, 4, E)), zeros((8, 64, E)), zeros((B, 2, 4)), TABLE, causal_range(B, 2)
     wrong: list[Any] = [0, 2.0]
     for k in wrong:
         with unchecked(), pytest.raises(ValueError, match="^k must be"):
@@ -481,7 +492,7 @@ def test_kernels_are_refused_on_a_cpu():
     bf16 = functools.partial(jnp.zeros, dtype=jnp.bfloat16)
     latents, index_keys = zeros((4, 64, 656), jnp.uint8), zeros((4, 66, 128), E4M3)
     table, q_index = zeros((1, 2), jnp.int32), zeros((1, 1, 64, 128), E4M3)
-    weights, keys = zeros((1, 1, 64)), KeyRange.causal(1, 1)
+    weights, keys = zeros((1, 1, 64)), causal_range(1, 1)
     options: dict[str, Any] = dict(implementation="pallas")
     calls = dict(
         paged_sparse_attention=lambda: paged.paged_sparse_attention(

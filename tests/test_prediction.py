@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import prediction_cases
 import pytest
-from cases import close, same_bits
+from cases import array, close, same_bits
 from flax import nnx
 from model_cases import model_parts, small_config, small_model, tokens
 from prediction_cases import cross_entropy, module, wide_parameters
@@ -27,7 +27,7 @@ B, T = 2, 20
 IDS = tokens(B, T)
 # The first row is two documents, the second one and padding.
 SEGMENTS = np.array([[0] * 13 + [1] * 7, [0] * 15 + [-1] * 5])
-KEYS = KeyRange.packed(jnp.asarray(SEGMENTS))
+KEYS = KeyRange.packed(array(SEGMENTS))
 POSITIONS = jnp.arange(T) - KEYS.start
 
 
@@ -124,7 +124,7 @@ def test_gradients_against_differences_in_float64():
     def loss(state, hidden):
         model = nnx.merge(graph, state)
         keys = jax.tree.map(jnp.asarray, keys_of(valid))
-        h, _ = model.predict(hidden, jnp.asarray(following), keys=keys, positions=POSITIONS)
+        h, _ = model.predict(hidden, array(following), keys=keys, positions=POSITIONS)
         logits = jax.nn.log_softmax(model.unembed(h))
         return -jnp.sum(jnp.where(valid, jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], 0.0))
 
@@ -219,7 +219,7 @@ def test_a_token_ahead_may_be_another_shards():
     """The sequence is sharded, in zigzag order."""
     mesh, token = mesh_of("context=4"), spec("batch", "sequence")
     ids, order = tokens(B, 16), zigzag_order(16, 4)
-    keys = KeyRange.packed(jnp.asarray([[0] * 10 + [1] * 6, [0] * 12 + [-1] * 4]))
+    keys = KeyRange.packed(array([[0] * 10 + [1] * 6, [0] * 12 + [-1] * 4]))
 
     def run(ids, keys):
         return *tokens_ahead(ids, keys, 2), shift_tokens(ids, 2)
@@ -238,7 +238,7 @@ def test_a_mesh_predicts_as_one_device_does(shape):
     config = small_config(num_nextn_predict_layers=2, num_attention_heads=4, first_k_dense_replace=0)
     mesh, (graph, state) = mesh_of(shape), model_parts(config)
     ids = tokens(B, 16)
-    keys = KeyRange.packed(jnp.asarray([[0] * 10 + [1] * 6, [0] * 12 + [-1] * 4]))
+    keys = KeyRange.packed(array([[0] * 10 + [1] * 6, [0] * 12 + [-1] * 4]))
     positions = jnp.arange(16) - keys.start
     expected: Any = forward(config, ids, keys, positions).predicted
     order = zigzag_order(16, mesh.shape["context"] * mesh.shape["expert"])

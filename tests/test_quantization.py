@@ -1,11 +1,13 @@
 """FP8 blocks and the Hadamard transform against float64 NumPy and ml_dtypes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import unchecked
+from cases import array, noise, pulled, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +28,10 @@ def reference_quantize(x):
     return (x / scale[..., None]).astype(np.float32).astype(ml_dtypes.float8_e4m3fn), scale
 
 
+jitted_quantize = jax.jit(quantize)
+transform = jax.jit(hadamard)  # eager, each of its 30 operations is compiled by itself
+
+
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_scale_is_exact_at_and_around_powers_of_two(jit):
     edges = np.ldexp(np.float32(448), np.arange(-24, 60)).astype(np.float32)
@@ -34,7 +40,7 @@ def test_scale_is_exact_at_and_around_powers_of_two(jit):
         np.float32
     )
     x = np.stack([amax, -amax / 3, np.zeros_like(amax)], -1)
-    values, scale = (jax.jit(quantize) if jit else quantize)(jnp.asarray(x))
+    values, scale = (jitted_quantize if jit else quantize)(array(x))
     np.testing.assert_array_equal(scale, [reference_scale(a) for a in amax])
     assert np.isfinite(np.asarray(values, np.float32)).all()
 
@@ -43,7 +49,7 @@ def test_scale_is_exact_at_and_around_powers_of_two(jit):
 @settings(max_examples=50, deadline=None)
 def test_quantize_rounds_as_ml_dtypes(seed, exponent, rows):
     x = (np.random.default_rng(seed).standard_normal((rows, 64)) * 2.0**exponent).astype(np.float32)
-    values, scale = quantize(jnp.asarray(x))
+    values, scale = jitted_quantize(x)
     expected_values, expected_scale = reference_quantize(x)
     assert values.dtype == jnp.float8_e4m3fn and scale.dtype == jnp.float32
     np.testing.assert_array_equal(scale, expected_scale)
@@ -56,16 +62,16 @@ def test_rounding_is_to_nearest_even_between_every_two_neighbours():
     grid = np.unique(grid[np.isfinite(grid)])
     middle = (grid[1:] + grid[:-1]) / 2
     x = np.concatenate([grid, middle, np.nextafter(middle, np.float32(500)), np.nextafter(middle, np.float32(-500))])
-    values, scale = jax.jit(quantize)(jnp.asarray(x))  # amax is 448, so the scale is 1
+    values, scale = jitted_quantize(array(x))  # amax is 448, so the scale is 1
     assert scale == 1
     np.testing.assert_array_equal(np.asarray(values, np.float32), x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dequantize_is_exact_and_close(dtype):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 128)), jnp.float32)
-    values, scale = quantize(x)
-    restored = dequantize(values, scale, dtype=dtype)
+    x = noise(0, 2, 3, 128)
+    values, scale = jitted_quantize(x)
+    restored = jax.jit(functools.partial(dequantize, dtype=dtype))(values, scale)
     assert restored.dtype == dtype
     exact = np.asarray(values).astype(np.float64) * np.asarray(scale, np.float64)[..., None]
     np.testing.assert_array_equal(np.asarray(restored, np.float64), exact)
@@ -74,26 +80,27 @@ def test_dequantize_is_exact_and_close(dtype):
 
 
 def test_requantizing_changes_nothing():
-    x = straight_through_quantize(jnp.asarray(np.random.default_rng(3).standard_normal((4, 32)), jnp.float32))
-    np.testing.assert_array_equal(straight_through_quantize(x), x)
+    run = jax.jit(straight_through_quantize)
+    x = run(noise(3, 4, 32))
+    np.testing.assert_array_equal(run(x), x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_straight_through_rounds_forward_and_passes_gradients(dtype):
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 16)), dtype)
-    weight = jnp.asarray(np.random.default_rng(2).standard_normal((3, 16)), dtype)
-    rounded, pull = jax.vjp(straight_through_quantize, x)
+    x = array(np.random.default_rng(1).standard_normal((3, 16)), dtype)
+    weight = array(np.random.default_rng(2).standard_normal((3, 16)), dtype)
+    rounded, (gradient,) = pulled(straight_through_quantize, x, cotangent=lambda _: weight)
     assert rounded.dtype == dtype
-    np.testing.assert_array_equal(rounded, dequantize(*quantize(x)).astype(dtype))
+    np.testing.assert_array_equal(rounded, np.asarray(jax.jit(lambda x: dequantize(*quantize(x)))(x)).astype(dtype))
     assert not np.array_equal(rounded, x)
-    np.testing.assert_array_equal(pull(weight)[0], weight)
+    np.testing.assert_array_equal(gradient, weight)
     np.testing.assert_array_equal(jax.jit(jax.vmap(straight_through_quantize))(x), rounded)
 
 
 def test_rows_with_nan_stay_nan_and_others_are_untouched():
     x = np.ones((3, 8), np.float32)
     x[1, 2], x[2, 3] = np.nan, np.inf
-    restored = dequantize(*quantize(jnp.asarray(x)))
+    restored = np.asarray(jax.jit(lambda x: dequantize(*quantize(x)))(x))
     np.testing.assert_array_equal(restored[0], 1)
     assert np.isnan(restored[1, 2]) and np.isnan(restored[2, 3])
 
@@ -108,37 +115,38 @@ def natural_order(size):
 def test_hadamard_is_the_orthonormal_matrix(size, rows):
     x = np.random.default_rng(size).standard_normal((*rows, size)).astype(np.float32)
     expected = x.astype(np.float64) @ natural_order(size) / np.sqrt(size)
-    transform = jax.jit(hadamard)  # eager, each of its 30 operations is compiled by itself
-    np.testing.assert_allclose(transform(jnp.asarray(x)), expected, atol=2e-6)
-    np.testing.assert_allclose(transform(transform(jnp.asarray(x))), x, atol=2e-6)
-    gradient = jax.grad(lambda y: jnp.vdot(transform(y), jnp.asarray(x)))(jnp.zeros_like(x))
+    np.testing.assert_allclose(transform(x), expected, atol=2e-6)
+    np.testing.assert_allclose(transform(transform(x)), x, atol=2e-6)
+    gradient = jax.jit(jax.grad(lambda y: jnp.vdot(hadamard(y), x)))(np.zeros_like(x))
     np.testing.assert_allclose(gradient, expected, atol=2e-6)
 
 
 def test_hadamard_keeps_products_when_on_both_sides_only():
-    q, k = (jnp.asarray(row, jnp.float32) for row in np.random.default_rng(0).standard_normal((2, 128)))
-    np.testing.assert_allclose(jnp.vdot(hadamard(q), hadamard(k)), jnp.vdot(q, k), atol=1e-4)
-    assert abs(jnp.vdot(hadamard(q), k) - jnp.vdot(q, k)) > 1
+    q, k = noise(0, 2, 128)
+    both = np.asarray(transform(q)), np.asarray(transform(k))
+    np.testing.assert_allclose(np.vdot(*both), np.vdot(q, k), atol=1e-4)
+    assert abs(np.vdot(both[0], k) - np.vdot(q, k)) > 1
 
 
 def test_hadamard_computes_in_float32_and_keeps_the_dtype():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64)), jnp.bfloat16)
-    assert hadamard(x).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(hadamard(x), hadamard(x.astype(jnp.float32)).astype(jnp.bfloat16))
+    x = array(np.random.default_rng(0).standard_normal((4, 64)), jnp.bfloat16)
+    assert transform(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(transform(x), np.asarray(transform(array(x, "float32"))).astype(jnp.bfloat16))
 
 
 def test_bits_of_a_row_do_not_depend_on_its_company():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((37, 128)), jnp.float32)
-    whole = jax.jit(hadamard)(x)
-    np.testing.assert_array_equal(whole[5], hadamard(x[5]))
-    np.testing.assert_array_equal(whole[5:6], jax.jit(hadamard)(x[5:6]))
-    np.testing.assert_array_equal(quantize(whole)[0][5].view(jnp.uint8), jax.jit(quantize)(whole[5])[0].view(jnp.uint8))
+    x = noise(0, 37, 128)
+    whole = np.asarray(transform(x))
+    np.testing.assert_array_equal(whole[5], transform(x[5]))
+    np.testing.assert_array_equal(whole[5:6], transform(x[5:6]))
+    values, alone = np.asarray(jitted_quantize(whole)[0]), np.asarray(jitted_quantize(whole[5])[0])
+    np.testing.assert_array_equal(values[5].view(np.uint8), alone.view(np.uint8))
 
 
 @pytest.mark.parametrize("size", [0, 3, 96])
 def test_hadamard_names_a_wrong_size(size):
     with pytest.raises(ValueError, match=f"power of two, got shape \\(2, {size}\\)"):
-        hadamard(jnp.zeros((2, size)))
+        hadamard(array(np.zeros((2, size))))
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 7), (1, 300), (256, 384)])
@@ -150,19 +158,19 @@ def test_block_scales_multiply_their_own_block(shape):
     for row in range(shape[0]):
         for column in range(0, shape[1], 128):
             expected[row, column : column + 128] *= scale[row // 128, column // 128]
-    result = dequantize_blocks(jnp.asarray(weight), jnp.asarray(scale))
+    result = jax.jit(dequantize_blocks)(weight, scale)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, expected, rtol=1e-7)
 
 
 def test_wrong_scale_shapes_are_named(unchecked):
     with pytest.raises(ValueError, match=r"needs scales of shape \(2, 1\), got \(1, 2\)"):
-        dequantize_blocks(jnp.zeros((130, 7), jnp.float8_e4m3fn), jnp.zeros((1, 2)))
+        dequantize_blocks(array(np.zeros((130, 7)), "float8_e4m3fn"), array(np.zeros((1, 2))))
     with pytest.raises(ValueError, match=r"scale of shape \(2,\), got \(3,\)"):
-        dequantize(jnp.zeros((2, 8), jnp.float8_e4m3fn), jnp.zeros(3))
+        dequantize(array(np.zeros((2, 8)), "float8_e4m3fn"), array(np.zeros(3)))
 
 
 @pytest.mark.parametrize("operation", [quantize, hadamard])
 def test_integers_are_refused(operation):
     with unchecked(), pytest.raises(ValueError, match=f"{operation.__name__} takes floats, got int32"):
-        operation(jnp.array([[1, 2, 3, 5]]))
+        operation(array([[1, 2, 3, 5]]))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import array
 
 from dsa_jax.config import Config, YaRN
 from dsa_jax.rope import inv_frequencies, rotate_half_split, rotate_interleaved, rotation
@@ -64,7 +65,7 @@ def test_published_frequencies_are_those_of_transformers():
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_rotation_is_accurate_to_the_last_position(jit):
     config = Config.deepseek_v32()
-    positions = jnp.asarray([[0, 1, 2, 77, 4095, 4096, 131071, 163839]], jnp.int32)
+    positions = array([[0, 1, 2, 77, 4095, 4096, 131071, 163839]], jnp.int32)
     compute = lambda p: rotation(p, config)
     cos, sin = (jax.jit(compute) if jit else compute)(positions)
     # The angle is float32 by definition (a checkpoint was trained so); its cosine is held to float64.
@@ -107,23 +108,23 @@ def test_rotations_turn_their_pairs(layout, heads):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 5, *heads, 8))
     positions = rng.integers(0, 500, (2, 5))
-    cos, sin = rotation(jnp.asarray(positions, jnp.int32), config)
+    cos, sin = rotation(array(positions, jnp.int32), config)
     rotate = {"interleaved": rotate_interleaved, "half_split": rotate_half_split}[layout]
     pairs = {"interleaved": [(0, 1), (2, 3), (4, 5), (6, 7)], "half_split": [(0, 4), (1, 5), (2, 6), (3, 7)]}[layout]
     expected = complex_rotation(x, positions, reference_frequencies(config), pairs)
-    rotated = rotate(jnp.asarray(x, jnp.float32), cos, sin)
+    rotated = rotate(array(x, jnp.float32), cos, sin)
     np.testing.assert_allclose(rotated, expected, atol=1e-4)
     assert np.abs(np.asarray(rotated) - x).max() > 0.1
 
-    low = rotate(jnp.asarray(x, jnp.bfloat16), cos, sin)
+    low = rotate(array(x, jnp.bfloat16), cos, sin)
     assert low.dtype == jnp.bfloat16
-    in_float32 = rotate(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), cos, sin)
+    in_float32 = rotate(array(x, jnp.bfloat16).astype(jnp.float32), cos, sin)
     np.testing.assert_array_equal(low, in_float32.astype(jnp.bfloat16))
 
 
 def test_products_depend_on_distance_alone():
     config = dataclasses.replace(Config.deepseek_v32(), qk_rope_head_dim=8)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 1, 8)), jnp.float32)
+    x = array(np.random.default_rng(1).standard_normal((2, 1, 8)), jnp.float32)
     for rotate in (rotate_interleaved, rotate_half_split):
         at = lambda p: rotate(x, *rotation(jnp.full((2, 1), p), config))  # noqa: B023
         near, far = (jnp.vdot(at(p)[0], at(p + 3)[1]) for p in (2, 900))

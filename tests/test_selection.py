@@ -1,5 +1,7 @@
 """Selections: canonical, exact, and the same whatever the layout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 import reference
 from cases import (
     FP8,
+    array,
     as_numpy,
+    causal_range,
     index_inputs,
     integers,
     keys_of,
@@ -29,7 +33,7 @@ INF, NAN = np.inf, np.nan
 
 
 def topk(row, k):
-    return topk_of(jnp.asarray(row, jnp.float32)[None, None], k)[0, 0].tolist()
+    return np.asarray(topk_of(array([[row]], "float32"), k))[0, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -74,8 +78,8 @@ def test_subnormal_scores_are_not_zero():
 
 def test_ranges_and_absent_keys():
     keys = KeyRange(jnp.array([[1, 2, 3, -5]]), jnp.array([[3, 2, 99, 1]]))
-    scores = jnp.broadcast_to(jnp.array([9.0, 1.0, 2.0, 3.0]), (1, 4, 4))
-    assert topk_of(scores, 2, keys)[0].tolist() == [[1, 2], [-1, -1], [3, -1], [0, -1]]
+    scores = array(np.broadcast_to([9.0, 1.0, 2.0, 3.0], (1, 4, 4)))
+    assert np.asarray(topk_of(scores, 2, keys))[0].tolist() == [[1, 2], [-1, -1], [3, -1], [0, -1]]
 
 
 SPECIAL = st.sampled_from(
@@ -93,19 +97,19 @@ def test_hostile_rows_against_the_definition(data, shape, k):
         b, t, 2
     )
     everything = reference.reachable(np.zeros((b, t)), np.full((b, t), s), s)
-    assert np.array_equal(topk_of(jnp.asarray(scores), k), reference.select_topk(scores, k, everything))
-    keys = KeyRange(jnp.asarray(edge[..., 0], jnp.int32), jnp.asarray(edge[..., 1], jnp.int32))
+    assert np.array_equal(topk_of(scores, k), reference.select_topk(scores, k, everything))
+    keys = KeyRange(array(edge[..., 0], jnp.int32), array(edge[..., 1], jnp.int32))
     rows = reference.reachable(keys.start, keys.stop, s)
-    assert np.array_equal(topk_of(jnp.asarray(scores), k, keys), reference.select_topk(scores, k, rows))
+    assert np.array_equal(topk_of(scores, k, keys), reference.select_topk(scores, k, rows))
 
 
 @pytest.mark.parametrize("distinct", [3, 50, 10**6])
 @pytest.mark.parametrize(("t", "s", "k"), [(3, 1000, 64), (130, 257, 31), (5, 5000, 2048)])
 def test_long_rows_against_the_definition(t, s, k, distinct):
     scores = np.random.default_rng(0).integers(-distinct, distinct, (1, t, s)).astype(np.float32) / 7
-    keys = KeyRange.causal(1, t, offset=s - t)
+    keys = causal_range(1, t, s - t)
     expected = reference.select_topk(scores, k, reference.reachable(keys.start, keys.stop, s))
-    same_bits(topk_of(jnp.asarray(scores), k, keys), expected)
+    same_bits(topk_of(scores, k, keys), expected)
 
 
 def test_selections_are_int32_strictly_increasing_then_minus_one():
@@ -119,7 +123,7 @@ def test_selections_are_int32_strictly_increasing_then_minus_one():
 def test_a_selection_is_a_constant_to_gradients():
     """The gradient of the selected scores' sum is 1 at the selected and 0 elsewhere, none through the positions."""
     scores = normal(0, 1, 2, 5)
-    gradient = jax.grad(lambda x: jnp.take_along_axis(x, select_topk(x, 2), -1).sum())(scores)
+    gradient = jax.jit(jax.grad(lambda x: jnp.take_along_axis(x, select_topk(x, 2), -1).sum()))(scores)
     ranks = np.argsort(np.argsort(-np.asarray(scores)))
     np.testing.assert_array_equal(gradient, ranks < 2)
 
@@ -138,25 +142,26 @@ def expected_keys(q, k, w, keys, count, k_scale=None):
 )
 def test_integer_keys_are_selected_exactly(t, s, count, j):
     """Integer scores are exact in any order and full of ties, so the selection must be the definition's."""
-    q, k, w = integers(0, 2, t, j, 4), integers(1, 2, s, 4), integers(2, 2, t, j)
-    keys = KeyRange.causal(2, t, offset=s - t)
+    make = lambda dtype: (integers(0, 2, t, j, 4, dtype=dtype), integers(1, 2, s, 4, dtype=dtype), integers(2, 2, t, j))
+    q, k, w = make("float32")
+    keys = causal_range(2, t, s - t)
     expected = expected_keys(q, k, w, keys, count)
     scores = np.sort(reference.index_scores(q, k, w, reference.reachable(keys.start, keys.stop, s)), -1)
     assert count >= s or np.any(scores[..., -count] == scores[..., -count - 1]), "no ties: the test shows nothing"
     for dtype in ("float32", "bfloat16", FP8):
-        same_bits(keys_of(q.astype(dtype), k.astype(dtype), w, keys, count), expected)
+        same_bits(keys_of(*make(dtype), keys, count), expected)
 
 
 def test_relu_makes_ties_of_zeros_that_go_to_the_lowest_position():
-    q, k, w = jnp.ones((1, 1, 2, 4)), -jnp.ones((1, 20, 4)), jnp.array([[[1.0, -1.0]]])
-    k = k.at[0, 13].set(1.0)
-    w = jnp.array([[[2.0, -1.0]]])
-    assert keys_of(q, k, w, KeyRange(jnp.array([[2]]), jnp.array([[20]])), 4)[0, 0].tolist() == [2, 3, 4, 13]
+    q, k, w = np.ones((1, 1, 2, 4)), -np.ones((1, 20, 4)), [[[2.0, -1.0]]]
+    k[0, 13] = 1.0
+    found = keys_of(array(q), array(k), array(w), KeyRange(jnp.array([[2]]), jnp.array([[20]])), 4)
+    assert np.asarray(found)[0, 0].tolist() == [2, 3, 4, 13]
 
 
 def test_future_keys_are_never_selected_when_few_are_reachable():
     q, k, w, _ = index_inputs(0, 1, 12, 12, 4, 8)
-    indices = keys_of(q, k, w, KeyRange.causal(1, 12), 8)[0].tolist()
+    indices = np.asarray(keys_of(q, k, w, causal_range(1, 12), 8))[0].tolist()
     for t, row in enumerate(indices[:8]):
         assert row == [*range(t + 1), *[-1] * (7 - t)]
 
@@ -180,7 +185,7 @@ def test_future_keys_are_never_selected_when_few_are_reachable():
 )
 def test_select_keys_is_topk_of_the_scores_bitwise(t, s, count, j, dtype):
     q, k, w, scale = index_inputs(3, 2, t, s, j, 32, dtype)
-    for keys in (KeyRange.causal(2, t, offset=s - t), random_range(8, 2, t, s)):
+    for keys in (causal_range(2, t, s - t), random_range(8, 2, t, s)):
         scores = scores_of(q, k, w, keys, scale)
         selected = keys_of(q, k, w, keys, count, scale)
         same_bits(selected, topk_of(scores, count))
@@ -192,13 +197,14 @@ def test_a_row_selects_the_same_in_every_layout(j, dtype):
     """Alone, in a batch, padded, in a longer buffer, under jit, inside a larger program."""
     b, t, s, e, count = 3, 45, 290, 16, 20
     q, k, w, scale = index_inputs(21, b, t, s, j, e, dtype)
-    keys = KeyRange.causal(b, t, offset=s - t)
+    keys = causal_range(b, t, s - t)
 
     def select(q, k, w, start, stop, scale):
-        return keys_of(q, k, w, KeyRange(start, stop), count, scale)
+        return keys_of(q, k, w, KeyRange(jnp.asarray(start), jnp.asarray(stop)), count, scale)
 
-    whole = select(q, k, w, keys.start, keys.stop, scale)
+    whole = np.asarray(select(q, k, w, keys.start, keys.stop, scale))
     same_bits(select_keys(q, k, w, keys, k=count, k_scale=scale), whole)
+    q, k, w, keys, scale = as_numpy((q, k, w, keys, scale))
 
     def take(batch, rows):
         arrays = (q[batch, rows], k[batch], w[batch, rows], keys.start[batch, rows], keys.stop[batch, rows])
@@ -211,14 +217,16 @@ def test_a_row_selects_the_same_in_every_layout(j, dtype):
     same_bits(select(*take(order, slice(0, t))), whole[order])
 
     grow, pad = ((0, 0), (0, 800)), ((0, 0), (3, 90))
-    long = jnp.pad(k.astype(jnp.float32), (*grow, (0, 0)), constant_values=jnp.nan).astype(k.dtype)
-    padded = select(
-        jnp.pad(q, (*pad, (0, 0), (0, 0))),
-        long,
-        jnp.pad(w, (*pad, (0, 0))),
-        jnp.pad(keys.start, pad),
-        jnp.pad(keys.stop, pad),
-        None if scale is None else jnp.pad(scale, grow),
+    long = np.pad(k.astype(np.float32), (*grow, (0, 0)), constant_values=np.nan).astype(k.dtype)
+    padded = np.asarray(
+        select(
+            np.pad(q, (*pad, (0, 0), (0, 0))),
+            long,
+            np.pad(w, (*pad, (0, 0))),
+            np.pad(keys.start, pad),
+            np.pad(keys.stop, pad),
+            None if scale is None else np.pad(scale, grow),
+        )
     )
     same_bits(padded[:, 3 : 3 + t], whole)
     assert np.all(padded[:, :3] == -1) and np.all(padded[:, 3 + t :] == -1)
@@ -238,19 +246,19 @@ def test_a_row_selects_the_same_in_every_layout(j, dtype):
 
 
 def test_packed_sequences_select_as_they_do_apart():
-    q, k, w, _ = index_inputs(4, 1, 60, 60, 4, 16)
-    packed = keys_of(q, k, w, KeyRange.packed(jnp.array([[0] * 25 + [1] * 35])), 8)
-    first = keys_of(q[:, :25], k[:, :25], w[:, :25], KeyRange.causal(1, 25), 8)
-    second = keys_of(q[:, 25:], k[:, 25:], w[:, 25:], KeyRange.causal(1, 35), 8)
+    q, k, w, _ = as_numpy(index_inputs(4, 1, 60, 60, 4, 16))
+    packed = np.asarray(keys_of(q, k, w, jax.jit(KeyRange.packed)(np.array([[0] * 25 + [1] * 35], np.int32)), 8))
+    first = keys_of(q[:, :25], k[:, :25], w[:, :25], causal_range(1, 25), 8)
+    second = np.asarray(keys_of(q[:, 25:], k[:, 25:], w[:, 25:], causal_range(1, 35), 8))
     same_bits(packed[:, :25], first)
-    same_bits(packed[:, 25:], jnp.where(second >= 0, second + 25, -1))
+    same_bits(packed[:, 25:], np.where(second >= 0, second + 25, np.int32(-1)))
 
 
 def test_nan_and_infinite_scores():
     """A NaN key that is reached is never selected; one that is not changes nothing."""
     q, k, w, _ = index_inputs(0, 1, 6, 30, 2, 8)
-    keys = KeyRange(jnp.full((1, 6), 4), jnp.full((1, 6), 28))
-    outside = ~np.asarray(keys.mask(30))[0].any(0)[None]
+    keys = KeyRange(array(np.full((1, 6), 4), "int32"), array(np.full((1, 6), 28), "int32"))
+    outside = ~((np.arange(30) >= 4) & (np.arange(30) < 28))[None]
     same_bits(keys_of(q, poison(k, outside), w, keys, 5), keys_of(q, k, w, keys, 5))
     reached = np.zeros((1, 30), bool)
     reached[0, [5, 9]] = True
@@ -260,7 +268,7 @@ def test_nan_and_infinite_scores():
 
 def test_numpy_arrays_are_accepted():
     q, k, w, scale = index_inputs(0, 2, 5, 9, 4, 8, FP8)
-    keys = KeyRange.causal(2, 5)
+    keys = causal_range(2, 5)
     expected = select_keys(q, k, w, keys, k=3, k_scale=scale)
     scores = index_scores(q, k, w, keys, k_scale=scale)
     with unchecked():
@@ -271,29 +279,33 @@ def test_numpy_arrays_are_accepted():
 @pytest.mark.parametrize("k", [0, -1])
 def test_k_below_one_is_refused(k):
     with pytest.raises(ValueError, match=rf"at least 1.*{k}"):
-        select_topk(jnp.ones((1, 1, 4)), k)
+        select_topk(array(np.ones((1, 1, 4))), k)
     with pytest.raises(ValueError, match=rf"at least 1.*{k}"):
-        select_keys(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 4)), jnp.ones((1, 1, 2)), KeyRange.causal(1, 1), k=k)
+        select_keys(*(array(np.ones(shape)) for shape in ((1, 1, 2, 4), (1, 3, 4), (1, 1, 2))), causal_range(1, 1), k=k)
 
 
 def test_mismatched_shapes_and_dtypes_are_named():
     with unchecked(), pytest.raises(ValueError, match="scores"):
-        select_topk(jnp.ones((2, 3)), 1)
+        select_topk(np.ones((2, 3), np.float32), 1)
     with unchecked(), pytest.raises(ValueError, match="int32"):
-        select_topk(jnp.ones((1, 2, 3), jnp.int32), 1)
+        select_topk(np.ones((1, 2, 3), np.int32), 1)
     with unchecked(), pytest.raises(ValueError, match="(?s)keys.*5|5.*keys"):
-        select_topk(jnp.ones((1, 2, 3)), 1, keys=KeyRange.causal(1, 5))
+        select_topk(np.ones((1, 2, 3), np.float32), 1, keys=causal_range(1, 5))
     with unchecked(), pytest.raises(ValueError, match="(?s)weights.*5|5.*weights"):
-        select_keys(jnp.ones((1, 2, 4, 8)), jnp.ones((1, 3, 8)), jnp.ones((1, 2, 5)), KeyRange.causal(1, 2), k=1)
+        select_keys(
+            *(np.ones(shape, np.float32) for shape in ((1, 2, 4, 8), (1, 3, 8), (1, 2, 5))), causal_range(1, 2), k=1
+        )
 
 
 def test_implementation_insists_or_says_why_it_cannot():
-    q, k, w, _ = index_inputs(0, 1, 2, 3, 2, 8)
-    keys, scores = KeyRange.causal(1, 2), jnp.ones((1, 2, 3))
-    same_bits(select_keys(q, k, w, keys, k=2, implementation="xla"), select_keys(q, k, w, keys, k=2))
-    same_bits(select_topk(scores, 2, implementation="xla"), select_topk(scores, 2))
+    q, k, w, scale = index_inputs(0, 2, 5, 9, 4, 8, FP8)
+    keys, scores = causal_range(2, 5), normal(0, 2, 5, 9)
+    of_keys = functools.partial(select_keys, q, k, w, keys, k=3, k_scale=scale)
+    of_scores = functools.partial(select_topk, scores, 3, keys=keys)
+    same_bits(of_keys(implementation="xla"), of_keys())
+    same_bits(of_scores(implementation="xla"), of_scores())
     for implementation, match in (("pallas", "(?i)cpu|gpu|hopper|sm_90|kernel"), ("cuda_magic", "cuda_magic")):
         with unchecked(), pytest.raises(ValueError, match=match):
-            select_keys(q, k, w, keys, k=2, implementation=implementation)
+            of_keys(implementation=implementation)
         with unchecked(), pytest.raises(ValueError, match=match):
-            select_topk(scores, 2, implementation=implementation)
+            of_scores(implementation=implementation)

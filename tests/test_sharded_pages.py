@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import keys_of, normal, same_bits, topk_of
+from cases import array, keys_of, normal, same_bits, topk_of
 from sharded_cases import mesh_of, whole
 
 from dsa_jax import KeyRange
@@ -85,7 +85,7 @@ def test_pages_of_shards_select_and_attend_as_pages_of_one():
     q, kv = normal(1, 2, 6, 3, 12), np.asarray(normal(2, 2, SIZE, 12))
     start = np.array([[0, 0, 64, 100, 300, 9], [0, 0, 0, 0, 128, 700]], np.int32)
     stop = np.array([[1, 65, 128, 230, 768, 9], [768, 700, 66, 7, 300, 701]], np.int32)
-    keys = KeyRange(jnp.asarray(start), jnp.asarray(stop))
+    keys = KeyRange(array(start), array(stop))
     want = keys_of(q_index, k_index, weights, keys, 40)
 
     def pages(x):  # each shard's pages of both rows, and shards one after the other
@@ -104,8 +104,8 @@ def test_pages_of_shards_select_and_attend_as_pages_of_one():
     selected, (out, lse) = jax.jit(local)(pages(kv), pages(k_index), table, q_index, weights, keys, q)
     same_bits(whole(selected), want)
     alone = LayerPages(
-        jnp.asarray(kv.reshape(-1, PAGE, 12)),
-        jnp.asarray(k_index.reshape(-1, PAGE, 8)),
+        array(kv.reshape(-1, PAGE, 12)),
+        array(k_index.reshape(-1, PAGE, 8)),
         jnp.arange(2 * SIZE // PAGE, dtype=jnp.int32).reshape(2, -1),
         8,
     )

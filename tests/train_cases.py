@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import FAST
+from cases import FAST, array
 
 from dsa_jax import Config, KeyRange
 from train.data import Batch, DataConfig
@@ -150,8 +150,8 @@ def compiled(step: Step, *arguments) -> Step:
 
 def state_of(run, phase=0):
     params = jax.tree.map(jnp.array, small_params(run.model))
-    state = init_state(params, run.phases[phase], jnp.asarray([0, 7], jnp.uint32))
-    return dataclasses.replace(state, step=jnp.asarray(3, jnp.int32))
+    state = init_state(params, run.phases[phase], array([0, 7], jnp.uint32))
+    return dataclasses.replace(state, step=array(3, jnp.int32))
 
 
 @jax.jit

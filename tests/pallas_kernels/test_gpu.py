@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FP8, index_inputs, integers, normal, random_range
+from cases import FP8, array, index_inputs, integers, normal, random_range
 from flax import nnx
 
 import dsa_jax
@@ -30,7 +30,7 @@ def relative(actual, want):
 def attention_inputs(heads=64, length=40, size=500, topk=100):
     q, kv = normal(0, 1, length, heads, 576, dtype="bfloat16"), normal(1, 1, size, 576, dtype="bfloat16")
     indices = np.random.default_rng(2).integers(-50, size, (1, length, topk)).astype(np.int32)
-    return q, kv, jnp.asarray(indices)
+    return q, kv, array(indices)
 
 
 def attend(implementation):

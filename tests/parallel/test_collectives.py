@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, FP8, normal, same_bits
+from cases import FAST, FP8, array, normal, same_bits
 from sharded_cases import mesh_of, whole
 
 from dsa_jax.parallel import sharding
@@ -65,7 +65,7 @@ def test_copies_that_differ_are_found():
     """With `check_vma=False` JAX takes it on trust that an output is on all devices alike; `whole` does not."""
     axes = sharding.RULES["heads"]
     with pytest.raises(AssertionError, match="differ"):
-        on_mesh("tensor=2", lambda x: x + jax.lax.axis_index(axes), spec(), spec())(jnp.zeros(3, jnp.int32))
+        on_mesh("tensor=2", lambda x: x + jax.lax.axis_index(axes), spec(), spec())(np.zeros(3, np.int32))
 
 
 # Where nothing is split.
@@ -116,7 +116,7 @@ def test_numbers_of_shards(name):
         indices = [shard_index(rule) + jnp.zeros((), jnp.int32) for rule in sharding.RULES]
         counts = [sum_statistics(jnp.ones(()), rule) for rule in sharding.RULES]
         peaks = [max_statistics(i.astype(jnp.float32), rule) for i, rule in zip(indices, sharding.RULES, strict=True)]
-        sizes = [jnp.asarray(num_shards(rule)) for rule in sharding.RULES]
+        sizes = [array(num_shards(rule)) for rule in sharding.RULES]
         tokens = sum_statistics({"sum": jnp.sum(x)}, "tokens")["sum"]
         return counts, peaks, sizes, tokens, indices[list(sharding.RULES).index("sequence")][None]
 
@@ -144,7 +144,7 @@ def test_a_split_feed_forward(name):
 
     x, up, down = normal(0, 8, 6), normal(1, 6, 16), normal(2, 16, 6)
     specs = spec("batch"), spec(None, "width"), spec("width")
-    gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, up, down)
+    gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, up, down)
     close(on_mesh(name, run, specs, (specs[0], *specs))(x, up, down), (y, *gradients))
 
 
@@ -167,7 +167,7 @@ def test_gathered_keys_are_in_order_and_get_every_shards_gradient(name):
         return jnp.sum(weights * jnp.sin(jnp.einsum("btd,bsd->bts", x, keys))), keys
 
     x, weights = normal(0, 2, 32, 3), normal(1, 2, 32, 32)
-    gradient, keys = jax.grad(loss, has_aux=True)(x, weights)
+    gradient, keys = jax.jit(jax.grad(loss, has_aux=True))(x, weights)
     run = on_mesh(name, jax.grad(loss, has_aux=True), (TOKENS, TOKENS), (TOKENS, spec("batch")))
     actual, gathered = run(to_zigzag(x, name), to_zigzag(weights, name))
     same_bits(gathered, keys)
@@ -186,8 +186,9 @@ def test_gradients_of_gathered_keys_are_summed_in_float32():
     def run(x, share_of_it):
         return jax.grad(lambda x: jnp.sum(gather_sequence(x) * share_of_it[:, :1]))(x)
 
-    x, parts = jnp.zeros((1, 16), jnp.bfloat16), jnp.ones((1, 16), jnp.bfloat16).at[0, :2].set(256)
-    assert functools.reduce(jnp.add, parts[0, ::2]) == 256
+    x, parts = np.zeros((1, 16), jnp.bfloat16), np.ones((1, 16), jnp.bfloat16)
+    parts[0, :2] = 256
+    assert functools.reduce(np.add, parts[0, ::2]) == 256
     gradient = on_mesh("context=8", run, (TOKENS, TOKENS), TOKENS)(x, parts)
     same_bits(gradient, np.full((1, 16), 264, jnp.bfloat16))  # of 262 and 264, between which 263 is, the even one
     assert results_of("reduce_scatter", "context=8", run, (TOKENS, TOKENS), x, parts) == ["f32"]
@@ -197,7 +198,7 @@ def test_gradients_of_gathered_keys_are_summed_in_float32():
 def test_fp8_travels_bit_for_bit():
     """All 256 patterns, NaN's among them; as bytes, since not all backends exchange FP8."""
     bits, name = np.arange(256, dtype=np.uint8)[None], "context=2,expert=2"
-    x = jax.lax.bitcast_convert_type(jnp.asarray(to_zigzag(bits, name)), jnp.dtype(FP8))
+    x = array(to_zigzag(bits, name).view(FP8))
     gathered = on_mesh(name, gather_sequence, TOKENS, spec())(x)
     assert gathered.dtype == jnp.dtype(FP8)
     np.testing.assert_array_equal(gathered.view(np.uint8), bits)
@@ -207,7 +208,7 @@ def test_fp8_travels_bit_for_bit():
 @pytest.mark.parametrize("dtype", ["float32", "int32", FP8])
 def test_tokens_are_sliced_and_gathered_again(dtype):
     """Every n-th to each shard; what comes back has the bits that were there."""
-    x = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 24, 3)), dtype)
+    x = array(np.random.default_rng(0).integers(0, 99, (2, 24, 3)), dtype)
 
     def run(x):
         mine = slice_tokens(x, "heads")
@@ -219,7 +220,7 @@ def test_tokens_are_sliced_and_gathered_again(dtype):
         shared, joined = on_mesh("data=2,tensor=4", run, spec("batch"), (spec("heads", "batch"), spec("batch")))(x)
         same_bits(joined, x)
     for shard in range(4):
-        same_bits(shared[shard], x[:, shard::4])
+        same_bits(shared[shard], np.asarray(x)[:, shard::4])
 
 
 def test_gradients_of_sliced_tokens():
@@ -232,7 +233,7 @@ def test_gradients_of_sliced_tokens():
     x, weights = normal(0, 2, 24, 3), normal(1, 2, 24, 3)
     rows = spec("batch")
     run = on_mesh("data=2,tensor=4", jax.grad(loss, (0, 1)), (rows, rows), (rows, rows))
-    close(run(x, weights), jax.grad(loss, (0, 1))(x, weights))
+    close(run(x, weights), jax.jit(jax.grad(loss, (0, 1)))(x, weights))
 
 
 @pytest.mark.parametrize("name", ["data=2,tensor=4", "tensor=2"])
@@ -256,8 +257,8 @@ def test_heads_are_exchanged_for_tokens_and_back(name):
     gradients, (rows, heads) = on_mesh(name, run, split, (split, (spec("batch", "heads"), split[0])))(q, weight, out)
     same_bits(heads, q)
     order = np.arange(24).reshape(-1, shards(mesh_of(name), "heads")).T.ravel()  # every n-th to one shard
-    same_bits(rows, q[:, order])
-    close(gradients, jax.grad(loss, (0, 1, 2), has_aux=True)(q, weight, out)[0])
+    same_bits(rows, np.asarray(q)[:, order])
+    close(gradients, jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, weight, out)[0])
 
 
 # Parameters.
@@ -303,7 +304,7 @@ def test_parameters_come_whole_and_their_gradients_are_of_all_tokens(name):
     run = on_mesh(name, jax.grad(gathered_loss, has_aux=True), (specs, TOKENS), (specs, without_fsdp(state)))
     gradients, gathered = run(state, x)
     jax.tree.map(same_bits, gathered, jax.tree.map(np.asarray, state))
-    close(gradients, jax.grad(gathered_loss, has_aux=True)(state, x)[0])
+    close(gradients, jax.jit(jax.grad(gathered_loss, has_aux=True))(state, x)[0])
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -316,7 +317,7 @@ def test_parameters_travel_narrow_but_for_those_used_in_float32(wide):
     for (path, leaf), x in zip(jax.tree_util.tree_flatten_with_path(gathered)[0], jax.tree.leaves(state), strict=True):
         exact = "norm" in str(path) or "weights_proj" in str(path) or "'gate'" in str(path)
         assert leaf.dtype == (jnp.float32 if exact or wide else jnp.bfloat16), path
-        same_bits(leaf, x if exact else x.astype(jnp.bfloat16).astype(leaf.dtype))
+        same_bits(leaf, x if exact else np.asarray(x).astype(jnp.bfloat16).astype(leaf.dtype))
     assert {g.dtype for g in jax.tree.leaves(gradients)} == {np.dtype("float32")}
 
 
@@ -328,8 +329,8 @@ def test_gradients_of_parameters_are_summed_in_float32(name):
         loss = lambda x: jnp.sum(gather_parameters({"q_a_proj": x}, dtype=jnp.bfloat16)["q_a_proj"] * parts[:1, :1])
         return jax.grad(loss)(x)
 
-    parts = jnp.ones((8, 8), jnp.bfloat16)
-    parts = parts.at[0].set(256) if name == "data=8" else parts.at[:, 0].set(256)
+    parts = np.ones((8, 8), jnp.bfloat16)
+    parts[0 if name == "data=8" else np.s_[:, 0]] = 256
     specs = sharding.parameter_specs({"q_a_proj": parts})["q_a_proj"]
     same_bits(on_mesh(name, run, (specs, TOKENS), specs)(normal(0, 8, 2), parts), np.full((8, 2), 263, np.float32))
 
@@ -341,13 +342,13 @@ def test_columns_are_looked_up_where_they_are(name):
         rows = exchange_columns(lambda tokens: part[tokens], tokens)
         return jnp.sum(weights * jnp.sin(rows)), rows
 
-    table, tokens = normal(0, 12, 8), jnp.asarray(np.random.default_rng(0).integers(12, size=(8, 16)))
+    table, tokens = normal(0, 12, 8), array(np.random.default_rng(0).integers(12, size=(8, 16)))
     weights = normal(1, 8, 16, 8)
     columns = spec(None, "fsdp")
     run = on_mesh(name, jax.grad(loss, has_aux=True), (columns, TOKENS, TOKENS), (columns, TOKENS))
     gradient, rows = run(table, tokens, weights)
-    same_bits(rows, table[tokens])
-    close(gradient, jax.grad(loss, has_aux=True)(table, tokens, weights)[0])
+    same_bits(rows, np.asarray(table)[np.asarray(tokens)])
+    close(gradient, jax.jit(jax.grad(loss, has_aux=True))(table, tokens, weights)[0])
 
 
 # Pages of one sequence.
@@ -387,7 +388,7 @@ def test_attention_over_all_shards_keys(name):
 
 def test_attention_is_joined_in_float32():
     """A shard's part is rounded once, with the sum: in the trace, for compiled for CPUs all sums are wide."""
-    out, lse = jnp.ones((4, 1, 1, 2, 3), jnp.bfloat16), jnp.zeros((4, 1, 1, 2))
+    out, lse = np.ones((4, 1, 1, 2, 3), jnp.bfloat16), np.zeros((4, 1, 1, 2), np.float32)
     parts = lambda out, lse: combine_attention(out[0], lse[0], "pages")[0]
     assert results_of("psum", "context=4", parts, spec("pages"), out, lse) == ["f32"]
     assert on_mesh("context=4", parts, spec("pages"), spec())(out, lse).dtype == jnp.bfloat16

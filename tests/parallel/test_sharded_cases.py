@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import array
 from jax.sharding import NamedSharding
 from sharded_cases import (
     LAYERS,
@@ -93,7 +94,7 @@ def test_the_scores_that_are_looked_up_are_those_that_chose():
     scores = one.scores(SPARSE, params, batch, {})
     selected = np.stack([select_topk(index, one.config.index_topk, keys=batch.keys) for index, _, _ in scores])
     assert sum(count_flips(one.config, batch, theirs | {"selected": selected}, theirs, lambda: scores)) < 20
-    routed = np.stack([_choose(jnp.asarray(router), one.config) for _, router, _ in scores])
+    routed = np.stack([_choose(array(router), one.config) for _, router, _ in scores])
     assert sum(count_flips(one.config, batch, theirs | {"routed": routed}, theirs, lambda: scores)) < 20
 
 
@@ -107,7 +108,7 @@ def test_choices_that_differ_are_counted_once_and_those_that_follow_apart():
     layers = [(index, router, 1.0)] * LAYERS
     theirs = {
         "selected": np.stack([select_topk(index, config.index_topk)] * LAYERS),
-        "routed": np.stack([_choose(jnp.asarray(router), config)] * LAYERS),
+        "routed": np.stack([_choose(array(router), config)] * LAYERS),
     }
     assert count_flips(config, batch, theirs, theirs, lambda: None) == (0, 0)
     mine = {kind: chosen.copy() for kind, chosen in theirs.items()}

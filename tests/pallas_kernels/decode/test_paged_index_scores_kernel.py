@@ -9,7 +9,7 @@ import numpy_floats
 import numpy_simt
 import pytest
 import reference
-from cases import FP8, integers, normal, same_bits, the_first
+from cases import FP8, array, integers, normal, same_bits, the_first
 
 from dsa_jax import KeyRange, index_scores, select_topk
 from dsa_jax.pallas_kernels.decode import paged_index_scores, paged_select_keys, why_not_index_scores
@@ -34,13 +34,13 @@ def inputs(seed, batch, length, heads, pages, dtype, make=integers):
     weights = make(seed + 2, batch, length, heads)
     scales = jnp.exp2(integers(seed + 3, n, 64)) if dtype == FP8 else None
     table = np.random.default_rng(seed).permutation(n)[: batch * pages].reshape(batch, pages).astype(np.int32)
-    return q, keys, scales, weights, jnp.asarray(table)
+    return q, keys, scales, weights, array(table)
 
 
 def ranges(seed, batch, length, size):
     """Makes ranges of every kind: empty, reversed and beyond the ends."""
     edges = np.random.default_rng(seed).integers(-9, size + 10, (2, batch, length)).astype(np.int32)
-    return jnp.asarray(edges[0]), jnp.asarray(edges[1])
+    return array(edges[0]), array(edges[1])
 
 
 def flat(x, table):
@@ -107,7 +107,7 @@ def test_sums_and_stores_on_numpy_threads(heads, queries):
 
 def test_only_pages_that_are_reached_are_followed():
     q, keys, scales, weights, table = inputs(2, 2, 2, 64, 6, FP8)
-    start, stop = jnp.array([[70, 100], [0, 0]]), jnp.array([[80, 200], [0, 1]])
+    start, stop = array([[70, 100], [0, 0]]), array([[80, 200], [0, 1]])
     reached = np.zeros((2, 6), bool)
     reached[0, 1:4] = reached[1, 0] = True
     used = np.isin(np.arange(len(keys)), np.asarray(table)[reached])
@@ -230,7 +230,7 @@ def test_a_key_of_nan_scores_nan_where_it_is_reached_on_the_card():
     q, keys, scales, weights, table = inputs(7, 1, 2, 64, 3, FP8, normal)
     page = int(table[0, 1])
     keys = keys.at[page, 7, 100].set(jnp.nan)
-    start, stop = jnp.array([[0, 0]]), jnp.array([[192, 71]])
+    start, stop = array([[0, 0]]), array([[192, 71]])
     scores = np.asarray(paged_index_scores(q, pages_of(keys, scales), weights, table, start, stop))
     assert np.argwhere(np.isnan(scores)).tolist() == [[0, 0, 71]]
     chosen = np.asarray(paged_select_keys(q, pages_of(keys, scales), weights, table, start, stop, k=300))

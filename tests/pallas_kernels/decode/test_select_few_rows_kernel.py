@@ -9,7 +9,7 @@ import numpy_cluster
 import numpy_simt
 import pytest
 import reference
-from cases import same_bits
+from cases import array, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,7 +228,7 @@ def on_card(scores, k, start=None, stop=None, config=None):
     rows, size = scores.shape
     start = np.zeros(rows, np.int32) if start is None else np.asarray(start, np.int32)
     stop = np.full(rows, size, np.int32) if stop is None else np.asarray(stop, np.int32)
-    bits = jnp.asarray(covered(scores, start, stop).view(np.uint32))[:, None]
+    bits = array(covered(scores, start, stop).view(np.uint32))[:, None]
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
     call = jax.jit(lambda bits, *edges: select(as_float(bits), *edges, k=k, config=config))
     got = np.asarray(call(bits, start[:, None], stop[:, None]))[:, 0]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy_floats
 import numpy_simt
 import pytest
+from cases import array
 
 from dsa_jax.pallas_kernels.decode import why_not_write_entries, write_entries
 
@@ -126,7 +127,7 @@ def test_there_must_be_something_to_write():
 
 
 def as_e4m3(bytes_):
-    return jax.lax.bitcast_convert_type(jnp.asarray(bytes_), jnp.float8_e4m3fn)
+    return jax.lax.bitcast_convert_type(array(bytes_), jnp.float8_e4m3fn)
 
 
 @pytest.mark.gpu
@@ -136,7 +137,7 @@ def test_bytes_are_those_of_the_reference_on_the_card(tokens, hadamard):
     latents, keys, kv, k_index, slots = inputs(tokens, 20, max(tokens, 7))
     kv, k_index, slots = kv[:tokens], k_index[:tokens], slots[:tokens]
     write = jax.jit(write_entries, static_argnames="hadamard", donate_argnums=(0, 1))
-    got = write(jnp.asarray(latents), as_e4m3(keys), kv, k_index, slots, hadamard=hadamard)
+    got = write(array(latents), as_e4m3(keys), kv, k_index, slots, hadamard=hadamard)
     want = expected(latents, keys, kv, k_index, slots, hadamard)
     for pages, bytes_ in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(pages).view(np.uint8), bytes_)
@@ -147,7 +148,7 @@ def test_nan_and_infinity_become_nan_on_the_card():
     latents, keys, kv, k_index, slots = inputs(1, 2, 4)
     slots = np.arange(4, dtype=np.int32)
     kv[0, 3], kv[1, 200], kv[2, 575], k_index[3, 9] = np.nan, np.inf, np.nan, -np.inf
-    got, got_keys = write_entries(jnp.asarray(latents), as_e4m3(keys), kv, k_index, slots, hadamard=False)
+    got, got_keys = write_entries(array(latents), as_e4m3(keys), kv, k_index, slots, hadamard=False)
     values = np.asarray(got)[0, :4, :512].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     assert np.argwhere(np.isnan(values)).tolist() == [[0, 3], [1, 200]]
     rotary = np.asarray(got)[0, :4, 528:].copy().view(ml_dtypes.bfloat16).astype(np.float32)
@@ -158,7 +159,7 @@ def test_nan_and_infinity_become_nan_on_the_card():
 @pytest.mark.gpu
 def test_pages_are_kept_where_they_are_needed_again():
     latents, keys, kv, k_index, slots = inputs(2, 3, 10)
-    pages = jnp.asarray(latents), as_e4m3(keys)
+    pages = array(latents), as_e4m3(keys)
     jax.block_until_ready(jax.jit(write_entries)(*pages, kv, k_index, slots))
     np.testing.assert_array_equal(pages[0], latents)
     np.testing.assert_array_equal(np.asarray(pages[1]).view(np.uint8), keys)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import INT_MAX, INT_MIN, integers, normal, same_bits
+from cases import INT_MAX, INT_MIN, array, integers, normal, same_bits
 from reference import f64
 
 from dsa_jax.pallas_kernels.dense_attention.multihead_attention import (
@@ -47,7 +47,7 @@ def ranges(kind, seed, b, t, s) -> tuple[Any, Any]:
         start[0, : min(t, BLOCK_QUERIES)] = s  # a block of queries without keys
     elif kind == "all":
         stop = np.full((b, t), s)
-    return jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
+    return array(start, jnp.int32), array(stop, jnp.int32)
 
 
 def inputs(kind, seed, b, t, s, n, h, v):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy_simt
 import numpy_simt_copies
 import pytest
-from cases import normal, same_bits
+from cases import array, normal, same_bits
 
 from dsa_jax.pallas_kernels.grouped_product import fp8_tiles, rows, tiles
 from dsa_jax.pallas_kernels.grouped_product.pipeline import BLOCK_ROWS
@@ -50,8 +50,8 @@ def test_a_warpgroup_converts_a_tile(monkeypatch, first):
 def weight(seed, experts, inner, outer):
     """Draws e4m3 values, scales of their blocks, and the same in bfloat16."""
     random = np.random.default_rng(seed)
-    values = jnp.asarray(random.normal(scale=30, size=(experts, inner, outer)), jnp.float8_e4m3fn)
-    scales = jnp.asarray(random.uniform(1e-3, 1e-2, (experts, inner // 128, outer // 128)), jnp.float32)
+    values = array(random.normal(scale=30, size=(experts, inner, outer)), jnp.float8_e4m3fn)
+    scales = array(random.uniform(1e-3, 1e-2, (experts, inner // 128, outer // 128)), jnp.float32)
     spread = jnp.repeat(jnp.repeat(scales, 128, 1), 128, 2)
     return values, scales, (values.astype(jnp.float32) * spread).astype(jnp.bfloat16)
 
@@ -60,9 +60,9 @@ def weight(seed, experts, inner, outer):
 def test_products_have_the_bits_of_converted_weights():
     sizes = (7, 0, 60)
     blocks = -(-np.asarray(sizes) // BLOCK_ROWS)
-    plan = tiles.make_tiles(jnp.asarray(blocks, jnp.int32), sum(sizes), 1)
+    plan = tiles.make_tiles(array(blocks, jnp.int32), sum(sizes), 1)
     x = normal(0, tiles.padded_rows(sum(sizes), 3), 256, dtype="bfloat16")
-    gates = jnp.asarray(np.random.default_rng(1).uniform(size=len(x)), jnp.float32)
+    gates = array(np.random.default_rng(1).uniform(size=len(x)), jnp.float32)
     (gate, gate_scale, gate_16), (up, up_scale, up_16) = (weight(i, 3, 256, 128) for i in (2, 3))
     down, down_scale, down_16 = weight(4, 3, 128, 256)
     options: dict[str, Any] = dict(few=True, interpret=True)

@@ -1,12 +1,13 @@
 """Tests the kernels of grouped products: plans on NumPy, products interpreted and lowered on a CPU, all on the card."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import normal, same_bits
+from cases import array, as_numpy, noise, normal, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import f64
@@ -31,14 +32,20 @@ from dsa_jax.pallas_kernels.hopper.constants import (
 )
 from dsa_jax.quantization import quantize_blocks
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 # Plans.
+
+make_tiles = jax.jit(tiles.make_tiles, static_argnums=(1, 2))
+items_at = jax.jit(jax.vmap(tiles.item_at, (0, None, None, None)))
+slots_laid_out = jax.jit(lay_out, static_argnums=1)
 
 
 @given(st.lists(st.integers(0, 30), min_size=6, max_size=6), st.sampled_from([1, 2, 4]))
 @settings(max_examples=40, deadline=None)
 def test_tiles_cover_every_block_once(blocks, tile_blocks):
     slots = 6 * 30 * BLOCK_ROWS
-    plan = np.asarray(tiles.make_tiles(jnp.asarray(blocks, jnp.int32), slots, tile_blocks))
+    plan = np.asarray(make_tiles(array(blocks, jnp.int32), slots, tile_blocks))
     count = plan[-1, 0]
     assert count <= len(plan) - 1
     assert count == sum(-(-b // tile_blocks) for b in blocks)
@@ -51,8 +58,9 @@ def test_tiles_cover_every_block_once(blocks, tile_blocks):
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 8))
 @settings(max_examples=40, deadline=None)
 def test_items_are_all_tiles(row_tiles, columns, band):
-    items = [tiles.item_at(jnp.int32(i), jnp.int32(row_tiles), columns, band) for i in range(row_tiles * columns)]
-    found = {(int(row), int(column)) for row, column in items}
+    every = np.arange(30 * 9, dtype=np.int32)  # of the largest plan, so that all have one program
+    row, column = as_numpy(items_at(every, *np.array([row_tiles, columns, band], np.int32)))
+    found = set(zip(*(x[: row_tiles * columns].tolist() for x in (row, column)), strict=True))
     assert found == {(row, column) for row in range(row_tiles) for column in range(columns)}
 
 
@@ -61,7 +69,7 @@ def test_items_are_all_tiles(row_tiles, columns, band):
 def test_every_slot_has_a_row_of_its_expert(seed, tokens, num_experts, most):
     """Of experts from -1 to `most`, of which a shard may have fewer, or some that nothing goes to."""
     experts = np.random.default_rng(seed).integers(-1, most, (tokens, 2))
-    layout = jax.tree.map(np.asarray, lay_out(jnp.asarray(experts), num_experts))
+    layout = as_numpy(slots_laid_out(array(experts), num_experts))
     there = (experts >= 0) & (experts < num_experts)
     owner = np.repeat(np.arange(num_experts), layout.blocks)
     np.testing.assert_array_equal(owner[layout.row[there] // BLOCK_ROWS], experts[there])
@@ -80,7 +88,7 @@ def laid_out(sizes):
     expert = np.full(tiles.padded_rows(sum(sizes), len(sizes)), -1)
     for e, (first, size) in enumerate(zip(np.cumsum(blocks) - blocks, sizes, strict=True)):
         expert[first * BLOCK_ROWS : first * BLOCK_ROWS + size] = e
-    return jnp.asarray(blocks, jnp.int32), expert
+    return array(blocks, jnp.int32), expert
 
 
 def per_expert(x, weight, expert):
@@ -106,17 +114,17 @@ def make(sizes, dim=DIM, width=WIDTH):
     """Makes rows, gradients by their results, row gates and weights."""
     blocks, expert = laid_out(sizes)
     there = expert >= 0
-    x, dy = (jnp.asarray(np.where(there[:, None], normal(i, len(expert), dim), 0), jnp.bfloat16) for i in (0, 1))
-    gates = jnp.asarray(np.where(there, np.random.default_rng(2).uniform(0.1, 1, len(expert)), 0), jnp.float32)
+    x, dy = (array(np.where(there[:, None], noise(i, len(expert), dim), 0), jnp.bfloat16) for i in (0, 1))
+    gates = array(np.where(there, np.random.default_rng(2).uniform(0.1, 1, len(expert)), 0), jnp.float32)
     shapes = ((len(sizes), dim, width),) * 2 + ((len(sizes), width, dim),)
-    gate, up, down = (jnp.asarray(0.1 * normal(3 + i, *shape), jnp.bfloat16) for i, shape in enumerate(shapes))
+    gate, up, down = (array(np.float32(0.1) * noise(3 + i, *shape), jnp.bfloat16) for i, shape in enumerate(shapes))
     return blocks, expert, there, x, dy, gates, gate, up, down
 
 
 @pytest.mark.parametrize(("sizes", "few"), [(SIZES[0], False), (SIZES[1], True)])
 def test_forward_products_equal_the_definition(sizes, few):
     blocks, expert, there, x, _, gates, gate, up, down = make(sizes)
-    plan = tiles.make_tiles(blocks, sum(sizes), rows.tile_blocks(few))
+    plan = make_tiles(blocks, sum(sizes), rows.tile_blocks(few))
     options: dict[str, Any] = dict(few=few, interpret=True)
     hidden, *kept = rows.gate_up(x, gate, up, gates, plan, keep=True, **options)
     products = [per_expert(x, w, expert) for w in (gate, up)]
@@ -130,8 +138,8 @@ def test_forward_products_equal_the_definition(sizes, few):
 
 def test_backward_products_equal_the_definition():
     blocks, expert, there, x, dy, gates, gate, up, down = make(SIZES[0])
-    plan = tiles.make_tiles(blocks, sum(SIZES[0]), rows.tile_blocks(few=False))
-    g, u = (jnp.asarray(per_expert(x, w, expert), jnp.bfloat16) for w in (gate, up))
+    plan = make_tiles(blocks, sum(SIZES[0]), rows.tile_blocks(few=False))
+    g, u = (array(per_expert(x, w, expert), jnp.bfloat16) for w in (gate, up))
     d_gate, d_up, hidden, d_gates = rows.d_hidden(dy, down, g, u, gates, plan, interpret=True)
     d_weighted = per_expert(dy, np.swapaxes(f64(down), 1, 2), expert)
     sigmoid, over = 1 / (1 + np.exp(-f64(g))), f64(gates)[:, None]
@@ -148,7 +156,7 @@ def test_backward_products_equal_the_definition():
 @pytest.mark.parametrize(("width", "dtype"), [(128, "bfloat16"), (256, "float32")])
 def test_gradients_by_weights_are_sums_over_an_experts_rows(width, dtype):
     blocks, expert, _, x, _, _, *_ = make(SIZES[0])
-    d = jnp.asarray(np.where((expert >= 0)[:, None], normal(9, len(expert), width), 0), jnp.bfloat16)
+    d = array(np.where((expert >= 0)[:, None], noise(9, len(expert), width), 0), jnp.bfloat16)
     found = weights.d_weights(x, d, blocks, dtype=dtype, interpret=True)
     want = np.stack([f64(x)[expert == e].T @ f64(d)[expert == e] for e in range(len(blocks))])
     rounding = 1e-5 if dtype == "float32" else 2**-8
@@ -161,10 +169,10 @@ def problem(seed, tokens, slots, num_experts, dim, width, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     experts = np.argsort(rng.gumbel(size=(tokens, num_experts + 1)))[:, :slots]  # the last is none of these
     shapes = ((num_experts, dim, width),) * 2 + ((num_experts, width, dim),)
-    of_weights = [jnp.asarray(0.1 * normal(seed + i, *shape), dtype) for i, shape in enumerate(shapes)]
+    of_weights = [array(np.float32(0.1) * noise(seed + i, *shape), dtype) for i, shape in enumerate(shapes)]
     x, dy = (normal(seed + i, tokens, dim, dtype="bfloat16") for i in (4, 5))
-    gates = jnp.asarray(rng.uniform(0.1, 1, experts.shape), jnp.float32)
-    return dy, x, jnp.asarray(experts, jnp.int32), gates, *of_weights
+    gates = array(rng.uniform(0.1, 1, experts.shape), jnp.float32)
+    return dy, x, array(experts, jnp.int32), gates, *of_weights
 
 
 @pytest.mark.slow
@@ -188,8 +196,8 @@ def test_few_tokens_equal_those_of_xla(fp8):
     _, x, experts, gates, *of_weights = problem(1, 5, 2, 3, 128, 128, jnp.bfloat16)
     held: Any = [quantize_blocks(w) for w in of_weights] if fp8 else of_weights
     arrays = [*(w.values for w in held), *(w.scale for w in held)] if fp8 else held
-    found = grouped_product.expert_ffn(x, experts, gates, *arrays, interpret=True)
-    want = f64(expert_ffn(x, experts, gates, *held))
+    found = jax.jit(functools.partial(grouped_product.expert_ffn, interpret=True))(x, experts, gates, *arrays)
+    want = f64(jax.jit(expert_ffn)(x, experts, gates, *held))
     np.testing.assert_allclose(f64(found), want, atol=2**-8 * np.abs(want).max())
 
 
@@ -197,7 +205,7 @@ def test_few_tokens_equal_those_of_xla(fp8):
 def test_many_rows_go_to_the_kernels_in_blocks_of_tokens(monkeypatch, tokens, blocks):
     """The kernels' place is taken by functions that mean the same, and say how many tokens they are given."""
     dy, x, experts, gates, *of_weights = problem(3, tokens, 2, 3, 16, 8)
-    dy, x = dy.astype(jnp.float32), x.astype(jnp.float32)
+    dy, x = array(dy, "float32"), array(x, "float32")
     arguments = x, experts, gates, *of_weights
     given = []
 
@@ -212,11 +220,12 @@ def test_many_rows_go_to_the_kernels_in_blocks_of_tokens(monkeypatch, tokens, bl
     monkeypatch.setattr(grouped_product, "expert_ffn", forward)
     monkeypatch.setattr(grouped_product, "expert_ffn_gradients", gradients)
     monkeypatch.setattr(grouped_ffn, "ROW_BYTES", 4 * 2 * 2 * 16)  # four tokens of two slots
-    found = grouped_ffn._kernels_ffn(*arguments)
-    np.testing.assert_allclose(found, grouped_ffn._blocks_ffn(*arguments, partial=False), rtol=1e-5, atol=1e-6)
-    for sums in ([], [jnp.ones_like(w) for w in of_weights]):
-        found = grouped_ffn._kernels_gradients(dy, *arguments, *sums)
-        want = grouped_ffn._blocks_gradients(dy, *arguments, *sums, partial=False)
+    found = jax.jit(grouped_ffn._kernels_ffn)(*arguments)
+    want = jax.jit(functools.partial(grouped_ffn._blocks_ffn, partial=False))(*arguments)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+    for sums in ([], [array(np.ones(w.shape), w.dtype) for w in of_weights]):
+        found = jax.jit(grouped_ffn._kernels_gradients)(dy, *arguments, *sums)
+        want = jax.jit(functools.partial(grouped_ffn._blocks_gradients, partial=False))(dy, *arguments, *sums)
         for ours, theirs in zip(found, want, strict=True):
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -247,7 +256,7 @@ def test_registers_and_shared_memory_fit():
 def test_refuses(change, message):
     width, tokens = change.get("width", 128), change.get("tokens", 5)
     _, x, experts, gates, *of_weights = problem(0, tokens, 2, 3, 128, width, change.get("weights", jnp.float32))
-    x = x.astype(change.get("x", jnp.bfloat16))
+    x = array(x, change.get("x", jnp.bfloat16))
     assert message in str(grouped_product.why_not(x, experts, gates, *of_weights))
     with pytest.raises(ValueError, match=message):
         grouped_product.expert_ffn(x, experts, gates, *of_weights)
@@ -291,7 +300,7 @@ def test_card_equals_float64(tokens, num_experts, dim, width):
 
     found = jax.jit(run, static_argnums=0)(ours, dy, x, gates, *of_weights)
     with jax.enable_x64(True):
-        wide = (jnp.asarray(f64(a)) for a in (dy, x, gates, *of_weights))
+        wide = (array(f64(a)) for a in (dy, x, gates, *of_weights))
         want = jax.jit(run, static_argnums=0)(definition, *wide)
     for each, exact in zip(found, want, strict=True):
         assert exact.dtype == jnp.float64
@@ -302,7 +311,7 @@ def test_card_equals_float64(tokens, num_experts, dim, width):
 @pytest.mark.gpu
 def test_card_repeats_its_bits_and_keeps_nan_to_its_token_and_expert():
     dy, x, experts, gates, *of_weights = problem(2, 900, 2, 6, 512, 256, jnp.bfloat16)
-    experts = experts.at[7].set(jnp.array([0, 1]))
+    experts = experts.at[7].set(array([0, 1]))
     forward, backward = jax.jit(grouped_product.expert_ffn), jax.jit(grouped_product.expert_ffn_gradients)
     y, gradients = forward(x, experts, gates, *of_weights), backward(dy, x, experts, gates, *of_weights)
     same_bits(forward(x, experts, gates, *of_weights), y)

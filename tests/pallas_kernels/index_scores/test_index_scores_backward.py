@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import normal, random_range, same_bits
+from cases import array, normal, random_range, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import f64
@@ -93,7 +93,7 @@ def test_gradients_in_the_interpreter():
     """
     edge = [[[0, 150], [10, 140], [150, 20], [7, 150], [1, 150]], [[0, 0], [0, 0], [100, 150], [3, 90], [30, 149]]]
     start, stop = np.moveaxis(np.asarray(edge, np.int32), 2, 0)
-    arguments = inputs(0, 2, 5, 150, 64, 64, keys=KeyRange(jnp.asarray(start), jnp.asarray(stop)))
+    arguments = inputs(0, 2, 5, 150, 64, 64, keys=KeyRange(array(start), array(stop)))
     total = normal(9, 2, 150, 64)
     results = compiled(*arguments, total=total, interpret=True)
     compare(results, arguments, total)
@@ -231,8 +231,8 @@ def test_empty_ranges_give_zeros_on_the_card():
 @pytest.mark.gpu
 def test_ranges_may_exceed_the_keys_on_the_card():
     q, k, w, _, _, _, k_scale = inputs(3, 1, 4, 300, 64, 128)
-    start = jnp.asarray([[-(2**31), 250, 2**31 - 1, -7]], jnp.int32)
-    stop = jnp.asarray([[2**31 - 1, 301, -(2**31), 9]], jnp.int32)
+    start = array([[-(2**31), 250, 2**31 - 1, -7]], jnp.int32)
+    stop = array([[2**31 - 1, 301, -(2**31), 9]], jnp.int32)
     arguments = inputs(3, 1, 4, 300, 64, 128, keys=KeyRange(start, stop))
     compare(compiled(*arguments), arguments)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import INT_MAX, INT_MIN, hostile_indices, normal, poison_unselected, same_bits
+from cases import INT_MAX, INT_MIN, array, hostile_indices, normal, poison_unselected, same_bits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
@@ -30,7 +30,7 @@ def inputs(seed, b, t, s, n, h, k):
     lse = np.array(normal(seed + 3, b * t, n)) + 2.0
     lse[0] = -np.inf
     lse[-1, ::3], lse[-1, 1::3] = np.inf, -np.inf
-    return q, poison_unselected(kv, indices), jnp.asarray(lse), jnp.asarray(indices.reshape(b * t, k))
+    return q, poison_unselected(kv, indices), array(lse), array(indices.reshape(b * t, k))
 
 
 def kernel(scale=0.1, blocks=None, interpret=False) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import INT_MAX, INT_MIN, normal, poison, random_range, same_bits
+from cases import INT_MAX, INT_MIN, array, normal, poison, random_range, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import f64
@@ -79,7 +79,7 @@ def test_interpreted_equals_the_definition():
     """
     q, k, lse = inputs(0, 2, 67, 141, 3, 64)
     edge = random_range(1, 2, 67, 100)
-    start, stop = edge.start.at[1, 5:8].set(jnp.array([-9, 3, INT_MIN])), edge.stop.at[1, 5:8].set(jnp.array([9, 3, 1]))
+    start, stop = edge.start.at[1, 5:8].set(array([-9, 3, INT_MIN])), edge.stop.at[1, 5:8].set(array([9, 3, 1]))
     keys = KeyRange(start, stop)
     hidden = poison(k, jnp.broadcast_to(jnp.arange(141) >= 100, (2, 141)))
     sums = compiled(q, hidden, lse, keys, clusters=1, interpret=True)
@@ -108,8 +108,8 @@ def test_registers_are_those_of_the_launch():
 @given(st.integers(1, 3), st.integers(1, 1500), st.integers(1, 1500), st.integers(0, 99))
 def test_every_tile_is_listed_once_and_those_reached_first(b, t, s, seed):
     edge = np.random.default_rng(seed).integers(0, s + 1, (b, 2, 1))  # of a batch row, so that some tiles are empty
-    low = jnp.asarray(np.broadcast_to(edge[:, 0], (b, t)), jnp.int32)
-    count = jnp.asarray(np.broadcast_to(np.maximum(edge[:, 1] - edge[:, 0], 0), (b, t)), jnp.int32)
+    low = array(np.broadcast_to(edge[:, 0], (b, t)), jnp.int32)
+    count = array(np.broadcast_to(np.maximum(edge[:, 1] - edge[:, 0], 0), (b, t)), jnp.int32)
     numbers = np.asarray(jax.jit(functools.partial(make_order, size=s))(low, count))
     rows, blocks = b * -(-t // TILE_QUERIES), -(-s // TILE_KEYS)
     reached, numbers = numbers < UNREACHED, numbers % UNREACHED

@@ -10,7 +10,7 @@ import numpy as np
 import numpy_simt
 import numpy_simt_softmax
 import pytest
-from cases import hostile_indices, normal, poison_unselected, same_bits
+from cases import array, hostile_indices, normal, poison_unselected, same_bits
 from reference import f64
 
 from dsa_jax.pallas_kernels.hopper.constants import SMEM_BYTES, WARPGROUP_THREADS
@@ -38,8 +38,8 @@ def inputs(seed, b, t, s, k, j, e, scale=0.02) -> tuple[Any, ...]:
     sums = random.exponential(size=indices.shape) * (random.random(indices.shape) < 0.8)
     sums[0, -1] = 0
     k_index = poison_unselected(normal(seed + 1, b, s, e, dtype="bfloat16"), indices)
-    k_scale = poison_unselected(jnp.asarray(random.uniform(0.5, 2, (b, s)), jnp.float32), indices)
-    sums, indices = jnp.asarray(sums.reshape(b * t, k), jnp.float32), jnp.asarray(indices.reshape(b * t, k))
+    k_scale = poison_unselected(array(random.uniform(0.5, 2, (b, s)), jnp.float32), indices)
+    sums, indices = array(sums.reshape(b * t, k), jnp.float32), array(indices.reshape(b * t, k))
     q_index, weights = normal(seed + 2, b * t, j, e, dtype="bfloat16"), scale * normal(seed + 3, b * t, j)
     return sums, q_index, k_index, weights, indices, k_scale, normal(seed + 4, b * t)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import normal
+from cases import array, normal
 
 from dsa_jax import quantize
 from dsa_jax.pallas_kernels import quantization as kernels
@@ -16,7 +16,7 @@ SHAPES = [(1, 128), (3, 37, 5, 64), (2, 1000, 64, 128), (131072, 128)]
 def rows(shape, seed=0):
     """Rows of many magnitudes, the first of zeros, the last with an extreme number that differs from shape to shape."""
     spread = np.exp(4 * np.random.default_rng(seed).normal(size=(*shape[:-1], 1)))
-    x = normal(seed, *shape) * jnp.asarray(spread, jnp.float32)
+    x = normal(seed, *shape) * array(spread, jnp.float32)
     extreme = (0.0, 3e38, 1e-38, -0.0)[min(shape[0], 4) - 1]
     return x.at[0].set(0.0).astype(jnp.bfloat16).at[-1, ..., 0].set(extreme)
 

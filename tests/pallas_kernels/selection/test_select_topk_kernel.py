@@ -9,7 +9,7 @@ import numpy as np
 import numpy_simt
 import pytest
 import reference
-from cases import same_bits
+from cases import array, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -330,10 +330,10 @@ def _with_bits(bits):
 def on_card(scores, k, start=None, stop=None, config=None):
     """Compares both implementations; scores go there as bits, so that nothing on the way flushes or quiets them."""
     if isinstance(scores, np.ndarray):
-        scores = _with_bits(jnp.asarray(scores.view(np.uint32)))
+        scores = _with_bits(array(scores.view(np.uint32)))
     batch, length, size = scores.shape
-    start = jnp.zeros((batch, length), jnp.int32) if start is None else jnp.asarray(start, jnp.int32)
-    stop = jnp.full((batch, length), size, jnp.int32) if stop is None else jnp.asarray(stop, jnp.int32)
+    start = jnp.zeros((batch, length), jnp.int32) if start is None else array(start, jnp.int32)
+    stop = jnp.full((batch, length), size, jnp.int32) if stop is None else array(stop, jnp.int32)
     got = jax.jit(kernel.select_topk, static_argnames=("k", "config"))(scores, k, start=start, stop=stop, config=config)
     same_bits(got, dsa_jax.select_topk(scores, k, keys=KeyRange(start, stop), implementation="xla"))
     return got

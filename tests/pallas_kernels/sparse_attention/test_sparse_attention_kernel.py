@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import hostile_indices, normal, poison, same_bits, the_first
+from cases import array, as_numpy, hostile_indices, noise, normal, poison, same_bits, the_first
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparse_kernel_cases import abstract, check, compare, inputs, kernel
 
@@ -54,14 +54,15 @@ def test_absent_blocks_and_empty_rows():
     indices = np.full((1, 3, 384), -1, np.int32)
     indices[0, 0, 130:140] = np.arange(10)  # its first pair of key blocks is of nothing, and so is its last
     indices[0, 2, 383] = 19
-    check(q, kv, jnp.asarray(indices), 64, config=MANY_EACH, interpret=True)
+    check(q, kv, array(indices), 64, config=MANY_EACH, interpret=True)
 
 
 def huge_logits(dim):
     """Makes logits far above zero for half of the heads, far below for the others: none overflows or is absent."""
-    q = jnp.full((1, 1, 64, dim), 1e12, jnp.bfloat16).at[:, :, 1::2].multiply(-1)
-    kv = jnp.ones((1, 4, dim), jnp.bfloat16).at[0, 2].set(2.0) * jnp.asarray(1e16, jnp.bfloat16)
-    return q, kv, jnp.asarray([[[0, 2]]], jnp.int32)
+    q, kv = np.full((1, 1, 64, dim), 1e12), np.full((1, 4, dim), 1e16)
+    q[:, :, 1::2] *= -1
+    kv[0, 2] *= 2
+    return array(q, jnp.bfloat16), array(kv, jnp.bfloat16), array([[[0, 2]]])
 
 
 def test_logits_of_any_size():
@@ -70,23 +71,23 @@ def test_logits_of_any_size():
 
 def test_maxima_that_grow_by_little_and_by_much():
     """Below RESCALE_LOG2 a maximum is left as it is, above it the accumulator is rescaled: both are exact."""
-    q, kv = jnp.ones((1, 1, 64, 64), jnp.bfloat16), normal(0, 1, 256, 64, dtype="bfloat16")
-    kv = kv + jnp.asarray([0, 1, 12, 11])[:, None].repeat(64, 0)[None].astype(kv.dtype)
-    check(q, kv, jnp.arange(256, dtype=jnp.int32)[None, None], 64, 0.05, interpret=True)
+    q, kv = array(np.ones((1, 1, 64, 64)), jnp.bfloat16), noise(0, 1, 256, 64, dtype="bfloat16")
+    kv = array(kv + np.repeat([0, 1, 12, 11], 64)[:, None].astype(kv.dtype))
+    check(q, kv, array(np.arange(256)[None, None]), 64, 0.05, interpret=True)
 
 
 def test_a_query_depends_on_nothing_else():
-    q, kv, indices = inputs(0, 2, 1, 60, 64, 64, 0, 70)
+    q, kv, indices = as_numpy(inputs(0, 2, 1, 60, 64, 64, 0, 70))
     whole = kernel(64, config=Config(blocks=1), interpret=True)(q, kv, indices)
     alone = kernel(64, interpret=True)(q[1:], kv[1:], indices[1:])
-    jax.tree.map(same_bits, alone, jax.tree.map(lambda x: x[1:], whole))
+    jax.tree.map(same_bits, alone, jax.tree.map(lambda x: x[1:], as_numpy(whole)))
 
 
 def test_under_vmap():
     """The kernel gets one more grid dimension; the latents are shared."""
     q, kv, indices = inputs(0, 1, 2, 20, 64, 64, 0, 70)
-    call = jax.vmap(kernel(64, interpret=True), (1, None, 1), 1)
-    results = call(q[:, :, None], kv, indices[:, :, None])
+    call = jax.jit(jax.vmap(kernel(64, interpret=True), (1, None, 1), 1))
+    results = as_numpy(call(np.asarray(q)[:, :, None], kv, np.asarray(indices)[:, :, None]))
     compare([x[:, :, 0] for x in results], q, kv, indices, 64)
 
 
@@ -280,7 +281,7 @@ def test_maxima_that_grow_on_the_card():
 def test_the_published_size_on_the_card(size):
     """256 queries of 128 heads with 2048 keys each: the error, and 20 runs with the same bits."""
     q, kv = normal(0, 1, 256, 128, 576, dtype="bfloat16"), normal(1, 1, size, 576, dtype="bfloat16")
-    indices = jnp.asarray(np.random.default_rng(0).integers(0, size, (1, 256, 2048)), jnp.int32)
+    indices = array(np.random.default_rng(0).integers(0, size, (1, 256, 2048)), jnp.int32)
     call = kernel(512, 0.04)
     first = jax.device_get(call(q, kv, indices))
     compare(jax.tree.map(jnp.asarray, first), q, kv, indices, 512, 0.04)

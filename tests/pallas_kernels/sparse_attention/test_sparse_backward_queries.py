@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import hostile_indices, normal, poison_unselected, same_bits
+from cases import array, hostile_indices, normal, poison_unselected, same_bits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
@@ -37,7 +37,7 @@ def with_ds(seed, b, n, s, h, indices):
     rows, keys = b * indices.shape[1], indices.shape[2]
     ds = normal(seed, rows, n, keys, dtype="bfloat16") * present.reshape(rows, 1, keys)
     kv = poison_unselected(normal(seed + 1, b, s, h, dtype="bfloat16"), indices)
-    return ds, kv, jnp.asarray(indices.reshape(rows, keys))
+    return ds, kv, array(indices.reshape(rows, keys))
 
 
 def inputs(seed, b, t, s, n, k, h):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import hostile_indices, normal, poison_unselected
+from cases import array, hostile_indices, normal, poison_unselected
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import f64
 
@@ -58,7 +58,7 @@ def inputs(seed, shape, scale) -> Any:
         if len(rows):
             lse[i] = np.logaddexp.reduce(scale * q_rows[i].astype(np.float32) @ rows.T, axis=1)
     lse[:, 3] = -np.inf
-    return q, d_out, kv, jnp.asarray(indices), jnp.asarray(lse), delta
+    return q, d_out, kv, array(indices), array(lse), delta
 
 
 def present_rows(kv, keys):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_simt
 import pytest
-from cases import normal, same_bits
+from cases import array, normal, same_bits
 
 from dsa_jax.pallas_kernels.sum_rows.sum_rows import Config, sum_rows, why_not
 
@@ -29,7 +29,7 @@ def inputs(seed, m, w, counts, dtype="bfloat16", unsorted=3):
     unused[order[unsorted : offsets[-1]]] = False
     rows = np.where(unused[:, None], np.nan, normal(seed, m, w))
     total = normal(seed + 1, len(counts), w)
-    return jnp.asarray(rows, dtype), jnp.asarray(order), jnp.asarray(offsets), total
+    return array(rows, dtype), array(order), array(offsets), total
 
 
 def expected(rows, order, offsets, total):
@@ -73,7 +73,7 @@ def test_config_changes_nothing():
 
 def test_sign_of_zero_stays():
     rows, order = jnp.full((8, 64), -0.0, jnp.bfloat16), jnp.arange(8, dtype=jnp.int32)
-    offsets, total = jnp.array([0, 3, 3], jnp.int32), jnp.full((2, 64), -0.0, jnp.float32)
+    offsets, total = array([0, 3, 3], jnp.int32), jnp.full((2, 64), -0.0, jnp.float32)
     same_bits(run(rows, order, offsets, total, Config(threads=128), 1), np.asarray(total))
 
 
@@ -107,7 +107,7 @@ def test_sort_by_key(m, size, interpret):
     indices = random.integers(0, size, m).astype(np.int32)
     indices = np.where(random.random(m) < 0.3, random.choice([-1, size, 2**31 - 1, -(2**31)], m), indices)
     sort = functools.partial(kernel.sort_by_key, size=size, interpret=interpret)
-    order, offsets = jax.jit(sort)(jnp.asarray(indices, jnp.int32))
+    order, offsets = jax.jit(sort)(array(indices, jnp.int32))
     keys = np.where((indices >= 0) & (indices < size), indices, size)
     np.testing.assert_array_equal(order, np.argsort(keys, kind="stable"))
     np.testing.assert_array_equal(offsets, np.searchsorted(np.sort(keys), np.arange(size + 1)))
