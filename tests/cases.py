@@ -166,16 +166,6 @@ def the_first(count, cases):
 
 
 @contextlib.contextmanager
-def in_a_hurry():
-    """Compiles as with `FAST`, inside the library too."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-@contextlib.contextmanager
 def unchecked():
     """Without the shape checker of the tests: what a caller meets."""
     before = jaxtyping.config.jaxtyping_disable

@@ -82,9 +82,9 @@ def forget_compiled():
 @pytest.fixture(scope="module")
 def in_a_hurry():
     """Compiles a file's programs without optimisation."""
-    import cases
+    from train.compiling import compiling_quickly
 
-    with cases.in_a_hurry():
+    with compiling_quickly():
         yield
 
 

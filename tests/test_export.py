@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import close, in_a_hurry, the_first
+from cases import close, the_first
 from flax import nnx
 from jax import export
 from model_cases import abstract_parts, model_parts, small_config, tokens
 from train_cases import small_batch, small_phases
 
 from dsa_jax import Cache
+from train.compiling import compiling_quickly
 from train.phases import split_groups
 from train.state import init_state
 from train.step import make_step
@@ -90,7 +91,7 @@ def test_what_is_exported_runs_and_gives_the_same(attention):
     _, state = model_parts(config)
     call = forward(config, attention)
     exported = export.export(call, platforms=PLATFORMS)(shapes(state), shapes(ids))
-    with in_a_hurry():
+    with compiling_quickly():
         results = jax.jit(exported.call)(state, ids)[:3], call(state, ids)[:3]
     for actual, want in zip(*results, strict=True):
         assert np.all(np.isfinite(want))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import in_a_hurry
 from convert_cases import BFLOAT16, E4M3, FP8_CONFIG, SMALL, random_tensors, same, to_fp8, write
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -22,6 +21,7 @@ from dsa_jax.hf.stacked import tensor_at
 from dsa_jax.hf.table import TABLE, leaves
 from dsa_jax.inference.tokenizer import byte_tokenizer
 from dsa_jax.parallel.sharding import check_model, make_mesh, parameter_axes, path_names, spec
+from train.compiling import compiling_quickly
 
 SCALE = "_scale_inv"
 GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
@@ -157,7 +157,7 @@ def test_prefill_and_decode_of_ragged_rows(models):
         cache = PagedCache(model.config, 8, format="bfloat16")
         runner = Runner(model, cache)
         sequences = [cache.new(), cache.new()]
-        with in_a_hurry():
+        with compiling_quickly():
             first = runner.prefill(sequences, [tokens(7), tokens(3)]).logits
             found.append((first, runner.extend(sequences, tokens(2, 1)), cache.latents))
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -198,7 +198,7 @@ def test_a_shard_holds_whole_blocks(wide_folder, mesh):
         if leaf.path[-1] not in ("gate_proj_scale", "down_proj", "down_proj_scale") or "experts" not in leaf.path:
             continue
         sharding = NamedSharding(mesh, spec(*parameter_axes(leaf.path, 4)))
-        with in_a_hurry():
+        with compiling_quickly():
             x = _fill(leaf, checkpoint, config, sharding)
         assert x.sharding == sharding and x.addressable_shards[0].data.size * mesh.size == x.size
         assert x.dtype == (np.float32 if leaf.entry.scale else E4M3)
