@@ -154,6 +154,13 @@ def _decode_row(row: Mapping[str, Any], source: str) -> dict[str, Any]:
     return figures | keys | {"source": source + note}
 
 
+def verification_rows() -> list[dict[str, Any]]:
+    """Gathers how much longer a layer's selection and attention take for a token and its drafts than for a token."""
+    part = recorded("cost_by_position")["verification"]
+    source = _source("cost_by_position", part)
+    return [{"batch": row["batch"], "ratio": row["ratio"], "source": source} for row in part["timings"]]
+
+
 def _source(file: str, part: Mapping[str, Any], what: str = "") -> str:
     """Names what was measured, the file of a recorded part, the card and the date."""
     circumstances = part["circumstances"]
@@ -183,6 +190,7 @@ def gather_serving() -> dict[str, Any]:
         },
         "attention": decode_rows("attention"),
         "selection": decode_rows("selection"),
+        "verification": verification_rows(),
     }
 
 

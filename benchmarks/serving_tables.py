@@ -358,6 +358,33 @@ def _delays(spread: Mapping[str, float] | None) -> str:
     return f"{spread['median']:.1f} / {spread['p99']:.1f}" if spread else ""
 
 
+def acceptance(results: dict) -> str:
+    """The section on drafts of a small model of bytes: how many are right, and whether texts are those without."""
+    part = results["bytes"]
+    of, last, texts = part["circumstances"], part["phases"][-1], part["prompts"]
+    apart = [margin for row in part["rows"] for margin in row["margins"]]
+    parted = f"of tokens whose log-probabilities are at most {max(apart):.1e} apart" if apart else "none"
+    text = (
+        f"{of['date']}, `{of['command']}`, jax {of['versions']['jax']} on {part['cores']} cores, one run of one seed: "
+        f"{part['parameters']:,} parameters, whose cross-entropy was {last['lm_loss']:.2f} after {last['phase']}, that "
+        f"of the prediction layer {last['mtp_loss_1']:.2f}. {texts} texts of {part['prompt_tokens']} bytes, continued "
+        f"by {part['new_tokens']} in float32. Texts that part from those without drafts: {parted}."
+    )
+    cells = [
+        (
+            row["sampling"],
+            row["drafter"],
+            row["most"],
+            f"{row['accepted']} of {row['proposed']}",
+            f"{row['tokens_a_step']:.2f}",
+            f"{texts - len(row['margins'])} of {texts}",
+        )
+        for row in part["rows"]
+    ]
+    header = "tokens", "drafts by", "at most", "right", "tokens a step", "texts as without drafts"
+    return _paragraphs(text, table(header, cells))
+
+
 def measured(parts: Iterable[Mapping[str, Any]]) -> str:
     """Names the card, the version, the date and the commands of parts, but for where the results were written."""
     commands: dict[str, list[str]] = {}

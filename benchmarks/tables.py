@@ -354,6 +354,7 @@ SECTIONS = {"peers": peers, "forward": forward, "training": training, "sharded":
     "cost": serving_tables.cost,
     "engine": serving_tables.engine,
     "batching": serving_tables.batching,
+    "acceptance": serving_tables.acceptance,
 }
 FILES = {  # of benchmarks/results, of the sections whose name is not that of their only file
     "decode": ("decode_attention", "decode_selection"),
@@ -362,6 +363,7 @@ FILES = {  # of benchmarks/results, of the sections whose name is not that of th
     "engine": ("serving",),
 }
 DOCUMENTS = dict.fromkeys(SECTIONS, "performance.md") | {  # where each stands in docs/
+    "acceptance": "inference.md",
     "data": "data.md",
     "moments": "training.md",
     "plan": "many_devices.md",

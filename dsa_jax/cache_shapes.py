@@ -97,7 +97,7 @@ def pages_that_fit(
     Args:
       config: the model's.
       format: of the latents.
-      batch: rows of a decode step, each with float32 scores of `length` keys.
+      batch: tokens of a decode step, each with float32 scores of `length` keys: rows, or times their drafts and one.
       length: the longest sequence, in tokens.
       memory: the free bytes, of which a tenth is left alone.
       predicting: whether pages have entries of prediction layers.

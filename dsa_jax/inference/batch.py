@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.inference.controls import SlotControls
-from dsa_jax.inference.pieces import Scored
+from dsa_jax.inference.pieces import Scored, last_tokens
 from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Work
 from dsa_jax.inference.slots import pack_rows, read_draw
-from dsa_jax.inference.speculative import Ahead, Drafted
+from dsa_jax.inference.speculative import Ahead, Drafted, split_recent
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 
 KINDS: tuple[Kind, ...] = ("greedy", "random", "truncated", "full")
@@ -67,8 +67,12 @@ class Batch:
         # The last token of each slot; the last slot is padding's.
         self._last = runner.everywhere(jnp.zeros(limits.rows + 1, jnp.int32))
         self._tables = np.zeros((limits.rows + 1, runner.table_width), np.int32)  # the row of each slot
-        self._tabled: dict[int, tuple[int, int]] = {}  # of which sequence each row is, and with how many pages
+        self._tabled: dict[int, tuple[int, int, int]] = {}  # of which sequence each row is, its pages, the last of them
         self._controls = SlotControls(limits.rows, runner.config.vocab_size, runner.everywhere)
+        _, self._recent = split_recent(  # of each slot
+            jnp.zeros((limits.rows + 1, runner.depths, runner.config.hidden_size), runner.config.dtype),
+            jnp.zeros((limits.rows + 1, runner.depths - 1), jnp.int32),
+        )
 
     def run(self, plan: Plan) -> list[Ran]:
         """Gives the device the work of a step, and waits for nothing."""
@@ -91,13 +95,15 @@ class Batch:
         for rows in [INVARIANT_ROWS] if limits.invariant else _sizes(limits.rows):
             for kind in kinds:
                 self._draw(jnp.zeros((rows, vocab)), [None] * rows, kind)
+            padding = np.full(rows, limits.rows, np.int32)
+            self._recent = _put(self._recent, padding, _take(self._recent, padding))
 
     def _prefill(self, works: list[Work]) -> list[Ran]:
         owns: list[Any] = [work.sequence for work in works]
         texts, ends = [own.known for own in owns], [work.begin + work.count for work in works]
         chunks = [text[work.begin : end] for text, work, end in zip(texts, works, ends, strict=True)]
         targets = [own.scores and own.scores.targets(work) for own, work in zip(owns, works, strict=True)]
-        behind = [int(text[end]) if end < len(text) else -1 for text, end in zip(texts, ends, strict=True)]
+        behind = [text[end : end + self.runner.depths] for text, end in zip(texts, ends, strict=True)]
         names = [own.cached for own in owns]
         out = self.runner.prefill(names, chunks, extended=True, targets=targets, following=behind)
         for row, own in enumerate(owns):
@@ -115,16 +121,21 @@ class Batch:
             assert out.hidden is not None
             last = [0 if work is None else work.begin + work.count - 1 for work in rows]
             taken = np.zeros(len(rows), np.int32)
-            ran = ran._replace(drafts=self._draft(rows, out.hidden[:, None], drawn.token[:, None], taken, last))
+            lasts = last_tokens([*texts, *[[]] * len(padding)], self.runner.depths - 1)
+            hidden, recent = split_recent(out.hidden, lasts)
+            ran = ran._replace(drafts=self._draft(rows, hidden, recent, drawn.token[:, None], taken, last))
         return [ran]
 
-    def _draft(self, rows: list[Work | None], hidden, tokens, taken, first: list[int]) -> jax.Array:
+    def _draft(self, rows: list[Work | None], hidden, recent, tokens, taken, first: list[int]) -> jax.Array:
         """Has the prediction layers draft behind what was drawn, in columns that begin at the position `first`."""
         settings, number, slots, kind = self._settings(rows)
         room = self.runner.room([None if work is None else work.sequence.cached for work in rows])
         ahead = Ahead(tokens, taken, np.array(first, np.int32), number, room)
         table = self._table(rows, slots)
-        return self.runner.draft(hidden, ahead, table, settings, kind=kind, most=self.limits.drafts)
+        most = self.limits.drafts
+        drafts, recent = self.runner.draft(hidden, recent, ahead, table, settings, kind=kind, most=most)
+        self._recent = _put(self._recent, slots, recent)
+        return drafts
 
     def _draw(self, logits, rows: list[Work | None], kind: Kind | None = None) -> Draw:
         """Draws the first token of each row."""
@@ -165,7 +176,8 @@ class Batch:
         if self._predicts:
             tokens = verified.drawn.token.reshape(len(rows), -1)
             first = [0 if work is None else work.begin for work in rows]
-            drafts = self._draft(rows, out.hidden, tokens, verified.taken, first)
+            recent = _take(self._recent, slots)
+            drafts = self._draft(rows, out.hidden, recent, tokens, verified.taken, first)
         kept = _pack(rows, verified.drawn)
         return Ran(rows, verified.drawn, kept, taken=verified.taken, found=_found(out), drafts=drafts)
 
@@ -195,11 +207,15 @@ class Batch:
         return settings, np.array(number, np.int32), np.array(slot, np.int32), kind
 
     def _table(self, rows: list[Work | None], slots: np.ndarray) -> np.ndarray:
-        """Makes the table of a decode step; a slot's row is made anew when its sequence has got another page."""
+        """Makes the table of a decode step; a slot's row is made anew when its sequence has got another page.
+
+        Of as many pages the last may be another: what wrong drafts had is given back, and somebody else may take it.
+        """
         for work in rows:
             if work is not None:
                 slot, name = work.sequence.slot, work.sequence.cached
-                state = name, self.runner.cache.row_pages(name)
+                pages = self.runner.cache.pages_of(name)
+                state = name, len(pages), pages[-1]
                 if self._tabled.get(slot) != state:
                     self._tabled[slot], self._tables[slot] = (
                         state,
@@ -230,5 +246,10 @@ _packbits = jax.jit(partial(jnp.packbits, axis=1))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(last, slots, tokens):
-    return last.at[slots].set(tokens)
+def _put(kept, slots, new):
+    return jax.tree.map(lambda x, y: x.at[slots].set(y), kept, new)
+
+
+@jax.jit
+def _take(kept, slots):
+    return jax.tree.map(lambda x: x[slots], kept)

@@ -98,7 +98,7 @@ class Engine:
             raise ValueError("drafter MTP needs a Runner over PagedCache(…, predicting=True), got one without")
         chunk = runner.prefill_chunk
         budget = chunk * shards + rows * (1 + drafts) if budget is None else budget
-        limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts)
+        limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts, runner.depths)
         self.runner, self.cache, self.tokenizer = runner, runner.cache, tokenizer
         self.max_length, self.end_tokens = runner.max_length, frozenset(end_tokens)
         self.prefix = PrefixCache(self.cache, enabled=reuse_prefixes)

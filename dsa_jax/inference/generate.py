@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, Int32
 
 from dsa_jax.inference.pages import PagedCache
+from dsa_jax.inference.pieces import last_tokens
 from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Kind, Settings, check_sampling, kind_of, row_seeds
-from dsa_jax.inference.speculative import Ahead, Drafted, check_most
+from dsa_jax.inference.speculative import Ahead, Drafted, check_most, split_recent
 from dsa_jax.inference.step import PREFILL_CHUNK, Runner
 from dsa_jax.inference.text import Decoder
 from dsa_jax.layers import Attention
@@ -288,9 +289,10 @@ class _Stream:
         stops, zero, room = np.full(1, -1, np.int32), np.zeros_like(length), runner.room(self.placed)
         options: dict[str, Any] = dict(kind=self.kind, most=self.drafts)
         _, drawn = runner.first(order(self.prefilled.logits), length, settings, stops, live, kind=self.kind)
-        hidden: Any = order(self.prefilled.hidden)[:, None]
+        lasts = order(last_tokens(self.prompts, runner.depths - 1))
+        ends, recent = split_recent(order(self.prefilled.hidden), lasts)
         ahead = Ahead(drawn.token[:, None], zero, length - 1, zero, room)
-        drafts = runner.draft(hidden, ahead, table, settings, **options)
+        drafts, recent = runner.draft(ends, recent, ahead, table, settings, **options)
         found = [[each] for each in zip(*map(np.asarray, (drawn.token, drawn.log_prob)), strict=True)][: self.rows]
         for number in range(self.max_new_tokens):
             while any(len(found[row]) <= number for row in np.flatnonzero(self.alive)):
@@ -302,10 +304,10 @@ class _Stream:
                 tokens = np.concatenate([last[:, None], np.asarray(drafts)], axis=1)
                 drafted = Drafted(tokens, count.astype(np.int32), length + done - 1, done)
                 verified, out = runner.verify(drafted, table, settings, kind=self.kind)
+                hidden: Any = out.hidden
                 tokens = verified.drawn.token.reshape(len(zero), -1)
                 ahead = Ahead(tokens, verified.taken, drafted.length, done, np.where(goes_on, room, 0))
-                hidden = out.hidden
-                drafts = runner.draft(hidden, ahead, table, settings, **options)
+                drafts, recent = runner.draft(hidden, recent, ahead, table, settings, **options)
                 tokens, log_probs, taken = map(np.asarray, (tokens, verified.drawn.log_prob, verified.taken))
                 log_probs = log_probs.reshape(tokens.shape)
                 for row in np.flatnonzero(goes_on):

@@ -132,7 +132,8 @@ class LLM:
         if pages is None:
             batch = rows if mesh is None else -(-rows // shards(mesh, "rows"))
             most = PREFIX_POOLS * batch * math.ceil(length / PAGE)
-            cache = PagedCache.sized(config, batch=batch, length=length, most=most, **wanted)
+            scored = batch * (1 if drafter is None else 1 + drafter.most)  # tokens of a step, each with its scores
+            cache = PagedCache.sized(config, batch=scored, length=length, most=most, **wanted)
         else:
             cache = PagedCache(config, pages, **wanted)
         runner = Runner(

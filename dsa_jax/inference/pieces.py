@@ -1,5 +1,7 @@
 """Prompts in pieces: which tokens of them a prefill step takes, and what it leaves of each."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.sampling import Likeliest
+
+MIN_TOKENS = 16  # the least size that those of prefills are rounded up to
 
 
 class Piece(NamedTuple):
@@ -16,6 +21,86 @@ class Piece(NamedTuple):
     item: int  # the prompt's number
     begin: int  # its first token, counted in the prompt
     count: int
+
+
+def take_of(count: int, room: int, least: int) -> int:
+    """Counts the tokens to take of `count` where there is room for `room`: if not all, `least` at least stay behind.
+
+    Examples:
+      >>> take_of(10, 16, least=2), take_of(10, 6, least=2), take_of(10, 9, least=2)
+      (10, 6, 8)
+    """
+    return max(0, count if count <= room else min(room, count - least))
+
+
+def last_tokens(texts, count: int):
+    """Makes an array of the last tokens of each text, int32 [B, count]; 0 before its first."""
+    found = np.zeros((len(texts), count), np.int32)
+    for row, text in zip(found, texts, strict=True):
+        own = text[max(len(text) - count, 0) :]
+        row[count - len(own) :] = own
+    return found
+
+
+def tokens_behind(prompt, following, piece: Piece, depths: int):
+    """Lists for each token of a piece the one, two, … `depths` places behind it, int32 [depths, count]; -1 unknown."""
+    end = piece.begin + piece.count
+    behind = [*prompt[end : end + depths], *following][:depths]
+    known = np.concatenate([prompt[piece.begin + 1 : end], behind, np.full(depths - len(behind), -1)])
+    return np.lib.stride_tricks.sliding_window_view(known.astype(np.int32), piece.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutter:
+    """Cuts prompts into pieces, as many at a time as a step takes.
+
+    Attributes:
+      cache: that they go to.
+      chunk: tokens of a step, on each shard of rows.
+      last: tokens of a prompt that its last piece has at least, if the prompt has so many.
+      table_pages: of a row at most; any number if None.
+      invariant: whether a piece has a step for itself and crosses no multiple of `chunk`.
+    """
+
+    cache: PagedCache
+    chunk: int
+    last: int
+    table_pages: int | None
+    invariant: bool
+
+    def steps(self, sequences, prompts, before) -> Iterator[list[list[Piece]]]:
+        """Yields for each step the pieces of each shard's row; `before` counts what each sequence has already."""
+        rows: list[list[Piece]] = [[] for _ in range(self.cache.row_shards)]
+        for item, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+            begin = 0
+            while begin < len(prompt):
+                size = self.chunk
+                if self.invariant:  # borders at the same positions, however many tokens are there already
+                    size -= (before[item] + begin) % self.chunk
+                count = take_of(len(prompt) - begin, size, self.last)
+                rows[self.cache.rows_of(sequence)].append(Piece(item, begin, count))
+                begin += count
+        while any(rows):
+            yield [self._take(row, sequences) for row in rows]
+
+    def _take(self, row, sequences):
+        """Takes the pieces of one step from a row's list: as many as fit a chunk, the last one cut to fit."""
+        taken, room, pages = [], self.chunk, 0
+        while row and room and not (self.invariant and taken):
+            pages += self.cache.row_pages(sequences[row[0].item])
+            if taken and self.table_pages is not None and pages > self.table_pages:
+                break
+            piece = row.pop(0)
+            if piece.count > room:
+                count = take_of(piece.count, room, self.last)
+                if self.invariant or taken and count < MIN_TOKENS:
+                    row.insert(0, piece)
+                    break
+                row.insert(0, Piece(piece.item, piece.begin + count, piece.count - count))
+                piece = piece._replace(count=count)
+            taken.append(piece)
+            room -= piece.count
+        return taken
 
 
 class Scored(NamedTuple):
@@ -40,7 +125,7 @@ class Prefilled(NamedTuple):
     selected: list[np.ndarray] | None  # [layers, T, K] each
     routed: list[np.ndarray] | None  # [moe_layers, T, k] each
     scored: list[Scored]  # of the prompts that have targets, in order
-    hidden: Array | None = None  # [n, D] behind each prompt, where prediction layers draft
+    hidden: Array | None = None  # [n, depths, D] of the last tokens of each prompt, where prediction layers draft
 
     @property
     def logits(self) -> Array:
@@ -62,7 +147,7 @@ def pack_targets(places, targets, shape):
 def collect(last, logits, ended, row, column):
     """Takes the logits, or hidden states, of the prompts that have ended in a step, and leaves the others."""
     found = logits[row, column]
-    return found if last is None else jnp.where(ended[:, None], found, last)
+    return found if last is None else jnp.where(ended.reshape(-1, *[1] * (found.ndim - 1)), found, last)
 
 
 def places_of(ends, size):

@@ -66,14 +66,14 @@ class PrefixCache:
     def __len__(self) -> int:
         return sum(map(len, self._kept))
 
-    def known(self, tokens: np.ndarray, chain: Chain, rows: int = 0, *, reuse: bool = True) -> int:
+    def known(self, tokens: np.ndarray, chain: Chain, rows: int = 0, *, reuse: bool = True, last: int = 1) -> int:
         """Counts the pages that a sequence of these tokens would begin with on a shard of rows."""
-        return len(self._match(tokens, chain.keys(tokens, self._most(tokens, reuse)), rows))
+        return len(self._match(tokens, chain.keys(tokens, self._most(tokens, reuse, last)), rows))
 
     def begin(
-        self, tokens: np.ndarray, chain: Chain, spare: int = 0, rows: int = 0, *, reuse: bool = True
+        self, tokens: np.ndarray, chain: Chain, spare: int = 0, rows: int = 0, *, reuse: bool = True, last: int = 1
     ) -> int | None:
-        """Begins a sequence with the pages that are known of its tokens, all but the last one's: its logits are wanted.
+        """Begins a sequence with the pages that are known of its tokens, but those of the last: its logits are wanted.
 
         Args:
           tokens: int32 [T], all that the sequence will have to hold.
@@ -81,11 +81,12 @@ class PrefixCache:
           spare: how many pages must be left when it holds them.
           rows: the shard of rows that it will belong to.
           reuse: whether it may begin with pages that are known.
+          last: how many of the last tokens are computed anew, at least.
 
         Returns:
           the sequence, which is as long as what it reuses, or None, and nothing has begun, if pages are too few.
         """
-        most = self._most(tokens, reuse)
+        most = self._most(tokens, reuse, last)
         keys = chain.keys(tokens, most)
         known = self._match(tokens, keys, rows)
         self._touch(keys[: len(known)], rows)
@@ -146,9 +147,9 @@ class PrefixCache:
                 assert kept.children == children[key], (kept, children[key])
             assert len({kept.page for kept in held.values()}) == len(held), "a page is kept twice"
 
-    def _most(self, tokens, reuse) -> int:
-        """Counts the pages that may be reused: all full ones but the last token's."""
-        return (len(tokens) - 1) // PAGE if self.enabled and reuse else 0
+    def _most(self, tokens, reuse, last) -> int:
+        """Counts the pages that may be reused: all full ones but those of the last tokens."""
+        return max(0, len(tokens) - last) // PAGE if self.enabled and reuse else 0
 
     def _match(self, tokens, keys, rows):
         """Finds the kept pages that the tokens begin with; equal hashes are not trusted alone."""

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from dsa_jax.cache import Pages
 from dsa_jax.inference.sampling import Draw, Kind, Likeliest, Settings, draw, likeliest
 from dsa_jax.inference.slots import SlotStep, pack_draw, unpack_rows
-from dsa_jax.inference.speculative import Ahead, Drafted, verify_drafts
+from dsa_jax.inference.speculative import Ahead, Drafted, Recent, drafting_layers, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.paged import PAGE
@@ -61,7 +61,8 @@ class Rows:
       start: int32 [B, T], where their sequence begins in the row.
       stop: int32 [B, T], behind their own position in the row; 0 for padding.
       wanted: int32 [B, M], the columns of the tokens whose logits are wanted.
-      following: int32 [B, T], the token behind each, -1 where that is not known: for prediction layers.
+      following: int32 [B, n, T], the token 1, …, n places behind each, -1 where that is not known: for the prediction
+        layers that draft.
     """
 
     tokens: Array | np.ndarray
@@ -79,7 +80,8 @@ class StepOutput(NamedTuple):
     selected: Array | None  # int32 [layers, B, T, K], positions of the token's own sequence
     routed: Array | None  # int32 [moe_layers, B, T, k]
     scores: Likeliest | None = None  # [B, T], of the targets
-    hidden: Array | None = None  # [B, M, D], where prediction layers go on from these
+    # Where prediction layers go on from these: [B, M, D], or with those of the n - 1 tokens before each, [B, M, n, D].
+    hidden: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -149,46 +151,89 @@ def _forward(graph, options: Options, pools: tuple[Array, Array], state, table, 
     if selected is not None:  # in the row they stand behind the beginning of their sequence
         selected = jnp.where(selected < 0, -1, selected - rows.start[..., None])
     scores = None if targets is None else _score(model, out.hidden, targets)
-    output = StepOutput(model.unembed(hidden), selected, out.routed, scores, hidden if options.predicting else None)
-    pools = out.cache.latents, out.cache.index_keys
+    logits, pools = model.unembed(hidden), (out.cache.latents, out.cache.index_keys)
     if rows.following is not None:
-        known, positions = jnp.asarray(rows.following) >= 0, jnp.asarray(rows.positions)
-        keys = KeyRange(keys.start, jnp.where(known, keys.stop, keys.start))
-        cache = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
-        following = jnp.where(known, rows.following, 0)
-        arguments: dict[str, Any] = dict(keys=keys, positions=positions, attention=options.attention, cache=cache)
-        cache: Any = model.predict(out.hidden, following, **arguments)[1]
+        hidden, pools = _keep_up(model, options, pools, out.hidden, table, rows)
+    return StepOutput(logits, selected, out.routed, scores, hidden if options.predicting else None), pools
+
+
+def _keep_up(model, options: Options, pools, hidden, table, rows: Rows):
+    """Writes the entries of prediction layers whose tokens are known; returns hidden states to go on from and pools."""
+    following, positions = jnp.asarray(rows.following), jnp.asarray(rows.positions)
+    depths, by_depth = following.shape[1], hidden
+    for depth in range(1, depths + 1):
+        known = following[:, depth - 1] >= 0
+        keys = KeyRange(jnp.asarray(rows.start), jnp.where(known, rows.stop, rows.start))
+        pages = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
+        arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages, depth=depth)
+        tokens = jnp.where(known, following[:, depth - 1], 0)
+        by_depth, cache = model.predict(by_depth, tokens, keys=keys, **arguments)
         pools = cache.latents, cache.index_keys
-    return output, pools
+    columns = jnp.maximum(rows.wanted[..., None] - jnp.arange(depths - 1, -1, -1), 0)
+    last = jnp.take_along_axis(hidden, columns.reshape(len(columns), -1, 1), axis=1)
+    return last.reshape(*columns.shape, -1), pools
 
 
-def _draft(graph, options: Options, pools, hidden, ahead: Ahead, state, table, settings, *, kind: Kind, most: int):
-    """Drafts the tokens behind those that were drawn, by the first prediction layer and then by its own output.
+def _draft(
+    graph, options: Options, pools, hidden, recent: Recent | None, ahead: Ahead, state, table, settings,
+    *, kind: Kind, most: int,
+):  # fmt: skip
+    """Drafts the tokens behind those that were drawn, by one prediction layer after the other.
 
-    The tokens that were drawn are taken in where they stand. Drafts are taken in behind them as far as a row has room,
-    to be written over; each is drawn as the token itself will be, from the same random numbers, so that close
-    distributions draw the same token.
+    The tokens that were drawn are taken in where they stand, and so are drafts by the layers past the first, which join
+    them to the same columns. What the last layer drafts of its own output is taken in behind them as far as a row has
+    room. All of that is written over. Each draft is drawn as the token itself will be, from the same random numbers, so
+    that close distributions draw the same token. Returns the drafts, what to hand to the next call, and the pools.
     """
     model, room = nnx.merge(graph, state), jnp.asarray(ahead.room)[:, None]
+    ahead = jax.tree.map(jnp.asarray, ahead)
+    if recent is not None:
+        hidden, ahead = _last_columns(hidden, recent, ahead)
+        at = ahead.taken[:, None] + jnp.arange(1 - recent.tokens.shape[1], 1)
+        recent = Recent(jnp.take_along_axis(hidden, at[..., None], 1), jnp.take_along_axis(ahead.tokens, at, 1))
 
-    def predict(pools, hidden, tokens, positions, is_real):
+    def predict(depth, pools, hidden, tokens, positions, is_real):
         keys = KeyRange(jnp.zeros_like(positions), jnp.where(is_real, jnp.minimum(positions + 1, room), 0))
         pages = Pages.at(pools[0], pools[1], table, keys, value_dim=model.config.kv_lora_rank)
         pages = dataclasses.replace(pages, slots=jnp.where(positions < room, pages.slots, -1))
-        arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages)
+        arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages, depth=depth)
         hidden, cache = model.predict(hidden, tokens, keys=keys, **arguments)
         return hidden, (cache.latents, cache.index_keys)
 
-    taken, length = jnp.asarray(ahead.taken)[:, None], jnp.asarray(ahead.length)[:, None]
-    columns, drafts = jnp.arange(hidden.shape[1], dtype=jnp.int32), []
-    hidden, pools = predict(pools, hidden, ahead.tokens, length + columns, (columns <= taken) & (room > 0))
-    hidden = jnp.take_along_axis(hidden, taken[..., None], axis=1)
+    depths, rows, width = min(drafting_layers(model.config), most), jnp.arange(len(hidden)), hidden.shape[1]
+    taken, columns, drafts = ahead.taken[:, None], jnp.arange(width, dtype=jnp.int32), []
+    last, positions = hidden, ahead.length[:, None] + columns
+    is_real = (columns <= taken) & (positions >= 0) & (room > 0)
+    behind = jnp.pad(ahead.tokens, ((0, 0), (0, depths - 1)))  # column c: what layer k joins to c + 1 - k
     for draft in range(1, most + 1):
-        number = jnp.asarray(ahead.number) + taken[:, 0] + draft
-        drafts.append(draw(model.unembed(hidden)[:, 0], settings, number, kind=kind).token)
-        if draft < most:
-            hidden, pools = predict(pools, hidden, drafts[-1][:, None], length + taken + draft, room > 0)
-    return jnp.stack(drafts, axis=1), pools
+        if draft <= depths:
+            tokens = behind[:, draft - 1 : draft - 1 + width]
+            hidden, pools = predict(draft, pools, hidden, tokens, positions, is_real)
+            last = jnp.take_along_axis(hidden, taken[..., None], axis=1)
+        else:
+            place = ahead.length[:, None] + taken + draft - depths
+            last, pools = predict(depths, pools, last, drafts[-1][:, None], place, room > 0)
+        number = jnp.asarray(ahead.number) + ahead.taken + draft
+        drafts.append(draw(model.unembed(last)[:, 0], settings, number, kind=kind).token)
+        if draft < depths:
+            behind = behind.at[rows, ahead.taken + draft].set(drafts[-1])
+    return jnp.stack(drafts, axis=1), recent, pools
+
+
+def _last_columns(hidden, recent: Recent, ahead: Ahead) -> tuple[Array, Ahead]:
+    """Puts recent columns before the new ones, and takes T or n of them, whichever is more, to the last that counts.
+
+    Every entry of a layer that was not of true tokens is among these, and a step has no more columns than it verifies.
+    """
+    kept = recent.tokens.shape[1]
+    width = max(hidden.shape[1], kept + 1)
+    begin = jnp.maximum(ahead.taken + kept + 1 - width, 0)
+    at = begin[:, None] + jnp.arange(width)
+    hidden = jnp.take_along_axis(jnp.concatenate([recent.hidden, hidden], axis=1), at[..., None], axis=1)
+    tokens = jnp.take_along_axis(jnp.concatenate([recent.tokens, ahead.tokens], axis=1), at, axis=1)
+    earlier = kept - begin
+    taken, length, number = ahead.taken + earlier, ahead.length - earlier, ahead.number - earlier
+    return hidden, Ahead(tokens, taken, length, number, ahead.room)
 
 
 def _score(model, hidden, targets) -> Likeliest:
@@ -358,7 +403,7 @@ class Programs(NamedTuple):
     verify: Callable
     # (pools, logits, carry, parameters, table, settings, stops, limit, kind, most, kept) -> (TurnOutput, pools)
     turn: Callable
-    # (pools, hidden, ahead, parameters, table, settings, kind, most) -> (drafts, pools)
+    # (pools, hidden, recent, ahead, parameters, table, settings, kind, most) -> (drafts, Recent | None, pools)
     draft: Callable
 
 
@@ -389,9 +434,9 @@ def programs(graph, tree, options: Options) -> Programs:
         state, sizes = jax.tree.unflatten(tree, parameters), dict(kind=kind, most=most, kept=kept)
         return _turn_on(graph, options, pools, logits, carry, state, table, settings, stops, limit, **sizes)
 
-    def draft(pools, hidden, ahead, parameters, table, settings, kind, most):
+    def draft(pools, hidden, recent, ahead, parameters, table, settings, kind, most):
         state = jax.tree.unflatten(tree, parameters)
-        return _draft(graph, options, pools, hidden, ahead, state, table, settings, kind=kind, most=most)
+        return _draft(graph, options, pools, hidden, recent, ahead, state, table, settings, kind=kind, most=most)
 
     compile = partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     return Programs(
@@ -400,7 +445,7 @@ def programs(graph, tree, options: Options) -> Programs:
         compile(decode_slots, donate_argnums=(0, 1), static_argnums=5),
         compile(verify, donate_argnums=0, static_argnums=5),
         compile(turn, donate_argnums=0, static_argnums=(8, 9, 10)),
-        compile(draft, donate_argnums=0, static_argnums=(6, 7)),
+        compile(draft, donate_argnums=0, static_argnums=(7, 8)),
     )
 
 

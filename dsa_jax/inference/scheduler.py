@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsa_jax.inference.pieces import take_of
 from dsa_jax.inference.prefix import Chain, PrefixCache
 from dsa_jax.paged import PAGE
 
@@ -32,6 +33,7 @@ class Limits:
       invariant: whether a chunk is of one sequence and crosses no multiple of `chunk`, and what was preempted is
         generated anew instead of being taken for a longer prompt: its keys then have the same bits as before.
       drafts: of a sequence, at most.
+      last: tokens of a prompt that its last chunk has at least, if it has so many.
     """
 
     rows: int
@@ -39,6 +41,7 @@ class Limits:
     chunk: int
     invariant: bool = False
     drafts: int = 0
+    last: int = 1
 
     def __post_init__(self):
         if self.rows < 1 or self.chunk < 1:
@@ -222,7 +225,7 @@ class Scheduler:
         most = left.on(self._shard(sequence))
         if self.limits.invariant:
             most = min(most, self.limits.chunk - sequence.filled % self.limits.chunk)
-        return max(0, min(most, sequence.target - sequence.filled))
+        return take_of(sequence.target - sequence.filled, most, self.limits.last)
 
     def _shard(self, sequence) -> int:
         """Returns the shard of rows that a sequence runs on."""
@@ -292,8 +295,8 @@ class Scheduler:
             return None
         tokens = sequence.prompt if self.limits.invariant else sequence.known
         for shard in self._best(open, sequence, tokens):
-            spare = self._wanted_on(shard)
-            cached = self.pages.begin(tokens, sequence.chain, spare, shard, reuse=sequence.reuses)
+            spare, last = self._wanted_on(shard), self.limits.last
+            cached = self.pages.begin(tokens, sequence.chain, spare, shard, reuse=sequence.reuses, last=last)
             if cached is not None:
                 break
         else:
@@ -308,7 +311,10 @@ class Scheduler:
         """Orders shards of rows by what they know of a sequence's prefix, and then by how many more may run there."""
         if len(shards) == 1:
             return shards
-        known = lambda shard: self.pages.known(tokens, sequence.chain, shard, reuse=sequence.reuses)  # noqa: E731
+
+        def known(shard):
+            return self.pages.known(tokens, sequence.chain, shard, reuse=sequence.reuses, last=self.limits.last)
+
         return sorted(shards, key=lambda shard: (-known(shard), -len(self._slots[shard]), shard))
 
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from dsa_jax.config import Config
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw
 from dsa_jax.inference.scheduler import Work
 
@@ -75,6 +76,20 @@ class Ahead:
     room: Array | np.ndarray
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recent:
+    """Holds what prediction layers past the first take in anew, of the n - 1 columns before the next: see `MTP`.
+
+    Attributes:
+      hidden: [B, n - 1, D], of the model.
+      tokens: int32 [B, n - 1], the token behind each.
+    """
+
+    hidden: Array
+    tokens: Array | np.ndarray
+
+
 class Verified(NamedTuple):
     """Holds the results of a verification: of each row the first `taken` + 1 tokens that were drawn count."""
 
@@ -100,6 +115,22 @@ def verify_drafts(
     taken = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
     last = jnp.take_along_axis(drawn.token, taken[:, None], axis=1)[:, 0]
     return Verified(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn), taken, last)
+
+
+@jax.jit
+def split_recent(hidden: Float[Array, "B n D"], tokens: Int[Array, "B m"]) -> tuple[Array, Recent | None]:
+    """Takes what a prefill left of the last n tokens apart: the last one's hidden state, [B, 1, D], and those before.
+
+    Args:
+      hidden: of the model.
+      tokens: the m = n - 1 that stand behind all but the last.
+    """
+    return hidden[:, -1:], Recent(hidden[:, :-1], tokens) if hidden.shape[1] > 1 else None
+
+
+def drafting_layers(config: Config) -> int:
+    """Counts the prediction layers that draft, which is n: no more than there are drafts."""
+    return min(config.num_nextn_predict_layers, MAX_DRAFTS)
 
 
 class Known(Protocol):
@@ -151,10 +182,12 @@ def propose(drafter: Drafter, sequences: Sequence[Any], vocab: int) -> dict[Any,
 class MTP:
     """Proposes what the model's own prediction layers draft (multi-token prediction).
 
-    The first of them drafts a token of the model's hidden state and the last token, and each further one of its own
-    output and the draft before. It has an indexer and entries in the cache of its own, which are of the true tokens as
-    soon as these are known. A draft is drawn by the row's settings from the random numbers that its token will be drawn
-    from, so the closer both distributions are, the more often they draw the same.
+    Draft k is that of layer k, of what the layer before knows and the draft before; behind the last layer, it goes on
+    from its own output. Each has an indexer and entries in the cache of its own, which are of the true tokens as soon
+    as these are known: layer k joins a token with that k places behind it, so its last k - 1 entries are of drafts at
+    first, and are made anew from the model's hidden states when the tokens have come. A draft is drawn by the row's
+    settings from the random numbers that its token will be drawn from, so the closer both distributions are, the more
+    often they draw the same.
 
     Args:
       most: how many tokens to propose at most.

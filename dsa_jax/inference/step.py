@@ -16,7 +16,17 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.inference.pages import PagedCache
-from dsa_jax.inference.pieces import Piece, Prefilled, Scored, collect, join_parts, pack_targets, places_of
+from dsa_jax.inference.pieces import (
+    MIN_TOKENS,
+    Cutter,
+    Prefilled,
+    Scored,
+    collect,
+    join_parts,
+    pack_targets,
+    places_of,
+    tokens_behind,
+)
 from dsa_jax.inference.programs import (
     Carry,
     Options,
@@ -30,13 +40,21 @@ from dsa_jax.inference.programs import (
 )
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings
 from dsa_jax.inference.slots import SlotStep, padding_rows
-from dsa_jax.inference.speculative import MAX_DRAFTS, Ahead, Drafted, Verified
+from dsa_jax.inference.speculative import (
+    MAX_DRAFTS,
+    Ahead,
+    Drafted,
+    Recent,
+    Verified,
+    drafting_layers,
+    split_recent,
+)
 from dsa_jax.layers import Attention
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
 from dsa_jax.parallel.sharding import describe_mesh, place_copies, spec
 
-MIN_TOKENS, MIN_PAGES = 16, 1  # the least sizes that those of prefills and tables are rounded up to
+MIN_PAGES = 1  # the least size that those of tables are rounded up to
 PREFILL_CHUNK = 4096  # tokens of prompts at a time on a shard: bounds the memory of activations
 MAX_DECODED = 1 + MAX_DRAFTS  # tokens of a row in a decode step, as many as the kernels take
 # Prompts that end in one step: so many logits cost what one does, the reading of the vocabulary's weights.
@@ -82,8 +100,10 @@ class Runner:
         if max_length is not None and not 1 <= max_length <= config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise ValueError(f"max_length must be from 1 to max_position_embeddings = {limit}, got {max_length}")
-        if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        # Last tokens of a prompt that stay together; under `batch_invariant`, where borders are fixed, nothing drafts.
+        self.depths = drafting_layers(config) if cache.predicting and not batch_invariant else 1
+        if prefill_chunk < self.depths:
+            raise ValueError(f"prefill_chunk must be at least {self.depths}, got {prefill_chunk}")
         if dense_below is not None and not 0 <= dense_below <= config.index_topk:
             raise ValueError(f"dense_below must be from 0 to index_topk = {config.index_topk}, got {dense_below}")
         if return_routed and not config.num_moe_layers:
@@ -104,6 +124,7 @@ class Runner:
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
         self.max_length = max_length
         self.table_pages = None if max_length is None else math.ceil(max_length / PAGE)
+        self._cutter = Cutter(cache, prefill_chunk, self.depths, self.table_pages, batch_invariant)
         skips = attention == "sparse" and not return_selected and not batch_invariant and cache.page_shards == 1
         skips &= config.baseline != "nsa"  # which has no dense form
         self.dense_below = (config.index_topk if dense_below is None else dense_below) if skips else 0
@@ -135,7 +156,7 @@ class Runner:
         *,
         extended: bool = False,
         targets: Sequence[np.ndarray | None] | None = None,
-        following: Sequence[int] | None = None,
+        following: Sequence[Any] | None = None,
     ) -> Prefilled:
         """Appends a prompt, int32 [T], to each sequence.
 
@@ -144,15 +165,15 @@ class Runner:
           prompts: one for each.
           extended: whether the sequences have room for them already.
           targets: for each prompt None, or int32 [T]: for each of its tokens, the one to be scored behind it.
-          following: for each prompt the token behind it, -1 if that is not known yet; then none is if None. Prediction
-            layers take it in.
+          following: for each prompt what is known of the tokens behind it, as prediction layers take them in: `depths`
+            of them at most. None is of no prompt.
 
         Raises:
           OutOfPages: if the cache has too few pages for all of them; no sequence is then any longer.
           ValueError: for an empty prompt, or one that would make its sequence too long.
         """
         targets = [None] * len(prompts) if targets is None else targets
-        following = [-1] * len(prompts) if following is None else following
+        following = [()] * len(prompts) if following is None else following
         counts = [len(prompt) for prompt in prompts]
         lengths = map(self.cache.length, sequences)
         before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)
@@ -160,7 +181,7 @@ class Runner:
         selected: list[list[np.ndarray]] = [[] for _ in prompts]
         routed: list[list[np.ndarray]] = [[] for _ in prompts]
         scored: list[Scored] = []
-        for step in self._steps(sequences, prompts, before):
+        for step in self._cutter.steps(sequences, prompts, before):
             rows, table, ends, places = self._pack(step, sequences, prompts, before, following)
             wanted = [(piece, place) for piece, place in places if targets[piece.item] is not None]
             dense, own = self._is_short(step, before), pack_targets(wanted, targets, rows.tokens.shape)
@@ -199,39 +220,6 @@ class Runner:
             raise
         return before
 
-    def _steps(self, sequences, prompts, before):
-        """Yields for each step the pieces of each shard's row."""
-        rows: list[list[Piece]] = [[] for _ in range(self.cache.row_shards)]
-        for item, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
-            begin = 0
-            while begin < len(prompt):
-                size = self.prefill_chunk
-                if self.batch_invariant:  # borders at the same positions, however many tokens are there already
-                    size -= (before[item] + begin) % self.prefill_chunk
-                count = min(size, len(prompt) - begin)
-                rows[self.cache.rows_of(sequence)].append(Piece(item, begin, count))
-                begin += count
-        while any(rows):
-            yield [self._take(row, sequences) for row in rows]
-
-    def _take(self, row, sequences):
-        """Takes the pieces of one step from a row's list: as many as fit a chunk, the last one cut to fit."""
-        taken, room, pages = [], self.prefill_chunk, 0
-        while row and room and not (self.batch_invariant and taken):
-            pages += self.cache.row_pages(sequences[row[0].item])
-            if taken and self.table_pages is not None and pages > self.table_pages:
-                break
-            piece = row.pop(0)
-            if piece.count > room:
-                if self.batch_invariant or taken and room < MIN_TOKENS:
-                    row.insert(0, piece)
-                    break
-                row.insert(0, Piece(piece.item, piece.begin + room, piece.count - room))
-                piece = piece._replace(count=room)
-            taken.append(piece)
-            room -= piece.count
-        return taken
-
     def _is_short(self, step, before):
         reach = max(before[piece.item] + piece.begin + piece.count for row in step for piece in row)
         return reach <= self.dense_below
@@ -242,9 +230,10 @@ class Runner:
         if not self.batch_invariant:
             width = min(width, bucket(max(sum(piece.count for piece in row) for row in step), MIN_TOKENS))
         shape = len(step), width
-        arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "start", "stop")}
+        names = "tokens", "positions", "start", "stop"
+        arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in names}
         if self.predicting:
-            arrays["following"] = np.full(shape, -1, np.int32)
+            arrays["following"] = np.full((len(step), self.depths, width), -1, np.int32)
         ends, places, pages, wanted = {}, [], [], [[] for _ in step]
         for number, row in enumerate(step):
             column = page = 0
@@ -256,8 +245,8 @@ class Runner:
                 own = np.arange(position, position + piece.count)
                 arrays["tokens"][here] = prompts[piece.item][piece.begin : piece.begin + piece.count]
                 if self.predicting:
-                    behind = np.append(prompts[piece.item], following[piece.item])[piece.begin + 1 :]
-                    arrays["following"][here] = behind[: piece.count]
+                    behind = tokens_behind(prompts[piece.item], following[piece.item], piece, self.depths)
+                    arrays["following"][number, :, here[1]] = behind
                 arrays["positions"][here] = own
                 arrays["start"][here] = page * PAGE
                 arrays["stop"][here] = page * PAGE + own + 1
@@ -397,20 +386,25 @@ class Runner:
         self.cache.update(*pools)
         return verified, out
 
-    def draft(self, hidden: Array, ahead: Ahead, table, settings: Settings, *, kind: Kind, most: int) -> Array:
+    def draft(
+        self, hidden: Array, recent: Recent | None, ahead: Ahead, table, settings: Settings, *, kind: Kind, most: int
+    ) -> tuple[Array, Recent | None]:
         """Drafts `most` tokens behind what was just drawn of each row, int32 [B, most], by the prediction layers.
 
         Args:
           hidden: [B, T, D], what a verification or a prefill left of the columns.
+          recent: of the `depths` - 1 columns before, of `split_recent` or the last call's; None where that is 0.
           ahead: what was drawn there.
           table, settings: of the rows.
           kind: of the draw; "full" is taken for "truncated", without controls.
         """
         pools = self.cache.latents, self.cache.index_keys
         kind = "truncated" if kind == "full" else kind
-        drafts, pools = self.programs.draft(pools, hidden, ahead, self.parameters, table, settings, kind, most)
+        drafts, recent, pools = self.programs.draft(
+            pools, hidden, recent, ahead, self.parameters, table, settings, kind, most
+        )
         self.cache.update(*pools)
-        return drafts
+        return drafts, recent
 
     def room(self, rows: Sequence[int | None]) -> Int[np.ndarray, " B"]:
         """Counts the positions that the pages of each row have; 0 for padding."""
@@ -483,14 +477,16 @@ class Runner:
                 for count in (1, 1 + drafts) if drafts and self.predicting else ():
                     hidden = jnp.zeros((total, count, self.config.hidden_size), self.config.dtype)
                     ahead = Ahead(jnp.zeros((total, count), jnp.int32), length, length, length, length)
-                    self.draft(hidden, ahead, table, settings, kind=kind, most=drafts)
+                    tail = jnp.zeros((total, self.depths, self.config.hidden_size), self.config.dtype)
+                    _, recent = split_recent(tail, np.zeros((total, self.depths - 1), np.int32))
+                    self.draft(hidden, recent, ahead, table, settings, kind=kind, most=drafts)
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)
             empty = np.zeros((self.cache.row_shards, size), np.int32)
             arrays: dict[str, Any] = dict(tokens=empty, positions=empty, start=empty, stop=empty)
             arrays["wanted"] = np.zeros((self.cache.row_shards, self._ends(size)), np.int32)
             if self.predicting:
-                arrays["following"] = empty - 1
+                arrays["following"] = np.full((len(empty), self.depths, size), -1, np.int32)
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 out = self._run_prefill(Rows(**arrays), table, dense=dense)

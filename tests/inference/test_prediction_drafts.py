@@ -1,5 +1,6 @@
 """Drafts of prediction layers: by their definition over whole rows, and tokens that are those without drafts."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +25,7 @@ CONFIG = small_config(num_nextn_predict_layers=1, first_k_dense_replace=2, max_p
 SHARED = small_config(
     num_nextn_predict_layers=1, indexer_types=("full", "shared"), first_k_dense_replace=2, max_position_embeddings=256
 )
+TWO, THREE = (dataclasses.replace(CONFIG, num_nextn_predict_layers=count) for count in (2, 3))
 LENGTH = 128  # of the rows of the definition
 
 
@@ -39,7 +41,7 @@ def model_of(config=CONFIG):
     def weaken(path, x):
         names = path_names(path)
         if names[-1] == "eh_proj":
-            return jnp.concatenate([jnp.eye(dim)[None], 0.3 * x[:, dim:]], axis=1)
+            return jnp.concatenate([jnp.broadcast_to(jnp.eye(dim), x[:, dim:].shape), 0.3 * x[:, dim:]], axis=1)
         if names[-2:] == ("enorm", "weight") or names[-2:] == ("norm", "weight"):
             return jnp.ones_like(x)
         return 0.4 * x if names[-1] in ("o_proj", "down_proj") else x
@@ -54,44 +56,54 @@ def make(drafter=None, *, config=CONFIG, pages=12, rows=2, **options):
 
 
 @functools.cache
-def lone_engine():
-    return make(rows=1, reuse_prefixes=False)
+def lone_engine(config):
+    return make(config=config, rows=1, reuse_prefixes=False)
 
 
-def alone(request):
-    return run(lone_engine(), request)[0]
+def alone(request, config=CONFIG):
+    return run(lone_engine(config), request)[0]
 
 
 # The definition
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden_of(graph, state, ids):
-    return nnx.merge(graph, state)(ids).hidden
+def hidden_of(graph, state, ids, count):
+    """The hidden states of every depth in training, [1 + n, 1, T, D], over the first `count` tokens."""
+    keys, positions = KeyRange.lengths(count[None], LENGTH), jnp.arange(LENGTH)[None]
+    out: Any = nnx.merge(graph, state)(ids, keys=keys, positions=positions, return_predicted=True)
+    return jnp.concatenate([out.hidden[None], out.predicted.hidden])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def predict_row(graph, state, hidden, following, count):
-    """The prediction layer over the first `count` rows, and the likeliest token behind the last."""
+    """The last prediction layer over the first `count` rows, behind the last of them."""
     model = nnx.merge(graph, state)
     keys, positions = KeyRange.lengths(count[None], LENGTH), jnp.arange(LENGTH)[None]
-    hidden = model.predict(hidden, following, keys=keys, positions=positions)[0]
-    last = hidden[0, count - 1]
-    return last, jnp.argmax(model.unembed(last))
+    depth = model.config.num_nextn_predict_layers
+    return model.predict(hidden, following, keys=keys, positions=positions, depth=depth)[0][0, count - 1]
 
 
 def definition(tokens, most, config):
-    """Drafts behind known tokens, without any cache: each is one row more, of the layer's own output."""
-    parts = nnx.split(model_of(config))
-    padded = np.zeros((1, LENGTH), np.int32)
-    padded[0, : len(tokens)] = tokens
-    hidden = hidden_of(*parts, jnp.asarray(padded))
-    following, drafts, count = np.roll(padded, -1, axis=1), [], len(tokens) - 1
-    for _ in range(most):
-        last, draft = predict_row(*parts, hidden, jnp.asarray(following), jnp.int32(count))
-        drafts.append(int(draft))
-        hidden, following[0, count] = hidden.at[0, count].set(last), draft
-        count += 1
+    """Drafts behind known tokens, without any cache.
+
+    Layer k's is that of training, over the tokens and the drafts before. Behind the last layer, each is one row more of
+    this one, of its own output.
+    """
+    model, depths = model_of(config), config.num_nextn_predict_layers
+    parts, drafts, row = nnx.split(model), [], len(tokens) - 2
+    states = last = None
+    for draft in range(1, most + 1):
+        ids = [*tokens, *drafts]
+        padded = jnp.asarray(np.pad(ids, (0, LENGTH - len(ids)))[None], jnp.int32)
+        if draft <= depths:
+            states = hidden_of(*parts, padded, jnp.int32(len(ids)))
+            last = states[draft, 0, row]
+        else:
+            row += 1
+            states = states.at[depths - 1, 0, row].set(last)
+            last = predict_row(*parts, states[depths - 1], jnp.roll(padded, -depths, axis=1), jnp.int32(row + 1))
+        drafts.append(int(jnp.argmax(model.unembed(last))))
     return drafts
 
 
@@ -107,27 +119,40 @@ class Watched(MTP):
         super().learn(sequence, drafts)
 
 
-@pytest.mark.parametrize("config", [CONFIG, pytest.param(SHARED, marks=pytest.mark.variants)], ids=["full", "shared"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, marks=pytest.mark.variants),
+        TWO,
+        pytest.param(THREE, marks=pytest.mark.slow),
+        pytest.param(SHARED, marks=pytest.mark.variants),
+    ],
+    ids=["one", "two", "three", "shared"],
+)
 def test_drafts_are_those_of_the_definition(config):
-    """A prompt in chunks, and on into another page, greedy: the tokens are the likeliest of the plain forward pass."""
+    """A prompt of a token more than a chunk, and on into another page, greedy.
+
+    The tokens are the likeliest of the plain forward pass.
+    """
     drafter = Watched()
     engine = make(drafter, config=config, rows=1)
-    [events] = run(engine, Request(prompt(64), SamplingParams(temperature=0.0, max_tokens=30)))
+    [events] = run(engine, Request(prompt(33), SamplingParams(temperature=0.0, max_tokens=36)))
     assert len(drafter.seen) >= 8
     for known, drafts in drafter.seen:
         assert drafts == definition(known, 3, config), len(known)
     stats, tokens = engine.stats(), tokens_of(events)
     assert 0 < stats.drafts_accepted < stats.drafts_proposed
-    padded = np.pad([*prompt(64), *tokens], (0, LENGTH - 94))[None]
-    hidden = hidden_of(*nnx.split(model_of(config)), jnp.asarray(padded, jnp.int32))
-    assert np.argmax(model_of(config).unembed(hidden[0, 63:93]), axis=-1).tolist() == tokens
+    padded = np.pad([*prompt(33), *tokens], (0, LENGTH - 69))[None]
+    hidden = hidden_of(*nnx.split(model_of(config)), jnp.asarray(padded, jnp.int32), jnp.int32(69))[0]
+    assert np.argmax(model_of(config).unembed(hidden[0, 32:68]), axis=-1).tolist() == tokens
 
 
 # The same tokens
 
 
 @pytest.mark.slow
-def test_tokens_are_those_without_drafts():
+@pytest.mark.parametrize("config", [CONFIG, THREE], ids=["one", "three"])
+def test_tokens_are_those_without_drafts(config):
     """Greedy and sampled rows side by side, and one that takes no drafts; some are right."""
     asked = [
         Request(prompt(30, 1), SamplingParams(temperature=0.0, max_tokens=45)),
@@ -135,41 +160,78 @@ def test_tokens_are_those_without_drafts():
         Request(prompt(9, 3), SamplingParams(temperature=0.5, top_k=20, seed=6, max_tokens=20, frequency_penalty=0.5)),
     ]
     drafter = Watched()
-    engine = make(drafter)
+    engine = make(drafter, config=config)
     found = run(engine, *asked)
     for request, events in zip(asked, found, strict=True):
-        expected = alone(request)
+        expected = alone(request, config)
         assert tokens_of(events) == tokens_of(expected)
         log_probs = [[event.log_prob for event in each if event.token is not None] for each in (events, expected)]
         np.testing.assert_allclose(*log_probs, atol=1e-5)
     stats = engine.stats()
     assert stats.drafts_accepted > 20 and stats.drafts_proposed > stats.drafts_accepted
+    greedy = [(known, drafts) for known, drafts in drafter.seen if known[:30] == prompt(30, 1)]
+    assert len(greedy) > 5
+    for known, drafts in greedy:  # whatever rows are beside it
+        assert drafts == definition(known, 3, config), len(known)
 
 
 @pytest.mark.slow
-def test_few_pages_prefixes_and_cancels_change_no_token():
+@pytest.mark.parametrize("config", [CONFIG, TWO], ids=["one", "two"])
+def test_few_pages_prefixes_and_cancels_change_no_token(config):
     """Preempted sequences draft again when their prompts are read again; a prefix keeps its entries."""
     same = prompt(70, 4)
     params = [SamplingParams(temperature=0.6 * (row % 2), seed=row, top_k=20, max_tokens=70) for row in range(5)]
     asked = [Request([*same, *prompt(3, row)], own) for row, own in enumerate(params)]
-    engine = make(MTP(most=2), pages=4, rows=3)
+    engine = make(MTP(most=2), config=config, pages=4, rows=3)
     found = run(engine, *asked, cancels=[(9, 4)])
     assert engine.scheduler.preemptions and engine.prefix.hits and engine.stats().drafts_accepted > 20
     for request, events in zip(asked, found, strict=True):
         tokens = tokens_of(events)
-        assert tokens == tokens_of(alone(request))[: len(tokens)]
+        assert tokens == tokens_of(alone(request, config))[: len(tokens)]
         assert len(tokens) == 70 or events[-1].finished == "cancelled"
+
+
+@pytest.mark.slow
+def test_shared_selections_over_pages_in_fp8():
+    """Greedy tokens, with drafts and without, are those over float32 pages up to the first that FP8 could turn."""
+    config = dataclasses.replace(SHARED, index_fp8=True)
+    prompts, new = [prompt(30 + row, row) for row in range(8)], 20
+
+    def continued(cache_format, drafter=None):
+        options: dict[str, Any] = dict(pages=2, rows=1, max_length=128, prefill_chunk=64)
+        llm = LLM(model_of(config), cache_format=cache_format, drafter=drafter, **options)
+        results = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=new))
+        return [result.outputs[0] for result in results], llm.engine
+
+    wide, _ = continued("float32")
+    (narrow, _), (drafted, engine) = continued("fp8"), continued("fp8", MTP())
+    assert engine.cache.latents.dtype == jnp.uint8 and engine.stats().drafts_accepted > 20
+    assert engine.cache.latents.shape[0] == 3 and engine.cache.index_keys.shape[0] == 2  # the prediction layer's too
+    compared, rounded = 0, 0.0
+    for text, *outputs in zip(prompts, wide, narrow, drafted, strict=True):
+        ids = [*text, *outputs[0].tokens]
+        padded = jnp.asarray(np.pad(ids, (0, LENGTH - len(ids)))[None], jnp.int32)
+        hidden = hidden_of(*nnx.split(model_of(config)), padded, jnp.int32(len(ids)))[0, 0]
+        first, second = np.sort(model_of(config).unembed(hidden[len(text) - 1 : len(ids) - 1]), axis=-1)[:, :-3:-1].T
+        clear = next((at for at, gap in enumerate(first - second) if gap < 0.1), new)
+        compared += clear
+        for found in outputs[1:]:
+            assert found.tokens[:clear] == outputs[0].tokens[:clear]
+            difference = np.abs(np.subtract(found.log_probs, outputs[0].log_probs))[:clear].max(initial=0)
+            assert difference < 0.05
+            rounded = max(rounded, difference)
+    assert compared > 20 and rounded > 1e-4, "FP8 rounds"
 
 
 def test_generate_drafts_the_same_tokens():
     """Rows that stop early, by a token, and rows that do not; both ends within drafts."""
-    prompts = [prompt(20, 1), prompt(33, 2)]
+    model, prompts = model_of(TWO), [prompt(20, 1), prompt(33, 2)]
     options: dict[str, Any] = dict(max_new_tokens=18, temperature=[0.0, 0.7], top_k=20, seed=3)
-    free = complete(model_of(), prompts, **options)
+    free = complete(model, prompts, **options)
     stop = int(free.tokens[0, 6])
     for stops in (None, stop):
-        expected = complete(model_of(), prompts, stop_token=stops, **options)
-        found = complete(model_of(), prompts, stop_token=stops, drafts=3, **options)
+        expected = complete(model, prompts, stop_token=stops, **options)
+        found = complete(model, prompts, stop_token=stops, drafts=3, **options)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_array_equal(found.lengths, expected.lengths)
         np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
@@ -206,7 +268,7 @@ def test_drafts_and_tokens_have_their_exact_probabilities():
 
 @pytest.mark.slow
 def test_no_program_is_compiled_after_warming_up():
-    engine = make(MTP())
+    engine = make(MTP(), config=TWO)
     engine.warm(kinds=["greedy"])
     asked = [Request(prompt(30, row), SamplingParams(temperature=0.0, max_tokens=12)) for row in range(3)]
     with compilations() as names:

@@ -38,9 +38,9 @@ def filled(prefix, tokens, salt="") -> int:
     return sequence
 
 
-def reused(prefix, tokens, salt="") -> int:
+def reused(prefix, tokens, salt="", **options) -> int:
     """How many tokens a sequence begins with that ends at once."""
-    sequence = prefix.begin(tokens, Chain(salt))
+    sequence = prefix.begin(tokens, Chain(salt), **options)
     length = prefix.cache.length(sequence)
     prefix.cache.free(sequence)
     return length
@@ -73,6 +73,8 @@ def test_the_last_token_is_never_reused():
     prefix = make()
     filled(prefix, ids(1, 2))
     assert reused(prefix, ids(1, 2)) == 64 and reused(prefix, ids(1, 2, more=1)) == 128
+    assert [reused(prefix, ids(1, 2, more=more), last=3) for more in (0, 2, 3)] == [64, 64, 128]
+    assert reused(prefix, ids(more=2), last=3) == 0
 
 
 def test_two_salts_never_share():

@@ -21,9 +21,9 @@ TINY = small_config(
 PAGES = 6
 
 
-def make(rows=3, budget=40, chunk=32, invariant=False, pages=PAGES, mesh=None) -> Scheduler:
+def make(rows=3, budget=40, chunk=32, invariant=False, pages=PAGES, mesh=None, last=1) -> Scheduler:
     cache = PagedCache(TINY, pages, format="float32", mesh=mesh)
-    return Scheduler(PrefixCache(cache), Limits(rows, budget, chunk, invariant))
+    return Scheduler(PrefixCache(cache), Limits(rows, budget, chunk, invariant, last=last))
 
 
 def request(length, new, seed=0, leader=None) -> Sequence:
@@ -55,6 +55,8 @@ class Device:
         shards = scheduler.pages.cache.row_shards
         on = [[w for w in plan.prefill if scheduler.pages.cache.rows_of(w.sequence.cached) == s] for s in range(shards)]
         assert all(sum(work.count for work in prefill) <= limits.chunk for prefill in on)
+        for work in plan.prefill:
+            assert work.number is None or work.count >= min(limits.last, len(work.sequence.prompt))
         if limits.invariant:
             assert all(len(prefill) <= 1 for prefill in on)
             assert all(work.begin // limits.chunk == (work.begin + work.count - 1) // limits.chunk for work in works)
@@ -118,13 +120,14 @@ REQUESTS = st.lists(
 
 @given(
     asked=REQUESTS, rows=st.integers(1, 4), chunk=st.sampled_from([5, 32, 64, 300]), invariant=st.booleans(),
-    pages=st.sampled_from([5, 8]), shards=st.sampled_from([1, 1, 2]),
+    pages=st.sampled_from([5, 8]), shards=st.sampled_from([1, 1, 2]), last=st.sampled_from([1, 3]),
 )  # fmt: skip
 @settings(max_examples=80)
-def test_any_requests_end_and_nothing_is_lost_or_repeated(asked, rows, chunk, invariant, pages, shards):
+def test_any_requests_end_and_nothing_is_lost_or_repeated(asked, rows, chunk, invariant, pages, shards, last):
     """Prompts of few seeds, so that they share; some are cancelled some steps after they came."""
     rows *= shards
-    scheduler = make(rows, chunk + rows, chunk, invariant, pages, mesh_of("data=2") if shards > 1 else None)
+    mesh, last = mesh_of("data=2") if shards > 1 else None, 1 if invariant else last
+    scheduler = make(rows, chunk + rows, chunk, invariant, pages, mesh, last)
     device = Device(scheduler)
     coming = sorted(asked, key=lambda each: each[3])
     arrived: list[Sequence] = []

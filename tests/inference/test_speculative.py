@@ -1,6 +1,7 @@
 """Drafts and their verification: where n-grams lead, what a verification takes, and an engine that proposes."""
 
 import functools
+from typing import Any
 
 import engine_cases
 import jax
@@ -12,7 +13,8 @@ from engine_cases import CONFIG, alone, compilations, prompt, run, tokens_of
 from flax import nnx
 from model_cases import small_model
 
-from dsa_jax import Engine, NGram, PagedCache, Request, Runner, SamplingParams
+from dsa_jax import LLM, Engine, NGram, PagedCache, Request, Runner, SamplingParams
+from dsa_jax.inference import pages, pages_that_fit
 from dsa_jax.inference.sampling import Settings
 from dsa_jax.inference.speculative import INDEXED_TOKENS, Drafted, propose, verify_drafts
 
@@ -204,6 +206,17 @@ def test_many_requests_and_cancels_get_the_tokens_that_they_get_alone(count):
     assert engine.cache.free_pages == 4 and not engine.cache.sequences
 
 
+def test_sequences_that_give_pages_back_at_once_write_their_own():
+    """Where a page ends each takes one for wrong drafts, gives it back, and gets the other's; twice."""
+    asked = [Request(prompt(60, row), sampled(seed=row, max_tokens=76)) for row in (1, 2)]
+    drafter = oracle(*asked)
+    expected = list(drafter.answers.values())
+    drafter.answers = {prompt: [(token + 1) % VOCAB for token in own] for prompt, own in drafter.answers.items()}
+    engine = make(drafter=drafter, reuse_prefixes=False)
+    assert [tokens_of(events) for events in run(engine, *asked)] == expected
+    assert engine.stats().drafts_proposed > 400 and engine.stats().drafts_accepted == 0
+
+
 def test_drafts_save_steps_and_change_no_log_probability():
     """All right but every fifth: a step takes up to four tokens."""
     request = Request(prompt(70), sampled(max_tokens=60))
@@ -251,6 +264,16 @@ def test_what_is_kept_as_a_prefix_is_what_was_taken():
         engine.drafter = None
         [again] = run(engine, later)
         assert engine.prefix.hits == 2 and tokens_of(again) == tokens_of(alone(later))
+
+
+def test_index_scores_of_drafts_have_their_room(monkeypatch):
+    """Of 3 rows with 3 drafts each: 12 tokens, whose scores leave fewer pages."""
+    monkeypatch.setattr(pages, "_free_memory", lambda: 190_000)
+    for drafter, tokens in ((None, 3), (NGram(), 12)):
+        llm = LLM(small_model(CONFIG), rows=3, cache_format="float32", drafter=drafter)
+        sizes: dict[str, Any] = dict(format="float32", length=256, memory=190_000)
+        assert llm.engine.cache.pages == pages_that_fit(CONFIG, batch=tokens, **sizes)
+    assert pages_that_fit(CONFIG, batch=3, **sizes) > pages_that_fit(CONFIG, batch=12, **sizes)
 
 
 @pytest.mark.slow

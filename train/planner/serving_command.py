@@ -33,6 +33,8 @@ class Arguments:
     """fp8 or bfloat16, of the routed experts and the cache; other weights are bfloat16."""
     gpus: tuple[int, ...] = tuple(serving.MESHES)
     """How many GPUs: 8, 16 or both."""
+    drafts: str | None = None
+    """mtp or ngram: what proposes three tokens of each sequence for a step to verify, prediction layers or the text."""
     position: tuple[int, ...] | None = None
     """Tokens that each sequence has before a step; without it 32768 and 131072, or the model's most if that is less."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -83,6 +85,8 @@ def make_plans(arguments: Arguments) -> list[Plan]:
       ValueError: for arguments that are no plan, or where no mesh has room for a page of cache.
     """
     config = load_run(arguments.config).model
+    if arguments.drafts == "mtp" and arguments.config == "deepseek_v32":
+        config = dataclasses.replace(config, num_nextn_predict_layers=1)  # which training leaves out, and it has
     if not arguments.gpus or arguments.position == ():
         raise ValueError(f"{'position' if arguments.gpus else 'gpus'} must be followed by a number, got none")
     for position in arguments.position or ():
@@ -92,7 +96,7 @@ def make_plans(arguments: Arguments) -> list[Plan]:
     plans = [
         make_plan(job, positions)
         for gpus in sorted(set(arguments.gpus))
-        for job in serving.jobs(config, arguments.weights, gpus)
+        for job in serving.jobs(config, arguments.weights, gpus, arguments.drafts)
     ]
     if not any(plan.tokens for plan in plans):
         least = min(plans, key=lambda plan: plan.bytes_needed)
@@ -166,6 +170,7 @@ def memory_table(plans: Sequence[Plan]) -> Table:
 
 def speed_table(plans: Sequence[Plan]) -> Table:
     """Makes the table of milliseconds a step and tokens a second by mesh and batch, blank where the cache is full."""
+    drafts = plans[0].job.drafts is not None
     positions = sorted({step.position for plan in plans for step in plan.steps})
     table = Table()
     table.add_column("sequences a group", no_wrap=True)
@@ -174,7 +179,7 @@ def speed_table(plans: Sequence[Plan]) -> Table:
         table.add_column(f"ms a step at {position:,}", justify="right")
         table.add_column("tokens/s a GPU", justify="right")
         table.add_column("in all", justify="right")
-        table.add_column("longest part")
+        table.add_column("pays above") if drafts else table.add_column("longest part")
     for plan in (plan for plan in plans if plan.steps):
         steps = {(step.batch, step.position): step for step in plan.steps}
         table.add_section()
@@ -189,8 +194,10 @@ def _cells(step: Step | None) -> list[str]:
     if step is None:
         return [""] * 4
     rates = step.tokens_per_second / step.job.gpus, step.tokens_per_second
-    longest = max(step.seconds_by_part, key=lambda part: step.seconds_by_part[part])
-    return [f"{1e3 * step.seconds:.1f}", *(f"{rate:,.0f}" for rate in rates), longest]
+    last = max(step.seconds_by_part, key=lambda part: step.seconds_by_part[part])
+    if step.job.drafts is not None:
+        last = f"{step.tokens_to_gain:.2f}"
+    return [f"{1e3 * step.seconds:.1f}", *(f"{rate:,.0f}" for rate in rates), last]
 
 
 def _mesh(plan: Plan) -> str:
@@ -216,7 +223,7 @@ def notes(job: Job) -> list[str]:
         f"{usable_memory() / GIB:.1f} GiB are taken to be usable; workspace is for {serving.PREFILL_CHUNK:,} tokens of "
         "prompts at a time.",
         f"Batches of {', '.join(map(str, BATCHES))} sequences a group are shown where the cache has room, and the "
-        "largest batch for which it has. A sequence gets a token a step.",
+        f"largest batch for which it has. {_tokens_a_step(job)}",
         "Nothing overlaps, which makes speeds too low; launches, latency of exchanges, norms and sampling are left "
         "out, which makes them too high, most at small batches.",
         f"Assumed: {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU between hosts, each way; experts chosen evenly; "
@@ -225,11 +232,26 @@ def notes(job: Job) -> list[str]:
     ]
 
 
+def _tokens_a_step(job: Job) -> str:
+    """Says how many tokens a sequence gets of a step, and with drafts what these take."""
+    if job.drafts is None:
+        return "A sequence gets a token a step."
+    source = serving.recorded_rates()["verification"][0]["source"]
+    by = {"mtp": "prediction layers, which so far draft on one device alone", "ngram": "the host, in no time"}
+    return (
+        f"A step verifies {job.verified - 1} drafts of each sequence, which gets a token, and one more for each that "
+        "is right: tokens/s are of none, and a step pays where it gives a sequence more tokens than the last column "
+        f"says. Drafts are made by {by[job.drafts]}; that a step waits for the host is left out. Selection and "
+        f"attention of a token and its drafts: {source}."
+    )
+
+
 def as_json(arguments: Arguments, plans: Sequence[Plan]) -> dict[str, Any]:
     """Gathers all that the tables show, unrounded, with the parts of every step and the rates with their sources."""
     return {
         "config": arguments.config,
         "weights": arguments.weights,
+        "drafts": arguments.drafts,
         "usable_bytes": usable_memory(),
         "plans": [_plan_json(plan) for plan in plans],
         "rates": serving.recorded_rates(),
@@ -261,4 +283,5 @@ def _step_json(step: Step) -> dict[str, Any]:
         "seconds_by_part": step.seconds_by_part,
         "tokens_per_second": step.tokens_per_second,
         "tokens_per_second_a_gpu": step.tokens_per_second / step.job.gpus,
+        **({} if step.job.drafts is None else {"tokens_to_gain": step.tokens_to_gain}),
     }

@@ -7,9 +7,10 @@ import math
 import jax
 import pytest
 from flax import nnx
+from model_cases import model_parts
 from train_cases import small_config, small_phases, write_preset
 
-from dsa_jax import Config, Transformer
+from dsa_jax import Config, PagedCache, Transformer, load_hf, save_hf
 from dsa_jax.pallas_kernels.selection.select_keys import Config as SelectConfig
 from dsa_jax.parallel.sharding import parse_mesh
 from train.__main__ import main
@@ -22,8 +23,8 @@ MESHES = {gpus: [parse_mesh(mesh) for mesh in meshes] for gpus, meshes in servin
 ALL_MESHES = [shape for shapes in MESHES.values() for shape in shapes]
 
 
-def job(mesh="data=1", *, config=LARGE, weights="fp8"):
-    return serving.Job(config, weights, parse_mesh(mesh) if isinstance(mesh, str) else mesh)
+def job(mesh="data=1", *, config=LARGE, weights="fp8", drafts=None):
+    return serving.Job(config, weights, parse_mesh(mesh) if isinstance(mesh, str) else mesh, drafts)
 
 
 # Bytes
@@ -118,6 +119,21 @@ def test_workspace_by_hand():
     assert serving.workspace_bytes(job("expert=8"), 1024)["its index scores"] == 4096 * 1024 * 4
     dense = serving.workspace_bytes(job(config=small_config(first_k_dense_replace=2)), 64)
     assert dense["a chunk of a prompt"] == 4096 * (2 * (2 * 16 + 2 * (12 + 12 + 8)) + 4 * 4)
+
+
+def test_prediction_layers_are_counted_where_they_draft(tmp_path):
+    """Weights as `load_hf` leaves them and pages as `PagedCache` makes them, in both formats."""
+    config = small_config(num_nextn_predict_layers=2, index_fp8=True)
+    save_hf(nnx.merge(*model_parts(config)), tmp_path)
+    held = nnx.state(load_hf(tmp_path, dtype="bfloat16").prediction_layers)
+    drafting = job(config=config, weights="bfloat16", drafts="mtp")
+    plain = job(config=config, weights="bfloat16", drafts="ngram")
+    found = serving.weight_bytes(drafting)
+    assert found.pop(serving.PREDICTION) == sum(x.nbytes for x in jax.tree.leaves(held))
+    assert found == serving.weight_bytes(plain) == serving.weight_bytes(job(config=config, weights="bfloat16"))
+    for planned, predicting in ((job(config=config, drafts="mtp"), True), (job(config=config), False)):
+        cache = PagedCache(config, 3, format="fp8", predicting=predicting)
+        assert cache.latents.nbytes + cache.index_keys.nbytes == 3 * 64 * serving.token_bytes(planned)
 
 
 # What fits
@@ -234,6 +250,39 @@ def test_exchanges_by_hand():
     assert serving.exchange_seconds(job("expert=2", config=dense), 4) == 0
 
 
+def test_a_step_with_drafts_by_hand():
+    """Four tokens go through the model, and one or four through the prediction layer, which reads the head each time.
+
+    At batch 1 products are bound by the bytes of weights, of which the layer reads its own and the experts chosen.
+    """
+    config, batch, position = Config.deepseek_v32(num_nextn_predict_layers=1), 1, 32768
+    plain, drafting = job(config=config), job(config=config, drafts="mtp")
+    before, after = (serving.decode_step(each, batch, position) for each in (plain, drafting))
+    rows = {row["batch"]: row["ratio"] for row in serving.recorded_rates()["verification"]}
+    assert set(rows) == {1, 16, 128} and serving.verification_ratio(1) == rows[1]
+    for part in ("selection", "attention"):
+        assert after.seconds_by_part[part] == pytest.approx(rows[1] * before.seconds_by_part[part])
+    assert after.seconds_by_part["matrices"] == pytest.approx(before.seconds_by_part["matrices"])
+    chosen = [1 - (1 - 8 / 256) ** tokens for tokens in (1, 4)]
+    assert after.seconds_by_part["experts"] / before.seconds_by_part["experts"] == pytest.approx(chosen[1] / chosen[0])
+    layer = {weight.name: weight for weight in serving.weights_of(drafting) if weight.part == serving.PREDICTION}
+    assert layer["eh_proj"].elements == 2 * 7168**2
+    own = sum(w.bytes for w in serving.weights_of(drafting) if w.part == serving.PREDICTION and not w.is_routed)
+    experts = 256 * 3 * (7168 * 2048 + 4 * 7168 * 2048 // 128**2)
+    read = 3 * (own + 2 * (129280 * 7168 + 7168)) + (chosen[1] + 2 * chosen[0]) * experts
+    attention = sum(before.seconds_by_part[part] for part in ("selection", "attention")) / 61
+    expected = read / serving.rate("memory_bytes") + (rows[1] + 2) * attention
+    assert after.seconds_by_part["drafting"] == pytest.approx(expected)
+    assert after.tokens_to_gain == pytest.approx(after.seconds / before.seconds) and before.tokens_to_gain == 1
+    by_text = serving.decode_step(job(config=config, drafts="ngram"), batch, position)
+    assert by_text.seconds == pytest.approx(after.seconds - expected)
+    two = job(config=dataclasses.replace(config, num_nextn_predict_layers=2), drafts="mtp")
+    more = serving.drafting_seconds(two, batch, position) - expected  # the second draft takes all tokens in too
+    more -= (chosen[1] - chosen[0]) * experts / serving.rate("memory_bytes")
+    assert more == pytest.approx((rows[1] - 1) * attention)
+    assert serving.workspace_bytes(drafting, 64)["index scores of decoding"] == 128 * 4 * 64 * 4
+
+
 @pytest.mark.parametrize("weights", serving.WEIGHTS)
 @pytest.mark.parametrize("shape", ALL_MESHES, ids=str)
 def test_larger_batches_take_longer_and_give_more(shape, weights):
@@ -291,6 +340,23 @@ def test_json(capsys):
     assert found["rates"] == json.loads(json.dumps(serving.recorded_rates()))
 
 
+def test_drafts_are_planned(capsys):
+    """The published model has a prediction layer; its steps take longer, and pay where enough drafts are right."""
+    arguments = "--config", "deepseek_v32", "--gpus", "8", "--position", "4096", "--drafts", "mtp"
+    found = json.loads(printed(capsys, *arguments, "--json"))
+    config = dataclasses.replace(LARGE, num_nextn_predict_layers=1)
+    planned = job("expert=8", config=config, drafts="mtp")
+    plan = found["plans"][0]
+    assert found["drafts"] == "mtp" and plan["token_bytes"] == 62 * 788
+    assert plan["weight_bytes"] == serving.weight_bytes(planned) and "prediction layers" in plan["weight_bytes"]
+    step = serving.decode_step(planned, 16, 4096)
+    row = next(each for each in plan["steps"] if each["batch_a_group"] == 16)
+    assert row["seconds"] == step.seconds and row["tokens_to_gain"] == step.tokens_to_gain
+    shown = " ".join(printed(capsys, *arguments).split())
+    for words in ("48,856 bytes", "A step verifies 3 drafts", "one device alone", f"{step.tokens_to_gain:.2f}"):
+        assert words in shown, words
+
+
 def test_the_largest_batch_that_fits(capsys):
     found = json.loads(printed(capsys, "--config", "deepseek_v32", "--gpus", "8", "--position", "4096", "--json"))
     for plan in found["plans"]:
@@ -325,6 +391,8 @@ def test_a_small_model_of_a_run_and_of_a_folder(capsys, tmp_path):
     [
         (["--config", "nothing"], "or a Hugging Face folder, got 'nothing'"),
         (["--weights", "int4"], "weights must be fp8 or bfloat16, got 'int4'"),
+        (["--drafts", "model"], "drafts must be mtp or ngram, got 'model'"),
+        (["--config", "tiny", "--drafts", "mtp"], "with prediction layers, got num_nextn_predict_layers = 0"),
         (["--gpus", "12"], "gpus must be 8 or 16, got 12"),
         (["--gpus"], "gpus must be followed by a number, got none"),
         (["--position"], "position must be followed by a number, got none"),
