@@ -211,16 +211,14 @@ class Batch:
 
         Of as many pages the last may be another: what wrong drafts had is given back, and somebody else may take it.
         """
+        cache = self.runner.cache
         for work in rows:
             if work is not None:
                 slot, name = work.sequence.slot, work.sequence.cached
-                pages = self.runner.cache.pages_of(name)
-                state = name, len(pages), pages[-1]
+                state = name, *cache.last_page(name)
                 if self._tabled.get(slot) != state:
-                    self._tabled[slot], self._tables[slot] = (
-                        state,
-                        self.runner.cache.packed_table([[name]], self.runner.table_width)[0],
-                    )
+                    self._tabled[slot] = state
+                    self._tables[slot] = cache.packed_table([[name]], self.runner.table_width)[0]
         return self._tables[slots]
 
 

@@ -246,6 +246,11 @@ class PagedCache:
         """Lists the pages of a sequence, in the order of its tokens."""
         return list(self._get(sequence).pages)
 
+    def last_page(self, sequence: int) -> tuple[int, int]:
+        """Returns how many pages a sequence has, and the last of them, -1 of none."""
+        pages = self._get(sequence).pages
+        return len(pages), pages[-1] if pages else -1
+
     def owners(self, page: int, rows: int = 0) -> int:
         """Counts the sequences that have a page, where pages are not sharded."""
         return int(self._free[rows][0].counts[page])
