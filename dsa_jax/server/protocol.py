@@ -266,10 +266,6 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise conflict(
-                "max_tokens", "max_tokens must equal max_completion_tokens, which means the same, or be absent"
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise conflict("top_logprobs", "top_logprobs needs logprobs to be true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:

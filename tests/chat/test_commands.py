@@ -118,7 +118,7 @@ INPUT = [
 ]  # fmt: skip
 BAD = {
     3: "not JSON", 4: "id 'x' of an earlier", 6: "warmth", 7: "top_p must be", 8: "prompt", 9: "id", 10: "max_length",
-    11: "JSON", 12: "'<'", 13: "logit_bias",
+    11: "JSON", 12: "top_p must be a number", 13: "logit_bias",
 }  # fmt: skip
 
 SOURCE = b"\n".join(INPUT)

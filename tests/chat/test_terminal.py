@@ -81,7 +81,7 @@ def test_commands(tmp_path):
     [
         ("/what", "commands are /reset"), ("/save", "/save must name a file"), ("/load /nowhere/x", "No such file"),
         ("/params warmth=1", "got 'warmth=1'"), ("/params temperature=-1", "temperature must be"),
-        ("/params temperature=hot", "right types"), ("/params thinking=3", "thinking must be on or off"),
+        ("/params temperature=hot", "must be a number"), ("/params thinking=3", "thinking must be on or off"),
         ("/save /nowhere/x", "No such file"),
     ],
 )  # fmt: skip

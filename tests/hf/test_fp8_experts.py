@@ -380,4 +380,5 @@ def test_a_flag_of_the_commands(command, folder, monkeypatch):
     arguments = ["--prompt", "x"] if command == "generate" else []
     with pytest.raises(Loaded):
         main([command, str(folder), "--expert-dtype", "fp8", *arguments])
-    assert given == [(folder, {"expert_dtype": "fp8", "prediction_layers": False})]
+    options = {"expert_dtype": "fp8", "prediction_layers": False, "mesh": None, "copies": True}
+    assert given == [(folder, options)]

@@ -321,7 +321,6 @@ def test_response_formats(service, said, expected):
         ),
         (dict(messages=[{"role": "user", "content": "x", "foo": 1}]), "messages[0]: these fields"),
         (dict(top_logprobs=2), "top_logprobs needs logprobs"),
-        (dict(max_tokens=3, max_completion_tokens=4), "max_tokens must equal max_completion_tokens"),
         (dict(stream_options=dict(include_usage=True)), "stream_options needs stream"),
         (dict(logprobs=True, top_logprobs=21), "top_logprobs"),
         (dict(tool_choice="required"), "tool_choice needs tools"),
