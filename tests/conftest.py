@@ -36,15 +36,16 @@ def pytest_collection_finish(session):
 
 def pytest_collection_modifyitems(config, items):
     """Skips what needs a GPU where there is none, and slow tests and most meshes unless they are asked for."""
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slow"):
+    wanted = [name for name in ("slow", "variants", "meshes") if name in config.option.markexpr]
+    if "slow" not in wanted:
+        for item in items:  # further cases of what is slow are run with further cases
+            if item.get_closest_marker("slow") and not any(map(item.get_closest_marker, wanted)):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slow"))
-    if "variants" not in config.option.markexpr:
+    if "variants" not in wanted:
         for item in items:
             if item.get_closest_marker("variants"):
                 item.add_marker(pytest.mark.skip(reason="another case of what is tested: make test-variants"))
-    if "meshes" not in config.option.markexpr:
+    if "meshes" not in wanted:
         for item in items:
             marker = item.get_closest_marker("meshes")
             if marker is not None and not marker.kwargs.get("always"):

@@ -57,7 +57,7 @@ def test_requests_come_out_as_on_one_device(mesh, rows, invariant):
 @pytest.mark.slow
 def test_drafts_are_verified_on_a_mesh_and_nothing_is_compiled_after_warming_up():
     asked = [Request((prompt(8, seed) * 5)[:37], SamplingParams(temperature=0.0, max_tokens=40)) for seed in range(3)]
-    engine = make("data=2,tensor=2", drafter=NGram())
+    engine = make("data=2,tensor=2", rows=2, drafter=NGram())
     engine.warm(kinds=["greedy", "truncated"])
     with compilations() as names:
         found = run(engine, *asked)

@@ -151,7 +151,7 @@ def test_drafts_are_those_of_the_definition(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, THREE], ids=["one", "three"])
+@pytest.mark.parametrize("config", [pytest.param(CONFIG, marks=pytest.mark.variants), THREE], ids=["one", "three"])
 def test_tokens_are_those_without_drafts(config):
     """Greedy and sampled rows side by side, and one that takes no drafts; some are right."""
     asked = [
@@ -176,7 +176,7 @@ def test_tokens_are_those_without_drafts(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("config", [pytest.param(CONFIG, marks=pytest.mark.variants), TWO], ids=["one", "two"])
 def test_few_pages_prefixes_and_cancels_change_no_token(config):
     """Preempted sequences draft again when their prompts are read again; a prefix keeps its entries."""
     same = prompt(70, 4)
