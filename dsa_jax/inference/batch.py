@@ -14,7 +14,7 @@ from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Work
 from dsa_jax.inference.slots import pack_rows, read_draw
-from dsa_jax.inference.speculative import Ahead, Drafted, split_recent
+from dsa_jax.inference.speculative import Ahead, Drafted, Recent, split_recent
 from dsa_jax.inference.step import INVARIANT_ROWS, Runner
 
 KINDS: tuple[Kind, ...] = ("greedy", "random", "truncated", "full")
@@ -69,10 +69,11 @@ class Batch:
         self._tables = np.zeros((limits.rows + 1, runner.table_width), np.int32)  # the row of each slot
         self._tabled: dict[int, tuple[int, int, int]] = {}  # of which sequence each row is, its pages, the last of them
         self._controls = SlotControls(limits.rows, runner.config.vocab_size, runner.everywhere)
-        _, self._recent = split_recent(  # of each slot
-            jnp.zeros((limits.rows + 1, runner.depths, runner.config.hidden_size), runner.config.dtype),
-            jnp.zeros((limits.rows + 1, runner.depths - 1), jnp.int32),
-        )
+        self._recent: Recent | None = None  # of each slot, where several prediction layers draft
+        if predicts and runner.depths > 1:
+            before, config = (limits.rows + 1, runner.depths - 1), runner.config
+            hidden = jnp.zeros((*before, config.hidden_size), config.dtype)
+            self._recent = Recent(hidden, jnp.zeros(before, jnp.int32))
 
     def run(self, plan: Plan) -> list[Ran]:
         """Gives the device the work of a step, and waits for nothing."""
@@ -96,7 +97,7 @@ class Batch:
             for kind in kinds:
                 self._draw(jnp.zeros((rows, vocab)), [None] * rows, kind)
             padding = np.full(rows, limits.rows, np.int32)
-            self._recent = _put(self._recent, padding, _take(self._recent, padding))
+            self._keep_recent(padding, self._recent_of(padding))
 
     def _prefill(self, works: list[Work]) -> list[Ran]:
         owns: list[Any] = [work.sequence for work in works]
@@ -123,7 +124,7 @@ class Batch:
             taken = np.zeros(len(rows), np.int32)
             lasts = last_tokens([*texts, *[[]] * len(padding)], self.runner.depths - 1)
             hidden, recent = split_recent(out.hidden, lasts)
-            ran = ran._replace(drafts=self._draft(rows, hidden, recent, drawn.token[:, None], taken, last))
+            ran = ran._replace(drafts=self._draft(rows, hidden, recent, drawn.token, taken, last))
         return [ran]
 
     def _draft(self, rows: list[Work | None], hidden, recent, tokens, taken, first: list[int]) -> jax.Array:
@@ -134,8 +135,15 @@ class Batch:
         table = self._table(rows, slots)
         most = self.limits.drafts
         drafts, recent = self.runner.draft(hidden, recent, ahead, table, settings, kind=kind, most=most)
-        self._recent = _put(self._recent, slots, recent)
+        self._keep_recent(slots, recent)
         return drafts
+
+    def _recent_of(self, slots: np.ndarray) -> Recent | None:
+        return None if self._recent is None else _take(self._recent, slots)
+
+    def _keep_recent(self, slots: np.ndarray, recent: Recent | None) -> None:
+        if recent is not None:
+            self._recent = _put(self._recent, slots, recent)
 
     def _draw(self, logits, rows: list[Work | None], kind: Kind | None = None) -> Draw:
         """Draws the first token of each row."""
@@ -174,10 +182,8 @@ class Batch:
         self._keep(slots, verified.last, controls)
         drafts = None
         if self._predicts:
-            tokens = verified.drawn.token.reshape(len(rows), -1)
             first = [0 if work is None else work.begin for work in rows]
-            recent = _take(self._recent, slots)
-            drafts = self._draft(rows, out.hidden, recent, tokens, verified.taken, first)
+            drafts = self._draft(rows, out.hidden, self._recent_of(slots), verified.drawn.token, verified.taken, first)
         kept = _pack(rows, verified.drawn)
         return Ran(rows, verified.drawn, kept, taken=verified.taken, found=_found(out), drafts=drafts)
 

@@ -187,6 +187,7 @@ def _draft(
     """
     model, room = nnx.merge(graph, state), jnp.asarray(ahead.room)[:, None]
     ahead = jax.tree.map(jnp.asarray, ahead)
+    ahead = dataclasses.replace(ahead, tokens=ahead.tokens.reshape(len(hidden), -1))
     if recent is not None:
         hidden, ahead = _last_columns(hidden, recent, ahead)
         at = ahead.taken[:, None] + jnp.arange(1 - recent.tokens.shape[1], 1)

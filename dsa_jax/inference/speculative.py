@@ -62,7 +62,7 @@ class Ahead:
     """Holds where prediction layers go on to draft, of rows whose last `taken` + 1 tokens were just drawn.
 
     Attributes:
-      tokens: int32 [B, T], the token that was drawn behind each column.
+      tokens: int32 [B, T] or [B · T], the token that was drawn behind each column.
       taken: int32 [B], the last column that counts.
       length: int32 [B], the position of the first column.
       number: int32 [B], of the token that was drawn behind the first column.

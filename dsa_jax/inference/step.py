@@ -476,7 +476,7 @@ class Runner:
                     self.verify(drafted, table, settings, kind=kind, controls=own)
                 for count in (1, 1 + drafts) if drafts and self.predicting else ():
                     hidden = jnp.zeros((total, count, self.config.hidden_size), self.config.dtype)
-                    ahead = Ahead(jnp.zeros((total, count), jnp.int32), length, length, length, length)
+                    ahead = Ahead(jnp.zeros(total * count, jnp.int32), length, length, length, length)
                     tail = jnp.zeros((total, self.depths, self.config.hidden_size), self.config.dtype)
                     _, recent = split_recent(tail, np.zeros((total, self.depths - 1), np.int32))
                     self.draft(hidden, recent, ahead, table, settings, kind=kind, most=drafts)
