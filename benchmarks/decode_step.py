@@ -171,7 +171,7 @@ def main() -> int:
         config = slice_of(arguments.layers, arguments.dense)
     sizes = parse_mesh(arguments.mesh)
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]) if arguments.mesh else None
-    row_shards, page_shards = (1, 1) if mesh is None else (shards(mesh, "rows"), shards(mesh, "pages"))
+    row_shards, page_shards = shards(mesh, "rows"), shards(mesh, "pages")
     pages = -(-max(arguments.batch) // row_shards) * -(-max(arguments.length) // (64 * page_shards))
     cache = PagedCache(config, pages, format="fp8", mesh=mesh)
     fill(cache)

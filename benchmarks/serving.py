@@ -239,7 +239,7 @@ def make_engine(arguments) -> Engine:
         config = Config.tiny(**tiny) if arguments.tiny else slice_of(arguments.layers, arguments.dense)
         model = make_model(config, mesh)
     longest = min(config.max_position_embeddings, arguments.max_length)
-    of_shard = -(-max(arguments.batch) // (1 if mesh is None else shards(mesh, "rows")))
+    of_shard = -(-max(arguments.batch) // shards(mesh, "rows"))
     cache = PagedCache(config, 2 * of_shard * -(-longest // 64), format="fp8", mesh=mesh)
     runner = Runner(model, cache, max_length=longest, prefill_chunk=arguments.chunk)
     return Engine(runner, rows=max(arguments.batch), drafter=NGram() if arguments.drafts else None)

@@ -304,7 +304,7 @@ def prepare(config: Config, phase: str, length: int, *, steps: int = 1, mesh: Me
     Returns:
       Figures of compiling, the state, a batch and the step.
     """
-    sequences = 1 if mesh is None else shards(mesh, "batch")
+    sequences = shards(mesh, "batch")
     settings = measured_settings(phase, length, steps=steps, sequences=sequences)
     graphdef, shapes = split_groups(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     begin = functools.partial(initial_state, config, settings)

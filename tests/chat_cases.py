@@ -32,7 +32,7 @@ class ScriptedEngine:
     def __init__(self, *scripts, error=None, before_step=lambda: None):
         self.scripts, self.error, self.before_step = list(scripts), error, before_step
         self.requests, self.cancelled, self.left = [], False, None
-        self.cache = SimpleNamespace(pages=10, free_pages=7, row_shards=1)
+        self.cache = SimpleNamespace(total_pages=10, free_pages=7)
         self.prefix = SimpleNamespace(hits=1, asked=2)
 
     @property

@@ -50,7 +50,7 @@ def run(engine, *requests, cancels=()):
         steps += 1
         assert steps < 3000, "nothing goes on"
     engine.check()
-    assert engine.cache.free_pages + len(engine.prefix) == engine.cache.pages * engine.cache.row_shards
+    assert engine.cache.free_pages + len(engine.prefix) == engine.cache.total_pages
     return [found[name] for name in names]
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import equations
 from flax import nnx
 from moe_cases import problem
 
@@ -63,13 +64,8 @@ def test_blocks_are_rounded_as_numpy_rounds():
 
 def widest(jaxpr):
     """Finds the largest array of more than a byte a number that a program makes, those of its inner programs too."""
-    found = [0]
-    for equation in jaxpr.eqns:
-        found += [v.aval.size for v in equation.outvars if v.aval.dtype.itemsize > 1]
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            found += [widest(inner)] if hasattr(inner, "eqns") else []
-    return max(found)
+    made = (variable.aval for equation in equations(jaxpr) for variable in equation.outvars)
+    return max((each.size for each in made if each.dtype.itemsize > 1), default=0)
 
 
 @pytest.mark.parametrize("tokens", [16, 4096])

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, array, as_numpy, causal_range, close, normal, same_bits, the_first, unchecked
+from cases import FAST, array, as_numpy, causal_range, close, equations, normal, same_bits, the_first, unchecked
 from flax import nnx
 from model_cases import abstract_parts, forward, model_parts, small_config, small_model, tokens
 
@@ -253,15 +252,6 @@ def test_each_loss_reaches_its_own_parameters_alone(config, attention):
 
 
 # What is compiled
-
-
-def equations(jaxpr) -> Iterator[Any]:
-    """Every equation of a jaxpr, inner ones included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(value, "eqns"):
-                yield from equations(value)
 
 
 def gradient_jaxpr(config, attention="sparse", batch=2, length=20):

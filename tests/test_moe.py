@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import array, as_numpy, pulled, the_first
+from cases import array, as_numpy, equations, pulled, the_first
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,15 +189,8 @@ def test_no_scatter_adds_to_rows_that_repeat():
     arrays = problem(6, 300, 2, 8)
     jaxpr = jax.make_jaxpr(jax.grad(lambda x, e, *rest: jnp.sum(expert_ffn(x, e, *rest)), argnums=(0, 2, 3)))(*arrays)
 
-    def scatters(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name.startswith("scatter-add") or equation.primitive.name == "scatter_add":
-                yield equation
-            for value in equation.params.values():
-                if hasattr(value, "jaxpr"):
-                    yield from scatters(value.jaxpr)
-
-    found = list(scatters(jaxpr.jaxpr))
+    names = "scatter-add", "scatter_add"
+    found = [equation for equation in equations(jaxpr) if equation.primitive.name.startswith(names)]
     assert found and all(equation.params["unique_indices"] for equation in found)
 
 

@@ -1,4 +1,4 @@
-"""What the compiler counts of the experts' products: operations and memory, of programs compiled as they are used."""
+"""Bounds the operations and the memory of the experts' products, of programs compiled as they are used."""
 
 import jax
 import jax.numpy as jnp

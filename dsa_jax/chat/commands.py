@@ -60,8 +60,7 @@ def load_llm(
       **settings: others of `LLM`.
     """
     made = None if mesh is None else make_mesh(parse_mesh(mesh))
-    if made is not None:
-        rows = -(-rows // shards(made, "rows")) * shards(made, "rows")
+    rows = -(-rows // shards(made, "rows")) * shards(made, "rows")
     drafter = None if drafts is None else DRAFTERS[drafts]()
     return LLM(folder, tokenizer=tokenizer, rows=rows, drafter=drafter, mesh=made, **settings)
 

@@ -169,9 +169,9 @@ def read_params(text: str, params: SamplingParams, thinking: bool) -> tuple[Samp
 def status(conversation: Conversation) -> str:
     """Tells in one line what the last answer took, and how full the cache is."""
     last, cache, prefix = conversation.last, conversation.engine.cache, conversation.engine.prefix
-    pages = cache.pages * cache.row_shards
     parts = [f"{last.tokens} tokens at {last.rate:.1f}/s after {last.prompt}"] if last.tokens else []
-    parts.append(f"cache: {pages - cache.free_pages} of {pages} pages, {prefix.hits} of {prefix.asked} reused")
+    used = f"{cache.total_pages - cache.free_pages} of {cache.total_pages} pages"
+    parts.append(f"cache: {used}, {prefix.hits} of {prefix.asked} reused")
     return " · ".join([*parts, f"thinking {'on' if conversation.thinking else 'off'}", "/help"])
 
 

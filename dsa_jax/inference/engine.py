@@ -245,8 +245,8 @@ class Engine:
         return Stats(
             queued=waiting + len(scheduler.waiting),
             running=len(scheduler.running),
-            pages=self.cache.pages * self.cache.row_shards,
-            pages_used=self.cache.pages * self.cache.row_shards - self.cache.free_pages,
+            pages=self.cache.total_pages,
+            pages_used=self.cache.total_pages - self.cache.free_pages,
             pages_kept=len(prefix),
             prefix_hits=prefix.hits,
             prefix_asked=prefix.asked,

@@ -231,7 +231,7 @@ class _Stream:
         self.stopped, self.failed = np.zeros(self.rows, bool), np.zeros(self.rows, bool)
         self.alive = np.ones(self.rows, bool)
         cache_format = cache_format or config.dtype
-        row_shards, page_shards = (1, 1) if mesh is None else (shards(mesh, "rows"), shards(mesh, "pages"))
+        row_shards, page_shards = shards(mesh, "rows"), shards(mesh, "pages")
         of_shard = [row * row_shards // self.rows for row in range(self.rows)]
         pages = [math.ceil((len(prompt) + max_new_tokens) / PAGE / page_shards) for prompt in self.prompts]
         most = max(sum(n for n, own in zip(pages, of_shard, strict=True) if own == each) for each in range(row_shards))

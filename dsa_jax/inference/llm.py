@@ -130,7 +130,7 @@ class LLM:
         format = cache_format or config.dtype
         wanted: dict[str, Any] = dict(format=format, mesh=mesh, predicting=isinstance(drafter, MTP))
         if pages is None:
-            batch = rows if mesh is None else -(-rows // shards(mesh, "rows"))
+            batch = -(-rows // shards(mesh, "rows"))
             most = PREFIX_POOLS * batch * math.ceil(length / PAGE)
             scored = batch * (1 if drafter is None else 1 + drafter.most)  # tokens of a step, each with its scores
             cache = PagedCache.sized(config, batch=scored, length=length, most=most, **wanted)

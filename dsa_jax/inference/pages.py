@@ -115,9 +115,8 @@ class PagedCache:
             raise ValueError(f"drafts by prediction layers need a model that has some, on one device, got {got}")
         self.config, self.format, self.mesh, self.pages = config, format, mesh, pages
         self.predicting = predicting
-        self.row_shards = 1 if mesh is None else shards(mesh, "rows")
-        self.page_shards = 1 if mesh is None else shards(mesh, "pages")
-        shapes = page_shapes(config, pages * self.row_shards * self.page_shards, format, predicting=predicting)
+        self.row_shards, self.page_shards = shards(mesh, "rows"), shards(mesh, "pages")
+        shapes = page_shapes(config, self.total_pages, format, predicting=predicting)
         sharding = None if mesh is None else NamedSharding(mesh, spec(None, "pool"))
         make = jax.jit(lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shapes), out_shardings=sharding)
         self.latents, self.index_keys = make()
@@ -155,6 +154,11 @@ class PagedCache:
         pages = pages_that_fit(config, format=format, **sizes)
         pages = pages if most is None else min(pages, most)
         return cls(config, pages, format=format, mesh=mesh, predicting=predicting)
+
+    @property
+    def total_pages(self) -> int:
+        """Counts the pages of each layer, of all shards."""
+        return self.pages * self.row_shards * self.page_shards
 
     @property
     def free_pages(self) -> int:

@@ -138,7 +138,7 @@ class _Left:
 
     def take(self, shard: int, count: int) -> None:
         self._total -= count
-        self._on[shard] = 0 if count and self._invariant else self._on[shard] - count
+        self._on[shard] = 0 if self._invariant else self._on[shard] - count
 
 
 class Scheduler:

@@ -143,9 +143,9 @@ def _nearest_shape(shape: Mapping[str, int], num_devices: int) -> dict[str, int]
     return {AXES[0]: num_devices} | nearest
 
 
-def shards(mesh: Mesh | AbstractMesh, name: str) -> int:
-    """Counts the shards into which a mesh splits a logical axis of `RULES`."""
-    return math.prod(mesh.shape[axis] for axis in RULES[name])
+def shards(mesh: Mesh | AbstractMesh | None, name: str) -> int:
+    """Counts the shards into which a mesh splits a logical axis of `RULES`, 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 # Checks before anything is traced.

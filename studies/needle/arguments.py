@@ -1,4 +1,4 @@
-"""What the commands of the studies on long text share: their arguments, and what follows from these alone."""
+"""Shares arguments among the commands of the studies on long text, and what follows from these alone."""
 
 import dataclasses
 import time

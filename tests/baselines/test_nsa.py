@@ -10,7 +10,7 @@ import nsa_reference
 import numpy as np
 import pytest
 import reference
-from cases import close, normal, poison, pulled, random_range, same_bits, unchecked
+from cases import close, equations, normal, poison, pulled, random_range, same_bits, unchecked
 from flax import nnx
 from model_cases import forward, model_parts, small_config, small_model, tokens
 from sharded_cases import mesh_of
@@ -328,18 +328,8 @@ def test_nothing_grows_with_both_lengths():
         return jnp.sum(nnx.merge(graph, state)(x, (angle, angle), keys).x.astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss, (0, 1))).trace(state, x, angle, KeyRange(edge, edge))
-    largest = 0
-
-    def look(jaxpr):
-        nonlocal largest
-        for equation in jaxpr.eqns:
-            largest = max([largest, *(np.prod(each.aval.shape, dtype=np.int64) for each in equation.outvars)])
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    look(inner)
-
-    look(traced.jaxpr.jaxpr)
+    made = (each.aval.shape for equation in equations(traced.jaxpr) for each in equation.outvars)
+    largest = max(np.prod(shape, dtype=np.int64) for shape in made)
     assert length * config.hidden_size <= largest < length**2 / 8
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import nsa_reference
 import numpy as np
 import pytest
-from cases import close, normal, same_bits
+from cases import close, equations, normal, same_bits
 from engine_cases import prompt, run, tokens_of
 from flax import nnx
 from model_cases import forward, small_config, small_model, tokens
@@ -236,16 +236,6 @@ def operations(equation):
     contracted = equation.params["dimension_numbers"][0][0]
     sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2 * int(np.prod(sizes)) * equation.outvars[0].aval.size
-
-
-def equations(jaxpr):
-    """All equations, those of inner programs among them."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 @pytest.mark.variants

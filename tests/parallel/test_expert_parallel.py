@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAST, INT_MAX, INT_MIN, array, as_numpy, same_bits
+from cases import FAST, INT_MAX, INT_MIN, array, as_numpy, equations, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
@@ -272,22 +272,12 @@ def abstract(tokens, slots, num_experts, dim, width):
     return shape(tokens, dim), shape(tokens, dim), experts, shape(tokens, slots), *weights
 
 
-def inner(jaxpr):
-    """Yields all equations of a program, those of its parts included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                yield from inner(value)
-
-
 def test_no_buffer_is_of_the_worst_case():
     tokens, slots, dim = 2048, 8, 64
     arrays = abstract(8 * tokens, slots, 32, dim, 32)
     jaxpr = jax.make_jaxpr(sharded(8, arrays))(*arrays).jaxpr
-    body = next(e for e in inner(jaxpr) if e.primitive.name == "shard_map").params["jaxpr"]
-    sizes = [np.prod(variable.aval.shape) for equation in inner(body) for variable in equation.outvars]
+    body = next(e for e in equations(jaxpr) if e.primitive.name == "shard_map").params["jaxpr"]
+    sizes = [np.prod(variable.aval.shape) for equation in equations(body) for variable in equation.outvars]
     assert tokens * slots * dim <= max(sizes) < 2 * tokens * slots * dim  # the worst case is 8 times the slots
 
 
@@ -296,7 +286,7 @@ def test_rows_travel_during_the_products_of_another_piece():
     arrays, pieces = abstract(8 * 64, 2, 16, 64, 32), 4
     with mock.patch.multiple(expert_parallel, MIN_ROWS_PER_PIECE=1, PIECES_PER_ROUND=pieces):
         jaxpr = jax.make_jaxpr(sharded(8, arrays))(*arrays).jaxpr
-    body = next(e for e in inner(jaxpr) if e.primitive.name == "shard_map").params["jaxpr"]
+    body = next(e for e in equations(jaxpr) if e.primitive.name == "shard_map").params["jaxpr"]
     expected = [0, 0, 0]  # loops of products before the exchanges: of counts and, there and in the backward, of gates
     # Of these loops each waits for the last but one, which sent for its rows; in the backward for all, which add to the
     # same sums of gradients by weights.

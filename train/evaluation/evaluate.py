@@ -115,7 +115,7 @@ def held_out_losses(
       mesh: the devices; without it one.
     """
     totals = _LossTotals()
-    for batch, masks, _ in held_out.batches(_row_shards(mesh)):
+    for batch, masks, _ in held_out.batches(shards(mesh, "batch")):
         inputs = _placed((batch, masks), mesh)
         totals.add(_model_losses(graphdef, params, inputs, attention=attention, selection=selection, mesh=mesh))
     return totals.means(held_out)
@@ -163,7 +163,7 @@ def measure_selections(
     check_selects(model.config)
     models = {name: merge_groups(graphdef, {**params, "indexer": indexer}) for name, indexer in groups.items()}
     k = model.config.index_topk
-    for batch, masks, rows in held_out.batches(_row_shards(mesh)):
+    for batch, masks, rows in held_out.batches(shards(mesh, "batch")):
         mass, hidden = measure_layers(model, models, batch, rows=rows, seed=seed, mesh=mesh)
         is_far = batch.stop - batch.start >= MIN_REACH * k
         far = _placed({name: mask & is_far for name, mask in masks.items()}, mesh)
@@ -172,10 +172,6 @@ def measure_selections(
         for name, total in losses.items():
             total.add(_hidden_losses(graphdef, params, hidden[name], inputs, mesh=mesh))
     return masses.kept(held_out, k), {name: total.means(held_out) for name, total in losses.items()}
-
-
-def _row_shards(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else shards(mesh, "batch")
 
 
 def _placed(tree: Any, mesh: Mesh | None) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from dsa_jax import Config
+from dsa_jax.cache_shapes import cached_layers
 from dsa_jax.hf import leaves
 from dsa_jax.inference.speculative import MAX_DRAFTS, drafting_layers
 from dsa_jax.parallel.expert_parallel import CAPACITY_FACTOR, GPUS_PER_HOST, pair_quota
@@ -218,9 +219,8 @@ def index_bytes(config: Config, weights: str) -> int:
 
 def token_bytes(job: Job) -> int:
     """Counts bytes of a token in the caches of all layers, of prediction layers too where they draft."""
-    config, more = job.config, job.prediction_layers
-    latents = (config.num_hidden_layers + more) * latent_bytes(config, job.weights)
-    return latents + (config.num_index_layers + more) * index_bytes(config, job.weights)
+    layers, indexers = cached_layers(job.held, predicting=True)
+    return layers * latent_bytes(job.config, job.weights) + indexers * index_bytes(job.config, job.weights)
 
 
 def workspace_bytes(job: Job, position: int) -> dict[str, int]:

@@ -62,7 +62,7 @@ def selection_overlap(
     Only queries that reach more than K keys count: the others select all. None where there is none.
     """
     count = min(OVERLAP_ROWS, len(batch.tokens))
-    split = 1 if mesh is None else shards(mesh, "batch")
+    split = shards(mesh, "batch")
     rows = np.arange(-(-count // split) * split) % count  # a mesh takes whole multiples of its shards
     few = jax.tree.map(lambda x: np.asarray(x)[rows], batch)
     one, other = (

@@ -60,7 +60,7 @@ class Rollouts:
         self.graphdef, self.text, self.seq_len = graphdef, text, seq_len
         self.attention: Attention = attention
         self.record, self.cache_format, self.mesh = record, cache_format, mesh
-        self.row_shards = 1 if mesh is None else shards(mesh, "rows")
+        self.row_shards = shards(mesh, "rows")
         self.rows = rows * self.row_shards
         self.updates = 0  # how often weights were handed over
         self._runner: Runner | None = None
@@ -88,7 +88,7 @@ class Rollouts:
             raise ValueError(f"seq_len must be at most max_position_embeddings = {limit}, got {self.seq_len}")
         if self.attention == "dense" and self.record.selections:
             raise ValueError("selections are recorded of attention 'sparse': dense attention selects nothing")
-        page_shards = 1 if self.mesh is None else shards(self.mesh, "pages")
+        page_shards = shards(self.mesh, "pages")
         pages = self.rows // self.row_shards * math.ceil(math.ceil(self.seq_len / PAGE) / page_shards)
         cache = PagedCache(config, pages, format=self.cache_format or config.dtype, mesh=self.mesh)
         return Runner(
