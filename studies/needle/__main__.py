@@ -66,7 +66,7 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
     for stage in (stage for phase in config.phases for stage in phase.stages):  # too little text is said at once
         for split in ("train", "held_out"):
             corpus.dataset(split, batch_size=stage.batch_size, seq_len=stage.seq_len, seed=0)
-    options: dict[str, Any] = dict(controls=arguments.controls, stopping=stopping)
+    options: dict[str, Any] = dict(controls=arguments.controls, beside=arguments.beside, stopping=stopping)
     founds = [_run_seed(run, corpus, preset, record, console, resume=arguments.resume, **options) for run in runs]
     path = report.write(founds, arguments.out, learns=preset.learns)
     for goal in report.verdicts(founds) if preset.learns else ():
@@ -82,6 +82,7 @@ def _run_seed(
     console: Console,
     *,
     controls: bool,
+    beside: str | None,
     resume: bool,
     stopping: Stopping | None,
 ) -> Found:
@@ -102,6 +103,7 @@ def _run_seed(
         setup=describe_run(run, corpus.text),
         record=record,
         controls=controls,
+        beside=beside,
         stopping=stopping,
         say=lambda text: console.print(text, highlight=False),
     )

@@ -174,6 +174,7 @@ class Bench:
       size, preset: how much.
       console: where it says what it does.
       stopping: signals and the clock.
+      beside: other work on the same device meanwhile, kept with the times.
     """
 
     folder: Path
@@ -184,6 +185,7 @@ class Bench:
     preset: settings.Preset
     console: Console
     stopping: Stopping | None = None
+    beside: str | None = None
 
     def row(self, name: str) -> dict[str, Any]:
         """Trains the row, unless it is, and gives its numbers."""
@@ -224,7 +226,7 @@ class Bench:
             "K": run.config.model.index_topk,
             "kl": [line["kl"] for line in lines if "kl" in line][-1:],
             "train_seconds": round(sum(line["seconds"] for line in lines), 1),
-            **circumstances(),
+            **circumstances(self.beside),
         }
 
     def _answers(self, run: Run, graphdef: Any, params: Params, attention: Any) -> dict[str, Any]:
@@ -263,7 +265,7 @@ def table(found: Mapping[str, Mapping[str, Any]], k: int) -> list[str]:
             *(_cell(row["answers"].get(str(needles))) for needles in NEEDLES),
             f"{_number(mass['indexer'])} ({_number(mass['oracle'])}, {_number(mass['window'])})" if mass else "",
             _number(row["kl"][0]) if row["kl"] else "",
-            f"{row['train_seconds']:.0f}",
+            f"{'≤ ' if 'beside' in row else ''}{row['train_seconds']:.0f}",
         )
         rows.append(cells)
     return markdown_table(header, rows)
@@ -311,6 +313,8 @@ class Arguments:
     """Folder of the rows; what it has already is not done again."""
     stop_after: str | None = None
     """Save and stop after this time, like 9m, with exit status 75; the same command goes on."""
+    beside: str | None = None
+    """Other work on the same device meanwhile: the table then calls the times upper bounds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -341,6 +345,7 @@ def ablate(arguments: Arguments, console: Console, stopping: Stopping | None = N
         preset,
         console,
         stopping,
+        arguments.beside,
     )
     names = dict.fromkeys([CONTROL, *(arguments.only or CHANGES)])
     tokenizer = json.loads((arguments.corpus / RECORD).read_text())["tokenizer"]

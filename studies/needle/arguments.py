@@ -30,6 +30,8 @@ class StudyArguments:
     """Of weights, rows and questions; the first of several."""
     stop_after: str | None = None
     """Save and stop after this time, like 9m, with exit status 75; `--resume` goes on."""
+    beside: str | None = None
+    """Other work on the same device meanwhile: the report then calls the times upper bounds."""
     workers: int = 2
     """Processes that tokenise."""
     compile_cache: Path | None = None

@@ -81,7 +81,7 @@ class Found:
       seed: of the run.
       setup: the run's description, as shown.
       corpus: the record of the text.
-      circumstances: date, device and version.
+      circumstances: date, device and version, and `beside`: what else the device did meanwhile.
       losses: held-out losses by weights and part.
       warmed: of the weights after WARMUP.
       final: of those at the end.
@@ -143,10 +143,10 @@ class Found:
             ) from error
 
 
-def circumstances() -> dict[str, str]:
-    """Says when and on what something is measured."""
+def circumstances(beside: str | None = None) -> dict[str, str]:
+    """Says when and on what something is measured, and beside which other work on the same device, if any."""
     today, device = datetime.date.today().isoformat(), jax.devices()[0].device_kind
-    return {"date": today, "device": device, "jax": jax.__version__}
+    return {"date": today, "device": device, "jax": jax.__version__} | ({"beside": beside} if beside else {})
 
 
 def gaps_by_position(found: Found, ours: str, theirs: str) -> dict[str, float]:

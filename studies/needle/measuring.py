@@ -38,6 +38,7 @@ def measure_seed(
     setup: Mapping[str, Any],
     record: Mapping[str, Any],
     controls: bool,
+    beside: str | None = None,
     stopping: Stopping | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Found:
@@ -50,6 +51,7 @@ def measure_seed(
       setup: the run's description, kept with what is found.
       record: of the corpus.
       controls: whether the run has controls.
+      beside: other work on the same device meanwhile, kept with the times.
       stopping: signals and the clock; what has been measured by then is kept.
       say: told what is done.
 
@@ -78,7 +80,7 @@ def measure_seed(
         run.config.seed,
         dict(setup),
         dict(record),
-        circumstances(),
+        circumstances(beside),
         losses,
         Selected.of(warmed),
         Selected.of(final),

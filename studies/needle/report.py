@@ -22,7 +22,7 @@ from train.commands.command import parse, run_command
 from train.files import replace_text
 from train.reporting.layout import Goal, Layout
 from train.reporting.report import DPI, markdown_table, write_report
-from train.reporting.results import Results, SeedResult, as_text, max_rss
+from train.reporting.results import Results, SeedResult, as_text
 
 PART_NAMES = {"text": "held-out text", "needles": "text with needles", "answers": "digits of answers"}
 SPARSE, CONTROL, BASE, WARMUP = "SPARSE, sparse", "DENSE_CONTROL, dense", "BASE, dense", "WARMUP, sparse"
@@ -49,7 +49,7 @@ def write(founds: Sequence[Found], folder: Path, *, learns: bool = True) -> Path
         dict(founds[0].setup),
         [SeedResult(f.seed, f.evaluation, f.curves, f.seconds) for f in founds],
         sum(sum(f.seconds.values()) for f in founds),
-        max_rss(),
+        max_rss=None,  # that of the process which writes would say nothing
     )
     layout = Layout(
         part_names=PART_NAMES,
@@ -382,6 +382,12 @@ def _corpus(founds: Sequence[Found]) -> list[str]:
         "## What it ran on",
         "",
         f"{ran_on(founds)}. Of the time of training, the device waited {waited} % for data.",
+        *(
+            f"Beside seed {found.seed} the device also did other work ({found.circumstances['beside']}): its seconds "
+            "are upper bounds."
+            for found in founds
+            if "beside" in found.circumstances
+        ),
         "",
         f"The text is that of {sizes['train'][0]} packages ({sizes['train'][1] / 1e6:.0f} MB, "
         f"{corpus['tokens']['train']:,} tokens); {sizes['held_out'][0]} whole packages are held out "

@@ -80,7 +80,7 @@ def study(arguments: Arguments, console: Console, stopping: Stopping | None = No
     for length in {stage.seq_len for stage in (*preset.base, *preset.warmup, *preset.sparse)}:
         corpus.dataset("train", batch_size=1, seq_len=length, seed=0)  # too little text is said at once
     corpus.dataset("held_out", batch_size=1, seq_len=preset.lengths[-1], seed=0)
-    bench = Bench(folder, corpus, place, preset, arguments.seed, console, stopping)
+    bench = Bench(folder, corpus, place, preset, arguments.seed, console, stopping, arguments.beside)
     names = [name for name in VARIANTS if name in (DENSE, *(arguments.only or VARIANTS))]
     found: dict[str, Any] = {
         "seed": arguments.seed,
@@ -108,6 +108,7 @@ class Bench:
       seed: of weights, rows and questions.
       console: where it says what it does.
       stopping: signals and the clock.
+      beside: other work on the same device meanwhile, kept with the times.
     """
 
     folder: Path
@@ -117,6 +118,7 @@ class Bench:
     seed: int
     console: Console
     stopping: Stopping | None = None
+    beside: str | None = None
 
     def once(self, name: str, measure: Any) -> Any:
         """Gives what was measured under a name, and measures if it was not."""
@@ -149,7 +151,7 @@ class Bench:
             "answers": Maps({name: asked}).to_json()[name],
             "curves": read_curves(records, ("step", "lm_loss")),
             "seconds": {phase: round(each, 2) for phase, each in read_seconds(records).items()},
-            "circumstances": circumstances(),
+            "circumstances": circumstances(self.beside),
         }
 
     def timing(self, lengths: Sequence[int]) -> list[dict[str, Any]]:

@@ -121,14 +121,18 @@ def summary(founds: Sequence[Found]) -> str:
 
 def _where(founds: Sequence[Found]) -> str:
     """Says what it ran on, and on which text."""
-    places = {tuple(each["circumstances"].values()) for found in founds for each in found["variants"].values()}
+    places = {_place(**each["circumstances"]) for found in founds for each in found["variants"].values()}
     tokens = founds[0]["corpus"]["tokens"]
     seeds = ", ".join(str(found["seed"]) for found in founds)
     return (
         f"Seed{'s' if len(founds) > 1 else ''} {seeds}; preset `{founds[0]['preset']}`; "
-        f"{'; '.join(', '.join(place) for place in sorted(places))}. The text has {tokens['train']:,} tokens, and "
+        f"{'; '.join(sorted(places))}. The text has {tokens['train']:,} tokens, and "
         f"{tokens['held_out']:,} of whole packages are held out."
     )
+
+
+def _place(date: str, device: str, jax: str, beside: str | None = None) -> str:
+    return f"{date}, {device}, {jax}" + (f", beside {beside}, so that times are upper bounds" if beside else "")
 
 
 def _trained(founds: Sequence[Found]) -> list[str]:

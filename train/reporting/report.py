@@ -69,7 +69,8 @@ def summary(results: Results, layout: Layout = PLAIN) -> Table:
     table.add_section()
     for phase, (first, last) in _kl_ends(results).items():
         table.add_row(f"KL of {phase}, first to last", f"{as_text(first)} to {as_text(last)}")
-    table.add_row("time, peak memory", f"{duration(results.seconds)}, {gib(results.max_rss)}")
+    memory = "" if results.max_rss is None else f", {gib(results.max_rss)}"
+    table.add_row("time, peak memory" if memory else "time", f"{duration(results.seconds)}{memory}")
     return table
 
 
@@ -169,8 +170,8 @@ def _training_section(results: Results, figures: set[str]) -> list[str]:
     names = _names(seed.seconds for seed in results.seeds)
     rows = [(name, as_text([seed.seconds.get(name) for seed in results.seeds], digits=1)) for name in names]
     rows += [("everything", f"{results.seconds:.1f}")]
-    lines += ["", *markdown_table(("part", "seconds"), rows), "", f"Memory peaked at {gib(results.max_rss)}."]
-    return lines
+    lines += ["", *markdown_table(("part", "seconds"), rows)]
+    return lines if results.max_rss is None else [*lines, "", f"Memory peaked at {gib(results.max_rss)}."]
 
 
 def _weights(results: Results) -> list[str]:

@@ -46,8 +46,8 @@ class Results:
     seeds: list[SeedResult]
     seconds: float
     """Wall time of everything."""
-    max_rss: int
-    """Peak resident memory in bytes."""
+    max_rss: int | None
+    """Peak resident memory in bytes, if it is of the process that trained."""
     sample: str | None = None
     """A sampled continuation."""
 

@@ -54,9 +54,11 @@ def test_the_report_has_all_sections(tmp_path, capsys):
     paths = []
     for seed in (1, 0):
         paths.append(tmp_path / "seeds" / f"seed{seed}.json")
-        make_found(seed).save(paths[-1])
+        made = make_found(seed)
+        own = made.circumstances | ({"beside": "rows of a table"} if seed else {})
+        dataclasses.replace(made, circumstances=own).save(paths[-1])
     row = {"losses": make_found().losses["SPARSE, sparse"], "answers": {"1": [4, 4], "8": [3, 4]}, "kl": [0.2]}
-    row |= {"kept": {"indexer": 0.8, "oracle": 0.9, "window": 0.3}, "train_seconds": 3.0}
+    row |= {"kept": {"indexer": 0.8, "oracle": 0.9, "window": 0.3}, "train_seconds": 3.0, "beside": "the study"}
     control = {"losses": make_found().losses["DENSE_CONTROL, dense"], "answers": row["answers"], "kl": []}
     rows = {"dense": control | {"train_seconds": 2.0}, "default": row, "k256": row}
     (tmp_path / "out").mkdir()
@@ -76,6 +78,7 @@ def test_the_report_has_all_sections(tmp_path, capsys):
         "## Answers", "## Loss by position", "## Where the loss comes from", "## Agreement", "## Curves",
         "## Selections of layers", "## Time and memory by length", "training step from 1,536 tokens on",
         "## One change each", "`k256` K 256.", "## What it ran on", "1 files identical", "0.10 (0.10, 0.10) % for data",
+        "Beside seed 1 the device also did other work (rows of a table)", "| 0.200 | ≤ 3 |", "| 2 |\n",
     ):  # fmt: skip
         assert words in text, words
     assert "| 0–511 | " in text and "0.20 (0.20, 0.20) %" in text
