@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +68,9 @@ def write(founds: Sequence[Found], folder: Path, *, learns: bool = True) -> Path
     if not learns:
         lines[1:1] = ["", "At this size needles are not learnt: the numbers show that all of the study runs."]
     sections = [_answers(maps, founds), _behind(founds), _sources(founds), _agreement(founds), _inside(founds)]
-    for section in (*sections, _curves(), _scaling(folder), _ablations(folder, founds), _corpus(founds)):
+    changes = change_rows(folder, founds)
+    sections += [_curves(), _scaling(folder), ["## One change each", "", *changes] if changes else [], _corpus(founds)]
+    for section in sections:
         lines += ["", *section] if section else []
     replace_text(path, "\n".join(lines) + "\n")
     return path
@@ -338,8 +341,8 @@ def _scaling(folder: Path) -> list[str]:
     ]
 
 
-def _ablations(folder: Path, founds: Sequence[Found]) -> list[str]:
-    """The rows of one change each, where they were measured.
+def change_rows(folder: Path, founds: Sequence[Found]) -> list[str]:
+    """Writes what one change each costs, if that was measured.
 
     Raises:
       ValueError: if they were trained on another corpus.
@@ -350,14 +353,14 @@ def _ablations(folder: Path, founds: Sequence[Found]) -> list[str]:
     recorded = json.loads(path.read_text())
     if recorded["tokenizer"] != founds[0].corpus["tokenizer"]:
         raise ValueError(f"{path} must be of the corpus of the seeds, got rows of another tokenizer")
-    return [
-        "## One change each",
-        "",
+    rows = recorded["rows"]
+    said = (
         "Each row converts the same dense model at 16K tokens, one seed. Losses are those of held-out text, in percent "
-        "of the loss of the dense model that was continued for as many steps of the same batches.",
-        "",
-        *ablations.table(recorded["rows"], int(founds[0].setup["K"])),
-    ]
+        "of the loss of the dense model that was continued for as many steps of the same batches."
+    )
+    if any("beside" in row for row in rows.values()):
+        said += " Where other work ran on the device meanwhile, the seconds are an upper bound (≤)."
+    return [*textwrap.wrap(said, 120), "", *ablations.table(rows, int(founds[0].setup["K"]))]
 
 
 def ran_on(founds: Sequence[Found]) -> str:

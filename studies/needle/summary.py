@@ -7,7 +7,7 @@ from pathlib import Path
 from studies.needle.found import Found
 from studies.needle.maps import NEEDLES
 from studies.needle.questions import Cell
-from studies.needle.report import SPARSE, check_alike, gap_table, ran_on, verdicts, whole
+from studies.needle.report import SPARSE, change_rows, check_alike, gap_table, ran_on, verdicts, whole
 from train.reporting.report import markdown_table
 
 RESULTS = Path(__file__).parent / "results"  # what was recorded
@@ -39,7 +39,7 @@ def summary(founds: Sequence[Found]) -> str:
         "",
         "How far the loss on held-out text lies above the dense model's:",
     ]
-    return "\n".join([*lines, "", *gap_table(founds), "", *_answers(founds)])
+    return "\n".join([*lines, "", *gap_table(founds), "", *_answers(founds), "", *change_rows(RESULTS, founds)])
 
 
 def _minutes(founds: Sequence[Found], part: str | None = None) -> str:
