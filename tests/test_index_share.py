@@ -187,6 +187,7 @@ def test_an_indexer_of_its_own_layer_alone_leaves_the_other_divergences_out():
     assert not kl[~own].any() and kl[own].all(axis=0)[:, 1:].all()
 
 
+@pytest.mark.slow
 def test_the_backbone_learns_through_shared_selections_as_through_imposed_ones():
     """Gradients of the output by the backbone, of two layers that share and of two that are given the selection."""
     shared, full = small_config(indexer_types=("full", "shared")), small_config()
@@ -220,6 +221,7 @@ def test_the_backbone_learns_through_shared_selections_as_through_imposed_ones()
 # Caches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [pytest.param(False, marks=pytest.mark.variants), True])
 def test_prefill_and_decode_equal_the_whole(fp8):
     config = dataclasses.replace(CONFIG, index_fp8=fp8)
@@ -240,6 +242,7 @@ def test_prefill_and_decode_equal_the_whole(fp8):
 PROMPTS = [np.asarray(tokens(1, length, seed=length))[0] for length in (70, 9)]
 
 
+@pytest.mark.slow
 def test_pages_serve_it():
     """Prompts of several lengths in chunks, then drafts: the logits are those of the plain forward pass."""
     cache = PagedCache(CONFIG, 8, format="float32")
@@ -388,6 +391,7 @@ def test_nothing_of_gathered_rows_is_made_ahead_of_the_layers():
     assert largest.size < length * config.index_topk * config.latent_dim / 2, largest
 
 
+@pytest.mark.slow
 def test_maps_show_the_index_scores_of_the_layer_that_selects():
     model = small_model(CONFIG)
     out, _ = forward(CONFIG, IDS)

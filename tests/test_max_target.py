@@ -178,6 +178,7 @@ def test_it_has_no_kernel_and_says_so(form):
         call(target="mean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention",), the_first(1, [("sparse",), ("dense",)]))
 def test_the_config_chooses_and_heads_of_all_shards_count(attention):
     """Only the divergence changes; on a mesh that shards heads the maximum is over all of them."""

@@ -165,6 +165,7 @@ def test_gradients_against_differences_in_float64():
 # Caches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [True, pytest.param(False, marks=pytest.mark.variants)])
 def test_entries_in_a_cache_equal_the_whole_row(fp8):
     """Layer 1 on the true tokens, some at a time, as drafting does."""

@@ -43,6 +43,7 @@ def assert_same_bits(config, attention, options):
         assert (one == other).all() and jnp.isfinite(one).all(), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_what_is_kept_changes_no_bit_and_is_not_computed_again():
     config = small_config(num_hidden_layers=1, first_k_dense_replace=1)
     assert_same_bits(config, "sparse", FAST)

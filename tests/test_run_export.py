@@ -87,6 +87,7 @@ def read(folder, name):
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_logits_are_the_same_bits_before_and_after(of_bytes, tmp_path):
     export_run(of_bytes, tmp_path / "out")

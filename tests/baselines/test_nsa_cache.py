@@ -82,6 +82,7 @@ def test_entries_are_complete_with_their_last_key():
         np.testing.assert_array_equal(found, [row + [-1] * (40 - len(row)) for row in expected])
 
 
+@pytest.mark.slow
 def test_chunks_and_steps_over_pages_equal_the_whole():
     """Rows of unequal lengths in pages that held NaN, in chunks that end anywhere; every step takes a draft back."""
     texts = [text(72, 1), text(5, 2), text(132, 3)]

@@ -151,6 +151,7 @@ def test_logits_are_those_of_bfloat16(dtype, folder):
     np.testing.assert_array_equal(logits[1], logits[0])
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_of_ragged_rows(models):
     found = []
     for model in models:

@@ -96,6 +96,7 @@ def largest_part(config, mesh, itemsize):
     return max(sizes)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_a_mesh_and_back(tmp_path, monkeypatch):
     tensors, mesh = random_tensors(MOE), make_mesh(EIGHT)
     folder = write(tmp_path / "hf", tensors, MOE)

@@ -91,7 +91,8 @@ def test_many_requests_and_cancels_with_pages_for_few(count, rows):
     assert engine.cache.free_pages == pages and not engine.cache.sequences
 
 
-@pytest.mark.parametrize("invariant", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("invariant", [True, False])
 def test_preemption_loses_and_repeats_nothing(invariant):
     """Four that outgrow the pages together; under `batch_invariant` to the last bit."""
     engine = make(pages=6, invariant=invariant, tokenizer=character_tokenizer())

@@ -90,6 +90,7 @@ def test_a_row_stops_at_any_of_several_tokens():
     assert np.array_equal(greedy(stop_token=np.array(stops)[:1].tolist()[0]), greedy(stop_token=stops[:1]))
 
 
+@pytest.mark.slow
 def test_other_lengths_settings_and_stop_tokens_take_the_same_program():
     model, key = small_model(CONFIG), jax.random.key(0)
     runner = Runner(model, PagedCache(CONFIG, 1, format="float32"))

@@ -574,6 +574,7 @@ def continued(runner, sequences) -> list[np.ndarray]:
 STEPS = the_first(1, [("float32", "sparse"), ("float32", "dense"), ("fp8", "sparse")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "attention"), STEPS)
 def test_what_a_step_reads_is_its_own(format, attention):
     """Whatever pages held before, and whatever another sequence of the step holds, a sequence's logits are the same.

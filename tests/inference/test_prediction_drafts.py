@@ -223,6 +223,7 @@ def test_shared_selections_over_pages_in_fp8():
     assert compared > 20 and rounded > 1e-4, "FP8 rounds"
 
 
+@pytest.mark.slow
 def test_generate_drafts_the_same_tokens():
     """Rows that stop early, by a token, and rows that do not; both ends within drafts."""
     model, prompts = model_of(TWO), [prompt(20, 1), prompt(33, 2)]

@@ -324,6 +324,7 @@ def test_n_grams_are_right_about_what_repeats_itself():
     assert engine.stats().drafts_accepted > 20
 
 
+@pytest.mark.slow
 def test_no_program_is_compiled_after_warming_up():
     asked = [Request(prompt(30, row), SamplingParams(temperature=0.0, max_tokens=12)) for row in range(3)]
     engine = make(rows=2, drafter=oracle(*asked))

@@ -145,6 +145,7 @@ def test_completions_know_what_led_to_them():
         np.testing.assert_allclose(again[row, :length], logits[row, :length], atol=NEAR)
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_its_row_alone():
     lengths = 70, 66, 75  # alone these take one program
     model, ids = small_model(CONFIG), [list(map(int, row)) for row in prompts(lengths)]

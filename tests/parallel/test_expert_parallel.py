@@ -155,6 +155,7 @@ def test_bits_repeat():
     jax.tree.map(same_bits, many(*arrays), many(*arrays))
 
 
+@pytest.mark.slow
 def test_ragged_exchange_has_the_same_bits():
     """An emulation stands in on CPUs, with NaN where the sizes sent and received differ or nothing arrives."""
     dense, ragged = compiled(8), compiled(8, ragged=True)

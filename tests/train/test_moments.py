@@ -244,6 +244,7 @@ def rounded_run(folder, steps=4) -> RunConfig:
     return set_fields(run, [f"phases.BASE.stages.0.steps={steps}", "phases.BASE.backbone.moment_dtype=bfloat16"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one_and_keeps_its_dtype(tmp_path):
     """Another dtype is refused by the field where the run recorded it, and by the arrays where the run is older."""
     config, out = rounded_run(tmp_path / "text"), tmp_path / "out"

@@ -129,6 +129,7 @@ def test_losses_selections_and_routing(one, name, record_property):
     check_forward(one, name, SPARSE, record_property)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", meshes(CET))
 def test_losses_and_routing_of_dense_attention(one, name, record_property):
     check_forward(one, name, WARMUP, record_property)

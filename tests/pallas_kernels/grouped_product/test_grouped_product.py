@@ -201,7 +201,9 @@ def test_few_tokens_equal_those_of_xla(fp8):
     np.testing.assert_allclose(f64(found), want, atol=2**-8 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(12, 3), (11, 3), (4, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "blocks"), [(12, 3), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((11, 3), (4, 1)))]
+)
 def test_many_rows_go_to_the_kernels_in_blocks_of_tokens(monkeypatch, tokens, blocks):
     """The kernels' place is taken by functions that mean the same, and say how many tokens they are given."""
     dy, x, experts, gates, *of_weights = problem(3, tokens, 2, 3, 16, 8)

@@ -117,6 +117,7 @@ def two_processes(data):
     return [json.loads(out.splitlines()[-1]) for out, _ in streams]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", EXTRA)
 def test_each_of_two_processes_asks_for_half_of_the_tokens(data, two_processes, mesh):
     whole = load(DataConfig(data=data))

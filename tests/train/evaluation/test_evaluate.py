@@ -284,6 +284,7 @@ def naive_losses(model, batch, attention):
     return log_sum - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", the_first(1, ["sparse", "dense"]))
 def test_held_out_losses_are_means_over_valid_targets(trained, held_out, attention):
     graphdef, params = trained
@@ -302,6 +303,7 @@ def test_held_out_losses_are_means_over_valid_targets(trained, held_out, attenti
     assert losses == pytest.approx(expected, abs=1e-4) and list(losses) == list(expected)
 
 
+@pytest.mark.slow
 def test_losses_of_selections(trained, held_out, measured):
     _, losses = measured
     graphdef, params = trained

@@ -24,6 +24,7 @@ def flops(*keep):
     return {name: sum(parts.values()) for name, parts in plan.flops.items()}, sum(plan.kept.values())
 
 
+@pytest.mark.slow
 def test_each_name_spares_its_products_and_keeps_its_bytes():
     """One dense layer of 64 tokens."""
     (plain, kept), tokens = flops(), 64

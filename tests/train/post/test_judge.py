@@ -369,6 +369,7 @@ def test_a_hostile_text_cannot_leave_a_question(text):
     assert prompt.endswith("Criterion: The text mentions 'river'.\nDoes the text meet it? Answer yes or no:")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
 def test_the_probability_of_yes_is_the_models_own():
     """By the engine, against the forward pass: ends of one token and of several."""

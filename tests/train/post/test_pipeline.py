@@ -52,6 +52,7 @@ def train(folder, *stages, resume=False, stopping=None, played=None, **changes):
     return PostTraining(config, folder, played or tasks(), stopping=stopping, console=console).run(resume=resume)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
 def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
     """Of one task, and of as many problems and rows in training as in measuring, so that programs serve both."""
@@ -76,6 +77,7 @@ def test_stages_begin_from_the_weights_of_the_one_before(tmp_path):
     assert "| specialist |" in report and (tmp_path / "reward.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
 def test_it_stops_between_steps_and_goes_on(tmp_path):
     begun, options = (start_stage(3, dense_alone=True),), dict(model=ONE_LAYER, evaluation_prompts=0)

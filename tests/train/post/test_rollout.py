@@ -132,6 +132,7 @@ def test_nothing_is_recorded_unless_asked_for():
     assert all(each.recorded.routes is not None for each in only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", the_first(1, [1, 3]))
 def test_an_episode_is_the_same_whatever_is_played_beside_it(rows):
     own = rollout(make(rows=rows), PROBLEMS, **SETTINGS)
@@ -274,6 +275,7 @@ def test_weights_that_a_step_has_taken_over_are_refused():
     assert rollouts.sample(PROBLEMS[:1], **SETTINGS)
 
 
+@pytest.mark.slow
 def test_rollouts_and_steps_take_turns_on_one_mesh():
     """The same episodes as on one device, before and after a training step on the same mesh, from the same arrays."""
     mesh = mesh_of("data=2,tensor=2")

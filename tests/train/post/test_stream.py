@@ -81,6 +81,7 @@ def test_the_training_forward_agrees_with_the_engine(make_stream, params):
     np.testing.assert_allclose(found[batch.valid], batch.old_log_probs[batch.valid], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_rewards_give_no_gradient_and_are_counted(make_stream, params):
     stream = make_stream(tasks=(copy_task(rewards=((lambda episodes: [0.3] * len(episodes), 1.0),)),))
     batch = next(stream)
@@ -161,6 +162,7 @@ def test_rewards_that_cannot_be_are_refused_by_name(make_stream, reward, message
     assert stream.store.counts.added == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_a_rollout_with_the_same_episodes(make_stream, params):
     settings = dataclasses.replace(POLICY, steps_per_generation=2, num_iterations=2)
     stream = make_stream(settings=settings, tasks=(LONG,))
