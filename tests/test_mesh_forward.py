@@ -28,6 +28,7 @@ def alone():
     return inputs, keys, forward(CONFIG, inputs, keys=keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -29,6 +29,7 @@ def test_formats_have_no_rotary_bytes():
     np.testing.assert_allclose(unpack_latents(packed, 16, jnp.float32), kv, atol=0.2)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_equal_the_whole():
     ids = tokens(2, 24)
     whole, logits = forward(CONFIG, ids)
@@ -39,6 +40,7 @@ def test_prefill_and_decode_equal_the_whole():
     np.testing.assert_array_equal(last.selected, whole.selected[:, :, 20:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["float32", "fp8"])
 def test_pages_serve_it(format):
     config = FP8 if format == "fp8" else CONFIG

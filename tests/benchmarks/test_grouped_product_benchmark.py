@@ -18,6 +18,7 @@ def small(monkeypatch):
         monkeypatch.setattr(measure, name, value)
 
 
+@pytest.mark.slow
 def test_layer_and_decode_run_and_are_held_against_float64(small):
     layer, decode = (measure.run_timings(part()) for part in (grouped_product.layer, grouped_product.decode))
     assert "failed" not in layer | decode

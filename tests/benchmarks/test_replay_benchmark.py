@@ -21,6 +21,7 @@ def compared():
     return replay.compare(SMALL)
 
 
+@pytest.mark.slow
 def test_both_sides_agree_in_float32():
     found = compared()
     assert [row["replay"] for row in found["comparisons"]] == list(replay.REPLAYS)

@@ -94,6 +94,7 @@ def test_a_summary_of_answers():
     assert serving.summary([], traffic)["first_token_ms"] is None
 
 
+@pytest.mark.slow
 def test_an_engine_runs_the_model_of_a_folder(tmp_path):
     config = Config.tiny(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128, max_position_embeddings=256)
     model = Transformer(config, rngs=nnx.Rngs(0))

@@ -62,6 +62,7 @@ def test_a_dense_checkpoint_gets_an_indexer(tmp_path, caplog):
     assert exported.keys() == given.keys()
 
 
+@pytest.mark.slow
 def test_the_warm_up_begins_from_a_dense_folder(tmp_path):
     folder, settings = write_dense(tmp_path / "dense"), small_phases()["WARMUP"]
     init = InitialParams(folder)

@@ -140,7 +140,8 @@ def test_scales_of_other_dtypes_are_float32_in_memory(dtype, tmp_path):
 # The bits of bfloat16.
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_logits_are_those_of_bfloat16(dtype, folder):
     ids = tokens(2, 9)
     logits = []

@@ -35,6 +35,7 @@ OTHERS = ("data=2,expert=2", 8, False), ("data=2,tensor=4", 4, False), ("data=2"
 CASES = [("expert=2", 2, False), *(pytest.param(*case, marks=pytest.mark.meshes) for case in OTHERS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "rows", "invariant"), CASES)
 def test_requests_come_out_as_on_one_device(mesh, rows, invariant):
     """More than there are rows; prefixes are shared, and one is cancelled. With pages for few some are preempted."""

@@ -120,6 +120,7 @@ def test_turns_are_those_of_the_forward_pass():
     assert max(apart) < 1e-5 and np.mean(apart) < 2e-6 and len(apart) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data=2,tensor=2", pytest.param("context=2,expert=2", marks=pytest.mark.meshes)])
 def test_turns_on_a_mesh(name):
     mesh = mesh_of(name)

@@ -60,6 +60,7 @@ def test_the_loss_counts_an_indexer_once():
     assert not own[~leads].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("WARMUP", marks=pytest.mark.variants), "SPARSE"])
 def test_a_mesh_steps_as_one_device_does(name):
     _, alone, of_one = stepped(CONFIG, name)

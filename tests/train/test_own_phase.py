@@ -63,6 +63,7 @@ def one():
     return first_step()
 
 
+@pytest.mark.slow
 def test_its_losses_are_means_over_what_they_count(one):
     _, metrics = one
     model = merge_groups(abstract_params(CONFIG)[0], jax.tree.map(jnp.array, small_params(CONFIG)))

@@ -80,6 +80,7 @@ def definition(attention) -> dict[str, float]:
 OTHERS = [pytest.param(name, marks=pytest.mark.variants) for name in ("WARMUP", "BASE")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SPARSE", *OTHERS])
 def test_the_terms_are_those_of_the_definition(name):
     """L = the phase's own losses + lambda / D · sum of depths' cross-entropies + the KLs of their indexers."""

@@ -113,6 +113,7 @@ def assert_rounding_alone(one, other):
     chex.assert_trees_all_close(other_state.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", the_first(1, ["SPARSE", "DENSE_CONTROL", "WARMUP"]))
 def test_micro_batches_change_rounding_alone(name):
     """Each row has another share of padding, so means of micro-batch means would be wrong.

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 LENGTH, K = 600, 8
 
 
+@pytest.mark.slow
 def test_it_is_what_the_maps_say():
     config = small_config(index_topk=K, max_position_embeddings=LENGTH)
     model = merge_groups(abstract_params(config)[0], small_params(config))

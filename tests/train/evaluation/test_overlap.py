@@ -28,6 +28,7 @@ def by_sets(config, batch, places):
     return share / len(places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, SHARED])
 def test_it_is_the_overlap_of_sets(config):
     batch = Batch.from_tokens(np.asarray(tokens(2, 25)))

@@ -15,6 +15,7 @@ SIZES = dict(num_hidden_layers=4, first_k_dense_replace=0, index_n_heads=16, ind
 CONFIG = small_config(**SIZES, indexer_types=("full", "shared") * 2)
 
 
+@pytest.mark.slow
 def test_the_runs_abreast_are_the_models_own():
     model, batch = small_model(CONFIG), Batch.from_tokens(np.asarray(tokens(2, 25)))
     mass, hidden = measure_layers(model, {"indexer": model, "same": model}, batch)

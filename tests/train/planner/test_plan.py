@@ -303,6 +303,7 @@ def test_bad_arguments(capsys, monkeypatch, changes, words):
     assert words in refused(capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_is_too_small(capsys, monkeypatch, tmp_path):
     """Refused with the bytes, the limit and an axis that, grown as it says, fits with the fewest devices.
 

@@ -47,6 +47,7 @@ def tune(tmp_path, checkpoint, *more):
     return main([*arguments, "--learning-rate", "SFT.backbone=1e-2", *more])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_tuned_on_conversations(tmp_path, checkpoint):
     assert tune(tmp_path, checkpoint, "--init", str(checkpoint)) == 0
     records = read_metrics(tmp_path / "tuned" / "metrics.jsonl")

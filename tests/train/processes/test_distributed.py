@@ -179,6 +179,7 @@ def test_bad_processes(capsys, config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_models_checkpoint_is_refused_on_a_mesh(config, alone, folder):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, index_topk=5))
     with pytest.raises(ValueError, match="index_topk 4, here 5"):
