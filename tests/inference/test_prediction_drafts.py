@@ -27,8 +27,10 @@ SHARED = small_config(
     num_nextn_predict_layers=1, indexer_types=("full", "shared"), first_k_dense_replace=2, max_position_embeddings=256
 )
 TWO, THREE = (dataclasses.replace(CONFIG, num_nextn_predict_layers=count) for count in (2, 3))
-SPLIT = small_config(num_nextn_predict_layers=1, num_attention_heads=4, max_position_embeddings=256)  # with experts
-SPLIT_TWO = dataclasses.replace(SPLIT, num_nextn_predict_layers=2)
+# That meshes split: the first sooner compiled, the others with experts.
+HEADS = dataclasses.replace(TWO, num_attention_heads=4)
+EXPERTS = small_config(num_nextn_predict_layers=1, num_attention_heads=4, max_position_embeddings=256)
+EXPERTS_TWO = dataclasses.replace(EXPERTS, num_nextn_predict_layers=2)
 LENGTH = 128  # of the rows of the definition
 
 
@@ -179,43 +181,6 @@ def test_tokens_are_those_without_drafts(config):
         assert drafts == definition(known, 3, config), len(known)
 
 
-MESHED = {
-    "expert-one": ("expert=2", SPLIT),
-    "data-one": ("data=2", SPLIT),
-    "data-two": ("data=2", SPLIT_TWO),
-    "tensor-one": ("data=2,tensor=2", SPLIT),
-    "tensor-two": ("data=2,tensor=2", SPLIT_TWO),
-    "all-two": ("data=2,expert=2,tensor=2", SPLIT_TWO),
-}
-MESHED = [pytest.param(*case, marks=pytest.mark.meshes, id=name) for name, case in MESHED.items()]
-
-
-@functools.cache
-def drafted_on_one_device(config):
-    return drafted_on(None, config)
-
-
-def drafted_on(mesh, config):
-    """What comes of more requests than a shard has rows, whatever else they wait for: texts, counts, all drafts."""
-    settings = dict(temperature=0.0), dict(temperature=0.8, seed=5), dict(temperature=0.0)
-    asked = [
-        Request(prompt(length, length), SamplingParams(top_k=20, max_tokens=most, **own))
-        for length, most, own in zip((30, 32, 9), (16, 20, 9), settings, strict=True)
-    ]
-    drafter = Watched()
-    engine = make(drafter, config=config, rows=2 if mesh is None else 2 * shards(mesh_of(mesh), "rows"), mesh=mesh)
-    found = [tokens_of(events) for events in run(engine, *asked)]
-    return found, engine.stats().drafts_proposed, engine.stats().drafts_accepted, sorted(drafter.seen)
-
-
-@pytest.mark.parametrize(("mesh", "config"), [pytest.param("expert=2", SPLIT_TWO, id="expert-two"), *MESHED])
-def test_a_mesh_drafts_as_one_device(mesh, config):
-    """The same tokens, greedy and sampled, and the same drafts behind each, of which as many are right."""
-    found, expected = drafted_on(mesh, config), drafted_on_one_device(config)
-    assert found == expected
-    assert 0 < found[2] < found[1]
-
-
 FEW_PAGES = [
     pytest.param(None, CONFIG, marks=pytest.mark.variants, id="one"),
     pytest.param(None, TWO, id="two"),
@@ -271,19 +236,65 @@ def test_shared_selections_over_pages_in_fp8():
     assert compared > 20 and rounded > 1e-4, "FP8 rounds"
 
 
+ROWS = [prompt(20, 1), prompt(30, 2)]
+DRAWN: dict[str, Any] = dict(max_new_tokens=18, temperature=[0.0, 0.7], top_k=20, seed=3)
+
+
 def test_generate_drafts_the_same_tokens():
     """Rows that stop early, by a token, and rows that do not; both ends within drafts."""
-    model, prompts = model_of(TWO), [prompt(20, 1), prompt(33, 2)]
-    options: dict[str, Any] = dict(max_new_tokens=18, temperature=[0.0, 0.7], top_k=20, seed=3)
-    free = complete(model, prompts, **options)
+    model = model_of(HEADS)
+    free = complete(model, ROWS, **DRAWN)
     stop = int(free.tokens[0, 6])
     for stops in (None, stop):
-        expected = complete(model, prompts, stop_token=stops, **options)
-        found = complete(model, prompts, stop_token=stops, drafts=3, **options)
+        expected = complete(model, ROWS, stop_token=stops, **DRAWN)
+        found = complete(model, ROWS, stop_token=stops, drafts=3, **DRAWN)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_array_equal(found.lengths, expected.lengths)
         np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
         assert found.finished == expected.finished
+
+
+def served(mesh, config, counts):
+    """Has an engine draft the same rows, by the programs of `generate`; returns tokens, all drafts and their counts."""
+    mesh = None if mesh is None else mesh_of(mesh)
+    row_shards = shards(mesh, "rows")
+    cache = PagedCache(config, max(1, 2 // row_shards), format="float32", mesh=mesh, predicting=True)
+    drafter = Watched()
+    engine = Engine(Runner(model_of(config), cache, max_length=64), rows=max(2, row_shards), drafter=drafter)
+    settings = zip(ROWS, DRAWN["temperature"], counts, strict=True)
+    asked = [
+        Request(text, SamplingParams(temperature=temperature, top_k=20, seed=3 + row, max_tokens=count))
+        for row, (text, temperature, count) in enumerate(settings)
+    ]
+    tokens = [tokens_of(events) for events in run(engine, *asked)]
+    return tokens, sorted(drafter.seen), (engine.stats().drafts_proposed, engine.stats().drafts_accepted)
+
+
+MESHES = {
+    "data-one": ("data=2", EXPERTS),
+    "data-two": ("data=2", EXPERTS_TWO),
+    "expert-one": ("expert=2", EXPERTS),
+    "expert-two": ("expert=2", EXPERTS_TWO),
+    "tensor-one": ("data=2,tensor=2", EXPERTS),
+    "tensor-two": ("data=2,tensor=2", EXPERTS_TWO),
+    "all-two": ("data=2,expert=2,tensor=2", EXPERTS_TWO),
+}
+MARKED = [pytest.param(*case, marks=pytest.mark.meshes, id=name) for name, case in MESHES.items()]
+
+
+@pytest.mark.parametrize(("mesh", "config"), [pytest.param("data=2,tensor=2", HEADS, id="heads-two"), *MARKED])
+def test_a_mesh_drafts_as_one_device(mesh, config):
+    """A greedy row on one shard and a sampled one on another: the same tokens, and the same drafts behind each."""
+    expected = complete(model_of(config), ROWS, drafts=3, **DRAWN)
+    found = complete(model_of(config), ROWS, drafts=3, mesh=mesh_of(mesh), **DRAWN)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    counts = 12, 16
+    alone, meshed = (served(each, config, counts) for each in (None, mesh))
+    assert alone == meshed
+    tokens, _, (proposed, accepted) = meshed
+    assert tokens == [row[:count].tolist() for row, count in zip(expected.tokens, counts, strict=True)]
+    assert 0 < accepted < proposed
 
 
 def test_drafts_and_tokens_have_their_exact_probabilities():
@@ -315,7 +326,7 @@ def test_drafts_and_tokens_have_their_exact_probabilities():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "config"), [(None, TWO), ("data=2,tensor=2", SPLIT_TWO)], ids=["alone", "mesh"])
+@pytest.mark.parametrize(("mesh", "config"), [(None, TWO), ("data=2,tensor=2", HEADS)], ids=["alone", "mesh"])
 def test_no_program_is_compiled_after_warming_up(mesh, config):
     engine = make(MTP(), config=config, mesh=mesh)
     engine.warm(kinds=["greedy"])
