@@ -206,7 +206,8 @@ def _draft_on(
             place = ahead.length[:, None] + taken + draft - depths
             inputs = last, drafts[-1][:, None], place, room > 0, room, jnp.zeros_like(taken)
         hidden, last, logits, pools = _predict_on(graph, options, pools, state, table, inputs, min(draft, depths))
-        drafts.append(draw(logits, settings, ahead.number + ahead.taken + draft, kind=kind).token)
+        number = jnp.asarray(ahead.number) + ahead.taken + draft
+        drafts.append(draw(logits, settings, number, kind=kind).token)
         if draft < depths:
             behind = behind.at[rows, ahead.taken + draft].set(drafts[-1])
     return *_everywhere(options.mesh, (jnp.stack(drafts, axis=1), recent)), pools
@@ -224,11 +225,11 @@ def _predict_on(graph, options: Options, pools, state, table, inputs, depth: int
       hidden states, [B, T, D] and of the wanted columns [B, 1, D], logits of these, [B, vocab], and the pools.
     """
 
-    def run(pools, state, table, inputs):
+    def predict(pools, state, table, inputs):
         hidden, tokens, positions, is_real, room, wanted = inputs
         model = nnx.merge(graph, state)
         keys = KeyRange(jnp.zeros_like(positions), jnp.where(is_real, jnp.minimum(positions + 1, room), 0))
-        pages = Pages.at(*pools, table, keys, value_dim=model.config.kv_lora_rank)
+        pages = Pages.at(pools[0], pools[1], table, keys, value_dim=model.config.kv_lora_rank)
         pages = dataclasses.replace(pages, slots=jnp.where(positions < room, pages.slots, -1))
         arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages, depth=depth)
         hidden, cache = model.predict(hidden, tokens, keys=keys, **arguments)
@@ -236,7 +237,7 @@ def _predict_on(graph, options: Options, pools, state, table, inputs, depth: int
         return hidden, last, model.unembed(last)[:, 0], (cache.latents, cache.index_keys)
 
     row = spec("rows")
-    run = _on_shards(options.mesh, run, state, (row,), (row, row, spec("rows", "vocabulary")))
+    run = _on_shards(options.mesh, predict, state, (row,), (row, row, spec("rows", "vocabulary")))
     return run(pools, state, table, inputs)
 
 

@@ -348,7 +348,7 @@ def test_what_cannot_draft_is_refused():
     plain = small_config()
     with pytest.raises(ValueError, match="need a model that has some, got num_nextn_predict_layers = 0"):
         PagedCache(plain, 1, format="float32", predicting=True)
-    split = dict(mesh=mesh_of("context=2"))
+    split: dict[str, Any] = dict(mesh=mesh_of("context=2"))
     for refused in (
         lambda: LLM(model_of(), pages=1, rows=1, drafter=MTP(), **split),
         lambda: generate(model_of(), [[1]], max_new_tokens=2, temperature=0.0, drafts=2, **split),
