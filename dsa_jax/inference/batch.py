@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.inference.controls import SlotControls
-from dsa_jax.inference.pieces import Scored, last_tokens
+from dsa_jax.inference.pieces import Scored, last_tokens, take_rows
 from dsa_jax.inference.programs import bucket
 from dsa_jax.inference.sampling import Controls, Draw, Kind, Settings, draw, kind_of
 from dsa_jax.inference.scheduler import Limits, Plan, Work
@@ -73,7 +73,7 @@ class Batch:
         if predicts and runner.depths > 1:
             before, config = (limits.rows + 1, runner.depths - 1), runner.config
             hidden = jnp.zeros((*before, config.hidden_size), config.dtype)
-            self._recent = Recent(hidden, jnp.zeros(before, jnp.int32))
+            self._recent = runner.everywhere(Recent(hidden, jnp.zeros(before, jnp.int32)))
 
     def run(self, plan: Plan) -> list[Ran]:
         """Gives the device the work of a step, and waits for nothing."""
@@ -93,7 +93,8 @@ class Batch:
             rows=_sizes(of_shard), tokens=_sizes(limits.chunk), drafts=limits.drafts, kinds=kinds, controls=controls,
             slots=limits.rows + 1,
         )  # fmt: skip
-        for rows in [INVARIANT_ROWS] if limits.invariant else _sizes(limits.rows):
+        for size in [INVARIANT_ROWS] if limits.invariant else _sizes(of_shard):
+            rows = size * self.runner.cache.row_shards
             for kind in kinds:
                 self._draw(jnp.zeros((rows, vocab)), [None] * rows, kind)
             padding = np.full(rows, limits.rows, np.int32)
@@ -114,15 +115,14 @@ class Batch:
         scored = [(works[each.piece.item], each) for each in out.scored]
         if all(work.number is None for work in works):
             return [Ran([], None, scored=scored)] if scored else []
-        padding = [None] * (len(out.rows) - len(works))
-        rows = [*(None if work.number is None else work for work in works), *padding]
+        rows = [None if work is None or work.number is None else work for work in self._place(works)]
         drawn = self._draw(out.rows, rows)
         ran = Ran(rows, drawn, _pack(rows, drawn), scored)
         if self._predicts:
             assert out.hidden is not None
             last = [0 if work is None else work.begin + work.count - 1 for work in rows]
             taken = np.zeros(len(rows), np.int32)
-            lasts = last_tokens([*texts, *[[]] * len(padding)], self.runner.depths - 1)
+            lasts = last_tokens([[] if work is None else work.sequence.known for work in rows], self.runner.depths - 1)
             hidden, recent = split_recent(out.hidden, lasts)
             ran = ran._replace(drafts=self._draft(rows, hidden, recent, drawn.token, taken, last))
         return [ran]
@@ -139,7 +139,7 @@ class Batch:
         return drafts
 
     def _recent_of(self, slots: np.ndarray) -> Recent | None:
-        return None if self._recent is None else _take(self._recent, slots)
+        return None if self._recent is None else take_rows(self._recent, slots)
 
     def _keep_recent(self, slots: np.ndarray, recent: Recent | None) -> None:
         if recent is not None:
@@ -252,8 +252,3 @@ _packbits = jax.jit(partial(jnp.packbits, axis=1))
 @partial(jax.jit, donate_argnums=0)
 def _put(kept, slots, new):
     return jax.tree.map(lambda x, y: x.at[slots].set(y), kept, new)
-
-
-@jax.jit
-def _take(kept, slots):
-    return jax.tree.map(lambda x: x[slots], kept)

@@ -269,11 +269,9 @@ class _Stream:
 
     def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
         """Yields the tokens of all rows, their log-probabilities and details, a decode step at a time."""
-        runner, order, table, settings, live, length = self._placed()
+        runner, _, table, settings, live, length, at = self._placed()
         stops = jnp.asarray(np.pad(self.stops, (0, bucket(len(self.stops)) - len(self.stops)), constant_values=-1))
-        at = np.array([self.placed.index(sequence) for sequence in self.sequences])
-        logits = order(self.prefilled.logits)
-        carry, drawn = runner.first(logits, length, settings, stops, live, kind=self.kind)
+        carry, drawn = runner.first(self.prefilled.rows, length, settings, stops, live, kind=self.kind)
         details: dict[str, Array | None] = {}
         for number in range(self.max_new_tokens):
             current, current_details = (carry, drawn), details
@@ -285,44 +283,45 @@ class _Stream:
 
     def _draws_ahead(self) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
         """Yields the same, of steps that verify what the prediction layers have drafted: rows wait for the slowest."""
-        runner, order, table, settings, live, length = self._placed()
+        runner, order, table, settings, live, length, at = self._placed()
         stops, zero, room = np.full(1, -1, np.int32), np.zeros_like(length), runner.room(self.placed)
         options: dict[str, Any] = dict(kind=self.kind, most=self.drafts)
-        _, drawn = runner.first(order(self.prefilled.logits), length, settings, stops, live, kind=self.kind)
+        _, drawn = runner.first(self.prefilled.rows, length, settings, stops, live, kind=self.kind)
         lasts = order(last_tokens(self.prompts, runner.depths - 1))
-        ends, recent = split_recent(order(self.prefilled.hidden), lasts)
-        ahead = Ahead(drawn.token[:, None], zero, length - 1, zero, room)
+        hidden: Any = self.prefilled.hidden
+        ends, recent = split_recent(hidden, lasts)
+        ahead = Ahead(drawn.token, zero, length - 1, zero, room)
         drafts, recent = runner.draft(ends, recent, ahead, table, settings, **options)
-        found = [[each] for each in zip(*map(np.asarray, (drawn.token, drawn.log_prob)), strict=True)][: self.rows]
+        found = [[each] for each in zip(*(np.asarray(x)[at] for x in (drawn.token, drawn.log_prob)), strict=True)]
         for number in range(self.max_new_tokens):
             while any(len(found[row]) <= number for row in np.flatnonzero(self.alive)):
-                done = zero + 1
-                done[: self.rows] = [len(own) for own in found]
-                last = np.array([own[-1][0] for own in found] + [0] * (len(zero) - self.rows), np.int32)
-                goes_on = np.pad(self.alive, (0, len(zero) - self.rows)) & (done < self.max_new_tokens)
+                done, last, goes_on = zero + 1, zero.copy(), np.zeros_like(live)
+                done[at], last[at] = [len(own) for own in found], [own[-1][0] for own in found]
+                goes_on[at] = self.alive & (done[at] < self.max_new_tokens)
                 count = np.where(goes_on, np.minimum(1 + self.drafts, self.max_new_tokens - done), 0)
                 tokens = np.concatenate([last[:, None], np.asarray(drafts)], axis=1)
                 drafted = Drafted(tokens, count.astype(np.int32), length + done - 1, done)
                 verified, out = runner.verify(drafted, table, settings, kind=self.kind)
-                hidden: Any = out.hidden
-                tokens = verified.drawn.token.reshape(len(zero), -1)
-                ahead = Ahead(tokens, verified.taken, drafted.length, done, np.where(goes_on, room, 0))
+                hidden, drawn = out.hidden, verified.drawn
+                ahead = Ahead(drawn.token, verified.taken, drafted.length, done, np.where(goes_on, room, 0))
                 drafts, recent = runner.draft(hidden, recent, ahead, table, settings, **options)
-                tokens, log_probs, taken = map(np.asarray, (tokens, verified.drawn.log_prob, verified.taken))
-                log_probs = log_probs.reshape(tokens.shape)
-                for row in np.flatnonzero(goes_on):
-                    found[row] += zip(tokens[row, : taken[row] + 1], log_probs[row, : taken[row] + 1], strict=True)
+                left = drawn.token, drawn.log_prob, verified.taken
+                tokens, log_probs, taken = (np.asarray(x).reshape(len(zero), -1)[at] for x in left)
+                for row in np.flatnonzero(goes_on[at]):
+                    count = taken[row, 0] + 1
+                    found[row] += zip(tokens[row, :count], log_probs[row, :count], strict=True)
             tokens, log_probs = zip(*(own[min(number, len(own) - 1)] for own in found), strict=True)
             yield np.array(tokens, np.int32), np.array(log_probs, np.float32), {}
 
     def _placed(self):
-        """Returns the runner, what lays rows of the prompts out as those of a step, and for a step its inputs."""
+        """Returns the runner, what lays prompts out as the rows of a step, inputs of a step, and each prompt's row."""
         order = [self.sequences.index(sequence) if sequence is not None else None for sequence in self.placed]
         take = lambda x: jnp.stack([x[0] if row is None else x[row] for row in order])  # noqa: E731
         live = np.array([row is not None for row in order])
         length = np.array([0 if row is None else len(self.prompts[row]) for row in order], np.int32)
         table, settings = jnp.asarray(self.runner.table(self.placed)), jax.tree.map(take, self.settings)
-        return self.runner, take, table, settings, live, length
+        at = np.array([self.placed.index(sequence) for sequence in self.sequences])
+        return self.runner, take, table, settings, live, length, at
 
     def _without_nan(self, live, log_probs, number):
         """Ends the rows whose logits are NaN, and says which they are."""

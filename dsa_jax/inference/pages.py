@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from dsa_jax.cache_shapes import page_shapes, pages_that_fit
 from dsa_jax.config import Config
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import check_model, shards, spec
+from dsa_jax.parallel.sharding import check_model, describe_mesh, shards, spec
 
 
 class OutOfPages(RuntimeError):
@@ -101,7 +101,7 @@ class PagedCache:
           pages: how many pages of each layer, on each shard of a mesh.
           format: "float32", "bfloat16" or "fp8", of the latents; index keys are FP8 under `index_fp8`.
           mesh: where the pools live; one device if None.
-          predicting: whether pages have entries of the prediction layers too, which then draft: on one device.
+          predicting: whether pages have entries of the prediction layers too, which then draft; pages are not sharded.
 
         Raises:
           ValueError: if there is no page, or the model cannot have the format, the mesh or the predictions.
@@ -110,9 +110,10 @@ class PagedCache:
             raise ValueError(f"pages must be at least 1, got {pages}")
         if mesh is not None:
             check_model(mesh, config)
-        if predicting and (mesh is not None or not config.num_nextn_predict_layers):
-            got = f"num_nextn_predict_layers = {config.num_nextn_predict_layers}" if mesh is None else "a mesh"
-            raise ValueError(f"drafts by prediction layers need a model that has some, on one device, got {got}")
+        if predicting and not config.num_nextn_predict_layers:
+            raise ValueError("drafts by prediction layers need a model that has some, got num_nextn_predict_layers = 0")
+        if predicting and shards(mesh, "pages") > 1:
+            raise ValueError(f"drafts by prediction layers need whole sequences on a shard, got {describe_mesh(mesh)}")
         self.config, self.format, self.mesh, self.pages = config, format, mesh, pages
         self.predicting = predicting
         self.row_shards, self.page_shards = shards(mesh, "rows"), shards(mesh, "pages")

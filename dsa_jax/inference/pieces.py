@@ -117,20 +117,26 @@ class Scored(NamedTuple):
         return jax.tree.map(lambda x: np.asarray(x)[self.row, here], self.scores)
 
 
+@jax.jit
+def take_rows(arrays, rows):
+    """Takes some rows of every array of a tree."""
+    return jax.tree.map(lambda x: x[rows], arrays)
+
+
 class Prefilled(NamedTuple):
     """Holds the results of a prefill: logits behind each prompt, and for each prompt what was asked for."""
 
-    rows: Array  # [n, vocab], n rounded up, so that few sizes are compiled
-    prompts: int
+    rows: Array  # [n, vocab], as `Runner.place` lays the sequences out
+    places: list[int]  # the row of each prompt
     selected: list[np.ndarray] | None  # [layers, T, K] each
     routed: list[np.ndarray] | None  # [moe_layers, T, k] each
     scored: list[Scored]  # of the prompts that have targets, in order
-    hidden: Array | None = None  # [n, depths, D] of the last tokens of each prompt, where prediction layers draft
+    hidden: Array | None = None  # [n, depths, D] of the last tokens of each row's prompt, where prediction layers draft
 
     @property
     def logits(self) -> Array:
-        """Returns the logits behind each prompt, [n, vocab]."""
-        return self.rows[: self.prompts]
+        """Returns the logits behind each prompt, [prompts, vocab]."""
+        return take_rows(self.rows, np.array(self.places, np.int32))
 
 
 def pack_targets(places, targets, shape):

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from dsa_jax.cache import Pages
 from dsa_jax.inference.sampling import Draw, Kind, Likeliest, Settings, draw, likeliest
 from dsa_jax.inference.slots import SlotStep, pack_draw, unpack_rows
-from dsa_jax.inference.speculative import Ahead, Drafted, Recent, drafting_layers, verify_drafts
+from dsa_jax.inference.speculative import Ahead, Drafted, Recent, Verified, drafting_layers, verify_drafts
 from dsa_jax.key_range import KeyRange
 from dsa_jax.layers import Attention
 from dsa_jax.paged import PAGE
@@ -174,7 +174,7 @@ def _keep_up(model, options: Options, pools, hidden, table, rows: Rows):
     return last.reshape(*columns.shape, -1), pools
 
 
-def _draft(
+def _draft_on(
     graph, options: Options, pools, hidden, recent: Recent | None, ahead: Ahead, state, table, settings,
     *, kind: Kind, most: int,
 ):  # fmt: skip
@@ -185,23 +185,15 @@ def _draft(
     room. All of that is written over. Each draft is drawn as the token itself will be, from the same random numbers, so
     that close distributions draw the same token. Returns the drafts, what to hand to the next call, and the pools.
     """
-    model, room = nnx.merge(graph, state), jnp.asarray(ahead.room)[:, None]
     ahead = jax.tree.map(jnp.asarray, ahead)
+    depths, room = min(drafting_layers(nnx.merge(graph, state).config), most), ahead.room[:, None]
     ahead = dataclasses.replace(ahead, tokens=ahead.tokens.reshape(len(hidden), -1))
     if recent is not None:
         hidden, ahead = _last_columns(hidden, recent, ahead)
         at = ahead.taken[:, None] + jnp.arange(1 - recent.tokens.shape[1], 1)
         recent = Recent(jnp.take_along_axis(hidden, at[..., None], 1), jnp.take_along_axis(ahead.tokens, at, 1))
 
-    def predict(depth, pools, hidden, tokens, positions, is_real):
-        keys = KeyRange(jnp.zeros_like(positions), jnp.where(is_real, jnp.minimum(positions + 1, room), 0))
-        pages = Pages.at(pools[0], pools[1], table, keys, value_dim=model.config.kv_lora_rank)
-        pages = dataclasses.replace(pages, slots=jnp.where(positions < room, pages.slots, -1))
-        arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages, depth=depth)
-        hidden, cache = model.predict(hidden, tokens, keys=keys, **arguments)
-        return hidden, (cache.latents, cache.index_keys)
-
-    depths, rows, width = min(drafting_layers(model.config), most), jnp.arange(len(hidden)), hidden.shape[1]
+    rows, width = jnp.arange(len(hidden)), hidden.shape[1]
     taken, columns, drafts = ahead.taken[:, None], jnp.arange(width, dtype=jnp.int32), []
     last, positions = hidden, ahead.length[:, None] + columns
     is_real = (columns <= taken) & (positions >= 0) & (room > 0)
@@ -209,16 +201,44 @@ def _draft(
     for draft in range(1, most + 1):
         if draft <= depths:
             tokens = behind[:, draft - 1 : draft - 1 + width]
-            hidden, pools = predict(draft, pools, hidden, tokens, positions, is_real)
-            last = jnp.take_along_axis(hidden, taken[..., None], axis=1)
+            inputs = hidden, tokens, positions, is_real, room, taken
         else:
             place = ahead.length[:, None] + taken + draft - depths
-            last, pools = predict(depths, pools, last, drafts[-1][:, None], place, room > 0)
+            inputs = last, drafts[-1][:, None], place, room > 0, room, jnp.zeros_like(taken)
+        hidden, last, logits, pools = _predict_on(graph, options, pools, state, table, inputs, min(draft, depths))
         number = jnp.asarray(ahead.number) + ahead.taken + draft
-        drafts.append(draw(model.unembed(last)[:, 0], settings, number, kind=kind).token)
+        drafts.append(draw(logits, settings, number, kind=kind).token)
         if draft < depths:
             behind = behind.at[rows, ahead.taken + draft].set(drafts[-1])
-    return jnp.stack(drafts, axis=1), recent, pools
+    return *_everywhere(options.mesh, (jnp.stack(drafts, axis=1), recent)), pools
+
+
+def _predict_on(graph, options: Options, pools, state, table, inputs, depth: int):
+    """Runs a prediction layer on columns of every row, and writes their entries, as far as a row has room.
+
+    Args:
+      inputs: hidden states [B, T, D], tokens, positions, and which are real [B, T]; the room of each row and the
+        column that is wanted of it, [B, 1].
+      depth: which layer, from 1.
+
+    Returns:
+      hidden states, [B, T, D] and of the wanted columns [B, 1, D], logits of these, [B, vocab], and the pools.
+    """
+
+    def predict(pools, state, table, inputs):
+        hidden, tokens, positions, is_real, room, wanted = inputs
+        model = nnx.merge(graph, state)
+        keys = KeyRange(jnp.zeros_like(positions), jnp.where(is_real, jnp.minimum(positions + 1, room), 0))
+        pages = Pages.at(pools[0], pools[1], table, keys, value_dim=model.config.kv_lora_rank)
+        pages = dataclasses.replace(pages, slots=jnp.where(positions < room, pages.slots, -1))
+        arguments: dict[str, Any] = dict(positions=positions, attention=options.attention, cache=pages, depth=depth)
+        hidden, cache = model.predict(hidden, tokens, keys=keys, **arguments)
+        last = jnp.take_along_axis(hidden, wanted[..., None], axis=1)
+        return hidden, last, model.unembed(last)[:, 0], (cache.latents, cache.index_keys)
+
+    row = spec("rows")
+    run = _on_shards(options.mesh, predict, state, (row,), (row, row, spec("rows", "vocabulary")))
+    return run(pools, state, table, inputs)
 
 
 def _last_columns(hidden, recent: Recent, ahead: Ahead) -> tuple[Array, Ahead]:
@@ -256,24 +276,38 @@ def _score(model, hidden, targets) -> Likeliest:
 
 def _forward_on(graph, options: Options, pools, state, table, rows, targets=None):
     """Runs `_forward` on one device, or on every shard of a mesh."""
-    if options.mesh is None:
-        return _forward(graph, options, pools, state, table, rows, targets)
-
-    def run(*arguments):
-        with copied_parameters():
-            return _forward(graph, options, *arguments)
-
-    row, layer, pool = spec("rows"), spec(None, "rows"), spec(None, "pool")
+    row, layer = spec("rows"), spec(None, "rows")
     selected, routed = (layer if wanted else None for wanted in (options.return_selected, options.return_routed))
-    scored = None if targets is None else row
-    specs: Any = spec("rows", None, "vocabulary"), selected, routed, scored
+    scored, hidden = None if targets is None else row, row if options.predicting else None
+    specs: Any = spec("rows", None, "vocabulary"), selected, routed, scored, hidden
+    run = _on_shards(options.mesh, partial(_forward, graph, options), state, (row, scored), (StepOutput(*specs),))
+    return run(pools, state, table, rows, targets)
+
+
+def _on_shards(mesh: Mesh | None, run: Callable, state, inputs: tuple, outputs: tuple) -> Callable:
+    """Has a function run on every shard of a mesh, which has parameters whole; on one device it is left as it is.
+
+    Args:
+      run: takes pools, the state, a table, and more; returns arrays, and the pools last.
+      state: the parameters.
+      inputs: partitions of the arrays behind the table.
+      outputs: those of what stands before the pools.
+    """
+    if mesh is None:
+        return run
+
+    def run_shard(*arguments):
+        with copied_parameters():
+            return run(*arguments)
+
+    pools = spec(None, "pool"), spec(None, "pool")
     return jax.shard_map(
-        run,
-        mesh=options.mesh,
-        in_specs=((pool, pool), parameter_specs(state, copies=True), spec("rows", "pages"), row, scored),
-        out_specs=(StepOutput(*specs), (pool, pool)),
+        run_shard,
+        mesh=mesh,
+        in_specs=(pools, parameter_specs(state, copies=True), spec("rows", "pages"), *inputs),
+        out_specs=(*outputs, pools),
         check_vma=False,
-    )(pools, state, table, rows, targets)
+    )
 
 
 def _everywhere[T](mesh: Mesh | None, arrays: T) -> T:
@@ -313,7 +347,10 @@ def _verify_on(graph, options: Options, pools, drafted: Drafted, state, table, s
     rows = Rows(drafted.tokens, positions, jnp.zeros_like(positions), jnp.where(real, positions + 1, 0), wanted)
     out, pools = _forward_on(graph, options, pools, state, table, rows)
     verified = verify_drafts(out.logits, drafted, settings, kind=kind, controls=controls)
-    return verified._replace(last=_everywhere(options.mesh, verified.last)), out, pools
+    left = verified.drawn.token, verified.taken, verified.last, out.hidden
+    token, taken, last, hidden = _everywhere(options.mesh, left)
+    verified = Verified(dataclasses.replace(verified.drawn, token=token), taken, last)
+    return verified, out._replace(hidden=hidden), pools
 
 
 def _turn_on(
@@ -437,7 +474,7 @@ def programs(graph, tree, options: Options) -> Programs:
 
     def draft(pools, hidden, recent, ahead, parameters, table, settings, kind, most):
         state = jax.tree.unflatten(tree, parameters)
-        return _draft(graph, options, pools, hidden, recent, ahead, state, table, settings, kind=kind, most=most)
+        return _draft_on(graph, options, pools, hidden, recent, ahead, state, table, settings, kind=kind, most=most)
 
     compile = partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     return Programs(

@@ -4,6 +4,7 @@ Every step is one compiled program. Shapes are rounded up to powers of two, so f
 them ahead of time. The pools are donated: a step updates them in place.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -174,10 +175,11 @@ class Runner:
         """
         targets = [None] * len(prompts) if targets is None else targets
         following = [()] * len(prompts) if following is None else following
-        counts = [len(prompt) for prompt in prompts]
+        counts, placed = [len(prompt) for prompt in prompts], self.place(sequences)
+        row_of = {sequence: row for row, sequence in enumerate(placed)}
         lengths = map(self.cache.length, sequences)
         before = list(map(int.__sub__, lengths, counts)) if extended else self._extend(sequences, counts)
-        last, hidden, size = None, None, bucket(len(prompts), INVARIANT_ROWS if self.batch_invariant else 1)
+        last, hidden = None, None
         selected: list[list[np.ndarray]] = [[] for _ in prompts]
         routed: list[list[np.ndarray]] = [[] for _ in prompts]
         scored: list[Scored] = []
@@ -187,9 +189,10 @@ class Runner:
             dense, own = self._is_short(step, before), pack_targets(wanted, targets, rows.tokens.shape)
             out = self._run_prefill(rows, table, own, dense=dense)
             scored += [Scored(piece, out.scores, *place) for piece, place in wanted]
-            last = collect(last, out.logits, *places_of(ends, size))
+            ended = places_of({row_of[sequences[item]]: place for item, place in ends.items()}, len(placed))
+            last = collect(last, out.logits, *ended)
             if out.hidden is not None:
-                hidden = collect(hidden, out.hidden, *places_of(ends, size))
+                hidden = collect(hidden, out.hidden, *ended)
             for kept, found in ((selected, out.selected), (routed, out.routed)):
                 if found is not None:
                     found = np.asarray(found)
@@ -197,11 +200,11 @@ class Runner:
                         kept[piece.item].append(found[:, row, column : column + piece.count])
         return Prefilled(
             last if last is not None else jnp.zeros((0, self.config.vocab_size)),
-            len(prompts),
+            [row_of[sequence] for sequence in sequences],
             [join_parts(parts, self.config.index_topk) for parts in selected] if self.options.return_selected else None,
             [np.concatenate(parts, 1) for parts in routed] if self.options.return_routed else None,
             scored,
-            hidden,
+            self.everywhere(hidden),
         )
 
     def _extend(self, sequences, counts):
@@ -302,11 +305,8 @@ class Runner:
         stop = np.where(length < 0, 0, positions + 1)
         columns = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
         rows = Rows(tokens, positions, np.zeros_like(positions), stop, columns)
-        table = self.cache.table(sequences, self._table_width(max(map(self._pages, live), default=1)))
+        table = self.cache.table(sequences, self._table_width(max(map(self.cache.row_pages, live), default=1)))
         return self._run_prefill(rows, table, dense=False).logits
-
-    def _pages(self, sequence):
-        return self.cache.row_pages(sequence)
 
     def place(self, sequences: Sequence[int]) -> list[int | None]:
         """Lays sequences out as the rows of a decode step: those of a shard together, filled up with padding."""
@@ -326,7 +326,8 @@ class Runner:
 
     def table(self, rows: Sequence[int | None]) -> Int[np.ndarray, "B P"]:
         """Makes the table of a decode step, with every page that the rows have, written or not."""
-        return self.cache.table(rows, self._table_width(max(self._pages(row) for row in rows if row is not None)))
+        pages = max(self.cache.row_pages(row) for row in rows if row is not None)
+        return self.cache.table(rows, self._table_width(pages))
 
     def first(self, logits, length, settings: Settings, stops, live, *, kind: Kind = "truncated") -> tuple[Carry, Draw]:
         """Draws the first token of each row from logits [B, vocab], those of padding among them."""
@@ -400,6 +401,9 @@ class Runner:
         """
         pools = self.cache.latents, self.cache.index_keys
         kind = "truncated" if kind == "full" else kind
+        # Of a verification these lie there already.
+        hidden, recent, tokens, taken = self.everywhere((hidden, recent, ahead.tokens, ahead.taken))
+        ahead = dataclasses.replace(ahead, tokens=tokens, taken=taken)
         drafts, recent, pools = self.programs.draft(
             pools, hidden, recent, ahead, self.parameters, table, settings, kind, most
         )
@@ -408,7 +412,7 @@ class Runner:
 
     def room(self, rows: Sequence[int | None]) -> Int[np.ndarray, " B"]:
         """Counts the positions that the pages of each row have; 0 for padding."""
-        return np.array([0 if row is None else PAGE * self._pages(row) for row in rows], np.int32)
+        return np.array([0 if row is None else PAGE * self.cache.row_pages(row) for row in rows], np.int32)
 
     def read_rows(self, rows: Rows, table) -> StepOutput:
         """Takes in the tokens of rows that each hold one sequence, which have room for them, with sparse attention."""
@@ -457,8 +461,9 @@ class Runner:
         if self.table_pages is None:
             raise ValueError("to compile ahead of time, give the Runner max_length: tables are as wide, got None")
         width = self._table_width(self.table_pages)
-        for count in sorted({INVARIANT_ROWS if self.batch_invariant else bucket(each) for each in rows}):
-            total = count * self.cache.row_shards
+        of_shard = {INVARIANT_ROWS if self.batch_invariant else bucket(each) for each in rows}
+        totals = [count * self.cache.row_shards for count in sorted(of_shard)]
+        for total in totals:
             table = np.zeros((total, width), np.int32)
             settings = padding_settings(total, self.config.vocab_size)
             stops, length = np.full(1, -1, np.int32), np.zeros(total, np.int32)
@@ -490,7 +495,6 @@ class Runner:
             table = np.zeros((self.cache.row_shards, width), np.int32)
             for dense in {False, self.dense_below > 0}:
                 out = self._run_prefill(Rows(**arrays), table, dense=dense)
-            prompts = {each * shards for each in rows for shards in range(1, self.cache.row_shards + 1)}
-            for most in {bucket(each, INVARIANT_ROWS if self.batch_invariant else 1) for each in prompts}:
+            for placed in totals:
                 for found in (out.logits, out.hidden) if self.predicting else (out.logits,):
-                    collect(collect(None, found, *places_of({}, most)), found, *places_of({}, most))
+                    collect(collect(None, found, *places_of({}, placed)), found, *places_of({}, placed))

@@ -11,13 +11,14 @@ import pytest
 from engine_cases import compilations, prompt, run, tokens_of
 from flax import nnx
 from model_cases import model_parts, small_config
+from sharded_cases import mesh_of
 
 from dsa_jax import LLM, MTP, Engine, KeyRange, PagedCache, Request, Runner, SamplingParams, generate, save_hf
 from dsa_jax.chat.commands import load_llm
 from dsa_jax.inference import complete
 from dsa_jax.inference.sampling import Settings, draw
 from dsa_jax.inference.speculative import Drafted, verify_drafts
-from dsa_jax.parallel.sharding import path_names
+from dsa_jax.parallel.sharding import path_names, shards
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
@@ -26,6 +27,10 @@ SHARED = small_config(
     num_nextn_predict_layers=1, indexer_types=("full", "shared"), first_k_dense_replace=2, max_position_embeddings=256
 )
 TWO, THREE = (dataclasses.replace(CONFIG, num_nextn_predict_layers=count) for count in (2, 3))
+# That meshes split: the first sooner compiled, the others with experts.
+HEADS = dataclasses.replace(TWO, num_attention_heads=4)
+EXPERTS = small_config(num_nextn_predict_layers=1, num_attention_heads=4, max_position_embeddings=256)
+EXPERTS_TWO = dataclasses.replace(EXPERTS, num_nextn_predict_layers=2)
 LENGTH = 128  # of the rows of the definition
 
 
@@ -49,8 +54,9 @@ def model_of(config=CONFIG):
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(weaken, state))
 
 
-def make(drafter=None, *, config=CONFIG, pages=12, rows=2, **options):
-    cache = PagedCache(config, pages, format="float32", predicting=drafter is not None)
+def make(drafter=None, *, config=CONFIG, pages=12, rows=2, mesh=None, **options):
+    mesh = None if mesh is None else mesh_of(mesh)
+    cache = PagedCache(config, pages, format="float32", mesh=mesh, predicting=drafter is not None)
     runner = Runner(model_of(config), cache, prefill_chunk=32, max_length=256, dense_below=0)
     return Engine(runner, rows=rows, drafter=drafter, **options)
 
@@ -175,14 +181,21 @@ def test_tokens_are_those_without_drafts(config):
         assert drafts == definition(known, 3, config), len(known)
 
 
+FEW_PAGES = [
+    pytest.param(None, CONFIG, marks=pytest.mark.variants, id="one"),
+    pytest.param(None, TWO, id="two"),
+    pytest.param("data=2", TWO, marks=pytest.mark.meshes, id="mesh"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [pytest.param(CONFIG, marks=pytest.mark.variants), TWO], ids=["one", "two"])
-def test_few_pages_prefixes_and_cancels_change_no_token(config):
+@pytest.mark.parametrize(("mesh", "config"), FEW_PAGES)
+def test_few_pages_prefixes_and_cancels_change_no_token(mesh, config):
     """Preempted sequences draft again when their prompts are read again; a prefix keeps its entries."""
     same = prompt(70, 4)
     params = [SamplingParams(temperature=0.6 * (row % 2), seed=row, top_k=20, max_tokens=70) for row in range(5)]
     asked = [Request([*same, *prompt(3, row)], own) for row, own in enumerate(params)]
-    engine = make(MTP(most=2), config=config, pages=4, rows=3)
+    engine = make(MTP(most=2), config=config, pages=4, rows=3 if mesh is None else 4, mesh=mesh)
     found = run(engine, *asked, cancels=[(9, 4)])
     assert engine.scheduler.preemptions and engine.prefix.hits and engine.stats().drafts_accepted > 20
     for request, events in zip(asked, found, strict=True):
@@ -223,20 +236,66 @@ def test_shared_selections_over_pages_in_fp8():
     assert compared > 20 and rounded > 1e-4, "FP8 rounds"
 
 
+ROWS = [prompt(20, 1), prompt(30, 2)]
+DRAWN: dict[str, Any] = dict(max_new_tokens=18, temperature=[0.0, 0.7], top_k=20, seed=3)
+
+
 @pytest.mark.slow
 def test_generate_drafts_the_same_tokens():
     """Rows that stop early, by a token, and rows that do not; both ends within drafts."""
-    model, prompts = model_of(TWO), [prompt(20, 1), prompt(33, 2)]
-    options: dict[str, Any] = dict(max_new_tokens=18, temperature=[0.0, 0.7], top_k=20, seed=3)
-    free = complete(model, prompts, **options)
+    model = model_of(HEADS)
+    free = complete(model, ROWS, **DRAWN)
     stop = int(free.tokens[0, 6])
     for stops in (None, stop):
-        expected = complete(model, prompts, stop_token=stops, **options)
-        found = complete(model, prompts, stop_token=stops, drafts=3, **options)
+        expected = complete(model, ROWS, stop_token=stops, **DRAWN)
+        found = complete(model, ROWS, stop_token=stops, drafts=3, **DRAWN)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_array_equal(found.lengths, expected.lengths)
         np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
         assert found.finished == expected.finished
+
+
+def served(mesh, config, counts):
+    """Has an engine draft the same rows, by the programs of `generate`; returns tokens, all drafts and their counts."""
+    mesh = None if mesh is None else mesh_of(mesh)
+    row_shards = shards(mesh, "rows")
+    cache = PagedCache(config, max(1, 2 // row_shards), format="float32", mesh=mesh, predicting=True)
+    drafter = Watched()
+    engine = Engine(Runner(model_of(config), cache, max_length=64), rows=max(2, row_shards), drafter=drafter)
+    settings = zip(ROWS, DRAWN["temperature"], counts, strict=True)
+    asked = [
+        Request(text, SamplingParams(temperature=temperature, top_k=20, seed=3 + row, max_tokens=count))
+        for row, (text, temperature, count) in enumerate(settings)
+    ]
+    tokens = [tokens_of(events) for events in run(engine, *asked)]
+    return tokens, sorted(drafter.seen), (engine.stats().drafts_proposed, engine.stats().drafts_accepted)
+
+
+MESHES = {
+    "data-one": ("data=2", EXPERTS),
+    "data-two": ("data=2", EXPERTS_TWO),
+    "expert-one": ("expert=2", EXPERTS),
+    "expert-two": ("expert=2", EXPERTS_TWO),
+    "tensor-one": ("data=2,tensor=2", EXPERTS),
+    "tensor-two": ("data=2,tensor=2", EXPERTS_TWO),
+    "all-two": ("data=2,expert=2,tensor=2", EXPERTS_TWO),
+}
+MARKED = [pytest.param(*case, marks=pytest.mark.meshes, id=name) for name, case in MESHES.items()]
+
+
+@pytest.mark.parametrize(("mesh", "config"), [pytest.param("data=2,tensor=2", HEADS, id="heads-two"), *MARKED])
+def test_a_mesh_drafts_as_one_device(mesh, config):
+    """A greedy row on one shard and a sampled one on another: the same tokens, and the same drafts behind each."""
+    expected = complete(model_of(config), ROWS, drafts=3, **DRAWN)
+    found = complete(model_of(config), ROWS, drafts=3, mesh=mesh_of(mesh), **DRAWN)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    counts = 12, 16
+    alone, meshed = (served(each, config, counts) for each in (None, mesh))
+    assert alone == meshed
+    tokens, _, (proposed, accepted) = meshed
+    assert tokens == [row[:count].tolist() for row, count in zip(expected.tokens, counts, strict=True)]
+    assert 0 < accepted < proposed
 
 
 def test_drafts_and_tokens_have_their_exact_probabilities():
@@ -268,8 +327,9 @@ def test_drafts_and_tokens_have_their_exact_probabilities():
 
 
 @pytest.mark.slow
-def test_no_program_is_compiled_after_warming_up():
-    engine = make(MTP(), config=TWO)
+@pytest.mark.parametrize(("mesh", "config"), [(None, TWO), ("data=2,tensor=2", HEADS)], ids=["alone", "mesh"])
+def test_no_program_is_compiled_after_warming_up(mesh, config):
+    engine = make(MTP(), config=config, mesh=mesh)
     engine.warm(kinds=["greedy"])
     asked = [Request(prompt(30, row), SamplingParams(temperature=0.0, max_tokens=12)) for row in range(3)]
     with compilations() as names:
@@ -287,8 +347,15 @@ def test_a_folders_prediction_layers_are_loaded_to_draft_alone(tmp_path):
 
 def test_what_cannot_draft_is_refused():
     plain = small_config()
-    with pytest.raises(ValueError, match="need a model that has some, on one device, got num_nextn_predict_layers = 0"):
+    with pytest.raises(ValueError, match="need a model that has some, got num_nextn_predict_layers = 0"):
         PagedCache(plain, 1, format="float32", predicting=True)
+    split: dict[str, Any] = dict(mesh=mesh_of("context=2"))
+    for refused in (
+        lambda: LLM(model_of(), pages=1, rows=1, drafter=MTP(), **split),
+        lambda: generate(model_of(), [[1]], max_new_tokens=2, temperature=0.0, drafts=2, **split),
+    ):
+        with pytest.raises(ValueError, match="prediction layers need whole sequences on a shard, got data=1,context=2"):
+            refused()
     cache = PagedCache(CONFIG, 1, format="float32")
     with pytest.raises(ValueError, match=r"drafter MTP needs a Runner over PagedCache\(…, predicting=True\)"):
         Engine(Runner(model_of(), cache, max_length=64), drafter=MTP())

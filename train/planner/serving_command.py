@@ -237,7 +237,7 @@ def _tokens_a_step(job: Job) -> str:
     if job.drafts is None:
         return "A sequence gets a token a step."
     source = serving.recorded_rates()["verification"][0]["source"]
-    by = {"mtp": "prediction layers, which so far draft on one device alone", "ngram": "the host, in no time"}
+    by = {"mtp": "prediction layers, whose time counts", "ngram": "the host, in no time"}
     return (
         f"A step verifies {job.verified - 1} drafts of each sequence, which gets a token, and one more for each that "
         "is right: tokens/s are of none, and a step pays where it gives a sequence more tokens than the last column "

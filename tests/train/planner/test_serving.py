@@ -353,7 +353,7 @@ def test_drafts_are_planned(capsys):
     row = next(each for each in plan["steps"] if each["batch_a_group"] == 16)
     assert row["seconds"] == step.seconds and row["tokens_to_gain"] == step.tokens_to_gain
     shown = " ".join(printed(capsys, *arguments).split())
-    for words in ("48,856 bytes", "A step verifies 3 drafts", "one device alone", f"{step.tokens_to_gain:.2f}"):
+    for words in ("48,856 bytes", "A step verifies 3 drafts", "whose time counts", f"{step.tokens_to_gain:.2f}"):
         assert words in shown, words
 
 
