@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dsa_jax.inference.batch import KINDS, Batch, Ran
@@ -35,7 +36,7 @@ from dsa_jax.inference.structured import Grammars
 from dsa_jax.inference.text import TextStream, encode_text
 from dsa_jax.model import Transformer
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import describe_mesh
+from dsa_jax.parallel.sharding import describe_mesh, shards
 
 ROWS = 64  # sequences that run at a time
 PAUSE_SECONDS = 0.05  # that a step waits for while the engine is paused
@@ -83,10 +84,9 @@ class Engine:
     ):
         if runner.max_length is None:
             raise ValueError("an engine's tables have room for the longest sequence: give the Runner max_length")
-        drafts, mesh, shards = check_drafter(drafter), runner.options.mesh, runner.cache.row_shards
-        if mesh is not None and mesh.is_multi_process:
-            raise ValueError(f"an engine runs in one process, got devices of several on {describe_mesh(mesh)}")
-        if runner.batch_invariant and rows > INVARIANT_ROWS * shards:
+        check_mesh(runner.options.mesh)
+        drafts, row_shards = check_drafter(drafter), runner.cache.row_shards
+        if runner.batch_invariant and rows > INVARIANT_ROWS * row_shards:
             raise ValueError(f"rows must be at most {INVARIANT_ROWS} a shard with batch_invariant, got {rows}")
         if runner.batch_invariant and drafter is not None:
             raise ValueError(
@@ -97,7 +97,7 @@ class Engine:
         if predicts and not runner.predicting:
             raise ValueError("drafter MTP needs a Runner over PagedCache(…, predicting=True), got one without")
         chunk = runner.prefill_chunk
-        budget = chunk * shards + rows * (1 + drafts) if budget is None else budget
+        budget = chunk * row_shards + rows * (1 + drafts) if budget is None else budget
         limits = Limits(rows, budget, chunk, runner.batch_invariant, drafts, runner.depths)
         self.runner, self.cache, self.tokenizer = runner, runner.cache, tokenizer
         self.max_length, self.end_tokens = runner.max_length, frozenset(end_tokens)
@@ -448,3 +448,15 @@ class Engine:
 def _of(work: Work) -> Any:
     """Returns the continuation that a work is for."""
     return work.sequence
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Checks that an engine can run on a mesh.
+
+    Raises:
+      ValueError: if its devices are of several processes, or it splits sequences.
+    """
+    if mesh is not None and mesh.is_multi_process:
+        raise ValueError(f"an engine runs in one process, got devices of several on {describe_mesh(mesh)}")
+    if shards(mesh, "pages") > 1:
+        raise ValueError(f"an engine's pages must not be sharded, got {describe_mesh(mesh)}")

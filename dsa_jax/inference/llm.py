@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from dsa_jax.hf.convert import load_hf
-from dsa_jax.inference.engine import ROWS, Engine
+from dsa_jax.inference.engine import ROWS, Engine, check_mesh
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.inference.params import Finished, PromptToken, Record, Request, SamplingParams, Token, Top
 from dsa_jax.inference.speculative import MTP, Drafter, check_drafter
@@ -115,6 +115,7 @@ class LLM:
         mesh: Mesh | None = None,
     ):
         check_drafter(drafter)
+        check_mesh(mesh)
         end_tokens: list[int] = []
         if not isinstance(model, Transformer):
             folder = Path(model)

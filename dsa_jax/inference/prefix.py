@@ -13,7 +13,6 @@ import numpy as np
 
 from dsa_jax.inference.pages import PagedCache
 from dsa_jax.paged import PAGE
-from dsa_jax.parallel.sharding import describe_mesh
 
 
 class Chain:
@@ -56,8 +55,6 @@ class PrefixCache:
     """
 
     def __init__(self, cache: PagedCache, *, enabled: bool = True):
-        if cache.page_shards > 1:
-            raise ValueError(f"an engine's pages must not be sharded, got {describe_mesh(cache.mesh)}")
         self.cache, self.enabled = cache, enabled
         self.hits = self.asked = self.evicted = 0
         # Of each shard of rows, the longest unused first.

@@ -86,6 +86,6 @@ def test_prompts_are_scored_on_a_mesh():
 
 def test_meshes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="pages must not be sharded, got data=1,context=2"):
-        LLM(small_model(CONFIG), pages=4, mesh=mesh_of("context=2"))
+        LLM("no checkpoint is read", pages=4, mesh=mesh_of("context=2"))
     with pytest.raises(ValueError, match="rows must be a multiple of the mesh's 2 shards of rows, got 3"):
         LLM(small_model(CONFIG), pages=4, rows=3, mesh=mesh_of("data=2"))
