@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import the_first
 from model_cases import forward, small_config, small_model, tokens
 
 from dsa_jax import KeyRange, save_hf
@@ -29,7 +30,7 @@ def by_sets(config, batch, places):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, SHARED])
+@pytest.mark.parametrize("config", the_first(1, [SHARED, CONFIG]))
 def test_it_is_the_overlap_of_sets(config):
     batch = Batch.from_tokens(np.asarray(tokens(2, 25)))
     found = measure_overlap(small_model(config), [batch], queries=64)
