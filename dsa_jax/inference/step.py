@@ -483,7 +483,7 @@ class Runner:
                     hidden = jnp.zeros((total, count, self.config.hidden_size), self.config.dtype)
                     ahead = Ahead(jnp.zeros(total * count, jnp.int32), length, length, length, length)
                     tail = jnp.zeros((total, self.depths, self.config.hidden_size), self.config.dtype)
-                    _, recent = split_recent(tail, np.zeros((total, self.depths - 1), np.int32))
+                    _, recent = split_recent(self.everywhere(tail), np.zeros((total, self.depths - 1), np.int32))
                     self.draft(hidden, recent, ahead, table, settings, kind=kind, most=drafts)
         for count in tokens:
             size = self.prefill_chunk if self.batch_invariant else min(bucket(count, MIN_TOKENS), self.prefill_chunk)

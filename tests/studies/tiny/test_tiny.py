@@ -47,6 +47,7 @@ def test_bad_arguments(capsys, tmp_path):
 def test_a_small_run_is_reported_with_recall_and_goals(tmp_path, monkeypatch):
     """Its steps do nothing but count: training is tested elsewhere."""
     monkeypatch.setattr("train.run.make_step", fake_step(None))
+    monkeypatch.setattr("train.experiment.max_rss", lambda: 2**30)  # this process has run other tests
     monkeypatch.setattr(Run, "initial_params", lambda self: jax.tree.map(jnp.array, small_params(self.config.model)))
     model = small_config(max_position_embeddings=256, num_hidden_layers=1, first_k_dense_replace=0)
     data = RecallConfig(data=(f"{write_documents(tmp_path)}/*.txt",))
