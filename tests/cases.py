@@ -148,6 +148,13 @@ def close(actual, expected, tolerance):
     np.testing.assert_allclose(f64(actual), expected, rtol=tolerance, atol=tolerance * size)
 
 
+def error(actual, expected):
+    """Computes the norm of the difference over that of what is expected; nothing may be NaN or infinite."""
+    actual, expected = f64(actual), f64(expected)
+    assert np.all(np.isfinite(actual))
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
 def same_bits(actual, expected):
     """Equal in every bit, the sign of zero included."""
     actual, expected = np.asarray(actual), np.asarray(expected)

@@ -122,7 +122,9 @@ class Batch:
             assert out.hidden is not None
             last = [0 if work is None else work.begin + work.count - 1 for work in rows]
             taken = np.zeros(len(rows), np.int32)
-            lasts = last_tokens([[] if work is None else work.sequence.known for work in rows], self.runner.depths - 1)
+            text_of = dict(zip(names, texts, strict=True))
+            own = [[] if work is None else text_of[work.sequence.cached] for work in rows]
+            lasts = last_tokens(own, self.runner.depths - 1)
             hidden, recent = split_recent(out.hidden, lasts)
             ran = ran._replace(drafts=self._draft(rows, hidden, recent, drawn.token, taken, last))
         return [ran]

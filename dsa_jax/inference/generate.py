@@ -269,7 +269,7 @@ class _Stream:
 
     def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
         """Yields the tokens of all rows, their log-probabilities and details, a decode step at a time."""
-        runner, _, table, settings, live, length, at = self._placed()
+        runner, table, settings, live, length, at = self._placed()
         stops = jnp.asarray(np.pad(self.stops, (0, bucket(len(self.stops)) - len(self.stops)), constant_values=-1))
         carry, drawn = runner.first(self.prefilled.rows, length, settings, stops, live, kind=self.kind)
         details: dict[str, Array | None] = {}
@@ -283,11 +283,12 @@ class _Stream:
 
     def _draws_ahead(self) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
         """Yields the same, of steps that verify what the prediction layers have drafted: rows wait for the slowest."""
-        runner, order, table, settings, live, length, at = self._placed()
+        runner, table, settings, live, length, at = self._placed()
         stops, zero, room = np.full(1, -1, np.int32), np.zeros_like(length), runner.room(self.placed)
         options: dict[str, Any] = dict(kind=self.kind, most=self.drafts)
         _, drawn = runner.first(self.prefilled.rows, length, settings, stops, live, kind=self.kind)
-        lasts = order(last_tokens(self.prompts, runner.depths - 1))
+        lasts = np.zeros((len(zero), runner.depths - 1), np.int32)
+        lasts[at] = last_tokens(self.prompts, runner.depths - 1)
         hidden: Any = self.prefilled.hidden
         ends, recent = split_recent(hidden, lasts)
         ahead = Ahead(drawn.token, zero, length - 1, zero, room)
@@ -314,14 +315,13 @@ class _Stream:
             yield np.array(tokens, np.int32), np.array(log_probs, np.float32), {}
 
     def _placed(self):
-        """Returns the runner, what lays prompts out as the rows of a step, inputs of a step, and each prompt's row."""
+        """Returns the runner, inputs of a step, and the row of each prompt in it."""
         order = [self.sequences.index(sequence) if sequence is not None else None for sequence in self.placed]
         take = lambda x: jnp.stack([x[0] if row is None else x[row] for row in order])  # noqa: E731
         live = np.array([row is not None for row in order])
         length = np.array([0 if row is None else len(self.prompts[row]) for row in order], np.int32)
         table, settings = jnp.asarray(self.runner.table(self.placed)), jax.tree.map(take, self.settings)
-        at = np.array([self.placed.index(sequence) for sequence in self.sequences])
-        return self.runner, take, table, settings, live, length, at
+        return self.runner, table, settings, live, length, np.array(self.prefilled.places)
 
     def _without_nan(self, live, log_probs, number):
         """Ends the rows whose logits are NaN, and says which they are."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FP8, array, index_inputs, integers, normal, random_range
+from cases import FP8, array, error, index_inputs, integers, normal, random_range
 from flax import nnx
 
 import dsa_jax
@@ -20,11 +20,6 @@ pytestmark = pytest.mark.gpu
 def kernels_of(fn, *arrays):
     """Counts the Pallas kernels that the compiled function calls."""
     return jax.jit(fn).lower(*arrays).compile().as_text().count('custom_call_target="mosaic_gpu')
-
-
-def relative(actual, want):
-    actual, want = np.asarray(actual, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(actual - want) / np.linalg.norm(want)
 
 
 def attention_inputs(heads=64, length=40, size=500, topk=100):
@@ -65,7 +60,7 @@ def test_attention_gradients_pass_through_the_kernel(heads):
 
     ours, theirs = (jax.jit(jax.grad(loss(i), (0, 1)))(q, kv) for i in ("pallas", "xla"))
     for gradient, want in zip(ours, theirs, strict=True):
-        assert relative(gradient, want) < 5e-3
+        assert error(gradient, want) < 5e-3
 
 
 def test_score_gradients_pass_through_the_kernel():
@@ -81,7 +76,7 @@ def test_score_gradients_pass_through_the_kernel():
 
     ours, theirs = (jax.jit(jax.grad(loss(i), (0, 1, 2)))(q, k, w) for i in ("pallas", "xla"))
     for gradient, want in zip(ours, theirs, strict=True):
-        assert relative(gradient, want) < 1e-6
+        assert error(gradient, want) < 1e-6
 
 
 def test_vmapped_operations_take_the_kernels():
@@ -121,4 +116,4 @@ def test_a_layer_of_the_published_widths_agrees_with_xla():
     assert kernels_of(run, state, x) == 7  # hadamard and quantize of q and of k, scores, top-k, attention
     ours = jax.jit(run)(state, x)
     with dsa_jax.implementation("xla"):
-        assert relative(ours, jax.jit(run)(state, x)) < 1e-2
+        assert error(ours, jax.jit(run)(state, x)) < 1e-2

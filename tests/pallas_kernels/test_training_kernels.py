@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import close, hostile_indices, index_inputs, normal, random_range, same_bits
+from cases import close, error, hostile_indices, index_inputs, normal, random_range, same_bits
 from sparse_kernel_cases import inputs
 
 from dsa_jax import (
@@ -30,13 +30,6 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 SCALE = 0.1
 BOUND = 5e-3  # relative error norm of results in bfloat16
-
-
-def error(actual, want):
-    """Computes the norm of the difference over the norm of what is wanted."""
-    actual, want = reference.f64(actual), reference.f64(want)
-    assert np.all(np.isfinite(actual))
-    return np.linalg.norm(actual - want) / np.linalg.norm(want)
 
 
 def backward_inputs(seed, b, t, s, n, c, r, k):
